@@ -1,0 +1,391 @@
+"""Train the demo model from nothing: draw the world, fit the autoencoder, then the UNet and the text encoder together.
+
+    python -m jobs.train_demo --preset cpu --out build/train_demo
+
+Needs no data and no network. `OUT/weights` holds the model, exported every few minutes and at the end; everything else in
+OUT is for `--resume`, which goes on after a kill where the last checkpoint stands. The time is planned, not the number of
+steps: learning rates fall to their end with the minutes used, so a slow or shared machine gets a less trained model, never
+a half-annealed one.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from diffusers import AutoencoderKL
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.nn import functional
+from transformers import CLIPTokenizer
+
+from pipeline.models.demo.aiming import ATTRIBUTES, aiming_loss, attribute_table, named_attributes, record_attention
+from pipeline.models.demo.networks import (
+    IMAGE_SIZE,
+    Sizes,
+    build_scheduler,
+    build_text_encoder,
+    build_tokenizer,
+    build_unet,
+    build_vae,
+    save_pipeline,
+)
+from pipeline.models.demo.world import VOCABULARY, Scene, caption, draw, region
+
+COVERAGE_SIDE = 16  # cells per side of the coverage maps: the finest attention grid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """Sizes and lengths of one training, for one kind of machine."""
+
+    minutes: float  # of the whole training
+    vae_share: float  # of the minutes, for the autoencoder
+    vae_batch: int
+    vae_learning_rate: float
+    pool: int  # scenes drawn and encoded once, from which the UNet learns
+    batch: int
+    learning_rate: float
+    ema_decay: float
+    sizes: Sizes = Sizes()
+
+
+PRESETS = {
+    "cpu": Preset(
+        minutes=95,
+        vae_share=0.15,
+        vae_batch=8,
+        vae_learning_rate=2e-3,
+        pool=20_000,
+        batch=32,
+        learning_rate=1e-3,
+        ema_decay=0.998,
+    ),
+    "gpu": Preset(
+        minutes=45,
+        vae_share=0.2,
+        vae_batch=64,
+        vae_learning_rate=1e-3,
+        pool=200_000,
+        batch=512,
+        learning_rate=8e-4,
+        ema_decay=0.9995,
+        sizes=Sizes(vae_channels=(32, 64, 128), unet_channels=(64, 128, 192), unet_layers=2, unet_heads=4),
+    ),
+}
+
+PROMPT_DROPOUT = 0.12
+AIMING_WEIGHT = 0.02
+KL_WEIGHT = 1e-4
+EDGE_WEIGHT = 0.5
+SNR_CEILING = 5.0  # Min-SNR weighting (Hang et al., arXiv 2303.09556)
+LOG_SECONDS, SAVE_SECONDS = 30, 240
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, and for the model in its subfolder weights.")],
+    preset: Annotated[str, typer.Option(help=f"One of: {', '.join(PRESETS)}.")] = "cpu",
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="Length of the training. Default: the preset's.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the checkpoints in OUT.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = os.cpu_count() or 1,
+    seed: int = 0,
+) -> None:
+    """Train the demo model from nothing."""
+    if preset not in PRESETS:
+        raise typer.BadParameter(f"{preset!r} is not known. Choose one of: {', '.join(PRESETS)}.", param_hint="--preset")
+    if not resume and any(out.glob("*.pt")):
+        raise typer.BadParameter(f"{out} holds a training already. Add --resume, or choose another.", param_hint="--out")
+    plan = PRESETS[preset]
+    if minutes is not None:
+        plan = dataclasses.replace(plan, minutes=minutes)
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    vae = train_vae(plan, out / "vae.pt", device, seed)
+    pool = draw_pool(plan, vae, out / "pool.pt", device, seed)
+    train_unet(plan, vae, pool, out, device, seed)
+
+
+def train_vae(plan: Preset, checkpoint: Path, device: torch.device, seed: int) -> AutoencoderKL:
+    """Fit the autoencoder to scenes drawn on the fly. Loss: L1, L2, L1 of the gradients, and a light KL."""
+    vae = build_vae(plan.sizes).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=plan.vae_learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    clock = Clock(plan.minutes * 60 * plan.vae_share)
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+        clock.resume(state["clock"])
+    rng = np.random.default_rng([seed, 1, clock.steps])
+
+    def save() -> None:
+        write_checkpoint(checkpoint, vae=vae.state_dict(), optimizer=optimizer.state_dict(), clock=clock.state())
+
+    while clock.progress < 1:
+        scenes = [Scene.random(rng) for _ in range(plan.vae_batch)]
+        pixels = to_model_range(np.stack([draw(scene, IMAGE_SIZE) for scene in scenes]), device)
+        set_learning_rate(optimizer, plan.vae_learning_rate, clock)
+        with autocast(device):
+            posterior = vae.encode(pixels).latent_dist
+            decoded = vae.decode(posterior.sample()).sample
+        decoded = decoded.float()
+        error = decoded - pixels
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        loss = error.abs().mean() + error.square().mean() + EDGE_WEIGHT * edges
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        (loss + KL_WEIGHT * kl).backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.steps += 1
+        if clock.due("log", LOG_SECONDS):
+            print(f"vae {clock} loss {loss.item():.4f} kl {kl.item():.2f} psnr {psnr(error):.1f} dB", flush=True)
+        if clock.due("save", SAVE_SECONDS):
+            save()
+    save()
+    return vae.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """What the UNet learns from: scenes, their latents, and where each attribute is to be seen."""
+
+    scenes: list[Scene]
+    latents: Float[Tensor, "N 4 h w"]  # unit standard deviation, float16
+    coverage: UInt8[Tensor, "N attributes side side"]  # 255: the attribute fills the cell
+    scaling_factor: float
+
+
+def draw_pool(plan: Preset, vae: AutoencoderKL, checkpoint: Path, device: torch.device, seed: int) -> Pool:
+    """Draw and encode the scenes once, so that a UNet step pays for neither."""
+    rng = np.random.default_rng([seed, 2])
+    scenes = [Scene.random(rng) for _ in range(plan.pool)]
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        return Pool(scenes, state["latents"], state["coverage"], state["scaling_factor"])
+    print(f"pool: drawing and encoding {plan.pool} scenes", flush=True)
+    latents, coverage = [], []
+    for start in range(0, plan.pool, 64):
+        batch = scenes[start : start + 64]
+        pixels = to_model_range(np.stack([draw(scene, IMAGE_SIZE) for scene in batch]), device)
+        with torch.no_grad(), autocast(device):
+            latents.append(vae.encode(pixels).latent_dist.mean.half().cpu())
+        coverage.append(torch.stack([attribute_coverage(scene) for scene in batch]))
+    stacked = torch.cat(latents)
+    scaling_factor = 1 / stacked[:4096].float().std().item()
+    pool = Pool(scenes, (stacked.float() * scaling_factor).half(), torch.cat(coverage), scaling_factor)
+    write_checkpoint(checkpoint, latents=pool.latents, coverage=pool.coverage, scaling_factor=scaling_factor)
+    per_channel = stacked[:4096].float().mul(scaling_factor)
+    means, deviations = per_channel.mean(dim=(0, 2, 3)).tolist(), per_channel.std(dim=(0, 2, 3)).tolist()
+    print(f"pool: scaling factor {scaling_factor:.4f}, channel means {means}, deviations {deviations}", flush=True)
+    return pool
+
+
+def attribute_coverage(scene: Scene) -> UInt8[Tensor, "attributes side side"]:
+    """Which share of each cell shows each attribute, 255 for all of it."""
+    side = 4 * COVERAGE_SIDE  # four pixels to a cell's side are plenty
+    regions = torch.from_numpy(np.stack([region(scene, attribute, side) for attribute in ATTRIBUTES]))
+    return functional.avg_pool2d(regions.float() * 255, 4).round().to(torch.uint8)
+
+
+def train_unet(plan: Preset, vae: AutoencoderKL, pool: Pool, out: Path, device: torch.device, seed: int) -> None:
+    """Train UNet and text encoder together to predict the noise, with the aiming loss on the side."""
+    tokenizer = build_tokenizer(VOCABULARY)
+    networks = torch.nn.ModuleDict(
+        {"unet": build_unet(plan.sizes), "text_encoder": build_text_encoder(plan.sizes, tokenizer)}
+    ).to(device)
+    unet, text_encoder = networks["unet"], networks["text_encoder"]
+    unet.to(memory_format=torch.channels_last)
+    averaged = copy.deepcopy(networks).requires_grad_(False)
+    recorder = record_attention(unet)
+    optimizer = torch.optim.AdamW(networks.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=1e-3)
+    clock = Clock(plan.minutes * 60 * (1 - plan.vae_share))
+    checkpoint = out / "unet.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        networks.load_state_dict(state["networks"])
+        averaged.load_state_dict(state["averaged"])
+        optimizer.load_state_dict(state["optimizer"])
+        clock.resume(state["clock"])
+    rng = np.random.default_rng([seed, 3, clock.steps])
+
+    alpha_bars = build_scheduler().alphas_cumprod.to(device)
+    snr = alpha_bars / (1 - alpha_bars)
+    timestep_weights = snr.clamp(max=SNR_CEILING) / snr
+    table = attribute_table(tokenizer).to(device)
+    articles = torch.tensor(tokenizer.convert_tokens_to_ids(["a</w>", "an</w>"]), device=device)
+
+    def save() -> None:
+        write_checkpoint(
+            checkpoint,
+            networks=networks.state_dict(),
+            averaged=averaged.state_dict(),
+            optimizer=optimizer.state_dict(),
+            clock=clock.state(),
+        )
+        export(plan, vae, averaged, tokenizer, pool.scaling_factor, clock, out)
+
+    losses = RunningMeans()
+    while clock.progress < 1:
+        chosen = rng.integers(len(pool.scenes), size=plan.batch)
+        latents = pool.latents[chosen].to(device).float()
+        coverage = pool.coverage[chosen].to(device).float() / 255
+        captions = ["" if rng.random() < PROMPT_DROPOUT else caption(pool.scenes[i], rng) for i in chosen]
+        token_ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(device)
+
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(len(alpha_bars), (plan.batch,), device=device)
+        alpha_bar = alpha_bars[timesteps][:, None, None, None]
+        noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
+        set_learning_rate(optimizer, plan.learning_rate, clock)
+        with autocast(device):
+            text_states = text_encoder(token_ids).last_hidden_state
+            noisy = noisy.contiguous(memory_format=torch.channels_last)
+            noise_pred = unet(noisy, timesteps, encoder_hidden_states=text_states).sample
+        errors = (noise_pred.float() - noise).square().mean(dim=(1, 2, 3))
+        denoising = (errors * timestep_weights[timesteps]).mean()
+        aiming = aiming_loss(recorder.take(), coverage, named_attributes(token_ids, table, articles))
+        (denoising + AIMING_WEIGHT * aiming).backward()
+        torch.nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.steps += 1
+        decay = min(plan.ema_decay, (1 + clock.steps) / (10 + clock.steps))
+        torch._foreach_lerp_(list(averaged.parameters()), list(networks.parameters()), 1 - decay)
+        losses.add(weighted=denoising.item(), plain=errors.mean().item(), aiming=aiming.item())
+        if clock.due("log", LOG_SECONDS):
+            print(f"unet {clock} {losses.take()}", flush=True)
+        if clock.due("save", SAVE_SECONDS):
+            save()
+    save()
+    print(f"done: {out / 'weights'}", flush=True)
+
+
+def export(
+    plan: Preset,
+    vae: AutoencoderKL,
+    averaged: torch.nn.ModuleDict,
+    tokenizer: CLIPTokenizer,
+    scaling_factor: float,
+    clock: Clock,
+    out: Path,
+) -> None:
+    """Write the model beside the last one, then put it in that one's place."""
+    vae, averaged = copy.deepcopy(vae).cpu(), copy.deepcopy(averaged).cpu()
+    vae.register_to_config(scaling_factor=scaling_factor)
+    fresh, current, old = out / "weights.new", out / "weights", out / "weights.old"
+    shutil.rmtree(fresh, ignore_errors=True)
+    save_pipeline(fresh, vae, averaged["text_encoder"], tokenizer, averaged["unet"])
+    (fresh / "README.md").write_text(model_card(plan, averaged, clock))
+    shutil.rmtree(old, ignore_errors=True)
+    if current.exists():
+        current.rename(old)
+    fresh.rename(current)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def model_card(plan: Preset, averaged: torch.nn.ModuleDict, clock: Clock) -> str:
+    """What the model is and how it was trained."""
+    return ""
+
+
+class Clock:
+    """Counts the steps and the seconds of one stage over all its runs, against the seconds planned for it."""
+
+    def __init__(self, planned_seconds: float) -> None:
+        self.planned_seconds = planned_seconds
+        self.steps = 0
+        self._seconds_before = 0.0
+        self._started = time.monotonic()
+        self._last: dict[str, float] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Used so far, in this run and in those before it."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    @property
+    def progress(self) -> float:
+        """Share of the planned time that is used, 0..1."""
+        return min(self.seconds / self.planned_seconds, 1.0)
+
+    def due(self, name: str, every_seconds: float) -> bool:
+        """Whether it is time again for what is to be done every so many seconds."""
+        if self.seconds - self._last.setdefault(name, self.seconds) < every_seconds:
+            return False
+        self._last[name] = self.seconds
+        return True
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"steps": self.steps, "seconds": self.seconds}
+
+    def resume(self, state: dict[str, float]) -> None:
+        """Go on from a checkpoint."""
+        self.steps, self._seconds_before = int(state["steps"]), state["seconds"]
+
+    def __str__(self) -> str:
+        return f"step {self.steps} minute {self.seconds / 60:.1f} of {self.planned_seconds / 60:.1f}"
+
+
+class RunningMeans:
+    """Means of named figures since they were last taken."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = {}
+
+    def add(self, **values: float) -> None:
+        """Count one more value of each figure."""
+        for name, value in values.items():
+            self._values.setdefault(name, []).append(value)
+
+    def take(self) -> str:
+        """The means as text, and a new beginning."""
+        text = " ".join(f"{name} {sum(values) / len(values):.4f}" for name, values in self._values.items())
+        self._values = {}
+        return text
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, clock: Clock) -> None:
+    """A warm-up of 100 steps, then a cosine over the planned time down to a fiftieth of the peak."""
+    annealed = 0.02 + 0.98 * (1 + math.cos(math.pi * clock.progress)) / 2
+    for group in optimizer.param_groups:
+        group["lr"] = peak * annealed * min(1.0, (clock.steps + 1) / 100)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 for convolutions and matrix products; float32 weights and sums."""
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def write_checkpoint(path: Path, **state: object) -> None:
+    """Write beside, then replace: a kill leaves the old checkpoint or the new one."""
+    beside = path.with_suffix(".tmp")
+    torch.save(state, beside)
+    beside.replace(path)
+
+
+def to_model_range(pixels: UInt8[np.ndarray, "B H W 3"], device: torch.device) -> Float[Tensor, "B 3 H W"]:
+    """uint8 0..255 to float -1..1, channels first."""
+    return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def psnr(error: Float[Tensor, "..."]) -> float:
+    """In dB, of an error in images that span -1..1."""
+    return -10 * math.log10(error.square().mean().item() / 4)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,42 @@
+"""What an editor is: settings, and one generator that walks a trajectory down to edited latents."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from pipeline.engine.calls import Steps
+from pipeline.records import EditedLatents, EditRequest, Trajectory
+
+
+class Editor(BaseModel, ABC):
+    """Turns a trajectory and a request into edited latents. Fields are its settings in the recipe; a subclass is final."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    reads: ClassVar[frozenset[str]]  # what it needs of a trajectory, among what inversions record
+    paper: ClassVar[str]
+
+    @abstractmethod
+    def check(self, request: EditRequest, num_steps: int) -> None:
+        """Refuse a request that this editor cannot serve.
+
+        Raises:
+            PrepareError: says what is missing and how to give it.
+        """
+
+    @abstractmethod
+    def edit(
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None, *, keep_history: bool = False
+    ) -> Steps[EditedLatents]:
+        """Yield model calls; return the edit of one image.
+
+        Args:
+            trajectory: what the inversion returned.
+            request: what to change.
+            user_mask: (h, w) at latent resolution in [0, 1], or None for everywhere.
+            keep_history: also return what every step did.
+        """

@@ -1,0 +1,127 @@
+"""LEDITS++ (Brack et al., arXiv 2311.16711): any number of concepts at once, each in a region of its own.
+
+Cost: with N steps, sum over steps i >= w of 1 + (concepts active at i), where w is the smallest warm-up: steps before
+it replay the stored trajectory and are not computed. Masks: one per concept. Memory: no attention map is kept; one
+(h/4, w/4) field per active concept and step.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.diffusion.guidance import edit_directions, multi_edit_guidance
+from pipeline.diffusion.masks import attention_mask, noise_mask
+from pipeline.editing.base import Editor
+from pipeline.editing.walk import start_of, take_step
+from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps
+from pipeline.errors import PrepareError
+from pipeline.records import Concept, EditedLatents, EditRequest, StepRecord, Trajectory
+
+
+def is_active(concept: Concept, step: int) -> bool:
+    """Whether a concept guides kept step `step`."""
+    return concept.warmup_steps <= step and (concept.cooldown_steps is None or step < concept.cooldown_steps)
+
+
+def signed_scale(concept: Concept) -> float:
+    """Guidance scale with the direction's sign."""
+    return concept.guidance_scale if concept.direction == "add" else -concept.guidance_scale
+
+
+def can_matter(concept: Concept) -> bool:
+    """Whether a concept can change anything: a scale or weight of zero cannot."""
+    return concept.guidance_scale != 0.0 and concept.weight != 0.0
+
+
+class LEditsPP(Editor):
+    """Guide the unconditional prediction by every concept's masked direction."""
+
+    reads: ClassVar = frozenset({"latents", "noise_maps"})
+    paper: ClassVar = "LEDITS++: Limitless Image Editing using Text-to-Image Models, arXiv 2311.16711"
+
+    method: Literal["ledits_pp"] = "ledits_pp"
+    mask: Literal["intersect", "attention", "noise"] = "intersect"  # which of M1 (attention) and M2 (noise) bound an edit
+    # At timesteps above this one an intersected mask is the attention mask alone, as in the Stable Diffusion pipeline
+    # of the maintained implementation: so early, directions are too diffuse to say where.
+    intersect_from_timestep: int = Field(default=800, ge=0)
+
+    def check(self, request: EditRequest, num_steps: int) -> None:
+        """See `Editor`. No concept at all is allowed: the image comes back unedited."""
+        if request.target_prompt and not request.concepts:
+            raise PrepareError(
+                "ledits_pp edits by concepts, and this edit has a target_prompt but no concepts. Name what to change "
+                "under concepts, or use editing.method cfg"
+            )
+        for number, concept in enumerate(request.concepts):
+            if concept.warmup_steps >= num_steps:
+                raise PrepareError(
+                    f"concept {number} ('{concept.prompt}') has warmup_steps {concept.warmup_steps}, but only "
+                    f"{num_steps} steps are walked: it would never act. Lower warmup_steps or raise inversion.num_steps"
+                )
+
+    def edit(
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None, *, keep_history: bool = False
+    ) -> Steps[EditedLatents]:
+        """See `Editor`."""
+        num_steps = len(trajectory.timesteps)
+        size = (trajectory.latents.shape[-2], trajectory.latents.shape[-1])
+        concepts = request.concepts
+        mattering = [number for number, concept in enumerate(concepts) if can_matter(concept)]
+        base, *prompts = yield EncodeText((request.negative_prompt, *(concept.prompt for concept in concepts)))
+
+        # Until the first concept acts the walk only replays what the inversion stored, provided that the inversion
+        # predicted as this walk does: from the empty prompt. Those steps are not computed.
+        first_step = min((concepts[number].warmup_steps for number in mattering), default=num_steps)
+        if request.negative_prompt or trajectory.source_prompt:
+            first_step = 0
+        latents, previous = start_of(trajectory, first_step)
+        times_in_mask = torch.zeros((len(concepts), *size))
+        times_active = torch.zeros((len(concepts), 1, 1))
+        history = []
+        for step in range(first_step, num_steps):
+            timestep = trajectory.timesteps[step]
+            active = [number for number in mattering if is_active(concepts[number], step)]
+            rows = 1 + len(active)
+            denoised: Denoised = yield Denoise(
+                latents.expand(rows, -1, -1, -1),
+                [timestep] * rows,
+                [base, *(prompts[number] for number in active)],
+                watch=[(), *(prompts[number].positions for number in active)] if active and self.mask != "noise" else None,
+            )
+            noise_pred = denoised.noise_preds[0]
+            masks = torch.zeros((len(concepts), *size), dtype=torch.bool)
+            if active:
+                acting = [concepts[number] for number in active]
+                scales = latents.new_tensor([signed_scale(concept) for concept in acting])
+                directions = edit_directions(noise_pred, denoised.noise_preds[1:], scales, user_mask)
+                masks[active] = self._masks(acting, directions, denoised.attention, timestep)
+                weights = latents.new_tensor([concept.weight for concept in acting])
+                noise_pred = multi_edit_guidance(noise_pred, directions, masks[active], weights)
+                times_in_mask += masks
+                times_active[active] += 1
+            latents, previous = take_step(trajectory, step, latents, noise_pred, previous)
+            if keep_history:
+                attention = None
+                if active and denoised.attention is not None:
+                    attention = torch.zeros((len(concepts), *denoised.attention.shape[1:]), dtype=latents.dtype)
+                    attention[active] = denoised.attention[1:]
+                history.append(StepRecord(step=step, latents=latents, masks=masks, attention=attention))
+        # A concept's region moves a little from step to step. What is reported is where it acted in most of its steps.
+        reported = (times_in_mask * 2 >= times_active) & (times_active > 0)
+        return EditedLatents(latents=latents, masks=reported, history=tuple(history))
+
+    def _masks(
+        self, concepts: list[Concept], directions: Tensor, attention: Tensor | None, timestep: int
+    ) -> Tensor:  # (E, h, w) bool
+        thresholds = directions.new_tensor([concept.threshold for concept in concepts])
+        if attention is None:
+            return noise_mask(directions, thresholds)
+        size = (directions.shape[-2], directions.shape[-1])
+        where_attended = attention_mask(attention[1:].to(directions), thresholds, size)
+        if self.mask == "attention" or timestep > self.intersect_from_timestep:
+            return where_attended
+        return where_attended & noise_mask(directions, thresholds)

@@ -1,0 +1,37 @@
+"""No edit: walk the trajectory back under the inversion's own prediction, and see what returns.
+
+The measure of an inversion, and the identity of a pipeline. Cost: one UNet row per step (two with a guided source
+prompt), of which none is left out although an exact inversion could: walking is the point. Masks: none.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from pipeline.editing.base import Editor
+from pipeline.editing.walk import no_masks, walk
+from pipeline.engine.calls import Steps
+from pipeline.engine.prompts import GuidedPrompt
+from pipeline.records import EditedLatents, EditRequest, Trajectory
+
+
+class Reconstruct(Editor):
+    """Replay a trajectory."""
+
+    reads: ClassVar = frozenset({"latents"})
+    paper: ClassVar = "the replay step of any inversion"
+
+    method: Literal["reconstruct"] = "reconstruct"
+
+    def check(self, request: EditRequest, num_steps: int) -> None:
+        """See `Editor`: every request will do, what it wants changed is not read."""
+
+    def edit(
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None, *, keep_history: bool = False
+    ) -> Steps[EditedLatents]:
+        """See `Editor`."""
+        prompt = yield from GuidedPrompt.encode(trajectory.source_prompt, trajectory.source_guidance)
+        latents, history = yield from walk(trajectory, 0, prompt.predict, keep_history=keep_history)
+        return EditedLatents(latents=latents, masks=no_masks(latents), history=history)

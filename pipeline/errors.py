@@ -1,0 +1,107 @@
+"""Every error that a user can meet, as one tree.
+
+    ShardeditError
+    ├── RecipeError        the configuration asks for something that cannot work (all problems at once)
+    ├── ModelError         a checkpoint is missing, unsafe or of an unknown kind
+    ├── SourceError        nothing can be read: no bucket, no permission, no shard, no image
+    ├── SinkError          nothing can be written, or the folder belongs to another run
+    ├── ClusterError       the cluster lacks what the recipe asks for
+    ├── RunAborted         an error budget was spent
+    └── RowError           one image fails; the run goes on, the image goes to quarantine
+        ├── ReadError      stage "read"      the shard or the row is damaged
+        ├── DecodeError    stage "decode"    the bytes are no image that may be opened
+        ├── PrepareError   stage "prepare"   no usable edit request, mask or size
+        ├── InvertError    stage "invert"    the inversion cannot work on this image
+        ├── EditError      stage "edit"      the edit cannot work on this image
+        └── EncodeError    stage "encode"    the result cannot be written as an image
+
+A message says what was wrong, where, and what to do. A row's message holds no address, time or host, so that two
+runs over the same data quarantine the same bytes.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+Stage = Literal["read", "decode", "prepare", "invert", "edit", "encode"]
+
+
+class ShardeditError(Exception):
+    """Base of all errors of this package. `exit_code` is what a command returns for it."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class RecipeError(ShardeditError):
+    """The configuration cannot work. `problems` lists (key path, what is wrong and the way out)."""
+
+    exit_code = 2
+
+    def __init__(self, where: str, problems: list[tuple[str, str]]) -> None:
+        self.where = where
+        self.problems = problems
+        lines = [f"{where} has {len(problems)} problem(s):"]
+        lines += [f"  {path}: {text}" for path, text in problems]
+        super().__init__("\n".join(lines))
+
+
+class ModelError(ShardeditError):
+    """A checkpoint cannot be used: missing, unsafe or of an unknown kind."""
+
+
+class SourceError(ShardeditError):
+    """Nothing can be read from the source."""
+
+
+class SinkError(ShardeditError):
+    """Nothing can be written to the sink, or what stands there belongs to another run."""
+
+
+class ClusterError(ShardeditError):
+    """The cluster lacks what the recipe asks for."""
+
+
+class RunAborted(ShardeditError):
+    """The run was stopped because too much of it failed."""
+
+
+class RowError(ShardeditError):
+    """One image fails, its neighbours do not."""
+
+    stage: ClassVar[Stage] = "edit"
+
+
+class ReadError(RowError):
+    """The shard or the row is damaged."""
+
+    stage = "read"
+
+
+class DecodeError(RowError):
+    """The bytes are no image that may be opened."""
+
+    stage = "decode"
+
+
+class PrepareError(RowError):
+    """The row has no usable edit request, mask or size."""
+
+    stage = "prepare"
+
+
+class InvertError(RowError):
+    """The inversion cannot work on this image."""
+
+    stage = "invert"
+
+
+class EditError(RowError):
+    """The edit cannot work on this image."""
+
+    stage = "edit"
+
+
+class EncodeError(RowError):
+    """The result cannot be written as an image."""
+
+    stage = "encode"

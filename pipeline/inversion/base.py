@@ -1,0 +1,53 @@
+"""What an inversion is: settings, and one generator that turns an encoded image into a trajectory."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from pipeline.diffusion.schedule import NoiseSchedule
+from pipeline.engine.calls import Steps
+from pipeline.records import Trajectory
+
+DrawNoise = Callable[[], Tensor]
+"""Returns one more standard normal latent (C, h, w) at each call."""
+
+
+def draw_from(seed: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> DrawNoise:
+    """Noise of one image: drawn on the CPU in float32 from a generator of its own, so that it depends on nothing else."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return lambda: torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What an inversion is given: one image, and what is known of it."""
+
+    latents: Tensor  # (C, h, w) encoded image, scaled
+    prompt: str  # what the image shows; may be ""
+    schedule: NoiseSchedule
+    draw_noise: DrawNoise
+
+
+class Inversion(BaseModel, ABC):
+    """Turns an image into a trajectory. Fields are its settings in the recipe; a subclass is final."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    records: ClassVar[frozenset[str]]  # what an editor may read of its trajectories: "latents", "noise_maps"
+    exact: ClassVar[str]  # how well replaying its trajectory returns the image, in a few words
+    paper: ClassVar[str]
+
+    @abstractmethod
+    def invert(self, source: Source) -> Steps[Trajectory]:
+        """Yield model calls; return the trajectory of one image."""
+
+    @abstractmethod
+    def rows(self, source_prompt: str) -> int:
+        """UNet rows that one inversion takes."""

@@ -1,0 +1,100 @@
+"""Edit-friendly DDPM inversion (Huberman-Spiegelglas et al., arXiv 2304.06140), as LEDITS++ extends it.
+
+Cost: one UNet row per kept step (two with a guided source prompt), all asked for in one go, since each noisy latent
+is drawn straight from the image. Reconstruction: exact by construction, whatever the network predicts.
+Memory: 3 N + 1 latents per image. Stochastic: one seed per image.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from pipeline.diffusion.schedule import NoiseSchedule
+from pipeline.diffusion.steps import DDIM, SDEDPMSolver, Solver
+from pipeline.engine.calls import Steps
+from pipeline.engine.prompts import GuidedPrompt
+from pipeline.inversion.base import Inversion, Source
+from pipeline.records import Trajectory
+
+
+class DDPMInversion(Inversion):
+    """Draw every noisy latent independently, then solve each step of a stochastic sampler for its noise map."""
+
+    records: ClassVar = frozenset({"latents", "noise_maps"})
+    exact: ClassVar = "exact"
+    paper: ClassVar = "An Edit Friendly DDPM Noise Space, arXiv 2304.06140; LEDITS++, arXiv 2311.16711"
+
+    method: Literal["ddpm"] = "ddpm"
+    solver: Literal["sde-dpmsolver++", "ddim"] = "sde-dpmsolver++"
+    num_steps: int = Field(default=30, ge=1, le=999)  # N: kept steps, what an edit walks
+    # The schedule has int(N * (1 + skip)) steps, of which the N least noisy are kept (LEDITS++): larger stays closer
+    # to the image. The edit-friendly paper's "skip k of S steps" is num_steps S - k with skip k / (S - k).
+    skip: float = Field(default=0.15, ge=0)
+    eta: float = Field(default=1.0, gt=0, le=1)  # variance of the ddim solver; sde-dpmsolver++ has none to choose
+    exact_last_step: bool = True  # false: the last step adds no noise map, as the published implementations have it
+    source_guidance_scale: float = Field(default=3.5, allow_inf_nan=False)  # acts only with a source prompt
+    eta_form: Literal["standard", "authors"] = "standard"  # authors: eta instead of its square, parity only
+
+    @model_validator(mode="after")
+    def _eta_is_used(self) -> DDPMInversion:
+        if self.solver == "sde-dpmsolver++" and self.eta != 1.0:
+            raise ValueError("eta acts with solver: ddim only. Set solver: ddim or leave eta at 1")
+        return self
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps of the whole schedule, the skipped ones included."""
+        # A rounding guard would be nicer, but the truncation of the float product is what diffusers does.
+        return int(self.num_steps * (1.0 + self.skip))
+
+    def solver_for(self, schedule: NoiseSchedule) -> Solver:
+        """The N kept steps on a checkpoint's schedule; leading spacing, whatever the checkpoint samples with."""
+        total = self.schedule_steps
+        if self.solver == "ddim":
+            return DDIM.from_schedule(
+                schedule,
+                schedule.ddim_timesteps(total, "leading")[-self.num_steps :],
+                stride=schedule.num_train_timesteps // total,
+                eta=self.eta,
+                eta_squared=self.eta_form == "standard",
+                zero_last_sigma=not self.exact_last_step,
+            )
+        timesteps = schedule.dpm_timesteps(total)[-self.num_steps :]
+        return SDEDPMSolver.from_schedule(schedule, timesteps, zero_last_sigma=not self.exact_last_step)
+
+    def invert(self, source: Source) -> Steps[Trajectory]:
+        """See `Inversion`. Noise is drawn for ascending timesteps, the reference's order."""
+        solver = self.solver_for(source.schedule)
+        steps = range(self.num_steps)
+        # One independent draw per level, unlike a forward Markov chain: this makes the noise maps carry the layout of
+        # the image, hence "edit-friendly". It also frees the predictions of each other: all are asked for at once.
+        drawn = {step: solver.add_noise(source.latents, source.draw_noise(), step) for step in reversed(steps)}
+        latents = [drawn[step] for step in steps] + [source.latents]
+        prompt = yield from GuidedPrompt.encode(source.prompt, self.source_guidance_scale)
+        noise_preds = yield from prompt.predict_all(torch.stack(latents[:-1]), solver.timesteps)
+
+        noise_maps, data_preds = [], []
+        for step in steps:
+            previous = data_preds[-1] if data_preds else None
+            mean, sigma, data_pred = solver.transition(step, latents[step], noise_preds[step], previous)
+            noise_map = (latents[step + 1] - mean) / sigma if sigma > 0 else torch.zeros_like(mean)
+            if step + 1 == self.num_steps and sigma == 0:
+                latents[step + 1] = mean  # what replaying the trajectory returns
+            noise_maps.append(noise_map)
+            data_preds.append(data_pred)
+        return Trajectory(
+            method=self.method,
+            solver=solver,
+            latents=torch.stack(latents),
+            noise_maps=torch.stack(noise_maps),
+            data_preds=torch.stack(data_preds),
+            source_prompt=source.prompt,
+            source_guidance=self.source_guidance_scale,
+        )
+
+    def rows(self, source_prompt: str) -> int:
+        """See `Inversion`."""
+        return self.num_steps * GuidedPrompt.rows_of(source_prompt, self.source_guidance_scale)

@@ -1,0 +1,159 @@
+"""The demo model's networks before training: a small Stable Diffusion, put together of diffusers' own classes.
+
+Images of 128 x 128 become latents of 4 x 32 x 32. The UNet attends to the text at 16 x 16 and at 8 x 8 cells, on its way
+down and up; 8 x 8 is a quarter of the latents' side, the grid from which LEDITS++ takes its attention masks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+IMAGE_SIZE = 128
+LATENT_SIZE = 32
+MAX_TOKENS = 77  # as in every Stable Diffusion, so that no code needs to treat this model otherwise
+START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Widths and depths of the three networks."""
+
+    vae_channels: tuple[int, int, int] = (16, 32, 64)  # at 128, 64 and 32 pixels
+    vae_layers: int = 1
+    unet_channels: tuple[int, int, int] = (32, 64, 128)  # at 32, 16 and 8 cells
+    unet_layers: int = 1  # residual blocks per level on the way down, one more on the way up
+    unet_heads: int = 2
+    text_width: int = 128
+    text_layers: int = 2
+
+
+def build_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
+    """A CLIP tokenizer that makes one token of each given word, and several of any other.
+
+    The byte-pair merges are learned from the words until each of them is whole. Merges made up word by word would get into
+    each other's way: "r" + "o" of "round" would be merged first in "background", too.
+    """
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    pairs.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000, initial_alphabet=symbols, end_of_word_suffix="</w>", show_progress=False
+    )
+    pairs.train_from_iterator(words, trainer)
+    learned = json.loads(pairs.to_str())["model"]
+    vocabulary: dict[str, int] = learned["vocab"]
+    # Any byte may end a word that nobody here thought of, so each symbol is known in its word-final form, too.
+    for token in [*(symbol + "</w>" for symbol in symbols), START_TOKEN, END_TOKEN]:
+        vocabulary.setdefault(token, len(vocabulary))
+    return CLIPTokenizer(
+        vocab=vocabulary,
+        merges=[tuple(pair) for pair in learned["merges"]],
+        bos_token=START_TOKEN,
+        eos_token=END_TOKEN,
+        unk_token=END_TOKEN,
+        pad_token=END_TOKEN,
+        model_max_length=MAX_TOKENS,
+    )
+
+
+def build_vae(sizes: Sizes) -> AutoencoderKL:
+    """An untrained autoencoder of factor 4. It has no attention: what it sees is local, and flat."""
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        sample_size=IMAGE_SIZE,
+        norm_num_groups=8,
+        layers_per_block=sizes.vae_layers,
+        block_out_channels=sizes.vae_channels,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        mid_block_add_attention=False,
+    )
+
+
+def build_text_encoder(sizes: Sizes, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """An untrained CLIP text model."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=sizes.text_width,
+            intermediate_size=2 * sizes.text_width,
+            num_attention_heads=4,
+            num_hidden_layers=sizes.text_layers,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_unet(sizes: Sizes) -> UNet2DConditionModel:
+    """An untrained UNet. Its finest level has no attention, which would cost more there than all the rest."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=4,
+        out_channels=4,
+        norm_num_groups=8,
+        layers_per_block=sizes.unet_layers,
+        block_out_channels=sizes.unet_channels,
+        attention_head_dim=sizes.unet_heads,  # diffusers' name for the number of heads
+        cross_attention_dim=sizes.text_width,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """The schedule of Stable Diffusion 1.x."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+
+
+def save_pipeline(
+    folder: Path,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+) -> None:
+    """Write an ordinary diffusers folder with fp16 weights. The networks given are converted in place."""
+    pipeline = StableDiffusionPipeline(
+        vae=vae.half(),
+        text_encoder=text_encoder.half(),
+        tokenizer=tokenizer,
+        unet=unet.half(),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    # transformers would load the text encoder in the precision it finds here, beside a UNet in float32.
+    config_file = folder / "text_encoder" / "config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+
+
+def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+    """Read a folder that `save_pipeline` wrote. `OSError` where it is missing or incomplete."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

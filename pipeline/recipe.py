@@ -1,0 +1,337 @@
+"""The recipe: one YAML file as a pydantic tree, in the order of the flow. It refuses what cannot work.
+
+    source      where the images are
+    edits       what to change, for rows that bring no edit of their own
+    model       which checkpoint, at which size and precision
+    inversion   how an image becomes a trajectory
+    editing     how a trajectory becomes an edit
+    methods     instead of inversion and editing: several named pairs, each of which edits every image
+    sink        where results go
+    run         seed, units, workers, error budgets
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+
+from pipeline.editing import EDITORS
+from pipeline.editing.base import Editor
+from pipeline.editing.ledits_pp import LEditsPP
+from pipeline.errors import PrepareError, RecipeError
+from pipeline.inversion import INVERSIONS
+from pipeline.inversion.base import Inversion
+from pipeline.inversion.ddpm import DDPMInversion
+from pipeline.records import EditRequest
+
+AnyInversion = Annotated[Union[tuple(INVERSIONS.values())], Field(discriminator="method")]
+AnyEditor = Annotated[Union[tuple(EDITORS.values())], Field(discriminator="method")]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_+-]{0,63}$")]
+StorageOptions = dict[str, Any]
+
+
+class Section(BaseModel):
+    """Base of the recipe's sections: immutable, and no key is unknown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceConfig(Section):
+    """Where the images are, and which parts of a row hold what."""
+
+    shards: tuple[str, ...] = Field(min_length=1)  # fsspec URLs, globs allowed; a folder or prefix means all below it
+    format: Literal["auto", "webdataset", "parquet", "folder"] = "auto"  # auto: by the names found
+    image: str | None = None  # member extension or column with the image; none: the first that holds one
+    caption: str = "txt"  # member extension or column with the caption; rows without one have ""
+    caption_is_source_prompt: bool = False  # take the caption for the source prompt of edits that have none
+    mask: str | None = None  # member extension ("mask.png") or column with the user's mask
+    edit: str = "edit"  # key of the json member, or column, with the row's own edit request
+    storage_options: StorageOptions = Field(default_factory=dict, repr=False)  # for fsspec; secrets: the environment
+    max_pixels: int = Field(default=64_000_000, ge=1)  # larger images are quarantined before they are decoded
+    max_member_bytes: int = Field(default=256 * 2**20, ge=1)  # larger members are quarantined unread
+
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class ModelConfig(Section):
+    """Which checkpoint, at which size and precision."""
+
+    name: str = Field(default="demo", min_length=1)  # "demo", "analytic", a local folder, or a hub id
+    revision: str | None = None  # of a hub id: branch, tag or commit
+    variant: str | None = None  # of the weight files, e.g. "fp16"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU, float32 elsewhere
+    size: int | None = Field(default=None, ge=32, le=4096)  # side (crop, pad, stretch) in pixels; none: the checkpoint's
+    fit: Literal["crop", "pad", "stretch", "bucket"] = "pad"  # how an image of another shape is brought to the model
+    compile: bool = False  # torch.compile the UNet: one graph per call shape
+
+
+class Method(Section):
+    """One way to edit: an inversion and an editor that reads what it records."""
+
+    inversion: AnyInversion = Field(default_factory=DDPMInversion)
+    editing: AnyEditor = Field(default_factory=LEditsPP)
+
+
+class SinkConfig(Section):
+    """Where results go, and what a result holds."""
+
+    folder: str = Field(min_length=1)  # fsspec URL; created where missing
+    format: Literal["parquet", "webdataset"] = "parquet"
+    include_input: bool = False  # keep the input image beside the edited one
+    image_format: Literal["png", "jpg", "webp"] = "png"  # of the edited image; masks are always lossless
+    quality: int = Field(default=95, ge=1, le=100)  # of jpg and webp
+    storage_options: StorageOptions = Field(default_factory=dict, repr=False)
+
+
+class RunConfig(Section):
+    """Seed, units of work, workers, error budgets."""
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    unit_size: int = Field(default=32, ge=1, le=4096)  # images that are committed together; also the loss of a kill
+    call_size: int | Literal["auto"] = "auto"  # rows of a UNet call; auto: probed on a GPU, 16 on CPU. Fixes the bits
+    images_in_flight: int | Literal["auto"] = "auto"  # per worker; auto: what keeps calls full. Bounds memory
+    engine: Literal["ray", "local"] = "ray"  # local: one process, for small runs and debugging; the same bytes
+    workers: int | Literal["auto"] = "auto"  # engines with a model each; auto: one per GPU, one on CPU
+    gpus_per_worker: float | Literal["auto"] = "auto"  # auto: 1 where the cluster has GPUs, else 0
+    max_failed_fraction: float = Field(default=0.5, ge=0, le=1)  # of results asked for; more ends the run
+    max_consecutive_failed_units: int = Field(default=5, ge=1)
+
+    @field_validator("call_size", "images_in_flight", "workers")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("should be 'auto' or at least 1")
+        return value
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _not_negative(cls, value: float | str) -> float | str:
+        if isinstance(value, float) and value < 0:
+            raise ValueError("should be 'auto' or at least 0")
+        return value
+
+
+class Recipe(Section):
+    """A whole run. Build it with `load_recipe`, or from keyword arguments."""
+
+    source: SourceConfig
+    edits: dict[Name, EditRequest] = Field(default_factory=dict)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    inversion: AnyInversion = Field(default_factory=DDPMInversion)
+    editing: AnyEditor = Field(default_factory=LEditsPP)
+    methods: dict[Name, Method] = Field(default_factory=dict)
+    sink: SinkConfig
+    run: RunConfig = Field(default_factory=RunConfig)
+
+    @field_validator("edits", mode="before")
+    @classmethod
+    def _one_unnamed_edit(cls, value: Any) -> Any:
+        """`edits: {concepts: [...]}` is one edit, named "edit"."""
+        if isinstance(value, Mapping) and value and set(value) <= set(EditRequest.model_fields):
+            return {"edit": value}
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _methods_or_one_pair(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("methods") and ("inversion" in data or "editing" in data):
+            raise ValueError("methods stand instead of inversion and editing. Remove one or the other")
+        return data
+
+    @property
+    def all_methods(self) -> dict[str, Method]:
+        """Every method by name; a recipe without `methods` has one, named after its editor."""
+        return self.methods or {self.editing.method: Method(inversion=self.inversion, editing=self.editing)}
+
+    def canonical_json(self) -> str:
+        """Every setting, resolved, in one fixed spelling; without storage options, which may hold secrets."""
+        data = self.model_dump(mode="json", exclude={"source": {"storage_options"}, "sink": {"storage_options"}})
+        return json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that decide what a run writes: a rerun with others is another run."""
+        data = json.loads(self.canonical_json())
+        for section, keys in {
+            "sink": ("folder",),
+            "run": ("engine", "workers", "gpus_per_worker", "images_in_flight", "max_failed_fraction"),
+        }.items():
+            for key in keys:
+                data[section].pop(key)
+        data["run"].pop("max_consecutive_failed_units")
+        return dict(data)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of `result_settings`, first 16 hexadecimal digits."""
+        text = json.dumps(self.result_settings(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def problems(self) -> list[tuple[str, str]]:
+        """What parses but cannot work: pairs that do not fit, edits that a method cannot serve."""
+        found = []
+        for name, method in self.all_methods.items():
+            at = f"methods.{name}." if self.methods else ""
+            if missing := method.editing.reads - method.inversion.records:
+                fitting = [key for key, cls in INVERSIONS.items() if method.editing.reads <= cls.records]
+                found.append(
+                    (
+                        f"{at}editing" if at else "editing",
+                        f"editing.method '{method.editing.method}' reads {', '.join(sorted(missing))}, which "
+                        f"inversion.method '{method.inversion.method}' does not record. Set inversion.method to one "
+                        f"of: {', '.join(fitting)}",
+                    )
+                )
+            for edit, request in self.edits.items():
+                try:
+                    method.editing.check(request, method.inversion.num_steps)
+                except PrepareError as error:
+                    found.append((f"edits.{edit}", f"{error}" + (f" (method '{name}')" if self.methods else "")))
+        return found
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Recipe:
+        if problems := self.problems():
+            raise RecipeError("recipe", problems)
+        return self
+
+
+def parse_edits(value: Any, where: str) -> dict[str, EditRequest]:
+    """A row's own edit request(s): one request, or a mapping of names to requests; JSON text is parsed.
+
+    Raises:
+        PrepareError: what stands there is no edit request; says what is wrong with it.
+    """
+    if isinstance(value, (str, bytes)):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise PrepareError(f"{where} is not JSON: {error}") from error
+    if not isinstance(value, Mapping) or not value:
+        raise PrepareError(f"{where} holds no edit request but {type(value).__name__}. Give an object with concepts")
+    named = value if not set(value) <= set(EditRequest.model_fields) else {"edit": value}
+    try:
+        return {
+            _checked_name(name, where): EditRequest.model_validate(_without_none(request))
+            for name, request in named.items()
+        }
+    except ValidationError as error:
+        problems = "; ".join(f"{path}: {text}" for path, text in describe(error))
+        raise PrepareError(f"{where} is no edit request: {problems}") from error
+
+
+def _checked_name(name: Any, where: str) -> str:
+    import re
+
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_+-]{0,63}", name):
+        raise PrepareError(
+            f"{where} has the key {name!r}, which is neither a field of an edit request "
+            f"({', '.join(EditRequest.model_fields)}) nor a name for one (letters, digits, '_', '+', '-')"
+        )
+    return name
+
+
+def _without_none(value: Any) -> Any:
+    """Parquet structs fill absent fields with null: take these for absent."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [_without_none(item) for item in value]
+    return value
+
+
+def describe(error: ValidationError) -> list[tuple[str, str]]:
+    """Pydantic's findings as (key path, what is wrong and the way out)."""
+    found = []
+    tags = set(INVERSIONS) | set(EDITORS)
+    for item in error.errors():
+        # Pydantic names the union's branch in the path: `inversion.ddim.num_steps`. Users wrote no such key.
+        path = ".".join(str(part) for at, part in enumerate(item["loc"]) if not (part in tags and at > 0 and _is_tag(item["loc"], at)))
+        context = item.get("ctx", {})
+        match item["type"]:
+            case "union_tag_invalid":
+                text = f"method is '{context.get('tag')}', known are: {str(context.get('expected_tags')).replace(chr(39), '')}"
+            case "union_tag_not_found":
+                known = INVERSIONS if path.endswith("inversion") else EDITORS
+                text = f"method is missing, known are: {', '.join(known)}"
+            case "extra_forbidden":
+                text = "unknown key. Remove it or correct its spelling"
+            case "missing":
+                text = "is required"
+            case _:
+                text = item["msg"].removeprefix("Value error, ")
+        found.append((path or "recipe", text))
+    return found
+
+
+def _is_tag(location: tuple[Any, ...], at: int) -> bool:
+    return location[at - 1] in ("inversion", "editing")
+
+
+def recipe_from(data: Any, where: str = "recipe") -> Recipe:
+    """Build a recipe from plain data.
+
+    Raises:
+        RecipeError: lists every problem with its key's path and the way out.
+    """
+    if not isinstance(data, Mapping):
+        raise RecipeError(where, [("recipe", f"should be a mapping of sections, is {type(data).__name__}")])
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(where, describe(error)) from error
+    except RecipeError as error:
+        raise RecipeError(where, error.problems) from error
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply overrides such as `inversion.num_steps=20`; values are YAML.
+
+    Raises:
+        RecipeError: the file cannot be read or does not describe a possible run; lists every problem.
+    """
+    where = str(path)
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(where, [("recipe", f"cannot be read: {error.strerror}. Check the path")]) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(where, [("recipe", f"is not YAML: {error}")]) from error
+    if not isinstance(data, dict):
+        data = {} if data is None else data
+    for override in overrides:
+        _apply(data, override, where)
+    return recipe_from(data, where)
+
+
+def _apply(data: Any, override: str, where: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise RecipeError(where, [(override, "an override is written section.key=value")])
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(where, [(path, f"the override's value is not YAML: {error}")]) from error
+    *parents, last = path.split(".")
+    node = data
+    for part in parents:
+        node = node[int(part)] if isinstance(node, list) and part.isdigit() and int(part) < len(node) else node
+        if isinstance(node, dict):
+            node = node.setdefault(part, {})
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise RecipeError(where, [(path, "the override leads into a value that has no keys")])
+
+
+__all__ = ["Editor", "Inversion", "Method", "Recipe", "load_recipe", "parse_edits", "recipe_from"]

@@ -1,0 +1,210 @@
+"""What travels, in the order of a row's way: Sample > Prepared > Trajectory > EditedLatents > Edited | Rejected.
+
+Each record lists exactly what is known by then; none is ever half filled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from pipeline.errors import Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.diffusion.steps import Solver
+
+Prompt = Annotated[str, StringConstraints(strip_whitespace=True, max_length=2000)]
+NonEmptyPrompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2000)]
+
+
+class Concept(BaseModel):
+    """One thing to add to an image or to take out of it (LEDITS++, arXiv 2311.16711)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: NonEmptyPrompt  # what to add or remove, in a few words; any text, known to the model or not
+    guidance_scale: float = Field(default=5.0, allow_inf_nan=False)  # strength; typical 3..15, negative turns round
+    threshold: float = Field(default=0.9, ge=0, lt=1)  # share of the area left out; 0.6-0.8 large, 0.9-0.98 small
+    direction: Literal["add", "remove"] = "add"
+    warmup_steps: int = Field(default=0, ge=0)  # steps without guidance at the start; more keeps more layout
+    cooldown_steps: int | None = Field(default=None, ge=0)  # step at which guidance ends; none: never
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)  # share of the masked direction that is used
+
+    @model_validator(mode="after")
+    def _window_is_not_empty(self) -> Concept:
+        if self.cooldown_steps is not None and self.cooldown_steps <= self.warmup_steps:
+            raise ValueError(
+                f"cooldown_steps {self.cooldown_steps} is not after warmup_steps {self.warmup_steps}: the concept "
+                "would never act. Raise cooldown_steps, lower warmup_steps, or leave the concept out"
+            )
+        return self
+
+
+class EditRequest(BaseModel):
+    """What to change in one image. How to change it stands in the recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source_prompt: Prompt = ""  # what the image shows
+    target_prompt: Prompt = ""  # what it shall show, for methods that think in two prompts
+    negative_prompt: Prompt = ""  # what it shall not show
+    concepts: tuple[Concept, ...] = ()  # for methods that think in directions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One row of the source as read: nothing decoded, nothing checked."""
+
+    id: str  # shard path relative to the source, "/" and the key; "#index" follows where a shard repeats a key
+    shard: str  # shard path relative to the source
+    key: str  # the row's label; unique within its shard only
+    index: int  # ordinal of the sample in its shard, from 0
+    image: bytes  # encoded, as stored
+    image_name: str = ""  # member or column that held the image, e.g. "png"
+    caption: str = ""
+    mask: bytes | None = None  # encoded user mask, where the row brings one
+    edits: Any = None  # the row's own edit request(s), unparsed; None: the job's edits apply
+    columns: Mapping[str, Any] = field(default_factory=dict)  # JSON-able source columns
+    members: Mapping[str, bytes] = field(default_factory=dict)  # other binary members of the sample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unreadable:
+    """A row that stands in the source but could not be read: its sample holds what is known, mostly coordinates."""
+
+    sample: Sample
+    error_class: str
+    message: str  # without addresses, times and hosts; names the offset where a shard is damaged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """A fixed chunk of one input shard: what is planned, edited and committed as a whole."""
+
+    id: str  # safe as a file name; derives from the shard's relative path and the chunk alone
+    shard: str  # path relative to the source
+    chunk: int  # from 0
+    start: int  # index of its first row in the shard
+    stop: int  # index after its last row
+    is_last: bool  # whether it is the shard's last unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitInput:
+    """A unit and its rows, in the order of the shard."""
+
+    unit: Unit
+    shard_size: int  # bytes of the shard, as listed
+    shard_etag: str  # version of the shard as the store tells it; "" where it tells none
+    rows: tuple[Sample | Unreadable, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """How an image was brought to the model's size: the inverse brings the result back.
+
+    The oriented original (height, width) was cut to `crop` = (top, left, height, width), scaled to `scaled` =
+    (height, width), and set into the model canvas at `offset` = (top, left); the rest of the canvas is padding.
+    """
+
+    original: tuple[int, int]
+    crop: tuple[int, int, int, int]
+    scaled: tuple[int, int]
+    offset: tuple[int, int]
+    canvas: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """Decoded, checked and at model size."""
+
+    sample: Sample
+    original: np.ndarray  # (H, W, 3) uint8, orientation applied, alpha flattened
+    pixels: np.ndarray  # (h, w, 3) uint8 at model size; h and w are multiples of what the model needs
+    placement: Placement
+    mask: np.ndarray | None  # (h, w) float32 in [0, 1] at model size
+    requests: Mapping[str, EditRequest]  # by edit name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """What an inversion returns: one image as N steps of a sampler, noisiest first.
+
+    `latents[i]` is the latent before step i and `latents[N]` the encoded image. Step i runs at `timesteps[i]`, and
+    adds `noise_maps[i]` times the step's sigma where there are noise maps.
+    """
+
+    method: str  # the inversion that made it
+    solver: Solver  # the steps; an editor walks these, and never computes timesteps of its own
+    latents: Tensor  # (N + 1, C, h, w), float32 or wider
+    noise_maps: Tensor | None = None  # (N, C, h, w)
+    data_preds: Tensor | None = None  # (N, C, h, w) predictions of the clean latents, for multistep solvers
+    source_prompt: str = ""
+    source_guidance: float = 1.0
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """The N timesteps that are walked, descending."""
+        return self.solver.timesteps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """What one editing step did, kept only where asked for (golden replay, study)."""
+
+    step: int
+    latents: Tensor  # (C, h, w) after the step
+    masks: Tensor  # (E, h, w) bool, false where the concept is inactive
+    attention: Tensor | None  # (E, h / 4, w / 4) before smoothing, 0 where not watched
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditedLatents:
+    """What an editor returns."""
+
+    latents: Tensor  # (C, h, w)
+    masks: Tensor  # (E, h, w) bool, one per concept of the request, in its order; E may be 0
+    history: tuple[StepRecord, ...] = ()
+
+    @property
+    def mask(self) -> Tensor:
+        """Union of the concepts' masks, (h, w) bool; all false without concepts."""
+        return self.masks.any(dim=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edited:
+    """One finished result: an image edited in one way by one method."""
+
+    sample: Sample
+    edit: str  # name of the edit request
+    method: str  # name of the method in the recipe
+    request: EditRequest
+    image: np.ndarray  # (H, W, 3) uint8 at original size
+    original: np.ndarray  # (H, W, 3) uint8, the decoded input
+    masks: tuple[np.ndarray, ...]  # (H, W) bool at original size, one per concept
+    mask: np.ndarray  # (H, W) bool, the union
+    seed: int  # of this image's noise
+    figures: Mapping[str, float | None]  # see evaluation/metrics.py
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejected:
+    """One asked-for result that could not be made."""
+
+    sample: Sample
+    edit: str  # "" where the row failed before its edits were known
+    method: str
+    stage: Stage
+    error_class: str
+    message: str
+    attempt: int = 1
+
+
+Outcome = Edited | Rejected
