@@ -2,10 +2,10 @@
 
     python -m jobs.train_demo --preset cpu --out build/train_demo
 
-Needs no data and no network. `OUT/weights` holds the model, exported every few minutes and at the end; everything else in
-OUT is for `--resume`, which goes on after a kill where the last checkpoint stands. The time is planned, not the number of
-steps: learning rates fall to their end with the minutes used, so a slow or shared machine gets a less trained model, never
-a half-annealed one.
+Needs no data and no network. `OUT/weights` holds the model, exported every few minutes and at the end; everything else
+in OUT is for `--resume`, which goes on after a kill where the last checkpoint stands. The time is planned, not the
+number of steps: learning rates fall to their end with the minutes used, so a slow or shared machine gets a less trained
+model, never a half-annealed one.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Preset:
     batch: int
     learning_rate: float
     ema_decay: float
-    sizes: Sizes = Sizes()
+    sizes: Sizes
 
 
 PRESETS = {
@@ -70,6 +70,7 @@ PRESETS = {
         batch=32,
         learning_rate=1e-3,
         ema_decay=0.998,
+        sizes=Sizes(),
     ),
     "gpu": Preset(
         minutes=45,
@@ -95,16 +96,16 @@ LOG_SECONDS, SAVE_SECONDS = 30, 240
 def main(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, and for the model in its subfolder weights.")],
     preset: Annotated[str, typer.Option(help=f"One of: {', '.join(PRESETS)}.")] = "cpu",
-    minutes: Annotated[float | None, typer.Option(min=0.1, help="Length of the training. Default: the preset's.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="Length. Default: the preset's.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoints in OUT.")] = False,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = os.cpu_count() or 1,
     seed: int = 0,
 ) -> None:
     """Train the demo model from nothing."""
     if preset not in PRESETS:
-        raise typer.BadParameter(f"{preset!r} is not known. Choose one of: {', '.join(PRESETS)}.", param_hint="--preset")
+        raise typer.BadParameter(f"{preset!r} is unknown. Choose one of: {', '.join(PRESETS)}", param_hint="--preset")
     if not resume and any(out.glob("*.pt")):
-        raise typer.BadParameter(f"{out} holds a training already. Add --resume, or choose another.", param_hint="--out")
+        raise typer.BadParameter(f"{out} holds a training. Add --resume or choose another", param_hint="--out")
     plan = PRESETS[preset]
     if minutes is not None:
         plan = dataclasses.replace(plan, minutes=minutes)
@@ -126,6 +127,9 @@ def train_vae(plan: Preset, checkpoint: Path, device: torch.device, seed: int) -
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         vae.load_state_dict(state["vae"])
+        if (checkpoint.parent / "pool.pt").exists():
+            # The UNet's latents are encoded: from here on another encoder would be a wrong one.
+            return vae.eval().requires_grad_(False)
         optimizer.load_state_dict(state["optimizer"])
         clock.resume(state["clock"])
     rng = np.random.default_rng([seed, 1, clock.steps])
@@ -207,7 +211,7 @@ def train_unet(plan: Preset, vae: AutoencoderKL, pool: Pool, out: Path, device: 
         {"unet": build_unet(plan.sizes), "text_encoder": build_text_encoder(plan.sizes, tokenizer)}
     ).to(device)
     unet, text_encoder = networks["unet"], networks["text_encoder"]
-    unet.to(memory_format=torch.channels_last)
+    unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's overloads
     averaged = copy.deepcopy(networks).requires_grad_(False)
     recorder = record_attention(unet)
     optimizer = torch.optim.AdamW(networks.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=1e-3)
@@ -382,7 +386,7 @@ def to_model_range(pixels: UInt8[np.ndarray, "B H W 3"], device: torch.device) -
     return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def psnr(error: Float[Tensor, "..."]) -> float:
+def psnr(error: Tensor) -> float:
     """In dB, of an error in images that span -1..1."""
     return -10 * math.log10(error.square().mean().item() / 4)
 

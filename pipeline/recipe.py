@@ -1,13 +1,13 @@
 """The recipe: one YAML file as a pydantic tree, in the order of the flow. It refuses what cannot work.
 
-    source      where the images are
-    edits       what to change, for rows that bring no edit of their own
-    model       which checkpoint, at which size and precision
-    inversion   how an image becomes a trajectory
-    editing     how a trajectory becomes an edit
-    methods     instead of inversion and editing: several named pairs, each of which edits every image
-    sink        where results go
-    run         seed, units, workers, error budgets
+source      where the images are
+edits       what to change, for rows that bring no edit of their own
+model       which checkpoint, at which size and precision
+inversion   how an image becomes a trajectory
+editing     how a trajectory becomes an edit
+methods     instead of inversion and editing: several named pairs, each of which edits every image
+sink        where results go
+run         seed, units, workers, error budgets
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
@@ -30,8 +32,8 @@ from pipeline.inversion.base import Inversion
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.records import EditRequest
 
-AnyInversion = Annotated[Union[tuple(INVERSIONS.values())], Field(discriminator="method")]
-AnyEditor = Annotated[Union[tuple(EDITORS.values())], Field(discriminator="method")]
+AnyInversion = Annotated[reduce(or_, INVERSIONS.values()), Field(discriminator="method")]
+AnyEditor = Annotated[reduce(or_, EDITORS.values()), Field(discriminator="method")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_+-]{0,63}$")]
 StorageOptions = dict[str, Any]
 
@@ -69,7 +71,9 @@ class ModelConfig(Section):
     revision: str | None = None  # of a hub id: branch, tag or commit
     variant: str | None = None  # of the weight files, e.g. "fp16"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU, float32 elsewhere
-    size: int | None = Field(default=None, ge=32, le=4096)  # side (crop, pad, stretch) in pixels; none: the checkpoint's
+    size: int | None = Field(
+        default=None, ge=32, le=4096
+    )  # side (crop, pad, stretch) in pixels; none: the checkpoint's
     fit: Literal["crop", "pad", "stretch", "bucket"] = "pad"  # how an image of another shape is brought to the model
     compile: bool = False  # torch.compile the UNet: one graph per call shape
 
@@ -218,11 +222,17 @@ def parse_edits(value: Any, where: str) -> dict[str, EditRequest]:
     if not isinstance(value, Mapping) or not value:
         raise PrepareError(f"{where} holds no edit request but {type(value).__name__}. Give an object with concepts")
     named = value if not set(value) <= set(EditRequest.model_fields) else {"edit": value}
+    return {_checked_name(name, where): _one_edit(request, name, where) for name, request in named.items()}
+
+
+def _one_edit(value: Any, name: str, where: str) -> EditRequest:
+    if not isinstance(value, Mapping):
+        raise PrepareError(
+            f"{where} has the key '{name}' with a {type(value).__name__}. Give a field of an edit request "
+            f"({', '.join(EditRequest.model_fields)}), or a whole request under a name"
+        )
     try:
-        return {
-            _checked_name(name, where): EditRequest.model_validate(_without_none(request))
-            for name, request in named.items()
-        }
+        return EditRequest.model_validate(_without_none(value))
     except ValidationError as error:
         problems = "; ".join(f"{path}: {text}" for path, text in describe(error))
         raise PrepareError(f"{where} is no edit request: {problems}") from error
@@ -254,11 +264,16 @@ def describe(error: ValidationError) -> list[tuple[str, str]]:
     tags = set(INVERSIONS) | set(EDITORS)
     for item in error.errors():
         # Pydantic names the union's branch in the path: `inversion.ddim.num_steps`. Users wrote no such key.
-        path = ".".join(str(part) for at, part in enumerate(item["loc"]) if not (part in tags and at > 0 and _is_tag(item["loc"], at)))
+        path = ".".join(
+            str(part)
+            for at, part in enumerate(item["loc"])
+            if not (part in tags and at > 0 and _is_tag(item["loc"], at))
+        )
         context = item.get("ctx", {})
         match item["type"]:
             case "union_tag_invalid":
-                text = f"method is '{context.get('tag')}', known are: {str(context.get('expected_tags')).replace(chr(39), '')}"
+                known_tags = str(context.get("expected_tags")).replace("'", "")
+                text = f"method is '{context.get('tag')}', known are: {known_tags}"
             case "union_tag_not_found":
                 known = INVERSIONS if path.endswith("inversion") else EDITORS
                 text = f"method is missing, known are: {', '.join(known)}"
@@ -323,9 +338,12 @@ def _apply(data: Any, override: str, where: str) -> None:
     *parents, last = path.split(".")
     node = data
     for part in parents:
-        node = node[int(part)] if isinstance(node, list) and part.isdigit() and int(part) < len(node) else node
-        if isinstance(node, dict):
+        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, dict):
             node = node.setdefault(part, {})
+        else:
+            node = None
     if isinstance(node, list) and last.isdigit() and int(last) < len(node):
         node[int(last)] = value
     elif isinstance(node, dict):

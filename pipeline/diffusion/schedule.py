@@ -59,7 +59,9 @@ class NoiseSchedule:
             )
         spacing = config.get("timestep_spacing", "leading")
         if spacing not in get_args(Spacing):
-            raise ModelError(f"the scheduler's timestep_spacing is '{spacing}'; known are {', '.join(get_args(Spacing))}")
+            raise ModelError(
+                f"the scheduler's timestep_spacing is '{spacing}'; known are {', '.join(get_args(Spacing))}"
+            )
         if config.get("rescale_betas_zero_snr", False):
             raise ModelError(
                 "the scheduler has rescale_betas_zero_snr: its noisiest level holds no signal, so that no inversion "

@@ -131,7 +131,9 @@ class SDEDPMSolver:
     sigmas: tuple[float, ...]  # N + 1 noise amplitudes
 
     @classmethod
-    def from_schedule(cls, schedule: NoiseSchedule, timesteps: tuple[int, ...], *, zero_last_sigma: bool) -> SDEDPMSolver:
+    def from_schedule(
+        cls, schedule: NoiseSchedule, timesteps: tuple[int, ...], *, zero_last_sigma: bool
+    ) -> SDEDPMSolver:
         """Steps along `timesteps` and then to timestep 0, or to no noise at all."""
         alpha_bars = [schedule.alpha_bar(t) for t in timesteps]
         alpha_bars.append(1.0 if zero_last_sigma else schedule.alpha_bar(0))

@@ -30,7 +30,12 @@ class Editor(BaseModel, ABC):
 
     @abstractmethod
     def edit(
-        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None, *, keep_history: bool = False
+        self,
+        trajectory: Trajectory,
+        request: EditRequest,
+        user_mask: Tensor | None = None,
+        *,
+        keep_history: bool = False,
     ) -> Steps[EditedLatents]:
         """Yield model calls; return the edit of one image.
 

@@ -34,14 +34,21 @@ class ClassifierFreeGuidance(Editor):
     def check(self, request: EditRequest, num_steps: int) -> None:
         """See `Editor`."""
         if not request.target_prompt:
-            raise PrepareError("the cfg editor samples under a target_prompt, and this edit has none. Add target_prompt")
+            raise PrepareError(
+                "the cfg editor samples under a target_prompt, and this edit has none. Add target_prompt"
+            )
         if self.start_step > num_steps:
             raise PrepareError(
                 f"start_step {self.start_step} lies beyond the trajectory's {num_steps} steps. Lower editing.start_step"
             )
 
     def edit(
-        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None, *, keep_history: bool = False
+        self,
+        trajectory: Trajectory,
+        request: EditRequest,
+        user_mask: Tensor | None = None,
+        *,
+        keep_history: bool = False,
     ) -> Steps[EditedLatents]:
         """See `Editor`."""
         if user_mask is not None:
@@ -52,4 +59,3 @@ class ClassifierFreeGuidance(Editor):
         prompt = yield from GuidedPrompt.encode(request.target_prompt, self.guidance_scale, request.negative_prompt)
         latents, history = yield from walk(trajectory, self.start_step, prompt.predict, keep_history=keep_history)
         return EditedLatents(latents=latents, masks=no_masks(latents), history=history)
-

@@ -44,7 +44,9 @@ class LEditsPP(Editor):
     paper: ClassVar = "LEDITS++: Limitless Image Editing using Text-to-Image Models, arXiv 2311.16711"
 
     method: Literal["ledits_pp"] = "ledits_pp"
-    mask: Literal["intersect", "attention", "noise"] = "intersect"  # which of M1 (attention) and M2 (noise) bound an edit
+    mask: Literal["intersect", "attention", "noise"] = (
+        "intersect"  # which of M1 (attention) and M2 (noise) bound an edit
+    )
     # At timesteps above this one an intersected mask is the attention mask alone, as in the Stable Diffusion pipeline
     # of the maintained implementation: so early, directions are too diffuse to say where.
     intersect_from_timestep: int = Field(default=800, ge=0)
@@ -64,7 +66,12 @@ class LEditsPP(Editor):
                 )
 
     def edit(
-        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None, *, keep_history: bool = False
+        self,
+        trajectory: Trajectory,
+        request: EditRequest,
+        user_mask: Tensor | None = None,
+        *,
+        keep_history: bool = False,
     ) -> Steps[EditedLatents]:
         """See `Editor`."""
         num_steps = len(trajectory.timesteps)
@@ -90,7 +97,9 @@ class LEditsPP(Editor):
                 latents.expand(rows, -1, -1, -1),
                 [timestep] * rows,
                 [base, *(prompts[number] for number in active)],
-                watch=[(), *(prompts[number].positions for number in active)] if active and self.mask != "noise" else None,
+                watch=[(), *(prompts[number].positions for number in active)]
+                if active and self.mask != "noise"
+                else None,
             )
             noise_pred = denoised.noise_preds[0]
             masks = torch.zeros((len(concepts), *size), dtype=torch.bool)

@@ -29,7 +29,12 @@ class Reconstruct(Editor):
         """See `Editor`: every request will do, what it wants changed is not read."""
 
     def edit(
-        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None, *, keep_history: bool = False
+        self,
+        trajectory: Trajectory,
+        request: EditRequest,
+        user_mask: Tensor | None = None,
+        *,
+        keep_history: bool = False,
     ) -> Steps[EditedLatents]:
         """See `Editor`."""
         prompt = yield from GuidedPrompt.encode(trajectory.source_prompt, trajectory.source_guidance)

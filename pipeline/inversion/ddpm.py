@@ -31,12 +31,20 @@ class DDPMInversion(Inversion):
     solver: Literal["sde-dpmsolver++", "ddim"] = "sde-dpmsolver++"
     num_steps: int = Field(default=30, ge=1, le=999)  # N: kept steps, what an edit walks
     # The schedule has int(N * (1 + skip)) steps, of which the N least noisy are kept (LEDITS++): larger stays closer
-    # to the image. The edit-friendly paper's "skip k of S steps" is num_steps S - k with skip k / (S - k).
+    # to the image. The edit-friendly paper counts the steps left out instead: "36 of 100" is num_steps 64 with
+    # skip_steps 36, and then skip is not read.
     skip: float = Field(default=0.15, ge=0)
+    skip_steps: int | None = Field(default=None, ge=0)
     eta: float = Field(default=1.0, gt=0, le=1)  # variance of the ddim solver; sde-dpmsolver++ has none to choose
     exact_last_step: bool = True  # false: the last step adds no noise map, as the published implementations have it
     source_guidance_scale: float = Field(default=3.5, allow_inf_nan=False)  # acts only with a source prompt
     eta_form: Literal["standard", "authors"] = "standard"  # authors: eta instead of its square, parity only
+
+    @model_validator(mode="after")
+    def _one_skip(self) -> DDPMInversion:
+        if self.skip_steps is not None and "skip" in self.model_fields_set:
+            raise ValueError("skip and skip_steps both say how much of the schedule is left out. Remove one of them")
+        return self
 
     @model_validator(mode="after")
     def _eta_is_used(self) -> DDPMInversion:
@@ -47,7 +55,9 @@ class DDPMInversion(Inversion):
     @property
     def schedule_steps(self) -> int:
         """Steps of the whole schedule, the skipped ones included."""
-        # A rounding guard would be nicer, but the truncation of the float product is what diffusers does.
+        if self.skip_steps is not None:
+            return self.num_steps + self.skip_steps
+        # Truncating the float product (100 steps, 0.15: 114) is what diffusers does.
         return int(self.num_steps * (1.0 + self.skip))
 
     def solver_for(self, schedule: NoiseSchedule) -> Solver:

@@ -1,9 +1,9 @@
 """A training loss that makes cross-attention point at the object that a word names.
 
-LEDITS++ and its kin read masks from cross-attention. In a model as small as ours attention need not point anywhere to be
-useful, and without help it does not: edits under the intersected mask failed. So for each word of a caption that names
-something drawn, its adjectives and article included, the loss is minus the log of the share of the word's attention that
-falls inside what was drawn. It costs explicit attention probabilities, in training only.
+LEDITS++ and its kin read masks from cross-attention. In a model as small as ours attention need not point anywhere to
+be useful, and without help it does not: edits under the intersected mask failed. So for each word of a caption that
+names something drawn, its adjectives and article included, the loss is minus the log of the share of the word's
+attention that falls on what was drawn. It costs explicit attention probabilities, in training only.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class RecordedAttention:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
+        """See diffusers' attention processors. Neither a mask nor a time embedding is used."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = (
             layer(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, positions or tokens, width)
@@ -58,11 +59,11 @@ class RecordedAttention:
 def record_attention(unet: UNet2DConditionModel) -> RecordedAttention:
     """Install one recorder in all attention layers of a UNet that is about to be trained."""
     recorder = RecordedAttention()
-    unet.set_attn_processor(recorder)  # type: ignore[arg-type]  # any callable of this signature will do
+    unet.set_attn_processor(recorder)
     return recorder
 
 
-def attribute_table(tokenizer: CLIPTokenizer, words: Mapping[str, Attribute] = WORD_ATTRIBUTES) -> Int[Tensor, "vocab"]:
+def attribute_table(tokenizer: CLIPTokenizer, words: Mapping[str, Attribute] = WORD_ATTRIBUTES) -> Int[Tensor, vocab]:
     """For each token the index of its attribute in `ATTRIBUTES`, or `NOTHING`."""
     table = torch.full((len(tokenizer),), NOTHING)
     for word, attribute in words.items():
@@ -71,7 +72,7 @@ def attribute_table(tokenizer: CLIPTokenizer, words: Mapping[str, Attribute] = W
 
 
 def named_attributes(
-    token_ids: Int[Tensor, "B tokens"], table: Int[Tensor, "vocab"], articles: Int[Tensor, "A"]
+    token_ids: Int[Tensor, "B tokens"], table: Int[Tensor, vocab], articles: Int[Tensor, A]
 ) -> Int[Tensor, "B tokens"]:
     """The attribute that each token names. An article names what the word behind it names."""
     named = table[token_ids]
@@ -91,7 +92,9 @@ def aiming_loss(
     for probabilities in maps:
         side = round(probabilities.shape[1] ** 0.5)
         cells = torch.nn.functional.adaptive_avg_pool2d(coverage, side).mul(4).clamp(max=1).flatten(2)
-        target = cells.gather(1, named.clamp(min=0)[..., None].expand(-1, -1, cells.shape[-1]))  # (B, tokens, positions)
+        target = cells.gather(
+            1, named.clamp(min=0)[..., None].expand(-1, -1, cells.shape[-1])
+        )  # (B, tokens, positions)
         share = (probabilities.mT * target).sum(dim=-1) / probabilities.sum(dim=1)
         # A mouth may be so small that no cell is its own: the floor keeps its word from dominating the loss.
         losses.append(-(share + 1e-3).log()[named != NOTHING].mean())

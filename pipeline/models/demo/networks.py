@@ -1,7 +1,7 @@
 """The demo model's networks before training: a small Stable Diffusion, put together of diffusers' own classes.
 
-Images of 128 x 128 become latents of 4 x 32 x 32. The UNet attends to the text at 16 x 16 and at 8 x 8 cells, on its way
-down and up; 8 x 8 is a quarter of the latents' side, the grid from which LEDITS++ takes its attention masks.
+Images of 128 x 128 become latents of 4 x 32 x 32. The UNet attends to the text at 16 x 16 and at 8 x 8 cells, on its
+way down and up; 8 x 8 is a quarter of the latents' side, the grid from which LEDITS++ takes its attention masks.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Sizes:
 def build_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
     """A CLIP tokenizer that makes one token of each given word, and several of any other.
 
-    The byte-pair merges are learned from the words until each of them is whole. Merges made up word by word would get into
-    each other's way: "r" + "o" of "round" would be merged first in "background", too.
+    The byte-pair merges are learned from the words until each of them is whole. Merges made up word by word would get
+    into each other's way: "r" + "o" of "round" would be merged first in "background", too.
     """
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = Tokenizer(models.BPE(end_of_word_suffix="</w>"))

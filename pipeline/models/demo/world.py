@@ -100,7 +100,7 @@ class Patch:
 
 
 def edited(scene: Scene, **changes: str | bool | None) -> Scene:
-    """The same scene with some attributes changed, everything else in place. `TypeError` for a name it does not have."""
+    """The same scene with some attributes changed, the rest in place. `TypeError` for a name it does not have."""
     return dataclasses.replace(scene, **changes)  # type: ignore[arg-type]
 
 
@@ -136,10 +136,11 @@ def changed_region(before: Scene, after: Scene, size: int = 128) -> Bool[np.ndar
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Describe the scene in varied words, such as "a round green face with a red hat and a smile on a mint background".
+    """Describe the scene in varied words, such as "a green face with a red hat and a smile on a mint background".
 
-    Half of the captions name everything, the others leave attributes out, down to a single one ("sunglasses"): an edit's
-    prompt is short, and a model that never saw short captions would not follow it. What is absent is never named.
+    Half of the captions name everything, the others leave attributes out, down to a single one ("sunglasses"): an
+    edit's prompt is short, and a model that never saw short captions would not follow it.
+    Absent objects are not named.
     """
     completeness = rng.choice([1.0, 0.6, 0.0], p=[0.5, 0.3, 0.2])
     if completeness == 0.0:
@@ -217,7 +218,19 @@ WORD_ATTRIBUTES: dict[str, Attribute] = {
     **dict.fromkeys(HAT_COLORS, "hat"),
     **dict.fromkeys(BACKGROUND_COLORS, "background"),
 }
-VOCABULARY: tuple[str, ...] = (*WORD_ATTRIBUTES, "a", "an", "cartoon", "picture", "of", "with", "wearing", "and", "on", ",")
+VOCABULARY: tuple[str, ...] = (
+    *WORD_ATTRIBUTES,
+    "a",
+    "an",
+    "cartoon",
+    "picture",
+    "of",
+    "with",
+    "wearing",
+    "and",
+    "on",
+    ",",
+)
 
 
 def patches(scene: Scene) -> list[Patch]:
@@ -231,7 +244,9 @@ def patches(scene: Scene) -> list[Patch]:
         Patch("face_color", color, superellipse(x, y, (width - 0.08) * r, (height - 0.08) * r, roundness)),
     ]
     for side in (-1, 1):
-        parts.append(Patch("face_color", shaded(color, 0.86), ellipse(x + side * 0.52 * r, y + 0.28 * r, 0.16 * r, 0.12 * r)))
+        parts.append(
+            Patch("face_color", shaded(color, 0.86), ellipse(x + side * 0.52 * r, y + 0.28 * r, 0.16 * r, 0.12 * r))
+        )
     if scene.beard:
         parts += beard_patches(x, y, r, width, height, roundness)
     parts += mouth_patches(scene.mouth, x, y + 0.47 * r, r)
@@ -243,7 +258,7 @@ def patches(scene: Scene) -> list[Patch]:
 
 def face_geometry(shape: FaceShape) -> tuple[float, float, float]:
     """Half width and half height in units of the radius, and the exponent of the superellipse."""
-    return {"round": (1.0, 1.0, 2.0), "square": (0.93, 0.93, 7.0), "oval": (0.82, 1.1, 2.0)}[shape]  # type: ignore[return-value]
+    return {"round": (1.0, 1.0, 2.0), "square": (0.93, 0.93, 7.0), "oval": (0.82, 1.1, 2.0)}[shape]
 
 
 def eye_patches(x: float, y: float, r: float) -> list[Patch]:

@@ -1,0 +1,43 @@
+# shardedit: what one types. Each target makes its own virtual environment when there is none.
+# Only Python 3.11 (or newer) and make are assumed; PYTHON=/path/to/python chooses another interpreter.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+IMAGES ?= 24
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## draw a small dataset, edit it with the bundled model, write demo-output/report.html
+	$(BIN)/shardedit demo --output demo-output --images $(IMAGES)
+
+# A few workers: the suite waits on subprocesses and on Ray as much as it computes. One thread each, or they fight.
+test: $(STAMP) ## run the tests (WORKERS=1 for one process)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+lint: $(STAMP) ## ruff (rules and layout) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP) ## measure ratios on this machine, write build/bench.json
+	$(BIN)/python -m benchmarks.run
+
+clean: ## remove the environment and everything that was made
+	rm -rf $(VENV) build dist demo-output *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is older than what it depends on when dependencies change: then, and only then, pip runs again.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "shardedit needs Python 3.11 or newer, and $(PYTHON) is not. Try: make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

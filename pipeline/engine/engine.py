@@ -1,0 +1,303 @@
+"""The engine: many generators in flight, one model.
+
+It holds the methods of many images at once, answers their small calls, collects the rows of all their pending
+`Denoise` calls, packs these into UNet calls of one fixed shape, and hands the results back: continuous batching, as
+language-model servers do it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.engine.calls import (
+    Call,
+    DecodeLatents,
+    Denoise,
+    EncodeImage,
+    EncodeText,
+    Fork,
+    Steps,
+    TextConditioning,
+)
+from pipeline.engine.packing import Batch, Pending, RowQueue
+from pipeline.models.backbone import Backbone
+
+CACHED_PROMPTS = 1024  # embeddings kept per worker; at 77 x 768 float32 that is 240 MB
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """What an engine has done since it was made."""
+
+    unet_calls: int = 0
+    unet_rows: int = 0  # rows that somebody asked for
+    padded_rows: int = 0  # rows that only filled a call up
+    prompts_encoded: int = 0
+    images_encoded: int = 0
+    images_decoded: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of one generator."""
+
+    index: int  # its place in what `run` was given
+    value: Any  # what it returned; None where it failed
+    error: Exception | None
+    unet_rows: int  # that it, and what it forked, asked for
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    generator: Generator[Call, Any, Any]
+    session: _Session
+    index: int
+    parent: _Task | None = None
+    children: list[Any] = field(default_factory=list)  # results of a fork, by place
+    unfinished_children: int = 0
+    unet_rows: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Session:
+    """One call of `run`: where its generators come from and where its results go."""
+
+    source: Iterator[Steps[Any]]
+    admitted: int = 0
+    running: int = 0
+    exhausted: bool = False
+    finished: deque[Finished] = field(default_factory=deque)
+    failure: BaseException | None = None  # raised by the source itself
+
+    @property
+    def is_over(self) -> bool:
+        return self.exhausted and self.running == 0 and not self.finished
+
+
+class Engine:
+    """Runs generators on one backbone. `run` may be called from several threads at once: their rows share UNet calls.
+
+    Args:
+        backbone: the model.
+        call_size: rows of a UNet call. Part of a run's record, since bits are equal within one call size.
+        images_in_flight: generators held at once; bounds memory. None: as many as keep calls full.
+        pad: fill short calls up to `call_size`, so that a row's bits do not depend on what else is in flight. Without
+            padding calls are as short as what is pending: less work where a single image is edited.
+    """
+
+    def __init__(
+        self, backbone: Backbone, *, call_size: int = 16, images_in_flight: int | None = None, pad: bool = True
+    ) -> None:
+        if call_size < 1 or (images_in_flight is not None and images_in_flight < 1):
+            raise ValueError(f"call_size {call_size} and images_in_flight {images_in_flight} should be at least 1")
+        self.backbone = backbone
+        self.call_size = call_size
+        self.images_in_flight = images_in_flight or max(4, call_size)
+        self.pad = pad
+        self.stats = EngineStats()
+        self._prompts: OrderedDict[str, TextConditioning] = OrderedDict()
+        self._queue = RowQueue()
+        self._ready: deque[tuple[_Task, Any, Exception | None]] = deque()
+        self._sessions: list[_Session] = []
+        self._lock = threading.Lock()
+
+    def run(self, generators: Iterable[Steps[Any]]) -> Iterator[Finished]:
+        """Run generators to their end, and yield each as it finishes, in whatever order.
+
+        The iterable is drawn from as places become free. A generator that raises ends alone, with its exception in
+        its `Finished`; KeyboardInterrupt and other non-errors end everything.
+        """
+        session = _Session(iter(generators))
+        with self._lock:
+            self._sessions.append(session)
+        try:
+            while not session.is_over:
+                with self._lock:
+                    if not session.finished:
+                        self._advance()
+                while session.finished:
+                    yield session.finished.popleft()
+                if session.failure is not None:
+                    raise session.failure
+        finally:
+            with self._lock:
+                self._sessions.remove(session)
+
+    def run_one(self, generator: Steps[Any]) -> Any:
+        """Run one generator and return its value, or raise what it raised."""
+        (finished,) = self.run([generator])
+        if finished.error is not None:
+            raise finished.error
+        return finished.value
+
+    def _advance(self) -> None:
+        """One unit of progress: resume whoever has an answer, let images in, then make one UNet call."""
+        while True:
+            while self._ready:
+                self._resume(*self._ready.popleft())
+            # A full call goes first: it lets the oldest images finish before new ones are held in memory.
+            if self._queue.has_full(self.call_size) or not self._admit():
+                break
+        if len(self._queue):
+            self._denoise(self._queue.pop(self.call_size))
+
+    def _admit(self) -> bool:
+        """Start one more generator, of the session that has fewest running; whether there was one."""
+        if sum(session.running for session in self._sessions) >= self.images_in_flight:
+            return False
+        for session in sorted(self._sessions, key=lambda session: session.running):
+            if session.exhausted:
+                continue
+            try:
+                generator = next(session.source)
+            except StopIteration:
+                session.exhausted = True
+                continue
+            except BaseException as failure:  # the caller's iterable, raised again in the caller's own thread
+                session.exhausted, session.failure = True, failure
+                continue
+            self._ready.append((_Task(generator, session, session.admitted), None, None))
+            session.admitted += 1
+            session.running += 1
+            return True
+        return False
+
+    def _resume(self, task: _Task, answer: Any, error: Exception | None) -> None:
+        """Give a generator its answer, and answer at once whatever needs no UNet."""
+        while True:
+            try:
+                call = task.generator.throw(error) if error is not None else task.generator.send(answer)
+            except StopIteration as stop:
+                self._finish(task, stop.value, None)
+                return
+            except Exception as failure:
+                self._finish(task, None, failure)
+                return
+            answer, error = None, None
+            if isinstance(call, Fork) and call.children:
+                self._fork(task, call)
+                return
+            if isinstance(call, Denoise):
+                try:
+                    self._enqueue(task, call)
+                except Exception as failure:
+                    error = failure
+                    continue
+                return
+            try:
+                answer = self._answer(call)
+            except Exception as failure:
+                error = failure
+
+    def _fork(self, task: _Task, call: Fork) -> None:
+        task.children = [None] * len(call.children)
+        task.unfinished_children = len(call.children)
+        for place, child in enumerate(call.children):
+            self._ready.append((_Task(child, task.session, place, parent=task), None, None))
+
+    def _finish(self, task: _Task, value: Any, error: Exception | None) -> None:
+        parent = task.parent
+        if parent is None:
+            task.session.running -= 1
+            task.session.finished.append(Finished(task.index, value, error, task.unet_rows))
+            return
+        parent.children[task.index] = value if error is None else error
+        parent.unet_rows += task.unet_rows
+        parent.unfinished_children -= 1
+        if parent.unfinished_children == 0:
+            self._ready.append((parent, parent.children, None))
+
+    def _answer(self, call: Call) -> Any:
+        match call:
+            case EncodeText(prompts):
+                return [self._encode_text(prompt) for prompt in prompts]
+            case EncodeImage(pixels):
+                self.stats.images_encoded += 1
+                return self.backbone.encode_image(pixels)
+            case DecodeLatents(latents):
+                self.stats.images_decoded += 1
+                return self.backbone.decode_latents(latents)
+            case Fork():
+                return []
+            case _:
+                raise TypeError(f"a method yielded {type(call).__name__}, which is no model call (engine/calls.py)")
+
+    def _encode_text(self, prompt: str) -> TextConditioning:
+        # One prompt per encoder call, so that the shape never varies and a prompt has the same bits wherever it occurs.
+        if prompt in self._prompts:
+            self._prompts.move_to_end(prompt)
+            return self._prompts[prompt]
+        conditioning = self.backbone.encode_text(prompt)
+        self.stats.prompts_encoded += 1
+        self._prompts[prompt] = conditioning
+        if len(self._prompts) > CACHED_PROMPTS:
+            self._prompts.popitem(last=False)
+        return conditioning
+
+    def _enqueue(self, task: _Task, call: Denoise) -> None:
+        if call.watch is not None:
+            self.backbone.check_watchable(*call.latents.shape[-2:])
+        pending = Pending(task, call)
+        task.unet_rows += len(call.timesteps)
+        self._queue.push(pending)
+
+    def _denoise(self, batch: Batch) -> None:
+        try:
+            noise_preds, attention = self._call(batch)
+        except torch.OutOfMemoryError as error:
+            self._shrink(batch, error)
+            return
+        except Exception:
+            self._isolate(batch)
+            return
+        self._deliver(batch, noise_preds, attention)
+
+    def _call(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        size = self.call_size if self.pad else len(batch.rows)
+        noise_preds, attention = self.backbone.denoise(
+            batch.latents(size), batch.timesteps(size), batch.embeddings(size), batch.watch(size)
+        )
+        self.stats.unet_calls += 1
+        self.stats.unet_rows += len(batch.rows)
+        self.stats.padded_rows += size - len(batch.rows)
+        # Methods compute on the CPU in float32: cheap beside a UNet, and the same bits on every kind of GPU.
+        return noise_preds.cpu(), None if attention is None else attention.cpu()
+
+    def _deliver(self, batch: Batch, noise_preds: Tensor, attention: Tensor | None) -> None:
+        for pending in batch.deliver(noise_preds, attention):
+            self._ready.append((pending.owner, pending.answer(), None))
+
+    def _shrink(self, batch: Batch, error: Exception) -> None:
+        """Out of memory: halve the call size for good, and try the same rows again; give up at one row."""
+        torch.cuda.empty_cache()
+        if self.call_size == 1:
+            self._fail(batch.rows[0][0], error)
+            return
+        self.call_size //= 2
+        for start in range(0, len(batch.rows), self.call_size):
+            self._denoise(Batch(batch.rows[start : start + self.call_size]))
+
+    def _isolate(self, batch: Batch) -> None:
+        """A call failed: repeat its rows one by one, so that only whoever is to blame fails."""
+        for row in batch.rows:
+            if row[0].missing < 0:
+                continue  # another row of the same call has failed already
+            single = Batch([row])
+            try:
+                noise_preds, attention = self._call(single)
+            except Exception as error:
+                self._fail(row[0], error)
+                continue
+            self._deliver(single, noise_preds, attention)
+
+    def _fail(self, pending: Pending, error: Exception) -> None:
+        pending.missing = -1
+        self._queue.drop(pending)
+        self._ready.append((pending.owner, None, error))

@@ -1,0 +1,104 @@
+"""Small pictures of a result, for people: thumbnails, the mask over its input, a contact sheet."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+THUMBNAIL_SIDE = 192  # pixels of the longer side: sharp at three to a phone's width, 5 kB as WebP
+TINT = (255, 45, 120)  # the mask's colour; the report's accent is the same, so that the two explain each other
+
+
+def load_rgb(data: bytes) -> Image.Image:
+    """Open encoded pixels that this package wrote."""
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def load_mask(data: bytes) -> Bool[np.ndarray, "H W"]:
+    """Open a mask that this package wrote."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("L")) > 127
+
+
+def thumbnail(image: Image.Image, side: int = THUMBNAIL_SIDE) -> Image.Image:
+    """The image scaled so that its longer side is `side` pixels; small ones are enlarged."""
+    scale = side / max(image.size)
+    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def encode_input_thumbnail(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
+    """The input as a JPEG of at most `THUMBNAIL_SIDE` pixels: kept with every row, so that a report can show it."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=85, optimize=True)
+    return out.getvalue()
+
+
+def data_uri(image: Image.Image) -> str:
+    """The image inside a page, as WebP."""
+    out = io.BytesIO()
+    image.save(out, "WEBP", quality=80, method=4)
+    return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def mask_over(image: Image.Image, mask: Bool[np.ndarray, "H W"]) -> Image.Image:
+    """The image with its masked part tinted and outlined, the rest faded. Without any mask: the image, faded."""
+    inside = np.asarray(Image.fromarray(mask).convert("L").resize(image.size, Image.Resampling.BOX)) > 127
+    pixels = np.asarray(image).astype(np.float32)
+    gray = pixels.mean(axis=2, keepdims=True)
+    faded = 0.45 * gray + 0.25 * pixels + 0.30 * 255
+    tinted = 0.55 * pixels + 0.45 * np.array(TINT, dtype=np.float32)
+    out = np.where(inside[..., None], tinted, faded)
+    out[_edge(inside)] = (255, 255, 255)
+    return Image.fromarray(out.round().clip(0, 255).astype(np.uint8))
+
+
+def _edge(inside: Bool[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
+    """Pixels just outside the mask: four-neighbours of it that it does not hold."""
+    grown = inside.copy()
+    grown[1:] |= inside[:-1]
+    grown[:-1] |= inside[1:]
+    grown[:, 1:] |= inside[:, :-1]
+    grown[:, :-1] |= inside[:, 1:]
+    return grown & ~inside
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SheetEntry:
+    """One row of a contact sheet."""
+
+    original: Image.Image
+    mask: Bool[np.ndarray, "H W"]
+    edited: Image.Image
+    label: str
+
+
+def contact_sheet(entries: Sequence[SheetEntry], columns: int = 2, side: int = 192) -> Image.Image:
+    """Input, mask and edit of each entry side by side, `columns` entries to a line, labels underneath."""
+    gap, margin, label_height, head_height = 8, 28, 34, 30
+    entry_width, entry_height = 3 * side + 2 * gap, side + label_height
+    columns = min(columns, len(entries)) or 1
+    lines = -(-len(entries) // columns)
+    width = 2 * margin + columns * entry_width + (columns - 1) * 2 * margin
+    sheet = Image.new("RGB", (width, margin + head_height + lines * (entry_height + gap) + margin // 2), "white")
+    pen = ImageDraw.Draw(sheet)
+    title, text = ImageFont.load_default(16), ImageFont.load_default(15)
+    for number, entry in enumerate(entries):
+        left = margin + (number % columns) * (entry_width + 2 * margin)
+        top = margin + head_height + (number // columns) * (entry_height + gap)
+        small = thumbnail(entry.original, side)
+        pictures = {"input": small, "mask": mask_over(small, entry.mask), "edit": thumbnail(entry.edited, side)}
+        for place, (name, picture) in enumerate(pictures.items()):
+            x = left + place * (side + gap)
+            if number < columns:
+                pen.text((x, margin), name, fill=(120, 116, 128), font=title)
+            sheet.paste(picture, (x + (side - picture.width) // 2, top + (side - picture.height) // 2))
+        pen.text((left, top + side + 7), entry.label, fill=(30, 28, 36), font=text)
+    return sheet

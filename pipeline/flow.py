@@ -1,0 +1,225 @@
+"""READ FIRST. One unit of work on its way, top to bottom; every other folder serves a line of this file.
+
+    reading    a chunk of one shard becomes samples
+    prepare    a sample becomes pixels at model size, and the requests that apply to it
+    inversion  pixels become a trajectory, once per image and inversion setting
+    editing    a trajectory and a request become edited latents and masks
+    restore    edited latents become an image and masks at the original's size
+    writing    outcomes become rows, files and, last, the manifest that commits them
+
+The functions here are generators over one image. The engine runs those of many images at once (engine/engine.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from pipeline.engine.calls import DecodeLatents, EncodeImage, Fork, Steps
+from pipeline.engine.engine import Engine
+from pipeline.errors import EditError, InvertError, RowError, Stage
+from pipeline.evaluation.metrics import figures
+from pipeline.inversion.base import Inversion, Source, draw_from
+from pipeline.models.backbone import Backbone
+from pipeline.reading.prepare import prepare, requests_of, restore, restore_mask
+from pipeline.recipe import Method, Recipe
+from pipeline.records import (
+    Edited,
+    EditedLatents,
+    Outcome,
+    Prepared,
+    Rejected,
+    Sample,
+    Trajectory,
+    Unreadable,
+)
+
+
+def edit_rows(rows: Iterable[Sample | Unreadable], recipe: Recipe, engine: Engine) -> Iterator[Outcome]:
+    """Edit the rows of a unit: every (image, edit, method) asked for comes back once, as `Edited` or `Rejected`.
+
+    Outcomes come in whatever order they finish. Several units may run on one engine, from several threads.
+    """
+    for finished in engine.run(edit_row(row, recipe, engine.backbone) for row in rows):
+        if finished.error is not None:  # a fault of ours, not of a row: `edit_row` turns those into outcomes
+            raise finished.error
+        yield from finished.value
+
+
+def edit_row(row: Sample | Unreadable, recipe: Recipe, backbone: Backbone) -> Steps[list[Outcome]]:
+    """All edits of one row by all methods of the recipe."""
+    if isinstance(row, Unreadable):
+        return [
+            Rejected(
+                sample=row.sample,
+                edit=edit,
+                method=method,
+                stage="read",
+                error_class=row.error_class,
+                message=row.message,
+            )
+            for edit, method in asked_without(recipe)
+        ]
+    try:
+        requests = requests_of(row, recipe)
+    except Exception as error:
+        return [rejected(row, edit, method, "prepare", error) for edit, method in asked_without(recipe)]
+    asked = [(edit, method) for edit in requests for method in recipe.all_methods]
+    try:
+        prepared = prepare(row, recipe, size=recipe.model.size or backbone.image_size, multiple=backbone.multiple)
+    except Exception as error:
+        return [rejected(row, edit, method, "decode", error) for edit, method in asked]
+    return (yield from edit_prepared(prepared, recipe.all_methods, recipe.run.seed, backbone))
+
+
+def asked_without(recipe: Recipe) -> list[tuple[str, str]]:
+    """What is asked of a row whose own edits are not known: the job's edits, or one without a name."""
+    return [(edit, method) for edit in (recipe.edits or {"": None}) for method in recipe.all_methods]
+
+
+def edit_prepared(
+    prepared: Prepared, methods: dict[str, Method], run_seed: int, backbone: Backbone
+) -> Steps[list[Outcome]]:
+    """Invert once per distinct inversion, then edit under every request by every method, side by side."""
+    sample = prepared.sample
+    groups: dict[tuple[Inversion, str], list[tuple[str, str]]] = {}
+    outcomes: list[Outcome] = []
+    for edit, request in prepared.requests.items():
+        for name, method in methods.items():
+            try:
+                method.editing.check(request, method.inversion.num_steps)
+            except Exception as error:
+                outcomes.append(rejected(sample, edit, name, "prepare", error))
+                continue
+            groups.setdefault((method.inversion, request.source_prompt), []).append((edit, name))
+    if not groups:
+        return outcomes
+    try:
+        latents = yield EncodeImage(prepared.pixels)
+        round_trip = yield DecodeLatents(latents)
+    except Exception as error:
+        return outcomes + [rejected(sample, *pair, "invert", error) for pairs in groups.values() for pair in pairs]
+
+    children = []
+    for (inversion, source_prompt), pairs in groups.items():
+        seed = seed_for(run_seed, sample.id, inversion.method)
+        source = Source(
+            latents=latents,
+            prompt=source_prompt,
+            schedule=backbone.schedule,
+            draw_noise=draw_from(seed, tuple(latents.shape), latents.dtype),
+        )
+        children.append(_invert_and_edit(prepared, inversion, source, pairs, methods, seed, round_trip))
+    for result in (yield Fork(tuple(children))):
+        if isinstance(result, Exception):
+            raise result
+        outcomes += result
+    return outcomes
+
+
+def _invert_and_edit(
+    prepared: Prepared,
+    inversion: Inversion,
+    source: Source,
+    pairs: Sequence[tuple[str, str]],
+    methods: dict[str, Method],
+    seed: int,
+    round_trip: np.ndarray,
+) -> Steps[list[Outcome]]:
+    """One trajectory, and every edit that reads it."""
+    sample = prepared.sample
+    try:
+        trajectory: Trajectory = yield from inversion.invert(source)
+        if not bool(torch.isfinite(trajectory.latents).all()):
+            raise InvertError(
+                "the inversion gave values that are not finite. Try model.dtype float32 or other settings"
+            )
+    except Exception as error:
+        return [rejected(sample, edit, name, "invert", error) for edit, name in pairs]
+    mask = latent_mask(prepared.mask, source.latents)
+    edits = tuple(
+        _edit(prepared, methods[name], trajectory, edit, name, seed, mask, round_trip) for edit, name in pairs
+    )
+    results = yield Fork(edits)
+    return [
+        rejected(sample, edit, name, "edit", result) if isinstance(result, Exception) else result
+        for (edit, name), result in zip(pairs, results, strict=True)
+    ]
+
+
+def _edit(
+    prepared: Prepared,
+    method: Method,
+    trajectory: Trajectory,
+    edit: str,
+    name: str,
+    seed: int,
+    mask: Tensor | None,
+    round_trip: np.ndarray,
+) -> Steps[Edited]:
+    """One edit, back at the original's size."""
+    request = prepared.requests[edit]
+    edited: EditedLatents = yield from method.editing.edit(trajectory, request, mask)
+    if not bool(torch.isfinite(edited.latents).all()):
+        raise EditError("the edit gave values that are not finite. Try lower guidance scales or model.dtype float32")
+    pixels = yield DecodeLatents(edited.latents)
+    masks = tuple(restore_mask(at_image_size(m, pixels), prepared.placement) for m in edited.masks)
+    union = restore_mask(at_image_size(edited.mask, pixels), prepared.placement)
+    image = restore(pixels, prepared.placement, prepared.original)
+    return Edited(
+        sample=prepared.sample,
+        edit=edit,
+        method=name,
+        request=request,
+        image=image,
+        original=prepared.original,
+        masks=masks,
+        mask=union,
+        seed=seed,
+        figures=figures(
+            original=prepared.original,
+            round_trip=restore(round_trip, prepared.placement, prepared.original),
+            edited=image,
+            mask=union,
+        ),
+    )
+
+
+def rejected(sample: Sample, edit: str, method: str, stage: Stage, error: Exception) -> Rejected:
+    """An asked-for result that an error prevented. A `RowError` knows its own stage."""
+    return Rejected(
+        sample=sample,
+        edit=edit,
+        method=method,
+        stage=error.stage if isinstance(error, RowError) else stage,
+        error_class=type(error).__name__,
+        message=str(error),
+    )
+
+
+def seed_for(run_seed: int, image_id: str, purpose: str) -> int:
+    """Seed of one image's noise, 0 .. 2^63 - 1: it hangs on the image's id, not on its place in a batch or shard order.
+
+    Methods that share an inversion share its noise.
+    """
+    text = "\x1f".join((str(run_seed), image_id, purpose))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def latent_mask(mask: np.ndarray | None, latents: Tensor) -> Tensor | None:
+    """A mask (H, W) at model size, averaged down to the latents' (h, w)."""
+    if mask is None:
+        return None
+    pooled = adaptive_avg_pool2d(torch.from_numpy(mask)[None, None], tuple(latents.shape[-2:]))
+    return pooled[0, 0].to(latents.dtype)
+
+
+def at_image_size(mask: Tensor, pixels: np.ndarray) -> np.ndarray:
+    """A mask (h, w) at latent size, repeated up to the (H, W) of the pixels."""
+    scale = pixels.shape[0] // mask.shape[0]
+    return np.asarray(mask.numpy().repeat(scale, axis=0).repeat(scale, axis=1), dtype=bool)

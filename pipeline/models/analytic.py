@@ -1,0 +1,112 @@
+"""A diffusion model whose answers are known: images from a Gaussian around one mean per prompt.
+
+For x_0 ~ N(mean, s^2 I) the best noise prediction has a closed form,
+
+    E[eps | x_t] = sqrt(1 - a) (x_t - sqrt(a) mean) / (a s^2 + 1 - a),        a = alpha_bar(t),
+
+so that edits can be checked by algebra, on a CPU, in milliseconds. A prompt's mean is a soft spot of one colour at a
+place, both derived from the prompt's text; the empty prompt's mean is zero. Its "VAE" rearranges pixels, without loss.
+Being linear it is blind to some mistakes (a wrong seed!): a random UNet must testify as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from pipeline.diffusion.schedule import NoiseSchedule
+from pipeline.engine.calls import TextConditioning
+from pipeline.errors import EditError
+from pipeline.models.attention import WATCHED_FACTOR
+from pipeline.models.backbone import ModelRecord
+
+STABLE_DIFFUSION_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "clip_sample": False,
+}
+
+
+class AnalyticBackbone:
+    """See the module, and `Backbone` for what each method promises."""
+
+    latent_scale = 4
+    latent_channels = 3 * latent_scale**2
+    multiple = latent_scale * WATCHED_FACTOR
+    text_length = 77
+
+    def __init__(self, image_size: int = 64, spread: float = 0.5, dtype: torch.dtype = torch.float32) -> None:
+        self.image_size = image_size
+        self.spread = spread  # s, standard deviation of the images around their mean
+        self.dtype = dtype
+        self.device = torch.device("cpu")
+        self.schedule = NoiseSchedule.from_config(STABLE_DIFFUSION_SCHEDULE)
+        self.record = ModelRecord(
+            name="analytic",
+            revision="",
+            digest=hashlib.sha256(f"analytic 1 {spread}".encode()).hexdigest()[:16],
+            dtype=str(dtype).removeprefix("torch."),
+            device="cpu",
+        )
+
+    def encode_text(self, prompt: str) -> TextConditioning:
+        """See `Backbone`. Place 0 holds where the prompt's spot is, how strong, and its colour: (L, 6)."""
+        words = prompt.split()[: self.text_length - 2]
+        embedding = torch.zeros((self.text_length, 6), dtype=self.dtype)
+        if words:
+            octets = hashlib.sha256(" ".join(words).encode()).digest()
+            unit = torch.tensor([octet / 255.0 for octet in octets[:5]], dtype=self.dtype)
+            embedding[0] = torch.cat([0.25 + 0.5 * unit[:2], torch.ones(1, dtype=self.dtype), 2.0 * unit[2:] - 1.0])
+        return TextConditioning(prompt, embedding, token_count=len(words))
+
+    def encode_image(self, pixels: np.ndarray) -> Tensor:
+        """See `Backbone`."""
+        image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).to(self.dtype) / 127.5 - 1.0
+        return pixel_unshuffle(image, self.latent_scale)
+
+    def decode_latents(self, latents: Tensor) -> np.ndarray:
+        """See `Backbone`."""
+        image = pixel_shuffle(latents, self.latent_scale).permute(1, 2, 0)
+        return ((image + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+
+    def check_watchable(self, height: int, width: int) -> None:
+        """See `Backbone`."""
+        if height % WATCHED_FACTOR or width % WATCHED_FACTOR:
+            raise EditError(f"latents of {height}x{width} have no grid at a quarter of their side")
+
+    def spots(self, embeddings: Tensor, height: int, width: int) -> Tensor:
+        """Where each of R prompts (R, L, 6) has its spot: (R, height, width) in [0, 1]."""
+        rows = (torch.arange(height, dtype=self.dtype) + 0.5) / height
+        columns = (torch.arange(width, dtype=self.dtype) + 0.5) / width
+        place = embeddings[:, 0]
+        squared = (rows[None, :, None] - place[:, 0, None, None]) ** 2
+        squared = squared + (columns[None, None, :] - place[:, 1, None, None]) ** 2
+        return torch.exp(squared / (-2.0 * 0.15**2)) * place[:, 2, None, None]
+
+    def means(self, embeddings: Tensor, height: int, width: int) -> Tensor:
+        """Mean latents (R, C, height, width) of R prompts (R, L, 6)."""
+        colours = embeddings[:, 0, 3:6].repeat_interleave(self.latent_scale**2, dim=1)  # (R, C)
+        return colours[:, :, None, None] * self.spots(embeddings, height, width)[:, None]
+
+    def denoise(
+        self, latents: Tensor, timesteps: Sequence[int], embeddings: Sequence[Tensor], watch: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Backbone`. Attention is the prompt's spot, shared by its tokens."""
+        context = torch.stack(list(embeddings))
+        height, width = latents.shape[-2:]
+        a = torch.tensor([self.schedule.alpha_bar(t) for t in timesteps], dtype=self.dtype)[:, None, None, None]
+        mean = self.means(context, height, width)
+        noise_preds = (1 - a).sqrt() * (latents - a.sqrt() * mean) / (a * self.spread**2 + 1 - a)
+        if watch is None:
+            return noise_preds, None
+        grid = self.spots(context, height // WATCHED_FACTOR, width // WATCHED_FACTOR)
+        return noise_preds, grid * watch.sum(dim=1)[:, None, None].to(self.dtype)

@@ -1,0 +1,120 @@
+"""Open storage by URL, retry what may pass, and name errors without giving away credentials."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import fsspec
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+
+from pipeline.errors import ShardeditError, SourceError
+
+ATTEMPTS = 5
+FIRST_WAIT = 0.5  # seconds; doubles with every attempt, plus up to a second of jitter
+LONGEST_WAIT = 20.0  # seconds
+
+# No second attempt changes these: nothing is there, access is refused, or the disk is full.
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+_FINAL_ERRNOS = {28, 30, 36, 122}  # no space, read-only, name too long, quota
+# Libraries whose connection and timeout errors are no OSError. Known by name: which of them is installed depends on
+# the stores in use. Wrong or absent credentials are botocore errors as well, and final.
+_PASSING = {
+    "aiohttp": None,
+    "botocore": {
+        "ConnectionClosedError",
+        "ConnectionError",
+        "ConnectTimeoutError",
+        "EndpointConnectionError",
+        "HTTPClientError",
+        "IncompleteReadError",
+        "ProxyConnectionError",
+        "ReadTimeoutError",
+        "ResponseStreamingError",
+    },
+    "fsspec": {"FSTimeoutError"},
+    "urllib3": None,
+}
+
+
+def open_fs(url: str, storage_options: Mapping[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a URL and the path in it. Called where it is used: an opened file system never travels.
+
+    Args:
+        url: any fsspec URL, `file://` or a bare local path.
+        storage_options: for fsspec; what is left out comes from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID).
+
+    Raises:
+        SourceError: no such kind of storage, or its package is not installed.
+    """
+    try:
+        fs, root = fsspec.core.url_to_fs(url, **storage_options)
+    except (ValueError, ImportError) as error:
+        raise SourceError(f"{public_url(url)} cannot be opened: {describe(error)}") from error
+    return fs, root.rstrip("/") or root
+
+
+def public_url(url: str) -> str:
+    """The URL without user, password and query, which may hold credentials or a signature."""
+    if "://" not in url:
+        return url
+    parts = urlsplit(url)
+    query = "" if parts.scheme in ("http", "https") else parts.query and f"?{parts.query}"
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")) + query
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line, without credentials, queries or memory addresses."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\")]*", r"\1", text)
+    text = re.sub(r"//[^/@\s]+@", "//", text)
+    text = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>|0x[0-9a-fA-F]{6,}", "(object)", text)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether another attempt from a fresh open may succeed: broken connections, timeouts, short reads."""
+    if isinstance(error, (ShardeditError, *_FINAL)):
+        return False
+    if isinstance(error, OSError):
+        return error.errno not in _FINAL_ERRNOS
+    for cls in type(error).__mro__:
+        names = _PASSING.get(cls.__module__.partition(".")[0], ())
+        if names is None or cls.__name__ in names:
+            return True
+    return False
+
+
+def retrying() -> Retrying:
+    """Attempts from a fresh open, with exponential waits and jitter; the last error comes out as it is."""
+    return Retrying(
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_exponential_jitter(initial=FIRST_WAIT, max=LONGEST_WAIT, jitter=FIRST_WAIT),
+        retry=retry_if_exception(is_transient),
+        reraise=True,
+    )
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether the storage, not our code, is at fault."""
+    return isinstance(error, OSError) or is_transient(error) or type(error).__module__.startswith("botocore.")
+
+
+def source_error(error: BaseException, url: str) -> SourceError:
+    """What a storage error means to the user, and what to do."""
+    where = public_url(url)
+    if isinstance(error, FileNotFoundError):
+        return SourceError(f"{where} does not exist. Check source.shards: the bucket, the folder and the spelling")
+    if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
+        return SourceError(
+            f"{where} may not be read: access was refused ({describe(error)}). Check the credentials "
+            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, the worker's role, or source.storage_options) and their rights"
+        )
+    if "Connect" in type(error).__name__ or isinstance(error, ConnectionError):
+        return SourceError(
+            f"{where} cannot be reached ({describe(error)}). Check AWS_ENDPOINT_URL or "
+            "source.storage_options.client_kwargs.endpoint_url, and the network"
+        )
+    return SourceError(f"{where} cannot be read ({describe(error)}). Check source.shards and the storage's health")

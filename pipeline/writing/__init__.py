@@ -1,0 +1,1 @@
+"""Outcomes become rows, rows become files, and a manifest, written last, makes them count."""

@@ -1,0 +1,224 @@
+"""How files come to stand in the run's folder, and what of them counts.
+
+A unit's files have names that derive from its input alone; its manifest is written last and is the commit. A data file
+without a manifest is noise: a rerun writes the same file again. So a run may die anywhere, and two workers may commit
+one unit, without a row lost or doubled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import posixpath
+import secrets
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from pydantic import ValidationError
+
+from pipeline.errors import SinkError
+from pipeline.reading.storage import open_fs, public_url, retrying
+from pipeline.recipe import SinkConfig
+from pipeline.writing.manifest import FileRecord, Manifest, manifest_path, split_unit_id
+
+log = logging.getLogger(__name__)
+
+LISTERS = 8  # shards whose manifests are read side by side: on an object store each costs a few round trips
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedUnit:
+    """A unit ready to be committed: its files in memory, and the manifest that lists them."""
+
+    manifest: Manifest
+    files: tuple[tuple[str, bytes], ...]  # (path relative to the run's folder, content)
+
+
+def file_record(path: str, data: bytes, rows: int) -> FileRecord:
+    """What a manifest says of a file."""
+    return FileRecord(path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=rows)
+
+
+def commit(finished: FinishedUnit, sink: SinkConfig) -> Manifest:
+    """Write a unit's files and then its manifest. Doing it again, or twice at once, leaves the same files.
+
+    Raises:
+        SinkError: the sink does not take them; the unit is then not committed.
+    """
+    fs, root = open_fs(sink.folder, sink.storage_options)
+    for path, data in finished.files:
+        put(fs, f"{root}/{path}", data)
+    put(fs, f"{root}/{manifest_path(finished.manifest.unit)}", finished.manifest.to_bytes())
+    return finished.manifest
+
+
+def put(fs: AbstractFileSystem, path: str, data: bytes) -> None:
+    """Write a whole file or none of it: no reader, and no kill, meets a part.
+
+    Raises:
+        SinkError: says which file, and why not.
+    """
+    try:
+        if isinstance(fs, LocalFileSystem):
+            _put_local(Path(path), data)
+        else:
+            # One upload is atomic on an object store. Never rename there: that is a copy and a delete.
+            retrying()(fs.pipe_file, path, data)
+    except Exception as error:  # botocore's and aiohttp's errors share no base but this
+        raise SinkError(
+            f"{public_url(path)} cannot be written: {_reason(error)}. Check sink.folder, its permissions and its space"
+        ) from error
+
+
+def _put_local(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same directory, since only there a rename is atomic; the dot hides it from `data/*.parquet`.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # or a crash of the machine may forget the new name
+    finally:
+        os.close(directory)
+
+
+def get(fs: AbstractFileSystem, path: str) -> bytes | None:
+    """A file's content, or None where there is none.
+
+    Raises:
+        SinkError: it can neither be read nor be said to be missing.
+    """
+    try:
+        data: bytes = retrying()(fs.cat_file, path)
+        return data
+    except FileNotFoundError:
+        return None
+    except Exception as error:
+        raise SinkError(
+            f"{public_url(path)} cannot be read: {_reason(error)}. Check sink.folder and its permissions"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The cause in one line; a retry policy may have wrapped it."""
+    text = str(error).splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+@dataclass(slots=True)
+class Committed:
+    """Which units are committed, at one bit each: a million units take less than a megabyte beside their shards' names.
+
+    It travels to the read tasks, hence `of_shard`.
+    """
+
+    chunks: dict[str, int] = field(default_factory=dict)  # by shard slug: bit i stands for chunk i
+    last: dict[str, int] = field(default_factory=dict)  # by shard slug: its last chunk, where that is committed
+
+    def add(self, manifest: Manifest) -> None:
+        """Note a committed unit."""
+        slug, _ = split_unit_id(manifest.unit)
+        self.chunks[slug] = self.chunks.get(slug, 0) | 1 << manifest.chunk
+        if manifest.is_last:
+            self.last[slug] = manifest.chunk
+
+    def has(self, unit_id: str) -> bool:
+        """Whether a unit is committed."""
+        slug, chunk = split_unit_id(unit_id)
+        return bool(self.chunks.get(slug, 0) >> int(chunk) & 1)
+
+    def has_whole_shard(self, slug: str) -> bool:
+        """Whether every unit of a shard is committed: the last one says that it is the last."""
+        return slug in self.last and self.chunks[slug] == (1 << (self.last[slug] + 1)) - 1
+
+    def of_shard(self, slug: str) -> Committed:
+        """The part that concerns one shard."""
+        return Committed(
+            {slug: self.chunks[slug]} if slug in self.chunks else {},
+            {slug: self.last[slug]} if slug in self.last else {},
+        )
+
+
+def committed_units(sink: SinkConfig) -> Iterator[Manifest]:
+    """Every manifest whose files exist with the listed size, shard by shard; nothing is held but one window of shards.
+
+    A manifest that does not parse, or whose files are missing or of another size, does not count: its unit is done
+    again.
+
+    Raises:
+        SinkError: the folder cannot be listed.
+    """
+    fs, root = open_fs(sink.folder, sink.storage_options)
+    fs.invalidate_cache()  # s3fs remembers listings
+    slugs = iter(sorted(posixpath.basename(path.rstrip("/")) for path in _listing(fs, f"{root}/_units")))
+    with ThreadPoolExecutor(LISTERS) as pool:
+        while window := list(islice(slugs, 4 * LISTERS)):
+            for manifests in pool.map(lambda slug: _trusted(fs, root, slug), window):
+                yield from manifests
+
+
+def _listing(fs: AbstractFileSystem, path: str) -> dict[str, int]:
+    """What stands in a folder, {path: size}; empty where there is no such folder."""
+    try:
+        return {entry["name"]: entry["size"] or 0 for entry in retrying()(fs.ls, path, detail=True)}
+    except FileNotFoundError:
+        return {}
+    except Exception as error:
+        raise SinkError(
+            f"{public_url(path)} cannot be listed: {_reason(error)}. Check sink.folder and its permissions"
+        ) from error
+
+
+def _trusted(fs: AbstractFileSystem, root: str, slug: str) -> list[Manifest]:
+    paths = sorted(path for path in _listing(fs, f"{root}/_units/{slug}") if path.endswith(".json"))
+    manifests = [manifest for path in paths if (manifest := _parsed(fs, path)) is not None]
+    sizes = _sizes(fs, root, slug, manifests)
+    return [manifest for manifest in manifests if _files_are_there(manifest, sizes)]
+
+
+def _parsed(fs: AbstractFileSystem, path: str) -> Manifest | None:
+    data = get(fs, path)
+    if data is None:
+        return None
+    try:
+        return Manifest.model_validate_json(data)
+    except ValidationError as error:
+        log.warning("%s is no manifest, its unit is done again: %s", public_url(path), error.errors()[0]["msg"])
+        return None
+
+
+def _sizes(fs: AbstractFileSystem, root: str, slug: str, manifests: Iterable[Manifest]) -> dict[str, int]:
+    """Sizes of a shard's files, by path relative to the root."""
+    listed = sorted({file.path for manifest in manifests for file in manifest.files})
+    if isinstance(fs, LocalFileSystem):
+        there = ((path, Path(root, path)) for path in listed)
+        return {path: file.stat().st_size for path, file in there if file.is_file()}
+    sizes = {}
+    for folder in sorted({posixpath.dirname(path) for path in listed}):
+        # One listing for the whole shard, not a request per file.
+        found: dict[str, Any] = retrying()(fs.find, f"{root}/{folder}", prefix=f"part-{slug}-", detail=True)
+        sizes |= {f"{folder}/{posixpath.basename(path)}": entry["size"] for path, entry in found.items()}
+    return sizes
+
+
+def _files_are_there(manifest: Manifest, sizes: dict[str, int]) -> bool:
+    for file in manifest.files:
+        if sizes.get(file.path) != file.size:
+            log.warning("%s is missing or not of the listed size: unit %s is done again", file.path, manifest.unit)
+            return False
+    return True

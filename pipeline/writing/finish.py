@@ -1,0 +1,120 @@
+"""Outcomes of a unit become its files and its manifest.
+
+Rows are sorted by (index, edit, method) whatever order they finished in, so that a unit's bytes are the same alone,
+beside other units, and after a restart.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import pipeline
+from pipeline.recipe import Recipe
+from pipeline.records import Rejected, Unit, UnitInput
+from pipeline.writing.commit import FinishedUnit, file_record
+from pipeline.writing.manifest import Counts, Manifest, Measured
+from pipeline.writing.parquet import render_parquet
+from pipeline.writing.quarantine import render_quarantine
+from pipeline.writing.rows import Row, schema
+from pipeline.writing.webdataset import render_tar
+
+SUFFIXES = {"parquet": "parquet", "webdataset": "tar"}
+
+
+def finish_unit(
+    unit_input: UnitInput,
+    encoded: Sequence[Row | Rejected],
+    recipe: Recipe,
+    *,
+    model_digest: str,
+    call_size: int,
+    measured: Measured,
+) -> FinishedUnit:
+    """Render a unit. A unit in which nothing succeeded, or nothing failed, has no file of that kind.
+
+    Args:
+        unit_input: what was read.
+        encoded: one row or rejection per (image, edit, method) asked for, in any order.
+        recipe: decides formats and the order of edits and methods.
+        model_digest: of the model that made the results.
+        call_size: rows of a UNet call.
+        measured: goes into the manifest beside what is reproducible.
+    """
+    unit = unit_input.unit
+    order = _Order(recipe)
+    rows = sorted((one for one in encoded if not isinstance(one, Rejected)), key=order.of_row)
+    failed = sorted((one for one in encoded if isinstance(one, Rejected)), key=order.of_rejected)
+    _check_once_each(unit_input, rows, failed)
+    files: list[tuple[str, bytes, int]] = []
+    if rows:
+        files.append((data_path(unit, recipe), _render(rows, recipe), len(rows)))
+    if failed:
+        files.append((f"quarantine/part-{unit.id}.parquet", render_quarantine(failed, unit.id), len(failed)))
+    counts = Counts(
+        images=len(unit_input.rows),
+        asked=len(encoded),
+        ok=len(rows),
+        failed=len(failed),
+        failed_by_stage=dict(sorted(Counter(one.stage for one in failed).items())),
+        failed_by_class=dict(sorted(Counter(one.error_class for one in failed).items())),
+    )
+    manifest = Manifest(
+        unit=unit.id,
+        shard=unit.shard,
+        chunk=unit.chunk,
+        start=unit.start,
+        stop=unit.stop,
+        is_last=unit.is_last,
+        shard_size=unit_input.shard_size,
+        shard_etag=unit_input.shard_etag,
+        recipe_hash=recipe.hash,
+        code_version=pipeline.__version__,
+        model_digest=model_digest,
+        call_size=call_size,
+        files=tuple(file_record(path, data, count) for path, data, count in files),
+        counts=counts,
+        measured=measured,
+    )
+    return FinishedUnit(manifest, tuple((path, data) for path, data, _ in files))
+
+
+def data_path(unit: Unit, recipe: Recipe) -> str:
+    """Where a unit's results stand, relative to the run's folder."""
+    return f"data/part-{unit.id}.{SUFFIXES[recipe.sink.format]}"
+
+
+def _render(rows: Sequence[Row], recipe: Recipe) -> bytes:
+    if recipe.sink.format == "webdataset":
+        return render_tar(rows)
+    include_input = recipe.sink.include_input
+    return render_parquet(rows, schema(include_input), shared=["input.bytes"] if include_input else [])
+
+
+class _Order:
+    """Sort keys: place in the shard, place of the edit, place of the method."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.edits = {name: place for place, name in enumerate(recipe.edits)}
+        self.methods = {name: place for place, name in enumerate(recipe.all_methods)}
+
+    def key(self, index: int, edit: str, method: str) -> tuple[int, int, str, int]:
+        """Edits that rows bring come after the job's, by name."""
+        return index, self.edits.get(edit, len(self.edits)), edit, self.methods[method]
+
+    def of_row(self, row: Row) -> tuple[int, int, str, int]:
+        return self.key(row["index"], row["edit"], row["method"])
+
+    def of_rejected(self, rejected: Rejected) -> tuple[int, int, str, int]:
+        return self.key(rejected.sample.index, rejected.edit, rejected.method)
+
+
+def _check_once_each(unit_input: UnitInput, rows: Sequence[Row], failed: Sequence[Rejected]) -> None:
+    """What is asked ends in data or in quarantine, once: a fault here is ours, and must not be committed."""
+    results = [(row["index"], row["edit"], row["method"]) for row in rows]
+    results += [(one.sample.index, one.edit, one.method) for one in failed]
+    twice = [result for result, count in Counter(results).items() if count > 1]
+    assert not twice, f"unit {unit_input.unit.id} has results twice: {twice[:3]}"
+    # `Unreadable` and `Sample` both know their place in the shard.
+    read = {getattr(row, "sample", row).index for row in unit_input.rows}
+    assert read == {index for index, _, _ in results}, f"unit {unit_input.unit.id} lost rows or made some up"

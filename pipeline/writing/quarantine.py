@@ -1,0 +1,58 @@
+"""Rows that failed, with stage, reason and their bytes as read: one Parquet file per unit that has any.
+
+Two runs over the same data write the same file: a reason holds no address, time or host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.records import Rejected
+from pipeline.writing.parquet import render_parquet
+from pipeline.writing.rows import MAX_MESSAGE, clean, json_text
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("shard", pa.string()),
+        ("key", pa.string()),
+        ("index", pa.int64()),
+        ("edit", pa.string()),
+        ("method", pa.string()),
+        ("unit", pa.string()),
+        ("stage", pa.string()),
+        ("error_class", pa.string()),
+        ("message", pa.string()),
+        ("attempt", pa.int64()),
+        ("image", pa.binary()),
+        ("columns", pa.string()),
+    ]
+)
+
+
+def render_quarantine(rejected: Sequence[Rejected], unit: str) -> bytes:
+    """Write what failed in a unit, in the order given."""
+    return render_parquet([quarantine_row(one, unit) for one in rejected], SCHEMA, shared=["image"])
+
+
+def quarantine_row(rejected: Rejected, unit: str) -> dict[str, Any]:
+    """One row of `SCHEMA`."""
+    sample = rejected.sample
+    return {
+        "id": clean(sample.id),
+        "shard": clean(sample.shard),
+        "key": clean(sample.key),
+        "index": sample.index,
+        "edit": rejected.edit,
+        "method": rejected.method,
+        "unit": unit,
+        "stage": rejected.stage,
+        "error_class": rejected.error_class,
+        "message": clean(rejected.message)[:MAX_MESSAGE],
+        "attempt": rejected.attempt,
+        "image": sample.image,
+        "columns": json_text(dict(sample.columns)),
+    }

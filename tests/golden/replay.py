@@ -1,0 +1,316 @@
+"""Replays golden tensors, recorded from the methods' reference implementations, through this package's own methods.
+
+    python -m tests.golden.replay FILE.npz [FILE.npz ...] [--model FOLDER] [--dtype float32]
+
+The kind of a golden is the name of the folder that it lies in. Prints, per quantity, the deviation relative to the
+largest golden value beside its tolerance; the exit code is 1 where one is exceeded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.editing.base import Editor
+from pipeline.editing.cfg import ClassifierFreeGuidance
+from pipeline.editing.ledits_pp import LEditsPP, is_active
+from pipeline.editing.reconstruct import Reconstruct
+from pipeline.engine.calls import Denoise, Denoised, EncodeText, TextConditioning
+from pipeline.engine.engine import Engine
+from pipeline.inversion.base import Source
+from pipeline.inversion.ddim import DDIMInversion
+from pipeline.inversion.ddpm import DDPMInversion
+from pipeline.inversion.noise import NoiseStart
+from pipeline.models.loading import load_backbone
+from pipeline.recipe import ModelConfig
+from pipeline.records import Concept, EditedLatents, EditRequest, Trajectory
+
+HERE = Path(__file__).parent
+TINY_SD = HERE / "tiny-sd"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One compared quantity."""
+
+    name: str
+    deviation: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return self.deviation <= self.tolerance
+
+
+def relative(ours: Tensor, golden: Tensor) -> float:
+    """Largest difference over the largest golden value."""
+    assert ours.shape == golden.shape, f"ours {tuple(ours.shape)}, golden {tuple(golden.shape)}"
+    return float((ours.double() - golden.double()).abs().max() / golden.double().abs().max())
+
+
+def replay(path: Path, model: Path = TINY_SD, dtype: torch.dtype = torch.float32) -> list[Check]:
+    """Replay one file."""
+    archive = np.load(path)
+    golden = {name: torch.from_numpy(archive[name]) for name in archive.files if name != "settings"}
+    for name, tensor in golden.items():
+        golden[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    settings = json.loads(str(archive["settings"]))
+    backbone = load_backbone(ModelConfig(name=str(model)), dtype=dtype, device="cpu")
+    return list(KINDS[path.parent.name](golden, settings, Engine(backbone, call_size=8)))
+
+
+def source_of(engine: Engine, latents: Tensor, prompt: str, noises: Tensor | None = None) -> Source:
+    """One image's encoded latents, and its noise from the recording instead of a generator."""
+    draws = iter(() if noises is None else noises)
+    return Source(latents=latents, prompt=prompt, schedule=engine.backbone.schedule, draw_noise=lambda: next(draws))
+
+
+def edit(engine: Engine, editor: Editor, trajectory: Trajectory, request: EditRequest, **options: Any) -> EditedLatents:
+    """One edit of one image, with what every step did."""
+    return engine.run_one(editor.edit(trajectory, request, keep_history=True, **options))
+
+
+def replay_ddim(golden: dict[str, Tensor], settings: dict[str, Any], engine: Engine) -> Iterator[Check]:
+    """Text to image under classifier-free guidance, and DDIM inversion with its reconstruction."""
+    num_steps = settings["num_inference_steps"]
+    if "x0" not in golden:
+        draws = torch.cat([golden["x_T"], *golden.get("variance_noise", [])])
+        start = NoiseStart(num_steps=num_steps, eta=settings["eta"])
+        trajectory = engine.run_one(start.invert(source_of(engine, golden["x_T"][0], "", draws)))
+        editor = ClassifierFreeGuidance(guidance_scale=settings["guidance_scale"])
+        request = EditRequest(target_prompt=settings["prompt"], negative_prompt=settings["negative_prompt"])
+        sampled = edit(engine, editor, trajectory, request)
+        yield equal("timesteps", trajectory.timesteps, golden["timesteps"])
+        walked = torch.stack([record.latents for record in sampled.history])[:, None]
+        yield Check("trajectory", relative(walked, golden["trajectory"]), 1e-4)
+        yield Check("final", relative(sampled.latents[None], golden["final"]), 1e-4)
+        return
+    guidance = settings["inversion_guidance"] or 1.0
+    prompts = settings["prompt"] if isinstance(settings["prompt"], list) else [settings["prompt"]] * len(golden["x0"])
+    inversion = DDIMInversion(num_steps=num_steps, guidance_scale=guidance)
+    trajectories = [
+        engine.run_one(inversion.invert(source_of(engine, latents, prompt)))
+        for latents, prompt in zip(golden["x0"], prompts, strict=True)
+    ]
+    yield equal("timesteps", trajectories[0].timesteps, golden["timesteps"])
+    inverted = torch.stack([trajectory.latents.flip(0)[1:] for trajectory in trajectories], dim=1)
+    yield Check("first three inverse steps", relative(inverted[:3], golden["inverted"][:3]), 1e-4)
+    yield Check("x_T", relative(inverted[-1], golden["x_T"]), 5e-3)
+    rebuilt = torch.stack([edit(engine, Reconstruct(), t, EditRequest()).latents for t in trajectories])
+    yield Check("reconstruction", relative(rebuilt, golden["reconstruction"]), 2e-1)
+    solver, step = trajectories[0].solver, num_steps // 2
+    any_noise = golden["x_T"][0]
+    back = solver.transition(step, solver.inverse(step, golden["x0"][0], any_noise), any_noise, None).mean
+    yield Check("algebraic inverse", relative(back, golden["x0"][0]), 1e-5)
+
+
+def replay_ddpm_inversion(golden: dict[str, Tensor], settings: dict[str, Any], engine: Engine) -> Iterator[Check]:
+    """Edit-friendly inversion as its authors publish it: the last noise map is zeroed."""
+    kept = settings["num_inference_steps"] - settings["skip"]
+    inversion = DDPMInversion(
+        solver="ddim",
+        num_steps=kept,
+        skip_steps=settings["skip"],
+        eta=settings["eta"],
+        eta_form="authors",
+        exact_last_step=False,
+        source_guidance_scale=settings["cfg_source"],
+    )
+    source = source_of(engine, golden["x0"][0], settings["source_prompt"], golden["noises"])
+    trajectory = engine.run_one(inversion.invert(source))
+    yield equal("timesteps", trajectory.timesteps, golden["timesteps"][-kept:])
+    yield Check("noise maps", relative(trajectory.noise_maps.flip(0), golden["zs"][:kept]), 1e-4)
+    yield Check("latents", relative(trajectory.latents[:-1].flip(0), golden["wts"][1 : kept + 1]), 1e-4)
+    rebuilt = edit(engine, Reconstruct(), trajectory, EditRequest())
+    yield Check("reconstruction", relative(rebuilt.latents[None], golden["reconstruction"]), 3e-3)
+    edited = [
+        edit(engine, ClassifierFreeGuidance(guidance_scale=scale), trajectory, EditRequest(target_prompt=prompt)).latents
+        for prompt, scale in zip(settings["target_prompts"], settings["cfg_targets"], strict=True)
+    ]
+    yield Check("edited", relative(torch.stack(edited), golden["edited"]), 3e-3)
+
+
+def concepts_of(options: dict[str, Any]) -> tuple[Concept, ...]:
+    """The maintained implementation's lists, one entry per concept or one value for all."""
+
+    def per_concept(name: str, default: Any) -> list[Any]:
+        value = options.get(name, default)
+        return value if isinstance(value, list) else [value] * len(options["editing_prompt"])
+
+    columns = zip(
+        options["editing_prompt"],
+        per_concept("edit_guidance_scale", 5.0),
+        per_concept("edit_threshold", 0.9),
+        per_concept("edit_warmup_steps", 0),
+        per_concept("edit_cooldown_steps", None),
+        per_concept("reverse_editing_direction", False),
+        strict=True,
+    )
+    return tuple(
+        Concept(
+            prompt=prompt,
+            guidance_scale=scale,
+            threshold=threshold,
+            warmup_steps=warmup,
+            cooldown_steps=cooldown,
+            direction="remove" if reverse else "add",
+        )
+        for prompt, scale, threshold, warmup, cooldown, reverse in columns
+    )
+
+
+def ledits_editor(options: dict[str, Any]) -> LEditsPP:
+    """Mask mode of the maintained implementation's two switches; the second implies the first."""
+    if options.get("use_intersect_mask", True):
+        return LEditsPP(mask="intersect")
+    return LEditsPP(mask="attention" if options.get("use_cross_attn_mask", False) else "noise")
+
+
+def replay_ledits_pp(golden: dict[str, Tensor], settings: dict[str, Any], engine: Engine) -> Iterator[Check]:
+    """LEDITS++, one image at a time; and again with recorded predictions, without the model."""
+    zero_last = settings["scheduler"] == "dpm" and settings["final_sigmas_type"] == "zero"
+    inversion = DDPMInversion(
+        solver="ddim" if settings["scheduler"] == "ddim" else "sde-dpmsolver++",
+        num_steps=settings["invert"]["num_inversion_steps"],
+        skip=settings["invert"]["skip"],
+        exact_last_step=not zero_last,
+    )
+    yield equal("all timesteps", all_timesteps(inversion, engine), golden["all_timesteps"])
+    editor, request = ledits_editor(settings["edit"]), EditRequest(concepts=concepts_of(settings["edit"]))
+    if "images" in golden:
+        encoded = torch.stack([engine.backbone.encode_image(image.numpy()) for image in golden["images"]])
+        yield Check("x0", relative(encoded, golden["x0"]), 1e-5)
+    trajectories, edits, rebuilt, walked = [], [], [], []
+    for at, latents in enumerate(golden["x0"]):
+        source = source_of(engine, latents, "", golden["noises"][:, at])
+        trajectories.append(engine.run_one(inversion.invert(source)))
+        mask = golden["user_mask"] if "user_mask" in golden else None
+        mask = None if mask is None else mask.reshape(-1, *mask.shape[-2:])[0]
+        edits.append(edit(engine, editor, trajectories[-1], request, user_mask=mask))
+        rebuilt.append(edit(engine, editor, trajectories[-1], EditRequest()).latents)
+        walked.append(edit(engine, Reconstruct(), trajectories[-1], EditRequest()).latents)
+    yield equal("timesteps", trajectories[0].timesteps, golden["timesteps"])
+    yield Check("noise maps", relative(torch.stack([t.noise_maps for t in trajectories], 1), golden["zs"]), 1e-5)
+    ends = torch.stack([t.latents[[0, -2]] for t in trajectories], dim=1)
+    yield Check("noised latents", relative(ends, golden["xts_first_last"]), 1e-5)
+    yield Check("reconstruction", relative(torch.stack(rebuilt), golden["reconstruction"]), 1e-5)
+    # Walking back through a random network amplifies the rounding of each step; no concept at all does not walk.
+    yield Check("reconstruction, walked", relative(torch.stack(walked), golden["reconstruction"]), 1e-3)
+    masks, latents = unroll(edits, trajectories)
+    yield Check("masks, share of different pixels", float((masks != golden["mask"]).double().mean()), 1e-3)
+    steps = golden["trajectory_steps"].tolist()
+    early = [place for place, step in enumerate(steps) if step < len(trajectories[0].timesteps) // 2]
+    yield Check("trajectory, early half", relative(latents[steps][early], golden["trajectory"][early]), 1e-3)
+    yield Check("final", relative(latents[-1], golden["final"]), 3e-3)
+    if "attn_map" in golden and edits[0].history[0].attention is not None:
+        seen = torch.zeros_like(golden["attn_map"])
+        for at, result in enumerate(edits):
+            for record in result.history:
+                if record.attention is not None:
+                    seen[record.step, :, at] = record.attention
+        half = len(seen) // 2  # later maps inherit the amplified rounding of all steps before
+        yield Check("attention, early half", relative(seen[:half], golden["attn_map"][:half]), 1e-3)
+    if "eps_edit" in golden:
+        yield from replay_without_model(golden, editor, request, trajectories[0], inversion, engine)
+
+
+def all_timesteps(inversion: DDPMInversion, engine: Engine) -> tuple[int, ...]:
+    """The whole schedule, the skipped steps included."""
+    schedule, steps = engine.backbone.schedule, inversion.schedule_steps
+    return schedule.ddim_timesteps(steps, "leading") if inversion.solver == "ddim" else schedule.dpm_timesteps(steps)
+
+
+def unroll(edits: list[EditedLatents], trajectories: list[Trajectory]) -> tuple[Tensor, Tensor]:
+    """Masks (N, E, B, h, w) and latents (N, B, C, h, w) of every step, those that were not computed included."""
+    num_steps = len(trajectories[0].timesteps)
+    all_masks, all_latents = [], []
+    for result, trajectory in zip(edits, trajectories, strict=True):
+        masks = torch.zeros((num_steps, *result.masks.shape), dtype=torch.bool)
+        latents = trajectory.latents[1:].clone()
+        for record in result.history:
+            masks[record.step], latents[record.step] = record.masks, record.latents
+        all_masks.append(masks)
+        all_latents.append(latents)
+    return torch.stack(all_masks, dim=2), torch.stack(all_latents, dim=1)
+
+
+def replay_without_model(
+    golden: dict[str, Tensor],
+    editor: LEditsPP,
+    request: EditRequest,
+    trajectory: Trajectory,
+    inversion: DDPMInversion,
+    engine: Engine,
+) -> Iterator[Check]:
+    """The same, with the recorded predictions and attention as the model's answers."""
+    inverted = answer(
+        inversion.invert(source_of(engine, golden["x0"][0], "", golden["noises"][:, 0])),
+        lambda call: Denoised(golden["eps_inversion"][:, 0], None),
+    )
+    yield Check("model-free noise maps", relative(inverted.noise_maps[:, None], golden["zs"]), 1e-5)
+    by_timestep = {timestep: step for step, timestep in enumerate(trajectory.timesteps)}
+
+    def recorded(call: Denoise) -> Denoised:
+        step = by_timestep[call.timesteps[0]]
+        rows = [0, *(1 + at for at, concept in enumerate(request.concepts) if is_active(concept, step))]
+        maps = torch.cat([torch.zeros_like(golden["attn_map"][step, :1, 0]), golden["attn_map"][step, :, 0]])
+        return Denoised(golden["eps_edit"][step, rows, 0], maps[rows] if call.watch is not None else None)
+
+    edited = answer(editor.edit(inverted, request, keep_history=True), recorded)
+    masks, _ = unroll([edited], [inverted])
+    yield Check("model-free masks, share of different pixels", float((masks != golden["mask"]).double().mean()), 0.0)
+    yield Check("model-free final", relative(edited.latents[None], golden["final"]), 1e-5)
+
+
+def answer(method: Any, denoise: Callable[[Denoise], Denoised]) -> Any:
+    """Drive a generator without an engine or a model."""
+    reply = None
+    try:
+        while True:
+            call = method.send(reply)
+            if isinstance(call, EncodeText):
+                reply = [TextConditioning(prompt, torch.zeros(77, 1), 1) for prompt in call.prompts]
+            else:
+                reply = denoise(call)
+    except StopIteration as stop:
+        return stop.value
+
+
+def equal(name: str, ours: Any, golden: Tensor) -> Check:
+    """Integers that must agree exactly."""
+    return Check(name, 0.0 if list(ours) == golden.tolist() else 1.0, 0.0)
+
+
+KINDS: dict[str, Callable[..., Iterator[Check]]] = {
+    "ddim": replay_ddim,
+    "ddpm_inversion": replay_ddpm_inversion,
+    "ledits_pp": replay_ledits_pp,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--model", type=Path, default=TINY_SD, help="the checkpoint that the golden was made with")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    options = parser.parse_args()
+    failed = 0
+    for path in options.files:
+        print(path)
+        for check in replay(path.resolve(), options.model, getattr(torch, options.dtype)):
+            failed += not check.holds
+            print(f"  {'ok  ' if check.holds else 'FAIL'} {check.name:45} {check.deviation:.1e}  (at most {check.tolerance:.0e})")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
