@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +28,6 @@ from diffusers import AutoencoderKL
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
-from transformers import CLIPTokenizer
 
 from pipeline.models.demo.aiming import ATTRIBUTES, aiming_loss, attribute_table, named_attributes, record_attention
 from pipeline.models.demo.networks import (
@@ -40,6 +40,7 @@ from pipeline.models.demo.networks import (
     build_vae,
     save_pipeline,
 )
+from pipeline.models.demo.score import measure, table
 from pipeline.models.demo.world import VOCABULARY, Scene, caption, draw, region
 
 COVERAGE_SIDE = 16  # cells per side of the coverage maps: the finest attention grid
@@ -63,10 +64,10 @@ class Preset:
 PRESETS = {
     "cpu": Preset(
         minutes=95,
-        vae_share=0.15,
+        vae_share=0.22,
         vae_batch=8,
         vae_learning_rate=2e-3,
-        pool=20_000,
+        pool=14_000,
         batch=32,
         learning_rate=1e-3,
         ema_decay=0.998,
@@ -99,6 +100,7 @@ def main(
     minutes: Annotated[float | None, typer.Option(min=0.1, help="Length. Default: the preset's.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoints in OUT.")] = False,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = os.cpu_count() or 1,
+    scenes: Annotated[int, typer.Option(min=0, help="Scenes on which the model is scored at the end.")] = 64,
     seed: int = 0,
 ) -> None:
     """Train the demo model from nothing."""
@@ -117,6 +119,11 @@ def main(
     vae = train_vae(plan, out / "vae.pt", device, seed)
     pool = draw_pool(plan, vae, out / "pool.pt", device, seed)
     train_unet(plan, vae, pool, out, device, seed)
+    if scenes:
+        scores = measure(out / "weights", scenes)
+        with (out / "weights" / "README.md").open("a") as card:
+            card.write(f"\nScores on {scenes} fresh scenes (`pipeline/models/demo/score.py`):\n\n{table(scores)}")
+    print(f"done: {out / 'weights'}", flush=True)
 
 
 def train_vae(plan: Preset, checkpoint: Path, device: torch.device, seed: int) -> AutoencoderKL:
@@ -127,15 +134,15 @@ def train_vae(plan: Preset, checkpoint: Path, device: torch.device, seed: int) -
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         vae.load_state_dict(state["vae"])
-        if (checkpoint.parent / "pool.pt").exists():
-            # The UNet's latents are encoded: from here on another encoder would be a wrong one.
+        if state["finished"]:
             return vae.eval().requires_grad_(False)
         optimizer.load_state_dict(state["optimizer"])
         clock.resume(state["clock"])
     rng = np.random.default_rng([seed, 1, clock.steps])
 
-    def save() -> None:
-        write_checkpoint(checkpoint, vae=vae.state_dict(), optimizer=optimizer.state_dict(), clock=clock.state())
+    def save(finished: bool) -> None:
+        state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "clock": clock.state()}
+        write_checkpoint(checkpoint, **state, finished=finished)
 
     while clock.progress < 1:
         scenes = [Scene.random(rng) for _ in range(plan.vae_batch)]
@@ -157,9 +164,31 @@ def train_vae(plan: Preset, checkpoint: Path, device: torch.device, seed: int) -
         if clock.due("log", LOG_SECONDS):
             print(f"vae {clock} loss {loss.item():.4f} kl {kl.item():.2f} psnr {psnr(error):.1f} dB", flush=True)
         if clock.due("save", SAVE_SECONDS):
-            save()
-    save()
-    return vae.eval().requires_grad_(False)
+            save(finished=False)
+    vae.eval().requires_grad_(False)
+    standardize_latents(vae, rng, device)
+    save(finished=True)
+    return vae
+
+
+def standardize_latents(vae: AutoencoderKL, rng: np.random.Generator, device: torch.device) -> None:
+    """Give each latent channel mean 0 and standard deviation 1, without a change to any decoded image.
+
+    The affine map goes into the 1 x 1 convolutions between the encoder, the latents and the decoder. A single scaling
+    factor would leave a faint channel to drown in the noise of the diffusion's first steps.
+    """
+    pixels = to_model_range(np.stack([draw(Scene.random(rng), IMAGE_SIZE) for _ in range(512)]), device)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(batch).latent_dist.mean for batch in pixels.split(64)])
+        mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+        into, out_of = vae.quant_conv, vae.post_quant_conv
+        channels = len(mean)
+        into.bias[:channels] -= mean
+        into.bias[:channels] /= deviation
+        into.weight[:channels] /= deviation[:, None, None, None]
+        into.bias[channels:] -= 2 * deviation.log()  # the other half of its outputs are log variances
+        out_of.bias += (out_of.weight[:, :, 0, 0] * mean).sum(dim=1)
+        out_of.weight *= deviation[None, :, None, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +196,8 @@ class Pool:
     """What the UNet learns from: scenes, their latents, and where each attribute is to be seen."""
 
     scenes: list[Scene]
-    latents: Float[Tensor, "N 4 h w"]  # unit standard deviation, float16
+    latents: Float[Tensor, "N 4 h w"]  # float16
     coverage: UInt8[Tensor, "N attributes side side"]  # 255: the attribute fills the cell
-    scaling_factor: float
 
 
 def draw_pool(plan: Preset, vae: AutoencoderKL, checkpoint: Path, device: torch.device, seed: int) -> Pool:
@@ -178,7 +206,7 @@ def draw_pool(plan: Preset, vae: AutoencoderKL, checkpoint: Path, device: torch.
     scenes = [Scene.random(rng) for _ in range(plan.pool)]
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
-        return Pool(scenes, state["latents"], state["coverage"], state["scaling_factor"])
+        return Pool(scenes, state["latents"], state["coverage"])
     print(f"pool: drawing and encoding {plan.pool} scenes", flush=True)
     latents, coverage = [], []
     for start in range(0, plan.pool, 64):
@@ -187,13 +215,8 @@ def draw_pool(plan: Preset, vae: AutoencoderKL, checkpoint: Path, device: torch.
         with torch.no_grad(), autocast(device):
             latents.append(vae.encode(pixels).latent_dist.mean.half().cpu())
         coverage.append(torch.stack([attribute_coverage(scene) for scene in batch]))
-    stacked = torch.cat(latents)
-    scaling_factor = 1 / stacked[:4096].float().std().item()
-    pool = Pool(scenes, (stacked.float() * scaling_factor).half(), torch.cat(coverage), scaling_factor)
-    write_checkpoint(checkpoint, latents=pool.latents, coverage=pool.coverage, scaling_factor=scaling_factor)
-    per_channel = stacked[:4096].float().mul(scaling_factor)
-    means, deviations = per_channel.mean(dim=(0, 2, 3)).tolist(), per_channel.std(dim=(0, 2, 3)).tolist()
-    print(f"pool: scaling factor {scaling_factor:.4f}, channel means {means}, deviations {deviations}", flush=True)
+    pool = Pool(scenes, torch.cat(latents), torch.cat(coverage))
+    write_checkpoint(checkpoint, latents=pool.latents, coverage=pool.coverage)
     return pool
 
 
@@ -239,7 +262,7 @@ def train_unet(plan: Preset, vae: AutoencoderKL, pool: Pool, out: Path, device: 
             optimizer=optimizer.state_dict(),
             clock=clock.state(),
         )
-        export(plan, vae, averaged, tokenizer, pool.scaling_factor, clock, out)
+        export(plan, vae, averaged, clock, out)
 
     losses = RunningMeans()
     while clock.progress < 1:
@@ -274,25 +297,18 @@ def train_unet(plan: Preset, vae: AutoencoderKL, pool: Pool, out: Path, device: 
         if clock.due("save", SAVE_SECONDS):
             save()
     save()
-    print(f"done: {out / 'weights'}", flush=True)
 
 
-def export(
-    plan: Preset,
-    vae: AutoencoderKL,
-    averaged: torch.nn.ModuleDict,
-    tokenizer: CLIPTokenizer,
-    scaling_factor: float,
-    clock: Clock,
-    out: Path,
-) -> None:
+def export(plan: Preset, vae: AutoencoderKL, averaged: torch.nn.ModuleDict, clock: Clock, out: Path) -> None:
     """Write the model beside the last one, then put it in that one's place."""
     vae, averaged = copy.deepcopy(vae).cpu(), copy.deepcopy(averaged).cpu()
-    vae.register_to_config(scaling_factor=scaling_factor)
+    vae.register_to_config(scaling_factor=1.0)  # see `standardize_latents`
+    unet, text_encoder = averaged["unet"], averaged["text_encoder"]
     fresh, current, old = out / "weights.new", out / "weights", out / "weights.old"
     shutil.rmtree(fresh, ignore_errors=True)
-    save_pipeline(fresh, vae, averaged["text_encoder"], tokenizer, averaged["unet"])
-    (fresh / "README.md").write_text(model_card(plan, averaged, clock))
+    save_pipeline(fresh, vae, text_encoder, build_tokenizer(VOCABULARY), unet)
+    parts = {"autoencoder": vae, "UNet": unet, "text encoder": text_encoder}
+    (fresh / "README.md").write_text(model_card(plan, parts, clock))
     shutil.rmtree(old, ignore_errors=True)
     if current.exists():
         current.rename(old)
@@ -300,9 +316,35 @@ def export(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def model_card(plan: Preset, averaged: torch.nn.ModuleDict, clock: Clock) -> str:
-    """What the model is and how it was trained."""
-    return ""
+def model_card(plan: Preset, parts: Mapping[str, torch.nn.Module], clock: Clock) -> str:
+    """What the model is and how it was made. Its scores are appended once they are measured."""
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    sizes = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items())
+    vae_minutes = plan.minutes * plan.vae_share
+    return f"""# The demo model
+
+A small text-to-image latent diffusion model of drawn cartoon faces, {IMAGE_SIZE} x {IMAGE_SIZE} pixels, in the
+diffusers format of Stable Diffusion 1.x. It exists to show and to test image editing without a download: the faces are
+drawn by `pipeline/models/demo/world.py`, so what an edit should have done is known. It knows nothing else.
+
+Made by `python -m jobs.train_demo` from nothing: no photograph, no other model, no text but captions.
+
+| | |
+|---|---|
+| parameters | {sizes} |
+| data | autoencoder: scenes drawn afresh; UNet: {plan.pool} scenes, their captions worded afresh each time |
+| losses | autoencoder: L1, L2, gradients, KL; UNet: noise with Min-SNR weights, aimed attention x {AIMING_WEIGHT} |
+| training | autoencoder {vae_minutes:.0f} minutes in batches of {plan.vae_batch}, then UNet and text encoder \
+{clock.seconds / 60:.0f} minutes, {clock.steps} steps of {plan.batch} |
+| hardware | {hardware()} |
+"""
+
+
+def hardware() -> str:
+    """What the training runs on, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU thread(s), bfloat16 matrix products, no GPU"
 
 
 class Clock:

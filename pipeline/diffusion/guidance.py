@@ -16,7 +16,7 @@ def classifier_free_guidance(
 def edit_directions(
     noise_pred_uncond: Float[Tensor, "C h w"],
     noise_pred_edits: Float[Tensor, "E C h w"],
-    edit_guidance_scales: Float[Tensor, E],
+    edit_guidance_scales: Float[Tensor, "E"],
     user_mask: Float[Tensor, "h w"] | None = None,
 ) -> Float[Tensor, "E C h w"]:
     """Scaled direction of each of E concepts, before its own mask (LEDITS++, arXiv 2311.16711, equation 6).
@@ -32,7 +32,7 @@ def multi_edit_guidance(
     noise_pred_uncond: Float[Tensor, "C h w"],
     directions: Float[Tensor, "E C h w"],
     masks: Bool[Tensor, "E h w"],
-    weights: Float[Tensor, E],
+    weights: Float[Tensor, "E"],
 ) -> Float[Tensor, "C h w"]:
     """Add the masked directions of E concepts to one image's prediction (LEDITS++, section 3.2).
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, pad
 
 
-def strongest_region(scores: Float[Tensor, "E h w"], thresholds: Float[Tensor, E]) -> Bool[Tensor, "E h w"]:
+def strongest_region(scores: Float[Tensor, "E h w"], thresholds: Float[Tensor, "E"]) -> Bool[Tensor, "E h w"]:
     """Keep, for each of E score maps, the (1 - threshold) share of positions with the highest scores.
 
     The threshold is the linearly interpolated quantile, in the precision of the scores.
@@ -36,13 +36,13 @@ def smooth_attention(attention: Float[Tensor, "E h w"]) -> Float[Tensor, "E h w"
 
 
 def attention_mask(
-    attention: Float[Tensor, "E gh gw"], thresholds: Float[Tensor, E], size: tuple[int, int]
+    attention: Float[Tensor, "E gh gw"], thresholds: Float[Tensor, "E"], size: tuple[int, int]
 ) -> Bool[Tensor, "E h w"]:
     """Mask M1: where a concept's tokens are attended to most, brought to the latents' (h, w) without interpolation."""
     region = strongest_region(smooth_attention(attention), thresholds)
     return interpolate(region[:, None].to(attention.dtype), size=size, mode="nearest")[:, 0] > 0.5
 
 
-def noise_mask(directions: Float[Tensor, "E C h w"], thresholds: Float[Tensor, E]) -> Bool[Tensor, "E h w"]:
+def noise_mask(directions: Float[Tensor, "E C h w"], thresholds: Float[Tensor, "E"]) -> Bool[Tensor, "E h w"]:
     """Mask M2: where a concept's direction is strongest, magnitudes summed over channels."""
     return strongest_region(directions.abs().sum(dim=1), thresholds)

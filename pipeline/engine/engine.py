@@ -281,8 +281,7 @@ class Engine:
             self._fail(batch.rows[0][0], error)
             return
         self.call_size //= 2
-        for start in range(0, len(batch.rows), self.call_size):
-            self._denoise(Batch(batch.rows[start : start + self.call_size]))
+        self._queue.put_back(batch)
 
     def _isolate(self, batch: Batch) -> None:
         """A call failed: repeat its rows one by one, so that only whoever is to blame fails."""

@@ -131,6 +131,10 @@ class RowQueue:
             del self._by_kind[kind]
         return batch
 
+    def put_back(self, batch: Batch) -> None:
+        """Return the rows of a call that was not made to the head of their queue, in their order."""
+        self._by_kind.setdefault(batch.rows[0][0].kind, deque()).extendleft(reversed(batch.rows))
+
     def drop(self, pending: Pending) -> None:
         """Forget the rows of a call that failed."""
         for kind, rows in list(self._by_kind.items()):

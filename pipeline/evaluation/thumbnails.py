@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool
 from PIL import Image, ImageDraw, ImageFont
 
-THUMBNAIL_SIDE = 192  # pixels of the longer side: sharp at three to a phone's width, 5 kB as WebP
+from pipeline.writing.rows import THUMBNAIL_SIDE  # sharp at three to a phone's width, 5 kB as WebP
+
 TINT = (255, 45, 120)  # the mask's colour; the report's accent is the same, so that the two explain each other
 
 
@@ -32,15 +33,6 @@ def thumbnail(image: Image.Image, side: int = THUMBNAIL_SIDE) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def encode_input_thumbnail(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
-    """The input as a JPEG of at most `THUMBNAIL_SIDE` pixels: kept with every row, so that a report can show it."""
-    image = Image.fromarray(pixels)
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=85, optimize=True)
-    return out.getvalue()
-
-
 def data_uri(image: Image.Image) -> str:
     """The image inside a page, as WebP."""
     out = io.BytesIO()
@@ -54,7 +46,7 @@ def mask_over(image: Image.Image, mask: Bool[np.ndarray, "H W"]) -> Image.Image:
     pixels = np.asarray(image).astype(np.float32)
     gray = pixels.mean(axis=2, keepdims=True)
     faded = 0.45 * gray + 0.25 * pixels + 0.30 * 255
-    tinted = 0.55 * pixels + 0.45 * np.array(TINT, dtype=np.float32)
+    tinted = 0.45 * pixels + 0.55 * np.array(TINT, dtype=np.float32)
     out = np.where(inside[..., None], tinted, faded)
     out[_edge(inside)] = (255, 255, 255)
     return Image.fromarray(out.round().clip(0, 255).astype(np.uint8))

@@ -34,7 +34,7 @@ class Shard:
     etag: str  # version as the store tells it (of a local file: its time of change); "" where it tells none
     rows: int | None = None  # None: only a read can tell (tar), or the file is damaged
     row_groups: tuple[int, ...] = ()  # Parquet: rows of each group
-    files: tuple[str, ...] = ()  # folder: images and sidecars, relative paths, sorted
+    files: tuple[FolderRow, ...] = ()  # folder: its images with their sidecars, sorted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ class ReadTask:
     shard: Shard
     start: int  # first row, a multiple of the unit size
     stop: int | None  # row after the last; None: to the end of the shard
-    rows: tuple[FolderRow, ...] = ()  # folder: this chunk's files; its shard then travels without its list of files
+    rows: tuple[FolderRow, ...] = ()  # folder: this chunk's files; the shard travels without its list of files
 
 
 def shard_slug(shard_path: str) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
@@ -57,12 +57,10 @@ def open_fs(url: str, storage_options: Mapping[str, Any]) -> tuple[fsspec.Abstra
 
 
 def public_url(url: str) -> str:
-    """The URL without user, password and query, which may hold credentials or a signature."""
-    if "://" not in url:
-        return url
-    parts = urlsplit(url)
-    query = "" if parts.scheme in ("http", "https") else parts.query and f"?{parts.query}"
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")) + query
+    """The URL without user, password and web query, which may hold credentials or a signature."""
+    url = re.sub(r"//[^/@\s]*@", "//", url)
+    # In a path of another kind of storage a question mark is a glob's.
+    return url.partition("?")[0] if url.startswith(("http://", "https://")) else url
 
 
 def describe(error: BaseException) -> str:
@@ -97,11 +95,6 @@ def retrying() -> Retrying:
     )
 
 
-def is_storage_error(error: BaseException) -> bool:
-    """Whether the storage, not our code, is at fault."""
-    return isinstance(error, OSError) or is_transient(error) or type(error).__module__.startswith("botocore.")
-
-
 def source_error(error: BaseException, url: str) -> SourceError:
     """What a storage error means to the user, and what to do."""
     where = public_url(url)
@@ -118,3 +111,16 @@ def source_error(error: BaseException, url: str) -> SourceError:
             "source.storage_options.client_kwargs.endpoint_url, and the network"
         )
     return SourceError(f"{where} cannot be read ({describe(error)}). Check source.shards and the storage's health")
+
+
+@contextmanager
+def storage_errors(url: str) -> Iterator[None]:
+    """Turn what a store raises inside the block into a `SourceError`; errors of our own pass."""
+    try:
+        yield
+    except ShardeditError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) or is_transient(error) or type(error).__module__.startswith("botocore."):
+            raise source_error(error, url) from error
+        raise

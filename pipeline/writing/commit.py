@@ -24,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pydantic import ValidationError
 
 from pipeline.errors import SinkError
-from pipeline.reading.storage import open_fs, public_url, retrying
+from pipeline.reading.storage import describe, open_fs, public_url, retrying
 from pipeline.recipe import SinkConfig
 from pipeline.writing.manifest import FileRecord, Manifest, manifest_path, split_unit_id
 
@@ -71,9 +71,9 @@ def put(fs: AbstractFileSystem, path: str, data: bytes) -> None:
         else:
             # One upload is atomic on an object store. Never rename there: that is a copy and a delete.
             retrying()(fs.pipe_file, path, data)
-    except Exception as error:  # botocore's and aiohttp's errors share no base but this
+    except Exception as error:  # those of botocore and aiohttp share no other base
         raise SinkError(
-            f"{public_url(path)} cannot be written: {_reason(error)}. Check sink.folder, its permissions and its space"
+            f"{public_url(path)} cannot be written: {describe(error)}. Check sink.folder, its permissions and its space"
         ) from error
 
 
@@ -110,14 +110,8 @@ def get(fs: AbstractFileSystem, path: str) -> bytes | None:
         return None
     except Exception as error:
         raise SinkError(
-            f"{public_url(path)} cannot be read: {_reason(error)}. Check sink.folder and its permissions"
+            f"{public_url(path)} cannot be read: {describe(error)}. Check sink.folder and its permissions"
         ) from error
-
-
-def _reason(error: BaseException) -> str:
-    """The cause in one line; a retry policy may have wrapped it."""
-    text = str(error).splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 @dataclass(slots=True)
@@ -180,7 +174,7 @@ def _listing(fs: AbstractFileSystem, path: str) -> dict[str, int]:
         return {}
     except Exception as error:
         raise SinkError(
-            f"{public_url(path)} cannot be listed: {_reason(error)}. Check sink.folder and its permissions"
+            f"{public_url(path)} cannot be listed: {describe(error)}. Check sink.folder and its permissions"
         ) from error
 
 
@@ -208,7 +202,7 @@ def _sizes(fs: AbstractFileSystem, root: str, slug: str, manifests: Iterable[Man
     if isinstance(fs, LocalFileSystem):
         there = ((path, Path(root, path)) for path in listed)
         return {path: file.stat().st_size for path, file in there if file.is_file()}
-    sizes = {}
+    sizes: dict[str, int] = {}
     for folder in sorted({posixpath.dirname(path) for path in listed}):
         # One listing for the whole shard, not a request per file.
         found: dict[str, Any] = retrying()(fs.find, f"{root}/{folder}", prefix=f"part-{slug}-", detail=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import pipeline
 from pipeline.recipe import Recipe
-from pipeline.records import Rejected, Unit, UnitInput
+from pipeline.records import Rejected, Unit, UnitInput, Unreadable
 from pipeline.writing.commit import FinishedUnit, file_record
 from pipeline.writing.manifest import Counts, Manifest, Measured
 from pipeline.writing.parquet import render_parquet
@@ -88,7 +88,9 @@ def _render(rows: Sequence[Row], recipe: Recipe) -> bytes:
     if recipe.sink.format == "webdataset":
         return render_tar(rows)
     include_input = recipe.sink.include_input
-    return render_parquet(rows, schema(include_input), shared=["input.bytes"] if include_input else [])
+    return render_parquet(
+        rows, schema(include_input), shared=["input.bytes" if include_input else "input_thumbnail.bytes"]
+    )
 
 
 class _Order:
@@ -115,6 +117,5 @@ def _check_once_each(unit_input: UnitInput, rows: Sequence[Row], failed: Sequenc
     results += [(one.sample.index, one.edit, one.method) for one in failed]
     twice = [result for result, count in Counter(results).items() if count > 1]
     assert not twice, f"unit {unit_input.unit.id} has results twice: {twice[:3]}"
-    # `Unreadable` and `Sample` both know their place in the shard.
-    read = {getattr(row, "sample", row).index for row in unit_input.rows}
+    read = {row.sample.index if isinstance(row, Unreadable) else row.index for row in unit_input.rows}
     assert read == {index for index, _, _ in results}, f"unit {unit_input.unit.id} lost rows or made some up"

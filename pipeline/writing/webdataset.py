@@ -1,6 +1,6 @@
 """Rows of one unit as one WebDataset tar, in memory. Both `webdataset` and Hugging Face `datasets` read it.
 
-    KEY.edited.png  KEY.mask.png  KEY.mask.0.png ...  KEY.input.png  KEY.json  KEY.source.<member>
+    KEY.edited.png  KEY.mask.png  KEY.mask.0.png ...  KEY.input.png  KEY.thumbnail.jpg  KEY.json  KEY.source.<member>
 
 KEY.json holds every column that is no image. The same rows give the same bytes: owner, mode and time are fixed.
 `datasets` takes the members of the first rows for those of all: where rows have different numbers of concepts, only
@@ -31,7 +31,12 @@ def render_tar(rows: Sequence[Row]) -> bytes:
 
 
 def _sample(row: Row) -> dict[str, Any]:
-    images = [row["image"], row["mask"], *row["masks"], *([row["input"]] if "input" in row else [])]
+    images = [
+        row["image"],
+        row["mask"],
+        *row["masks"],
+        *(row[name] for name in ("input", "input_thumbnail") if name in row),
+    ]
     # The first dot ends the key, and `rows.stem_of` writes none: what follows it is the member's name.
     sample: dict[str, Any] = {"__key__": row["image"]["path"].partition(".")[0]}
     sample |= {image["path"].partition(".")[2]: image["bytes"] for image in images}
@@ -40,7 +45,8 @@ def _sample(row: Row) -> dict[str, Any]:
         while f"source.{name}" in sample:
             name = f"_{name}"
         sample[f"source.{name}"] = member["bytes"]
-    plain = {name: _plain(value) for name, value in row.items() if name not in ("image", "mask", "masks", "input", "members")}
+    no_text = ("image", "mask", "masks", "input", "input_thumbnail", "members")
+    plain = {name: _plain(value) for name, value in row.items() if name not in no_text}
     sample["json"] = json.dumps(plain, sort_keys=True, ensure_ascii=False, allow_nan=False).encode("utf-8")
     return sample
 

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from pipeline.inversion.base import Source
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.inversion.noise import NoiseStart
+from pipeline.models.backbone import Backbone
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig
 from pipeline.records import Concept, EditedLatents, EditRequest, Trajectory
@@ -64,8 +66,13 @@ def replay(path: Path, model: Path = TINY_SD, dtype: torch.dtype = torch.float32
     for name, tensor in golden.items():
         golden[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     settings = json.loads(str(archive["settings"]))
-    backbone = load_backbone(ModelConfig(name=str(model)), dtype=dtype, device="cpu")
-    return list(KINDS[path.parent.name](golden, settings, Engine(backbone, call_size=8)))
+    return list(KINDS[path.parent.name](golden, settings, Engine(loaded(model, dtype), call_size=8)))
+
+
+@cache
+def loaded(model: Path, dtype: torch.dtype) -> Backbone:
+    """The checkpoint, loaded once."""
+    return load_backbone(ModelConfig(name=str(model)), dtype=dtype, device="cpu")
 
 
 def source_of(engine: Engine, latents: Tensor, prompt: str, noises: Tensor | None = None) -> Source:

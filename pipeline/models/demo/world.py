@@ -142,16 +142,28 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     edit's prompt is short, and a model that never saw short captions would not follow it.
     Absent objects are not named.
     """
-    completeness = rng.choice([1.0, 0.6, 0.0], p=[0.5, 0.3, 0.2])
-    if completeness == 0.0:
-        return single_attribute_caption(scene, rng)
+    kind = rng.random()
+    if kind < 0.5:
+        return complete_caption(scene, rng)
+    if kind < 0.8:
+        return sentence(scene, rng, completeness=0.6)
+    return single_attribute_caption(scene, rng)
+
+
+def complete_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Name all that is to be seen."""
+    return sentence(scene, rng, completeness=1.0)
+
+
+def sentence(scene: Scene, rng: np.random.Generator, completeness: float) -> str:
+    """A caption in which each attribute is named with the given probability."""
 
     def named() -> bool:
         return bool(rng.random() < completeness)
 
     adjectives = [word for word in (scene.face_shape, scene.face_color) if named()]
     face = with_article(" ".join([*adjectives, "face"]))
-    extras = [phrase for phrase in object_phrases(scene, rng) if named()]
+    extras = [phrase for phrase in object_phrases(scene, bare_hat=not named() and rng.random() < 0.4) if named()]
     rng.shuffle(extras)
     text = rng.choice(["", "a cartoon of ", "a picture of "]).item() + face
     if extras:
@@ -165,7 +177,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 def single_attribute_caption(scene: Scene, rng: np.random.Generator) -> str:
     """Name one attribute alone, in the words of an edit's prompt."""
     phrases = [
-        *object_phrases(scene, rng),
+        *object_phrases(scene, bare_hat=bool(rng.random() < 0.2)),
         with_article(f"{scene.face_color} face"),
         f"a {scene.background} background",
         with_article(f"{scene.face_shape} face"),
@@ -178,13 +190,13 @@ def single_attribute_caption(scene: Scene, rng: np.random.Generator) -> str:
     return phrase
 
 
-def object_phrases(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """One phrase for each object and for the mouth; a hat's colour is left out now and then."""
+def object_phrases(scene: Scene, bare_hat: bool) -> list[str]:
+    """One phrase for each object and for the mouth. A bare hat goes without its colour."""
     phrases = [{"smile": "a smile", "frown": "a frown"}.get(scene.mouth, with_article(f"{scene.mouth} mouth"))]
     if scene.sunglasses:
         phrases.append("sunglasses")
     if scene.hat:
-        phrases.append("a hat" if rng.random() < 0.15 else f"a {scene.hat} hat")
+        phrases.append("a hat" if bare_hat else f"a {scene.hat} hat")
     if scene.beard:
         phrases.append("a beard")
     return phrases

@@ -1,0 +1,10 @@
+"""Write a run's report again.  `python -m jobs.report FOLDER`"""
+
+from __future__ import annotations
+
+import sys
+
+from pipeline.cli import main
+
+if __name__ == "__main__":
+    main(["report", *sys.argv[1:]])

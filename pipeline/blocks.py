@@ -1,0 +1,111 @@
+"""Units as rows of Arrow tables: what Ray Data carries. One row is one unit, its images still encoded.
+
+Plain columns and JSON, no pickle: what comes from a dataset stays data on its way through a cluster.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.records import Sample, Unit, UnitInput, Unreadable
+from pipeline.writing.commit import FinishedUnit
+from pipeline.writing.manifest import Manifest
+
+# 64-bit offsets: a unit may hold more than the 2 GiB that `binary` can address.
+READ = pa.schema([("unit", pa.string()), ("rows", pa.large_string()), ("blobs", pa.large_list(pa.large_binary()))])
+FINISHED = pa.schema(
+    [("manifest", pa.large_string()), ("paths", pa.list_(pa.string())), ("files", pa.large_list(pa.large_binary()))]
+)
+
+
+def pack_input(unit_input: UnitInput) -> pa.Table:
+    """A unit as read: one row of `READ`."""
+    blobs: list[bytes] = []
+    rows = [_pack_row(row, blobs) for row in unit_input.rows]
+    unit = {name: getattr(unit_input.unit, name) for name in ("id", "shard", "chunk", "start", "stop", "is_last")}
+    head = {"unit": unit, "shard_size": unit_input.shard_size, "shard_etag": unit_input.shard_etag}
+    # ASCII, so that lone surrogates in names and captions survive the way through UTF-8.
+    return pa.Table.from_pylist([{"unit": json.dumps(head), "rows": json.dumps(rows), "blobs": blobs}], schema=READ)
+
+
+def unpack_input(table: pa.Table) -> UnitInput:
+    """Inverse of `pack_input`."""
+    (row,) = table.to_pylist()
+    head = json.loads(row["unit"])
+    return UnitInput(
+        unit=Unit(**head["unit"]),
+        shard_size=head["shard_size"],
+        shard_etag=head["shard_etag"],
+        rows=tuple(_unpack_row(item, row["blobs"]) for item in json.loads(row["rows"])),
+    )
+
+
+def _pack_row(row: Sample | Unreadable, blobs: list[bytes]) -> dict[str, Any]:
+    def blob(data: bytes) -> int:
+        blobs.append(data)
+        return len(blobs) - 1
+
+    sample = row.sample if isinstance(row, Unreadable) else row
+    packed: dict[str, Any] = {
+        "id": sample.id,
+        "shard": sample.shard,
+        "key": sample.key,
+        "index": sample.index,
+        "image": blob(sample.image),
+        "image_name": sample.image_name,
+        "caption": sample.caption,
+        "mask": None if sample.mask is None else blob(sample.mask),
+        # Bytes are JSON text that nobody has parsed yet; they keep their kind, since errors speak of it.
+        "edits": {"blob": blob(sample.edits)} if isinstance(sample.edits, bytes) else {"value": sample.edits},
+        "columns": dict(sample.columns),
+        "members": {name: blob(data) for name, data in sample.members.items()},
+    }
+    if isinstance(row, Unreadable):
+        packed["unreadable"] = [row.error_class, row.message]
+    return packed
+
+
+def _unpack_row(packed: dict[str, Any], blobs: list[bytes]) -> Sample | Unreadable:
+    edits: Mapping[str, Any] = packed["edits"]
+    sample = Sample(
+        id=packed["id"],
+        shard=packed["shard"],
+        key=packed["key"],
+        index=packed["index"],
+        image=blobs[packed["image"]],
+        image_name=packed["image_name"],
+        caption=packed["caption"],
+        mask=None if packed["mask"] is None else blobs[packed["mask"]],
+        edits=blobs[edits["blob"]] if "blob" in edits else edits["value"],
+        columns=packed["columns"],
+        members={name: blobs[at] for name, at in packed["members"].items()},
+    )
+    if "unreadable" in packed:
+        error_class, message = packed["unreadable"]
+        return Unreadable(sample=sample, error_class=error_class, message=message)
+    return sample
+
+
+def pack_finished(finished: FinishedUnit) -> pa.Table:
+    """A unit ready to be committed: one row of `FINISHED`."""
+    row = {
+        "manifest": finished.manifest.model_dump_json(),
+        "paths": [path for path, _ in finished.files],
+        "files": [data for _, data in finished.files],
+    }
+    return pa.Table.from_pylist([row], schema=FINISHED)
+
+
+def unpack_finished(table: pa.Table) -> list[FinishedUnit]:
+    """Inverse of `pack_finished`, for any number of rows."""
+    return [
+        FinishedUnit(
+            Manifest.model_validate_json(row["manifest"]),
+            tuple(zip(row["paths"], row["files"], strict=True)),
+        )
+        for row in table.to_pylist()
+    ]

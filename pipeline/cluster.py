@@ -1,0 +1,477 @@
+"""A whole run: find what is left to do, edit it here or on Ray Data, add up what is committed. The only `import ray`.
+
+    read task > pool of workers, one model each > datasink
+
+Ray carries units (blocks.py) and restarts what dies. That nothing is lost or done twice rests on the units' names and
+manifests (writing/commit.py), never on Ray.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasink, Datasource
+from ray.data.datasource import ReadTask as RayReadTask
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline.blocks import pack_finished, pack_input, unpack_finished, unpack_input
+from pipeline.errors import ClusterError, RunAborted, ShardeditError, SinkError
+from pipeline.evaluation.report import write_report
+from pipeline.models.backbone import ModelRecord
+from pipeline.models.loading import load_backbone
+from pipeline.progress import Display, Seen, Tally, Watch
+from pipeline.reading.shards import ReadTask, shard_slug
+from pipeline.reading.storage import describe
+from pipeline.reading.units import read_units
+from pipeline.recipe import Recipe, RunConfig, SinkConfig, SourceConfig
+from pipeline.todo import Todo, find_todo
+from pipeline.worker import Worker, WorkerSettings, call_size_for, cpu_threads
+from pipeline.writing.commit import Committed, commit, committed_units
+from pipeline.writing.run_record import RunRecord, check_same_run, run_record, versions_that_differ, write_run_record
+from pipeline.writing.summary import Summary, summarise, write_summary
+
+log = logging.getLogger(__name__)
+
+UNITS_AT_ONCE = 2  # per worker: the tail of one unit and the head of the next share UNet calls
+UNITS_PER_WORKER = 3  # at work or fetched; with those in the sink, what a kill may cost
+IO_CPUS = 0.25  # of a read or write task. At Ray's default of 1, commits starve behind reads on small machines
+RESTARTS = 8  # of a worker or task; Ray's default is without end, and a row that kills its process would never end
+STALLED_AFTER_S = 2 * 3600.0  # nothing moved: GPU nodes may take long to come, and a first model to download
+
+
+def run(recipe: Recipe, *, progress: Display = "auto") -> Summary:
+    """Edit everything that the recipe asks for and that is not committed yet; then write summary.json and report.html.
+
+    Args:
+        recipe: the run. `run.engine` decides between one process and Ray; both write the same bytes.
+        progress: a bar, lines, neither, or what fits the terminal.
+
+    Raises:
+        SourceError: there is nothing to read.
+        SinkError: nothing can be written, or the folder belongs to another run.
+        ModelError: the checkpoint cannot be used.
+        ClusterError: the cluster lacks what the recipe asks for, or failed.
+        RunAborted: an error budget was spent; what is committed stays.
+    """
+    todo = find_todo(recipe)
+    if not todo.tasks:
+        return _summary(recipe, todo, Seen())
+    place: _Place = _Here(recipe) if recipe.run.engine == "local" else _OnRay(recipe)
+    try:
+        _say(place.open(todo.before), progress)
+        _record(recipe, todo, place)
+        with Watch(
+            place.seen,
+            display=progress,
+            units_before=todo.units_before,
+            units_known=todo.units_known,
+            shards_before=todo.shards_before,
+            shards=len(todo.shards),
+        ):
+            try:
+                place.edit(todo)
+            except BaseException:  # Ctrl-C as well: what is committed by then is worth its summary
+                try:
+                    _summary(recipe, todo, place.seen())
+                except SinkError as error:  # most likely what ended the run
+                    log.warning("no summary was written: %s", error)
+                raise
+        return _summary(recipe, todo, place.seen())
+    finally:
+        place.close()
+
+
+def _say(text: str, progress: Display) -> None:
+    if text and progress != "off":
+        print(text, file=sys.stderr, flush=True)
+
+
+def _record(recipe: Recipe, todo: Todo, place: _Place) -> None:
+    """Write run.json, or see that this is the run which it describes."""
+    settings = place.settings
+    record = run_record(recipe, todo.shards, place.model, settings.call_size, settings.threads)
+    if todo.before is None:
+        write_run_record(record, recipe.sink)
+        return
+    check_same_run(todo.before, record, recipe.sink)
+    for difference in versions_that_differ(todo.before, record):
+        log.warning("other versions than the run began with, bits may differ: %s", difference)
+
+
+def _summary(recipe: Recipe, todo: Todo, seen: Seen) -> Summary:
+    summary = summarise(committed_units(recipe.sink), todo.shards, units_now=seen.units)
+    write_summary(summary, recipe.sink)
+    write_report(recipe.sink)
+    return summary
+
+
+class _Place(Protocol):
+    """Where units are edited."""
+
+    model: ModelRecord
+    settings: WorkerSettings
+
+    def open(self, before: RunRecord | None) -> str:
+        """Get ready; fixes `model` and `settings`. Returns a line for the user, or ""."""
+
+    def edit(self, todo: Todo) -> None:
+        """Edit and commit every unit of the plan."""
+
+    def seen(self) -> Seen:
+        """What has been committed so far."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+class _Here:
+    """One process, one unit after the other."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._tally = Tally(recipe.run)
+        self._worker: Worker | None = None
+
+    def open(self, before: RunRecord | None) -> str:
+        recipe, has_gpu = self._recipe, torch.cuda.is_available()
+        pool = plan_pool(recipe.run.model_copy(update={"workers": 1}), Resources.of_this_process())
+        threads = before.threads if before else pool.threads
+        backbone = load_backbone(recipe.model, device=None if pool.gpus_per_worker else "cpu")
+        self.model = backbone.record
+        self.settings = WorkerSettings(
+            call_size=before.call_size if before else call_size_for(recipe, backbone), threads=threads, workers=1
+        )
+        self._worker = Worker(recipe, self.settings, backbone)
+        return "" if has_gpu else pool.line()
+
+    def edit(self, todo: Todo) -> None:
+        assert self._worker is not None, "open() comes first"
+        source, size = self._recipe.source, self._recipe.run.unit_size
+        for task in todo.tasks:
+            for unit_input in read_units(task, source, size, todo.committed.has):
+                manifest = commit(self._worker.finish(unit_input), self._recipe.sink)
+                if verdict := self._tally.add(manifest):
+                    raise RunAborted(verdict)
+
+    def seen(self) -> Seen:
+        return self._tally.seen()
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What a cluster has. `max_gpus` counts those that its autoscaler may add; it equals `gpus` without one."""
+
+    cpus: float
+    gpus: float
+    max_gpus: float
+    node_cpus: float  # of its largest node
+    node_gpus: float
+
+    @classmethod
+    def of_this_process(cls) -> Resources:
+        """Without Ray."""
+        cores, gpus = float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
+        return cls(cpus=cores, gpus=gpus, max_gpus=gpus, node_cpus=cores, node_gpus=gpus)
+
+    @classmethod
+    def of_the_cluster(cls) -> Resources:
+        """Of the Ray cluster that this process is connected to."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        have = ray.cluster_resources()
+        gpus = have.get("GPU", 0.0)
+        # Internal to Ray, and what its own libraries ask for this; without an autoscaler it is None.
+        limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+        return cls(
+            cpus=have.get("CPU", 0.0),
+            gpus=gpus,
+            max_gpus=max(gpus, float(limits.get("GPU", 0))),
+            node_cpus=max((node.get("CPU", 0.0) for node in nodes), default=0.0),
+            node_gpus=max((node.get("GPU", 0.0) for node in nodes), default=0.0),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Workers, and what each of them reserves."""
+
+    workers: int
+    gpus_per_worker: float
+    cpus_per_worker: float
+    threads: int
+
+    def line(self) -> str:
+        """What runs without a GPU says so."""
+        if self.gpus_per_worker:
+            return ""
+        return f"no GPU in use: {self.workers} worker(s) on CPU in float32, {self.threads} thread(s) each"
+
+
+def plan_pool(run: RunConfig, have: Resources) -> Pool:
+    """How many workers on what.
+
+    Raises:
+        ClusterError: more GPUs are asked for than there are and can be; says the numbers.
+    """
+    auto = run.gpus_per_worker == "auto"
+    per_worker = (1.0 if have.max_gpus > 0 else 0.0) if auto else float(run.gpus_per_worker)
+    if per_worker == 0.0:
+        workers = run.workers if isinstance(run.workers, int) else 1
+        # Something is left for reading and writing, or nothing would ever be edited.
+        share = max(0.01, (have.cpus - 2 * IO_CPUS) / workers)
+        return Pool(
+            workers=workers,
+            gpus_per_worker=0.0,
+            cpus_per_worker=int(min(1.0, share) * 100) / 100,
+            threads=cpu_threads(math.ceil(workers * have.node_cpus / max(1.0, have.cpus)), have.node_cpus),
+        )
+    workers = run.workers if isinstance(run.workers, int) else max(1, int(have.max_gpus // per_worker))
+    scaled = have.max_gpus > have.gpus
+    if workers * per_worker > have.max_gpus or (per_worker > max(1.0, have.node_gpus) and not scaled):
+        raise ClusterError(
+            f"run.workers {workers} x run.gpus_per_worker {per_worker:g} asks for {workers * per_worker:g} GPU(s); "
+            f"there are {have.gpus:g}, at most {have.node_gpus:g} on one node, and autoscaling can bring them to "
+            f"{have.max_gpus:g}. Lower run.workers or run.gpus_per_worker (0 works on CPUs), or add GPUs"
+        )
+    return Pool(workers=workers, gpus_per_worker=per_worker, cpus_per_worker=0.0, threads=1)
+
+
+class _OnRay:
+    """Ray Data, on a cluster of its own on this machine or on the one that RAY_ADDRESS names."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._ours = False
+        self._last_seen = Seen()
+        self._tally: Any = None
+
+    def open(self, before: RunRecord | None) -> str:
+        recipe = self._recipe
+        self._ours = connect()
+        self.pool = pool = plan_pool(recipe.run, Resources.of_the_cluster())
+        self.model, call_size = self._describe_model()
+        self.settings = WorkerSettings(
+            call_size=before.call_size if before else call_size,
+            threads=before.threads if before else pool.threads,
+            workers=pool.workers,
+        )
+        # On the driver's own node, with which it lives and dies.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._tally = ray.remote(num_cpus=0, scheduling_strategy=here)(Tally).remote(recipe.run)
+        return pool.line()
+
+    def _describe_model(self) -> tuple[ModelRecord, int]:
+        """What workers will load, from where they will load it."""
+        if self._ours and not self.pool.gpus_per_worker:
+            return describe_model(self._recipe)  # the same machine: saves the start of a process
+        options = {"num_gpus": self.pool.gpus_per_worker, "num_cpus": self.pool.cpus_per_worker}
+        try:
+            described: tuple[ModelRecord, int] = ray.get(ray.remote(**options)(describe_model).remote(self._recipe))
+        except ray.exceptions.RayError as error:
+            raise _named(error) from error
+        return described
+
+    def edit(self, todo: Todo) -> None:
+        recipe, pool = self._recipe, self.pool
+        with _data_context():
+            units = ray.data.read_datasource(
+                UnitSource(todo.tasks, recipe.source, recipe.run.unit_size, todo.committed),
+                num_cpus=IO_CPUS,
+                override_num_blocks=len(todo.tasks),
+            )
+            finished = units.map_batches(
+                EditWorker,
+                fn_constructor_args=(recipe, self.settings),
+                batch_size=1,
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(
+                    size=pool.workers,
+                    max_tasks_in_flight_per_actor=UNITS_PER_WORKER,
+                    max_concurrent_calls_per_actor=UNITS_AT_ONCE,
+                    enable_true_multi_threading=True,
+                ),
+                num_gpus=pool.gpus_per_worker or None,
+                num_cpus=pool.cpus_per_worker or None,
+                max_restarts=RESTARTS,
+                max_task_retries=RESTARTS,
+            )
+            try:
+                finished.write_datasink(UnitSink(recipe.sink, self._tally), ray_remote_args={"num_cpus": IO_CPUS})
+            except Exception as error:
+                if verdict := self.seen().verdict:
+                    raise RunAborted(verdict) from error
+                raise _named(error) from error
+
+    def seen(self) -> Seen:
+        if self._tally is not None and ray.is_initialized():
+            try:
+                self._last_seen = ray.get(self._tally.seen.remote())
+            except ray.exceptions.RayError as error:
+                log.debug("progress is not known: %s", describe(error))  # the job itself will say what is wrong
+        return self._last_seen
+
+    def close(self) -> None:
+        if self._ours:
+            ray.shutdown()
+
+
+def connect() -> bool:
+    """Join the cluster of RAY_ADDRESS (set inside a Ray job), or start one on this machine; whether that was needed.
+
+    A cluster that happens to run on this machine is not joined unasked: it may be somebody's private one. On a head
+    node, `RAY_ADDRESS=auto` asks for it.
+
+    Raises:
+        ClusterError: no cluster can be reached or started.
+    """
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(logging_level=logging.WARNING)
+        else:
+            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ClusterError(
+            f"Ray cannot be {'reached' if os.environ.get('RAY_ADDRESS') else 'started'} ({describe(error)}). Check "
+            "RAY_ADDRESS and the token (RAY_AUTH_TOKEN), or set run.engine=local to work in one process"
+        ) from error
+    return True
+
+
+def describe_model(recipe: Recipe) -> tuple[ModelRecord, int]:
+    """Load a model to say what it is, and its call size."""
+    backbone = load_backbone(recipe.model)
+    return backbone.record, call_size_for(recipe, backbone)
+
+
+class EditWorker:
+    """One per GPU: the model is loaded in __init__, once, and used for every unit."""
+
+    def __init__(self, recipe: Recipe, settings: WorkerSettings) -> None:
+        self._worker = Worker(recipe, settings)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """One unit in, one out; called from `UNITS_AT_ONCE` threads."""
+        return pack_finished(self._worker.finish(unpack_input(batch)))
+
+
+class UnitSource(Datasource):
+    """Ray Data's side of reading: one task per shard or part of one, one block per unit as soon as it is read.
+
+    Ray's own readers are no choice: a damaged tar header ends a shard without an error, and keys with dots merge.
+    """
+
+    def __init__(self, tasks: Sequence[ReadTask], source: SourceConfig, unit_size: int, committed: Committed) -> None:
+        super().__init__()
+        self._tasks, self._source, self._unit_size, self._committed = tasks, source, unit_size, committed
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[RayReadTask]:
+        """The plan's tasks; Ray's wish for parallelism changes nothing."""
+        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [
+            RayReadTask(
+                functools.partial(
+                    _blocks, task, self._source, self._unit_size, self._committed.of_shard(shard_slug(task.shard.path))
+                ),
+                unknown,
+            )
+            for task in self._tasks
+        ]
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Unknown: an estimate would make Ray split tasks."""
+        return None
+
+
+def _blocks(task: ReadTask, source: SourceConfig, unit_size: int, committed: Committed) -> Iterator[pa.Table]:
+    for unit_input in read_units(task, source, unit_size, committed.has):
+        yield pack_input(unit_input)
+
+
+class UnitSink(Datasink[None]):
+    """Ray Data's side of writing. A unit may come twice, after a lost node: committing again leaves the same files."""
+
+    def __init__(self, sink: SinkConfig, tally: Any) -> None:
+        self._sink, self._tally = sink, tally
+
+    def write(self, blocks: Any, ctx: Any) -> None:
+        """Commit the units of some blocks.
+
+        Raises:
+            RunAborted: an error budget is spent.
+        """
+        for block in blocks:
+            for finished in unpack_finished(block):
+                manifest = commit(finished, self._sink)
+                if verdict := ray.get(self._tally.add.remote(manifest)):
+                    raise RunAborted(verdict)
+
+
+@contextmanager
+def _data_context() -> Iterator[None]:
+    """Ray Data's settings for our jobs; the process's own come back afterwards."""
+    context = ray.data.DataContext.get_current()
+    ours = {
+        # Bytes at which an output block closes: 1 makes every unit a block of its own as soon as it is there, and so
+        # durable. At the default of 128 MiB a whole run may be one block.
+        "target_max_block_size": 1,
+        "max_errored_blocks": 0,  # more would drop whole units silently
+        "enable_progress_bars": False,  # ours counts what is committed
+        "print_on_execution_start": False,
+        "execution_no_progress_timeout_s": STALLED_AFTER_S,
+        "actor_init_retry_on_errors": False,
+    }
+    before = {name: getattr(context, name) for name in ours}
+    loggers = [logging.getLogger(name) for name in ("ray.data", "ray.data.dataset")]
+    levels = [logger.level for logger in loggers]
+    for name, value in ours.items():
+        setattr(context, name, value)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # `max_restarts` has no named argument yet in Ray 2.60; the warning asks for one.
+            warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+            yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _named(error: BaseException) -> ShardeditError:
+    """The error of ours that Ray wrapped, or a short one of the cluster."""
+    at: BaseException | None = error
+    while at is not None:
+        for candidate in (getattr(at, "cause", None), at):
+            if isinstance(candidate, ShardeditError):
+                kind = next(cls for cls in type(candidate).__mro__ if cls.__module__ == ShardeditError.__module__)
+                return kind(str(getattr(candidate, "cause", candidate)))
+        at = at.__cause__
+    last = (str(error).strip().splitlines() or [""])[-1]
+    return ClusterError(
+        f"the job failed on Ray ({type(error).__name__}: {last}). What is committed stays: the same command goes on "
+        f"from there. Ray's logs: {ray._private.worker.global_worker.node.get_session_dir_path()}/logs"
+        if ray.is_initialized() and ray._private.worker.global_worker.node
+        else f"the job failed on Ray ({type(error).__name__}: {last}). What is committed stays"
+    )

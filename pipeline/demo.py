@@ -1,0 +1,117 @@
+"""The demonstration: draw a small dataset, edit it with the bundled model by the real job, and show what came out.
+
+OUTPUT/input/*.tar      drawn faces, as WebDataset shards; some bring an edit of their own
+OUTPUT/data/*.parquet   the results, and beside them run.json, summary.json, report.html
+OUTPUT/overview.png     input, mask and edit of a few images
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster import run
+from pipeline.errors import SinkError
+from pipeline.evaluation.results import Result, ResultRef, RunFolder
+from pipeline.evaluation.thumbnails import SheetEntry, contact_sheet, load_mask, load_rgb
+from pipeline.models.demo.shards import write_demo_shards
+from pipeline.recipe import Recipe, recipe_from
+from pipeline.writing.commit import put
+from pipeline.writing.summary import Summary
+
+SHARD_SIZE = 12  # images per tar: a small demonstration still has more than one
+OVERVIEW_ENTRIES = 6
+
+# The same settings as configs/demo.yaml, which explains them; a test holds the two together. The package carries them
+# in code, since nothing stands beside it once it is installed.
+SETTINGS: dict[str, Any] = {
+    "source": {"shards": "demo-output/input/*.tar"},
+    "edits": {
+        "sunglasses": {"concepts": [{"prompt": "sunglasses", "guidance_scale": 8.0, "threshold": 0.85}]},
+        "red_hat": {"concepts": [{"prompt": "a red hat", "guidance_scale": 8.0, "threshold": 0.75}]},
+    },
+    "model": {"name": "demo"},
+    "inversion": {"method": "ddpm", "num_steps": 20, "skip": 0.15},
+    "editing": {"method": "ledits_pp"},
+    "sink": {"folder": "demo-output"},
+    "run": {"seed": 0, "unit_size": 6, "call_size": 16},
+}
+
+
+def demo_recipe(output: Path) -> Recipe:
+    """The demonstration's recipe, into a folder."""
+    return recipe_from(
+        {
+            **SETTINGS,
+            "source": {"shards": str(output / "input" / "*.tar")},
+            "sink": {"folder": str(output)},
+        },
+        "demo",
+    )
+
+
+def run_demo(output: Path, images: int) -> Summary:
+    """Draw, edit, report. Where the output is finished already there is nothing left to do, and that is no error.
+
+    Raises:
+        SinkError: the folder holds a demonstration with another number of images, or something else.
+    """
+    draw_input(output, images)
+    recipe = demo_recipe(output)
+    summary = run(recipe)
+    write_overview(recipe)
+    return summary
+
+
+def draw_input(output: Path, images: int) -> None:
+    """Draw the shards, unless a run has begun on them: it must find what it began with."""
+    folder = output / "input"
+    if not (output / "run.json").exists():
+        write_demo_shards(folder, images, shard_size=SHARD_SIZE)
+        return
+    there = sum(_captions_in(path) for path in folder.glob("*.tar"))
+    if there != images:
+        raise SinkError(
+            f"{output} holds a demonstration of {there} images, and {images} are asked for. Give another --output, "
+            f"--images {there}, or remove the folder"
+        )
+
+
+def _captions_in(path: Path) -> int:
+    with tarfile.open(path) as tar:
+        return sum(name.endswith(".txt") for name in tar.getnames())
+
+
+def write_overview(recipe: Recipe) -> None:
+    """Write overview.png beside the report."""
+    folder = RunFolder(recipe.sink)
+    results = folder.load(pick(folder.figures(folder.files("data")), OVERVIEW_ENTRIES))
+    out = io.BytesIO()
+    contact_sheet([entry_of(result) for result in results]).save(out, "PNG", optimize=True)
+    put(folder.fs, f"{folder.root}/overview.png", out.getvalue())
+
+
+def pick(refs: list[ResultRef], number: int) -> list[ResultRef]:
+    """A few results that show the variety: different edits by turns, of different images."""
+    by_edit: dict[str, list[ResultRef]] = {}
+    for ref in refs:
+        by_edit.setdefault(ref.edit, []).append(ref)
+    chosen: list[ResultRef] = []
+    for turn in range(max(map(len, by_edit.values()), default=0)):
+        for members in by_edit.values():
+            fresh = [ref for ref in members if ref.id not in {one.id for one in chosen}]
+            if turn < len(members) and fresh and len(chosen) < number:
+                chosen.append(fresh[0])
+    return chosen
+
+
+def entry_of(result: Result) -> SheetEntry:
+    """One result as a row of the contact sheet."""
+    return SheetEntry(
+        original=load_rgb(result.input),
+        mask=load_mask(result.mask),
+        edited=load_rgb(result.image),
+        label=", ".join(concept["prompt"] for concept in result.request["concepts"]),
+    )

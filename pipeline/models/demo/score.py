@@ -1,0 +1,278 @@
+"""Scores of the demo model on fresh scenes: its autoencoder, its text to image, and edits judged by the drawn truth.
+
+Every scene is drawn, edited by the engine that jobs use, and read back by the oracle. Since the edit's outcome can be
+drawn, too, the pixels that should have changed are known. Cost: a second or two per edited scene on one core.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from jaxtyping import Bool, UInt8
+from PIL import Image
+from torch.nn.functional import max_pool2d
+
+from pipeline.editor import Editor
+from pipeline.engine.calls import DecodeLatents, EncodeImage, Steps
+from pipeline.evaluation.metrics import psnr
+from pipeline.flow import edit_row
+from pipeline.models.demo.networks import IMAGE_SIZE, LATENT_SIZE, load_pipeline
+from pipeline.models.demo.oracle import read
+from pipeline.models.demo.world import Attribute, Scene, changed_region, complete_caption, draw, edited
+from pipeline.recipe import Recipe, recipe_from
+from pipeline.records import Concept, Edited, Sample
+
+Pixels = UInt8[np.ndarray, "H W 3"]
+NUM_STEPS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditKind:
+    """An edit whose outcome is known: on which scenes it makes sense, what it asks for, what it should change."""
+
+    before: Mapping[str, Any]  # attributes that a scene gets, so that there is something to do
+    after: Mapping[str, Any]  # attributes that the edit shall change
+    concepts: tuple[Concept, ...]
+
+
+SUNGLASSES = Concept(prompt="sunglasses", guidance_scale=6, threshold=0.75)
+RED_HAT = Concept(prompt="a red hat", guidance_scale=6, threshold=0.75)
+OPEN_MOUTH = Concept(prompt="an open mouth", guidance_scale=6, threshold=0.85)
+
+SINGLE_EDITS: dict[str, EditKind] = {
+    "add_sunglasses": EditKind(before={"sunglasses": False}, after={"sunglasses": True}, concepts=(SUNGLASSES,)),
+    "add_hat": EditKind(before={"hat": None}, after={"hat": "red"}, concepts=(RED_HAT,)),
+    "change_mouth": EditKind(before={"mouth": "smile"}, after={"mouth": "open"}, concepts=(OPEN_MOUTH,)),
+    "remove_sunglasses": EditKind(
+        before={"sunglasses": True},
+        after={"sunglasses": False},
+        concepts=(Concept(prompt="sunglasses", guidance_scale=6, threshold=0.75, direction="remove"),),
+    ),
+    "remove_hat": EditKind(
+        before={"hat": "red"},
+        after={"hat": None},
+        concepts=(Concept(prompt="a red hat", guidance_scale=6, threshold=0.7, direction="remove"),),
+    ),
+}
+TRIPLE_EDIT = EditKind(
+    before={"sunglasses": False, "hat": None, "mouth": "smile"},
+    after={"sunglasses": True, "hat": "red", "mouth": "open"},
+    concepts=(SUNGLASSES, RED_HAT, OPEN_MOUTH),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditScore:
+    """Shares and means over scenes."""
+
+    success: float  # share of scenes in which all attributes that should change did
+    unchanged: float  # share of the other attributes that stayed, over all scenes
+    mask_iou: float  # of the combined mask with the true changed region, on the latents' grid
+    background_psnr: float  # dB, outside the true changed region, against the autoencoder's round trip
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a figure should reach, and its unit."""
+
+    at_least: float
+    unit: str  # "dB", or "" for a share
+
+
+TARGETS: dict[str, Target] = {
+    "vae_psnr": Target(32, "dB"),
+    "text_to_image": Target(0.97, ""),
+    "reconstruction_psnr": Target(60, "dB"),
+    "single_success": Target(0.95, ""),
+    "single_unchanged": Target(0.95, ""),
+    "triple_success": Target(0.80, ""),
+    "mask_iou": Target(0.5, ""),
+    "background_psnr": Target(30, "dB"),
+}
+
+
+def measure(folder: Path, count: int, seed: int = 1) -> dict[str, float]:
+    """All figures of `TARGETS` for the model in a folder, and those of each kind of edit, on `count` scenes each."""
+    editor = Editor.load(str(folder))
+    scenes = fresh_scenes(count, seed)
+    singles = {name: edit_score(editor, kind, scenes) for name, kind in SINGLE_EDITS.items()}
+    triple = edit_score(editor, TRIPLE_EDIT, scenes)
+    every = list(singles.values())
+    return {
+        "vae_psnr": vae_psnr(editor, scenes),
+        "text_to_image": text_to_image(load_pipeline(folder), scenes),
+        "reconstruction_psnr": reconstruction_psnr(editor, scenes),
+        "single_success": float(np.mean([score.success for score in every])),
+        "single_unchanged": float(np.mean([score.unchanged for score in every])),
+        "triple_success": triple.success,
+        "mask_iou": float(np.mean([score.mask_iou for score in every])),
+        "background_psnr": float(np.mean([score.background_psnr for score in every])),
+        **{
+            f"{name}.{figure}": value
+            for name, score in {**singles, "triple": triple}.items()
+            for figure, value in asdict(score).items()
+        },
+    }
+
+
+def table(scores: Mapping[str, float]) -> str:
+    """The figures of `measure` as a Markdown table."""
+    lines = ["| figure | measured | at least |", "|---|---|---|"]
+    for name, value in scores.items():
+        target = TARGETS.get(name)
+        is_level = name.endswith("psnr")
+        measured = f"{value:.1f} dB" if is_level else f"{value:.3f}"
+        wanted = f"{target.at_least:g} {target.unit}".strip() if target else ""
+        lines.append(f"| {name} | {measured} | {wanted} |")
+    return "\n".join(lines) + "\n"
+
+
+def fresh_scenes(count: int, seed: int = 1) -> list[Scene]:
+    """Scenes that no training saw: training draws with generators of other seeds."""
+    rng = np.random.default_rng([seed, 10_000])
+    return [Scene.random(rng) for _ in range(count)]
+
+
+def edit_score(editor: Editor, kind: EditKind, scenes: Sequence[Scene], num_steps: int = NUM_STEPS) -> EditScore:
+    """Make one kind of edit on all scenes by LEDITS++ with intersected masks, and judge the outcome."""
+    before = [edited(scene, **kind.before) for scene in scenes]
+    after = [edited(scene, **kind.after) for scene in before]
+    results = run_edits(editor, before, kind.concepts, num_steps)
+    references = round_trips(editor, [draw(scene, IMAGE_SIZE) for scene in before])
+
+    succeeded, stayed, ious, noises = [], [], [], []
+    for start, goal, result, reference in zip(before, after, results, references, strict=True):
+        found, wanted = read(result.image), goal.attributes()
+        succeeded.append(all(found[name] == wanted[name] for name in asked(kind)))
+        stayed += [found[name] == wanted[name] for name in wanted if name not in asked(kind)]
+        truth = changed_region(start, goal, IMAGE_SIZE)
+        cell = IMAGE_SIZE // LATENT_SIZE
+        ious.append(mask_iou(result.mask[::cell, ::cell], truth))
+        noises.append(psnr(reference[~truth], result.image[~truth]) or 0.0)
+    return EditScore(
+        success=float(np.mean(succeeded)),
+        unchanged=float(np.mean(stayed)),
+        mask_iou=float(np.mean(ious)),
+        background_psnr=float(np.mean(noises)),
+    )
+
+
+def asked(kind: EditKind) -> tuple[Attribute, ...]:
+    """The attributes that an edit is to change."""
+    return tuple(kind.after)  # type: ignore[arg-type]  # the keys are attributes
+
+
+def run_edits(
+    editor: Editor, scenes: Sequence[Scene], concepts: Sequence[Concept], num_steps: int = NUM_STEPS
+) -> list[Edited]:
+    """Edit the drawings of all scenes in the same way, batched by the engine. No concept at all reconstructs them.
+
+    Raises:
+        RuntimeError: a scene could not be edited; the demo model must edit all of them.
+    """
+    recipe = scoring_recipe(concepts, num_steps)
+    samples = [
+        Sample(id=f"scene-{index}", shard="", key=f"scene-{index}", index=index, image=png(draw(scene, IMAGE_SIZE)))
+        for index, scene in enumerate(scenes)
+    ]
+    outcomes: dict[int, Edited] = {}
+    for finished in editor.engine.run(edit_row(sample, recipe, editor.backbone) for sample in samples):
+        if finished.error is not None:
+            raise finished.error
+        (outcome,) = finished.value
+        if not isinstance(outcome, Edited):
+            raise RuntimeError(f"scene {finished.index} could not be edited: {outcome.message}")
+        outcomes[finished.index] = outcome
+    return [outcomes[index] for index in range(len(scenes))]
+
+
+def scoring_recipe(concepts: Sequence[Concept], num_steps: int) -> Recipe:
+    """LEDITS++ after the edit-friendly inversion, with exact reconstruction."""
+    return recipe_from(
+        {
+            "source": {"shards": "-"},
+            "edits": {"edit": {"concepts": [concept.model_dump() for concept in concepts]}},
+            "inversion": {"method": "ddpm", "num_steps": num_steps},
+            "editing": {"method": "ledits_pp"},
+            "sink": {"folder": "-"},
+        },
+        "scoring",
+    )
+
+
+def round_trips(editor: Editor, images: Sequence[Pixels]) -> list[Pixels]:
+    """Each image encoded and decoded: the best that any edit of latents could leave of it."""
+
+    def there_and_back(pixels: Pixels) -> Steps[Pixels]:
+        latents = yield EncodeImage(pixels)
+        return (yield DecodeLatents(latents))
+
+    decoded: dict[int, Pixels] = {}
+    for finished in editor.engine.run(there_and_back(image) for image in images):
+        if finished.error is not None:
+            raise finished.error
+        decoded[finished.index] = finished.value
+    return [decoded[index] for index in range(len(images))]
+
+
+def vae_psnr(editor: Editor, scenes: Sequence[Scene]) -> float:
+    """Mean PSNR of the autoencoder's round trip, dB."""
+    images = [draw(scene, IMAGE_SIZE) for scene in scenes]
+    pairs = zip(images, round_trips(editor, images), strict=True)
+    return float(np.mean([psnr(image, decoded) for image, decoded in pairs]))
+
+
+def reconstruction_psnr(editor: Editor, scenes: Sequence[Scene]) -> float:
+    """Mean PSNR of inversion and replay without an edit, against the autoencoder's round trip, dB (100 for equal)."""
+    references = round_trips(editor, [draw(scene, IMAGE_SIZE) for scene in scenes])
+    results = run_edits(editor, scenes, ())
+    return float(np.mean([psnr(one, other.image) for one, other in zip(references, results, strict=True)]))
+
+
+def text_to_image(
+    pipeline: StableDiffusionPipeline,
+    scenes: Sequence[Scene],
+    guidance_scale: float = 4.0,
+    num_steps: int = 30,
+    seed: int = 0,
+) -> float:
+    """Share of the attributes named in complete captions that the oracle finds in the images made of them."""
+    right = []
+    for start in range(0, len(scenes), 16):
+        batch = scenes[start : start + 16]
+        rng = np.random.default_rng([seed, start])
+        images = pipeline(
+            [complete_caption(scene, rng) for scene in batch],
+            num_inference_steps=num_steps,
+            guidance_scale=guidance_scale,
+            generator=[torch.Generator().manual_seed(seed + start + place) for place in range(len(batch))],
+            output_type="np",
+        ).images
+        for scene, image in zip(batch, images, strict=True):
+            found = read((image * 255).round().astype(np.uint8))
+            # What a scene lacks is not in its caption, so it is not asked for.
+            right += [found[name] == value for name, value in scene.attributes().items() if value]
+    return float(np.mean(right))
+
+
+def mask_iou(mask: Bool[np.ndarray, "h w"], truth: Bool[np.ndarray, "H W"]) -> float:
+    """Intersection over union on the latents' grid. Cells of the mask next to true ones are not held against it."""
+    cell = truth.shape[0] // mask.shape[0]
+    cells = truth.reshape(mask.shape[0], cell, mask.shape[1], cell).any(axis=(1, 3))
+    near = max_pool2d(torch.from_numpy(cells)[None].float(), 3, stride=1, padding=1)[0].numpy() > 0
+    beside = near & ~cells
+    return float((mask & cells).sum() / max(1, (cells | (mask & ~beside)).sum()))
+
+
+def png(pixels: Pixels) -> bytes:
+    """Encoded without loss."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,375 @@
+"""What a run will take, before it starts: images, results, UNet rows, bytes, time. Nothing is edited into the sink.
+
+UNet rows are not computed from formulas but counted: the very generators that edit an image run against a model that
+answers with zeros. Time comes from a probe: two images through the real model, for at most `PROBE_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.diffusion.schedule import NoiseSchedule
+from pipeline.engine.calls import TextConditioning
+from pipeline.engine.engine import Engine
+from pipeline.errors import RowError
+from pipeline.flow import asked_without, edit_prepared, edit_row
+from pipeline.models.backbone import Backbone, ModelRecord
+from pipeline.models.loading import load_backbone
+from pipeline.reading.prepare import requests_of
+from pipeline.reading.shards import ReadTask, Shard
+from pipeline.reading.units import count_rows, list_shards, plan_reads, read_units
+from pipeline.recipe import Recipe
+from pipeline.records import EditRequest, Placement, Prepared, Sample, Unreadable
+from pipeline.worker import call_size_for
+from pipeline.writing.parquet import render_parquet
+from pipeline.writing.rows import encode_outcome, schema
+
+COUNTED_SHARDS = 64  # shards whose rows are counted; the others are taken to be like them, by their bytes
+READ_ROWS = 256  # rows that are read for their own edits
+READ_BYTES = 256 * 2**20  # shards larger than this in all are not read beyond `READ_ROWS`
+PROBE_IMAGES = 2
+PROBE_SECONDS = 60.0
+COUNTERS = 8  # shards counted side by side
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What two images through the real model took."""
+
+    images: int  # edited to the end
+    call_size: int  # rows of a UNet call
+    seconds_per_call: float
+    seconds_per_image: float  # all but the UNet: decoding, autoencoder, the method's own arithmetic, figures
+    bytes_per_result: float | None  # encoded; None where no image came to its end in time
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A run in numbers. What is estimated is said so in `notes`."""
+
+    shards: int
+    bytes_in: int
+    images: int
+    edits: tuple[str, ...]  # the job's
+    methods: tuple[str, ...]
+    results: int  # (image, edit, method) asked for
+    unet_rows: int
+    workers: int
+    bytes_out: int | None  # None without a probe
+    seconds: float | None  # on `workers` workers like this machine; None without a probe
+    probe: Probe | None
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+
+def plan(recipe: Recipe, *, probe: bool = True) -> Plan:
+    """Look at the source, count, and probe the model.
+
+    Args:
+        recipe: the run.
+        probe: load the model and time it; without, there is no estimate of time and output bytes.
+
+    Raises:
+        SourceError: there is nothing to read.
+        ModelError: the model cannot be loaded.
+    """
+    shards = list_shards(recipe.source)
+    images, images_note = count_images(shards, recipe)
+    rows, complete = first_rows(shards, recipe, images)
+    cost = cost_of(rows, recipe)
+    scale = 1.0 if complete else images / max(len(rows), 1)
+    results, unet_rows = round(cost.results * scale), round(cost.unet_rows * scale)
+    notes = [images_note, cost.note(len(rows), complete)]
+    workers = recipe.run.workers if isinstance(recipe.run.workers, int) else max(torch.cuda.device_count(), 1)
+    measured = None
+    if probe:
+        measured, note = probe_model(recipe, rows)
+        notes.append(note)
+    return Plan(
+        shards=len(shards),
+        bytes_in=sum(shard.size for shard in shards),
+        images=images,
+        edits=tuple(recipe.edits),
+        methods=tuple(recipe.all_methods),
+        results=results,
+        unet_rows=unet_rows,
+        workers=workers,
+        bytes_out=None
+        if measured is None or measured.bytes_per_result is None
+        else round(results * measured.bytes_per_result),
+        seconds=None if measured is None else seconds_for(unet_rows, images, measured, workers),
+        probe=measured,
+        notes=tuple(note for note in notes if note),
+    )
+
+
+def seconds_for(unet_rows: int, images: int, probe: Probe, workers: int) -> float:
+    """Full UNet calls, and what each image takes beside them, over the workers."""
+    calls = math.ceil(unet_rows / probe.call_size)
+    return (calls * probe.seconds_per_call + images * probe.seconds_per_image) / workers
+
+
+def count_images(shards: Sequence[Shard], recipe: Recipe) -> tuple[int, str]:
+    """Rows of the source, without decoding any; and how they were counted."""
+    chosen = shards
+    if len(shards) > COUNTED_SHARDS:
+        chosen = [shards[at * len(shards) // COUNTED_SHARDS] for at in range(COUNTED_SHARDS)]
+    with ThreadPoolExecutor(COUNTERS) as pool:
+        counted = sum(pool.map(lambda shard: count_rows(shard, recipe.source), chosen))
+    if len(chosen) == len(shards):
+        return counted, ""
+    share = sum(shard.size for shard in chosen) / max(sum(shard.size for shard in shards), 1)
+    return round(counted / share), f"images: estimated from {len(chosen)} of {len(shards):,} shards, by their bytes"
+
+
+def first_rows(shards: Sequence[Shard], recipe: Recipe, images: int) -> tuple[list[Sample | Unreadable], bool]:
+    """The rows whose edits are looked at: all of a small source, the first ones of a large one; and whether all."""
+    read_all = images <= READ_ROWS and sum(shard.size for shard in shards) <= READ_BYTES
+    rows: list[Sample | Unreadable] = []
+    for task in plan_reads(shards, recipe.run.unit_size, _nothing, _nothing):
+        for row in _rows_of(task, recipe):
+            rows.append(row)
+            if not read_all and len(rows) == READ_ROWS:
+                return rows, False
+    return rows, True
+
+
+def _nothing(_: str) -> bool:
+    return False
+
+
+def _rows_of(task: ReadTask, recipe: Recipe) -> Any:
+    for unit in read_units(task, recipe.source, recipe.run.unit_size, _nothing):
+        yield from unit.rows
+
+
+@dataclass(slots=True)
+class Cost:
+    """What some rows ask for."""
+
+    results: int = 0
+    unet_rows: int = 0
+    own_edits: int = 0  # rows that bring an edit of their own
+    unusable: int = 0  # rows that cannot be read, or whose edit is none
+
+    def note(self, rows: int, complete: bool) -> str:
+        """How these numbers came about."""
+        basis = "counted over all rows" if complete else f"estimated from the first {rows:,} rows"
+        parts = [f"results and UNet rows: {basis}"]
+        if self.own_edits:
+            parts.append(f"{self.own_edits:,} of {rows:,} bring their own edit")
+        if self.unusable:
+            parts.append(f"{self.unusable:,} of {rows:,} will fail: damaged, or without a usable edit")
+        return "; ".join(parts)
+
+
+def cost_of(rows: Sequence[Sample | Unreadable], recipe: Recipe) -> Cost:
+    """Add up what rows ask for."""
+    cost = Cost()
+    counter = RowCounter(recipe)
+    for row in rows:
+        if isinstance(row, Unreadable):
+            cost.unusable += 1
+            cost.results += len(asked_without(recipe))
+            continue
+        cost.own_edits += row.edits is not None
+        try:
+            requests = requests_of(row, recipe)
+        except RowError:
+            cost.unusable += 1
+            cost.results += len(asked_without(recipe))
+            continue
+        cost.results += len(requests) * len(recipe.all_methods)
+        cost.unet_rows += counter.rows(requests, masked=row.mask is not None)
+    return cost
+
+
+@dataclass(slots=True)
+class RowCounter:
+    """UNet rows of one image under some requests, by running the flow's own generators. Each distinct case once."""
+
+    recipe: Recipe
+    known: dict[Any, int] = field(default_factory=dict)
+
+    def rows(self, requests: Mapping[str, EditRequest], *, masked: bool = False) -> int:
+        """UNet rows of an image that is edited as `requests` say, by every method of the recipe."""
+        case = (_anonymous(requests), masked)
+        if case not in self.known:
+            self.known[case] = self._count(requests, masked)
+        return self.known[case]
+
+    def _count(self, requests: Mapping[str, EditRequest], masked: bool) -> int:
+        backbone = ZeroBackbone()
+        side = ZeroBackbone.image_size
+        blank = np.zeros((side, side, 3), dtype=np.uint8)
+        whole = (side, side)
+        prepared = Prepared(
+            sample=Sample(id="plan", shard="plan", key="plan", index=0, image=b""),
+            original=blank,
+            pixels=blank,
+            placement=Placement(original=whole, crop=(0, 0, side, side), scaled=whole, offset=(0, 0), canvas=whole),
+            mask=np.ones(whole, dtype=np.float32) if masked else None,
+            requests=requests,
+        )
+        engine = Engine(backbone, call_size=64, pad=False)
+        (finished,) = engine.run([edit_prepared(prepared, self.recipe.all_methods, 0, backbone)])
+        if finished.error is not None:
+            raise finished.error
+        return finished.unet_rows
+
+
+def _anonymous(requests: Mapping[str, EditRequest]) -> str:
+    """Requests with their texts numbered: which texts are equal may decide what is computed, what they say does not."""
+    numbers: dict[str, str] = {"": ""}
+
+    def hide(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: hide(item, name) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [hide(item) for item in value]
+        if key.endswith("prompt"):
+            return numbers.setdefault(value, f"text {len(numbers)}")
+        return value
+
+    return repr([hide(request.model_dump()) for _, request in sorted(requests.items())])
+
+
+class ZeroBackbone:
+    """A model that answers everything with zeros, at once. Only the number of what it is asked has a meaning."""
+
+    record = ModelRecord(name="zeros", revision="", digest="", dtype="float32", device="cpu")
+    schedule = NoiseSchedule.from_config({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
+    device = torch.device("cpu")
+    latent_channels = 4
+    latent_scale = 8
+    multiple = 64
+    image_size = 128  # latents of 16 x 16: the smallest whose quarter can be smoothed
+
+    def encode_text(self, prompt: str) -> TextConditioning:
+        """See `Backbone`."""
+        return TextConditioning(prompt=prompt, embedding=torch.zeros(77, 1), token_count=min(len(prompt.split()), 75))
+
+    def encode_image(self, pixels: np.ndarray) -> Tensor:
+        """See `Backbone`."""
+        return torch.zeros(
+            self.latent_channels, pixels.shape[0] // self.latent_scale, pixels.shape[1] // self.latent_scale
+        )
+
+    def decode_latents(self, latents: Tensor) -> np.ndarray:
+        """See `Backbone`."""
+        height, width = latents.shape[-2] * self.latent_scale, latents.shape[-1] * self.latent_scale
+        return np.zeros((height, width, 3), dtype=np.uint8)
+
+    def check_watchable(self, height: int, width: int) -> None:
+        """See `Backbone`: every grid will do."""
+
+    def denoise(
+        self, latents: Tensor, timesteps: Sequence[int], embeddings: Sequence[Tensor], watch: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Backbone`."""
+        rows, _, height, width = latents.shape
+        return torch.zeros_like(latents), None if watch is None else torch.zeros(rows, height // 4, width // 4)
+
+
+class _TimeIsUp(BaseException):
+    """Ends a probe. No `Exception`: the engine turns those into failed rows, and goes on."""
+
+
+class TimedBackbone:
+    """A backbone that notes what its calls take, and ends the probe at a deadline."""
+
+    def __init__(self, backbone: Backbone, deadline: float) -> None:
+        self.backbone = backbone
+        self.deadline = deadline
+        self.seconds: dict[str, list[float]] = {"denoise": [], "encode_image": [], "decode_latents": []}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backbone, name)
+
+    def _timed(self, name: str, *arguments: Any) -> Any:
+        if self.seconds["denoise"] and time.perf_counter() > self.deadline:
+            raise _TimeIsUp
+        start = time.perf_counter()
+        answer = getattr(self.backbone, name)(*arguments)
+        if self.backbone.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[name].append(time.perf_counter() - start)
+        return answer
+
+    def encode_image(self, pixels: np.ndarray) -> Any:
+        """See `Backbone`."""
+        return self._timed("encode_image", pixels)
+
+    def decode_latents(self, latents: Tensor) -> Any:
+        """See `Backbone`."""
+        return self._timed("decode_latents", latents)
+
+    def denoise(self, *arguments: Any) -> Any:
+        """See `Backbone`."""
+        return self._timed("denoise", *arguments)
+
+    def mean(self, name: str) -> float:
+        """Mean seconds of a kind of call. The first of several is left out: it pays for kernels and caches."""
+        calls = self.seconds[name]
+        later = calls[1:] or calls
+        return sum(later) / len(later) if later else 0.0
+
+
+def probe_model(recipe: Recipe, rows: Sequence[Sample | Unreadable]) -> tuple[Probe | None, str]:
+    """Edit a few of these rows with the real model and throw the results away; and say what was done."""
+    samples = [row for row in rows if isinstance(row, Sample)][:PROBE_IMAGES]
+    backbone = load_backbone(recipe.model)
+    call_size = call_size_for(recipe, backbone)
+    timed = TimedBackbone(backbone, time.perf_counter() + PROBE_SECONDS)
+    engine = Engine(cast(Backbone, timed), call_size=call_size)
+    outcomes, finished = [], 0
+    start = time.perf_counter()
+    try:
+        for done in engine.run(edit_row(sample, recipe, engine.backbone) for sample in samples):
+            if done.error is not None:
+                raise done.error
+            outcomes += done.value
+            finished += 1
+        in_time = True
+    except _TimeIsUp:
+        in_time = False
+    if not timed.seconds["denoise"]:
+        return None, "time: unknown, none of the first rows can be edited"
+    beside = time.perf_counter() - start - sum(timed.seconds["denoise"])
+    if in_time:
+        per_image = beside / len(samples)
+    else:
+        per_image = timed.mean("encode_image") + (1 + len(asked_without(recipe))) * timed.mean("decode_latents")
+    encode_start = time.perf_counter()
+    encoded = [encode_outcome(outcome, recipe, backbone.record, call_size) for outcome in outcomes]
+    results = [row for row in encoded if isinstance(row, dict)]
+    size = len(render_parquet(results, schema(recipe.sink.include_input))) / len(results) if results else None
+    if in_time:
+        per_image += (time.perf_counter() - encode_start) / len(samples)
+    probe = Probe(
+        images=finished,
+        call_size=call_size,
+        seconds_per_call=timed.mean("denoise"),
+        seconds_per_image=per_image,
+        bytes_per_result=size,
+        device=backbone.record.device,
+    )
+    cut = "" if in_time else f", cut off after {PROBE_SECONDS:.0f} s"
+    return probe, (
+        f"time and output: from a probe with {len(samples)} image(s) on this machine ({probe.device}{cut}), "
+        "extrapolated by UNet rows in full calls"
+    )

@@ -1,0 +1,234 @@
+"""List a source's shards: globs, `{0000..0099}` ranges, folders, prefixes and single files of any fsspec storage."""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from braceexpand import UnbalancedBracesError, braceexpand
+
+from pipeline.errors import SourceError
+from pipeline.reading import parquet
+from pipeline.reading.folder import group_files
+from pipeline.reading.rows import IMAGE_EXTENSIONS, extension, listed
+from pipeline.reading.shards import Format, Shard
+from pipeline.reading.storage import open_fs, public_url, retrying, storage_errors
+from pipeline.recipe import SourceConfig
+
+SUFFIXES: dict[Format, tuple[str, ...]] = {"webdataset": (".tar", ".tar.gz", ".tgz"), "parquet": (".parquet",)}
+FOOTER_READERS = 16  # Parquet footers that are read at a time
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A file of the source."""
+
+    relative: str  # path below its listing's base
+    url: str  # openable
+    size: int
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """What one of the source's URLs stands for."""
+
+    url: str
+    base: str  # URL of the folder that relative paths start from
+    files: tuple[_File, ...]
+    whole: bool  # whether everything below `base` is meant, not only what a wildcard or a name picks
+
+
+def list_shards(source: SourceConfig) -> list[Shard]:
+    """All shards of a source, sorted by path.
+
+    A path is relative to the folder that its URL names (of a glob: the folder before the first wildcard). Where two
+    URLs have equal relative paths, the folders' own names are put in front. With `format: auto` tars are taken; where
+    there is none, Parquet files; else images.
+
+    Raises:
+        SourceError: a bucket or folder does not exist, access is refused, or no shard is found; says what was found.
+    """
+    listings = [_list_url(url, source) for url in source.shards]
+    kind = _format_of(listings, source)
+    if kind == "folder":
+        shards = _folder_shards(listings, source)
+    else:
+        shards = [
+            Shard(path=path, url=file.url, format=kind, size=file.size, etag=file.etag)
+            for path, file in _named(listings, SUFFIXES[kind])
+        ]
+    if kind == "parquet":
+        shards = _with_footers(shards, source)
+    return sorted(shards, key=lambda shard: shard.path)
+
+
+def _list_url(url: str, source: SourceConfig) -> _Listing:
+    try:
+        urls = list(braceexpand(url)) if "{" in url else [url]
+    except UnbalancedBracesError as error:
+        raise SourceError(f"{public_url(url)} has braces that do not match. Write ranges as {{0000..0099}}") from error
+    fs, _ = open_fs(url, source.storage_options)
+    paths = [open_fs(one, source.storage_options)[1] for one in urls]
+    bases, infos = [], {}
+    whole = True
+    fs.invalidate_cache()  # s3fs keeps listings, and this one must be of now
+    for path in paths:
+        with storage_errors(fs.unstrip_protocol(path)):
+            base, found, is_whole = _list_path(fs, path)
+        bases.append(base)
+        infos.update(found)
+        whole = whole and is_whole and len(paths) == 1
+    base = bases[0] if len(bases) == 1 else posixpath.commonpath(bases)
+    files = [_file(fs, base, path, infos[path]) for path in sorted(infos)]
+    return _Listing(url, fs.unstrip_protocol(base), tuple(file for file in files if _is_visible(file)), whole)
+
+
+def _list_path(fs: Any, path: str) -> tuple[str, dict[str, Any], bool]:
+    """Base folder of a path, everything that it stands for, and whether that is all there is below the base."""
+    for attempt in retrying():
+        with attempt:
+            if wildcard := re.search(r"[*?\[]", path):
+                base = path[: wildcard.start()].rpartition("/")[0]
+                if not (found := fs.glob(path, detail=True)):
+                    fs.info(base)  # tells a folder that does not exist, or may not be read, from one without matches
+                return base, found, False
+            info = fs.info(path)
+            if info["type"] == "file":
+                return path.rpartition("/")[0], {path: info}, False
+            return path, fs.find(path, detail=True), True
+    raise AssertionError("retrying ends with a result or an error")
+
+
+def _file(fs: Any, base: str, path: str, info: Mapping[str, Any]) -> _File:
+    etag = str(info.get("ETag") or info.get("etag") or "").strip('"')
+    if not etag and "mtime" in info:  # a local file's version is when it was written
+        etag = f"mtime {info['mtime']:.6f}"
+    relative = path.removeprefix(base).lstrip("/")
+    is_file = info.get("type", "file") == "file"
+    return _File(relative if is_file else "", fs.unstrip_protocol(path), int(info.get("size") or 0), etag)
+
+
+def _is_visible(file: _File) -> bool:
+    """Whether it is a file, and neither it nor a folder on its way is hidden."""
+    return bool(file.relative) and not any(part.startswith(".") for part in file.relative.split("/"))
+
+
+def _matches(file: _File, suffixes: tuple[str, ...]) -> bool:
+    return file.relative.lower().endswith(suffixes)
+
+
+def _format_of(listings: list[_Listing], source: SourceConfig) -> Format:
+    """The kind of the source's shards.
+
+    Raises:
+        SourceError: there is none; says what was found instead.
+    """
+    images = IMAGE_EXTENSIONS if source.image is None else (extension(source.image),)
+    suffixes: dict[Format, tuple[str, ...]] = {**SUFFIXES, "folder": tuple(f".{name}" for name in (*images, "jpeg"))}
+    files = [file for listing in listings for file in listing.files]
+    kinds = list(suffixes) if source.format == "auto" else [source.format]
+    for kind in kinds:
+        if any(_matches(file, suffixes[kind]) for file in files):
+            return kind
+    where = ", ".join(public_url(url) for url in source.shards)
+    if not files:
+        raise SourceError(f"{where}: no file is there. Check source.shards, or put shards there")
+    looked_for = "; ".join(f"{kind}: {', '.join(suffixes[kind])}" for kind in kinds)
+    found = Counter(posixpath.splitext(file.relative)[1].lower() or "no extension" for file in files)
+    counts = listed(f"{count} x {name}" for name, count in found.most_common())
+    raise SourceError(
+        f"{where}: none of {len(files)} file(s) is a shard (looked for {looked_for}); found: {counts}. "
+        "Check source.shards and source.format"
+    )
+
+
+def _named(listings: list[_Listing], suffixes: tuple[str, ...]) -> list[tuple[str, _File]]:
+    """Every shard once, with a path that is unique in the source."""
+    labels = _labels([listing.base for listing in listings])
+    distinct = {}
+    for listing, label in zip(listings, labels, strict=True):
+        for file in listing.files:
+            if _matches(file, suffixes):
+                distinct.setdefault(file.url, (label, file))
+    relatives = Counter(file.relative for _, file in distinct.values())
+    if max(relatives.values()) == 1:
+        return [(file.relative, file) for _, file in distinct.values()]
+    return [(posixpath.join(label, file.relative), file) for label, file in distinct.values()]
+
+
+def _labels(bases: list[str]) -> list[str]:
+    """What tells base folders apart: their URLs without the leading parts that all have in common."""
+    parts = [[part for part in re.split(r"[:/]+", base) if part] for base in bases]
+    common = 0
+    while all(len(one) > common for one in parts) and len({one[common] for one in parts}) == 1:
+        common += 1
+    return ["/".join(one[common:]) for one in parts]
+
+
+def _folder_shards(listings: list[_Listing], source: SourceConfig) -> list[Shard]:
+    """One shard per base folder."""
+    picked: dict[str, dict[str, _File]] = {}
+    around: dict[str, dict[str, _File]] = {}
+    for listing in listings:
+        files = {file.relative: file for file in listing.files}
+        picked.setdefault(listing.base, {}).update(files)
+        around.setdefault(listing.base, {}).update(files)
+        if not listing.whole:  # a wildcard for images names no sidecars, which are wanted all the same
+            beside = _list_url(listing.base, source)
+            around[listing.base].update({file.relative: file for file in beside.files})
+    shards = []
+    for base, label in zip(picked, _labels(list(picked)), strict=True):
+        known = around[base]
+        rows = [row for row in group_files(known, source) if row.image in picked[base]]
+        used = [known[name] for row in rows for name in (row.image, row.caption, row.edit, row.mask) if name]
+        versions = "\n".join(f"{file.relative}\t{file.size}\t{file.etag}" for file in used)
+        if rows:
+            shards.append(
+                Shard(
+                    path=label or ".",
+                    url=base,
+                    format="folder",
+                    size=sum(file.size for file in used),
+                    etag=hashlib.sha256(versions.encode("utf-8", "surrogateescape")).hexdigest()[:16],
+                    rows=len(rows),
+                    files=tuple(rows),
+                )
+            )
+    if not shards:
+        where = ", ".join(public_url(url) for url in source.shards)
+        raise SourceError(f"{where}: no image is there but masks. Check source.shards, source.image and source.mask")
+    return shards
+
+
+def _with_footers(shards: list[Shard], source: SourceConfig) -> list[Shard]:
+    """Add what only the files' footers tell. A damaged file keeps `rows=None`: reading it reports the damage.
+
+    Raises:
+        SourceError: no shard has a column with images.
+    """
+    with ThreadPoolExecutor(FOOTER_READERS) as pool:
+        read = list(pool.map(lambda shard: _with_footer(shard, source), shards))
+    problems = [(shard, problem) for shard, problem in read if isinstance(problem, parquet.NoImageColumn)]
+    if problems and all(shard.rows is None for shard, _ in read):
+        shard, problem = problems[0]
+        raise SourceError(f"{public_url(shard.url)} cannot be used: {problem}")
+    return [shard for shard, _ in read]
+
+
+def _with_footer(shard: Shard, source: SourceConfig) -> tuple[Shard, Exception | None]:
+    fs, path = open_fs(shard.url, source.storage_options)
+    with storage_errors(shard.url):
+        for attempt in retrying():
+            with attempt, fs.open(path, "rb", block_size=1 << 20) as file:
+                try:
+                    groups = parquet.layout_of(parquet.open_parquet(file), source).row_groups
+                except parquet.DamagedFile as error:
+                    return shard, error
+    return replace(shard, rows=sum(groups), row_groups=groups), None

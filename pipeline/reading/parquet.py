@@ -1,0 +1,324 @@
+"""Rows of a Parquet file, row group by row group, through fsspec; the file is never loaded as a whole.
+
+Columns without a setting:
+
+    image      the first of IMAGE_COLUMNS that is binary or Hugging Face's struct{bytes, path}; else the only such column
+    caption    source.caption; where that is the default "txt" and absent: "caption", then "text"
+    mask       source.mask, else "mask" where it is binary
+    edit       source.edit, else "edits": JSON text or a struct
+    key        the first of KEY_COLUMNS that holds text or integers, else the row's index, zero-padded
+
+Other binary columns become members, all others columns (as JSON: times and decimals as text, NaN as null).
+Stands beside Ray's and Hugging Face's readers since these fail, or drop whole blocks, on one damaged page.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.reading.rows import RowProblem, damaged_row, listed, split_edits, unreadable
+from pipeline.reading.storage import describe
+from pipeline.recipe import SourceConfig
+from pipeline.records import Sample, Unreadable
+
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "img", "image_bytes", "input_image", "input")
+KEY_COLUMNS = ("__key__", "id", "key")
+BATCH_ROWS = 16  # decoded at a time: bounds memory
+Row = Sample | Unreadable
+
+
+class DamagedFile(Exception):
+    """The file is no Parquet, is cut, or holds no image column."""
+
+
+class NoImageColumn(DamagedFile):
+    """The file is sound, but nothing in it can be an image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which column is what; "" where there is none."""
+
+    image: str
+    caption: str
+    mask: str
+    key: str
+    row_groups: tuple[int, ...]  # rows of each
+
+
+def is_damage(error: BaseException) -> bool:
+    """Whether pyarrow complains about the data. It does so as an OSError without errno, too, unlike any storage."""
+    return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)
+
+
+def open_parquet(file: BinaryIO) -> pq.ParquetFile:
+    """Open a file so that pages are read as they are needed.
+
+    Raises:
+        DamagedFile: it is no Parquet or is cut.
+    """
+    try:
+        return pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+    except (pa.ArrowException, OSError) as error:
+        if not is_damage(error):
+            raise
+        raise DamagedFile(f"it is no Parquet file, or it is cut: {describe(error)}") from error
+
+
+def layout_of(file: pq.ParquetFile, source: SourceConfig) -> Layout:
+    """Which column of a file is what.
+
+    Raises:
+        NoImageColumn: lists the columns that there are.
+    """
+    schema = file.schema_arrow
+    images = [field.name for field in schema if is_image_type(field.type)]
+    texts = [field.name for field in schema if _is_text(field.type)]
+    mask = source.mask or "mask"
+    captions = (source.caption, "caption", "text") if source.caption == "txt" else (source.caption,)
+    if source.image is not None:
+        image = source.image if source.image in images else None
+        missing = f"no binary column '{source.image}', which source.image asks for"
+    else:
+        candidates = [name for name in images if name != mask]
+        known = [name for name in IMAGE_COLUMNS if name in candidates]
+        image = known[0] if known else candidates[0] if len(candidates) == 1 else None
+        missing = f"no column that is known to hold images (binary columns: {listed(candidates)})"
+    if image is None:
+        raise NoImageColumn(f"it has {missing}; its columns: {listed(schema.names)}. Name the image's in source.image")
+    keys = [name for name in KEY_COLUMNS if name in schema.names and _is_key(schema.field(name).type)]
+    metadata = file.metadata
+    return Layout(
+        image=image,
+        caption=next((name for name in captions if name in texts), ""),
+        mask=mask if mask in images else "",
+        key=keys[0] if keys else "",
+        row_groups=tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)),
+    )
+
+
+def repeated_keys(file: pq.ParquetFile, layout: Layout) -> frozenset[int]:
+    """Indices of the rows whose key was there before, which therefore need the index in their id."""
+    if not layout.key:
+        return frozenset()
+    column = file.read(columns=[layout.key]).column(0)
+    # Python is only asked where there are doubles: this runs once per task, for all rows of the file.
+    if column.null_count == 0 and len(column.unique()) == len(column):
+        return frozenset()
+    seen: set[str] = set()
+    repeated = set()
+    for index, scalar in enumerate(column):
+        key = _key(_python(scalar), index)
+        if key in seen:
+            repeated.add(index)
+        seen.add(key)
+    return frozenset(repeated)
+
+
+def read_rows(
+    open_file: Callable[[], BinaryIO],
+    *,
+    shard: str,
+    start: int,
+    stop: int | None,
+    source: SourceConfig,
+    wants: Callable[[int], bool],
+) -> Iterator[Row | None]:
+    """Rows [start, stop) in order; None for a row whose index nobody `wants`.
+
+    A file that cannot be read at all gives one Unreadable; a damaged page one for every row that is lost by it. What
+    seems damaged is read a second time from a fresh open before it is believed.
+
+    Raises:
+        OSError: the store broke off; another attempt may succeed.
+    """
+    position, failed_at = start, -1
+    while True:
+        with open_file() as handle:
+            try:
+                file = open_parquet(handle)
+                layout = layout_of(file, source)
+                repeated = repeated_keys(file, layout)
+            except (DamagedFile, pa.ArrowException, OSError) as error:
+                if not isinstance(error, DamagedFile) and not is_damage(error):
+                    raise
+                if failed_at != position:
+                    failed_at = position
+                    continue
+                text = str(error) if isinstance(error, DamagedFile) else describe(error)
+                for index in range(position, position + 1 if stop is None else stop):
+                    yield _lost(shard, index, f"the shard cannot be read: {text}") if wants(index) else None
+                return
+            end = sum(layout.row_groups) if stop is None else stop
+            builder = _Builder(shard, source, layout, repeated)
+            try:
+                for row in _rows_of(file, layout, position, end, builder, wants):
+                    yield row
+                    position += 1
+                return
+            except (pa.ArrowException, OSError) as error:
+                if not is_damage(error):
+                    raise
+                if failed_at != position:
+                    failed_at = position
+                    continue
+                group, first, after = _group_at(layout, position)
+                message = f"row group {group} of the shard (rows {first} to {after - 1}) is damaged: {describe(error)}"
+                while position < min(after, end):
+                    yield _lost(shard, position, message) if wants(position) else None
+                    position += 1
+
+
+def _rows_of(
+    file: pq.ParquetFile, layout: Layout, start: int, stop: int, builder: _Builder, wants: Callable[[int], bool]
+) -> Iterator[Row | None]:
+    after = 0
+    for group, count in enumerate(layout.row_groups):
+        first, after = after, after + count
+        rows = range(max(start, first), min(stop, after))
+        if not any(wants(row) for row in rows):
+            yield from (None for _ in rows)
+            continue
+        # A group is always read from its first row, so that batches, and with them what a damage costs, are the same
+        # whichever row was asked for.
+        index = first
+        for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group]):
+            for offset in range(batch.num_rows):
+                if index + offset in rows:
+                    yield builder.build(batch, offset, index + offset) if wants(index + offset) else None
+            index += batch.num_rows
+            if index >= rows.stop:
+                break
+
+
+def _group_at(layout: Layout, position: int) -> tuple[int, int, int]:
+    """Row group that holds a row, its first row, and the index after its last row."""
+    after = 0
+    for group, count in enumerate(layout.row_groups):
+        first, after = after, after + count
+        if position < after:
+            return group, first, after
+    raise IndexError(position)
+
+
+class _Builder:
+    """Makes rows out of record batches."""
+
+    def __init__(self, shard: str, source: SourceConfig, layout: Layout, repeated: frozenset[int]) -> None:
+        self.shard = shard
+        self.source = source
+        self.layout = layout
+        self.repeated = repeated
+
+    def build(self, batch: pa.RecordBatch, offset: int, index: int) -> Row:
+        """One row."""
+        layout = self.layout
+        problems: list[str] = []
+        values = {name: _python(column[offset]) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+        key = _key(values.pop(layout.key, None), index)
+        image = self._binary(layout.image, values.pop(layout.image), problems)
+        if image is None and not problems:
+            problems.append(f"column {layout.image} is empty")
+        mask = self._binary(layout.mask, values.pop(layout.mask, None), problems)
+        caption = values.pop(layout.caption, None) or ""
+        try:
+            values, edits = split_edits(values, self.source)
+        except RowProblem as error:
+            problems.append(f"row {error}")
+            edits = None
+        members = {
+            name: self._binary(name, values.pop(name), problems)
+            for name in batch.schema.names
+            if name in values and is_image_type(batch.schema.field(name).type)
+        }
+        sample = Sample(
+            id=f"{self.shard}/{key}#{index}" if index in self.repeated else f"{self.shard}/{key}",
+            shard=self.shard,
+            key=key,
+            index=index,
+            image=image or b"",
+            image_name=layout.image,
+            caption=caption.strip(),
+            mask=mask,
+            edits=edits,
+            columns={name: plain(value) for name, value in values.items()},
+            members={name: content for name, content in members.items() if content is not None},
+        )
+        return unreadable(sample, problems[0]) if problems else sample
+
+    def _binary(self, name: str, value: Any, problems: list[str]) -> bytes | None:
+        """Bytes of a binary column or of a struct{bytes, path}; None where there are none."""
+        if isinstance(value, dict):
+            if value.get("bytes") is None and value.get("path"):
+                problems.append(f"column {name} holds only a path and no bytes: store the image in the file")
+            value = value.get("bytes")
+        if value is not None and len(value) > self.source.max_member_bytes:
+            problems.append(
+                f"column {name} has {len(value)} bytes, more than source.max_member_bytes "
+                f"({self.source.max_member_bytes})"
+            )
+            return None
+        return value
+
+
+def _lost(shard: str, index: int, message: str) -> Unreadable:
+    """A row in a damaged part: its key is not known."""
+    return damaged_row(shard, f"@{index}", f"@{index}", index, message)
+
+
+def _key(value: Any, index: int) -> str:
+    return f"{index:08d}" if value is None or value == "" else str(value)
+
+
+def _python(scalar: pa.Scalar) -> Any:
+    """A scalar as Python has it; text that is not UTF-8 and times finer than Python's come as text."""
+    try:
+        return scalar.as_py()
+    except (ValueError, pa.ArrowException):
+        if _is_text(scalar.type):
+            return scalar.cast(pa.binary()).as_py().decode("utf-8", "backslashreplace")
+        return scalar.cast(pa.string()).as_py()
+
+
+def plain(value: Any) -> Any:
+    """The same as JSON has it: NaN as null, times and decimals as text, bytes as base64."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return base64.b64encode(value).decode()
+    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
+        return value.isoformat()
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def is_image_type(kind: pa.DataType) -> bool:
+    """Whether a column may hold encoded images: binary, or Hugging Face's struct{bytes, path}."""
+    if pa.types.is_struct(kind):
+        return any(kind.field(at).name == "bytes" and _is_binary(kind.field(at).type) for at in range(kind.num_fields))
+    return bool(_is_binary(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_key(kind: pa.DataType) -> bool:
+    return _is_text(kind) or bool(pa.types.is_integer(kind))

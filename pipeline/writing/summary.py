@@ -1,0 +1,113 @@
+"""The end of a run in numbers, computed from the manifests alone: what is not committed does not count."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+
+from pipeline.reading.shards import Shard, shard_slug
+from pipeline.reading.storage import open_fs
+from pipeline.recipe import SinkConfig
+from pipeline.writing.commit import Committed, put
+from pipeline.writing.manifest import Manifest
+
+SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """All of a run's committed units together, whichever run of the command made them.
+
+    Results are counted per (image, edit, method). Where the run was stopped early, `complete` is false and `planned`
+    counts what the committed units were asked for.
+    """
+
+    planned: int  # results asked for
+    done: int  # results in data/
+    failed: int  # results in quarantine/
+    complete: bool  # every unit of every shard is committed
+    units: int
+    units_now: int  # of these, committed by this run of the command
+    images: int
+    rows: int  # in data/; what `done` counts
+    images_per_second: float  # of all workers together, while they worked
+    seconds: float  # that this takes at that rate: workers' time, over the number of workers
+    worker_seconds: float
+    unet_rows: int
+    output_bytes: int  # of data/ and quarantine/
+    failed_by_stage: dict[str, int] = field(default_factory=dict)
+    failed_by_class: dict[str, int] = field(default_factory=dict)
+    exit_code: int = 0  # 0 clean, 3 done with failures, 1 stopped early
+
+    def lines(self) -> list[str]:
+        """The summary as a person reads it."""
+        rate = f"{self.images_per_second:.2f} images/s" if self.images_per_second else "no rate"
+        text = [
+            f"{self.done} of {self.planned} results done, {self.failed} failed; {self.images} images in "
+            f"{self.units} units ({self.units_now} now)",
+            f"{rate}, {self.unet_rows} UNet rows, {self.output_bytes / 1e6:.1f} MB written",
+        ]
+        if self.failed:
+            kinds = [*self.failed_by_stage.items(), *self.failed_by_class.items()]
+            text.append("failed: " + ", ".join(f"{name} {count}" for name, count in kinds) + " (see quarantine/)")
+        if not self.complete:
+            text.append("stopped early: the same command goes on from here")
+        return text
+
+
+def summarise(manifests: Iterable[Manifest], shards: Iterable[Shard], *, units_now: int) -> Summary:
+    """Add manifests up.
+
+    Args:
+        manifests: of all committed units; drawn once, none is kept.
+        shards: the input. The run is complete where each has all of its units committed.
+        units_now: units that this run of the command has committed.
+    """
+    committed = Committed()
+    sums: Counter[str] = Counter()
+    stages: Counter[str] = Counter()
+    classes: Counter[str] = Counter()
+    seconds = worker_seconds = 0.0
+    for manifest in manifests:
+        committed.add(manifest)
+        counts, measured = manifest.counts, manifest.measured
+        sums.update(
+            units=1,
+            images=counts.images,
+            asked=counts.asked,
+            ok=counts.ok,
+            failed=counts.failed,
+            unet_rows=measured.unet_rows,
+            bytes=sum(file.size for file in manifest.files),
+        )
+        stages.update(counts.failed_by_stage)
+        classes.update(counts.failed_by_class)
+        worker_seconds += measured.worker_seconds
+        seconds += measured.worker_seconds / measured.workers
+    complete = all(committed.has_whole_shard(shard_slug(shard.path)) for shard in shards)
+    return Summary(
+        planned=sums["asked"],
+        done=sums["ok"],
+        failed=sums["failed"],
+        complete=complete,
+        units=sums["units"],
+        units_now=units_now,
+        images=sums["images"],
+        rows=sums["ok"],
+        images_per_second=round(sums["images"] / seconds, 4) if seconds else 0.0,
+        seconds=round(seconds, 3),
+        worker_seconds=round(worker_seconds, 3),
+        unet_rows=sums["unet_rows"],
+        output_bytes=sums["bytes"],
+        failed_by_stage=dict(sorted(stages.items())),
+        failed_by_class=dict(sorted(classes.items())),
+        exit_code=1 if not complete else 3 if sums["failed"] else 0,
+    )
+
+
+def write_summary(summary: Summary, sink: SinkConfig) -> None:
+    """Write summary.json."""
+    fs, root = open_fs(sink.folder, sink.storage_options)
+    put(fs, f"{root}/{SUMMARY_FILE}", (json.dumps(asdict(summary), indent=1) + "\n").encode())

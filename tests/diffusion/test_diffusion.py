@@ -1,0 +1,159 @@
+"""Schedules, steps, guidance and masks against diffusers and against algebra."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+from pipeline.diffusion.guidance import classifier_free_guidance, edit_directions, multi_edit_guidance
+from pipeline.diffusion.masks import attention_mask, noise_mask, smooth_attention, strongest_region
+from pipeline.diffusion.schedule import NoiseSchedule
+from pipeline.diffusion.steps import DDIM, SDEDPMSolver, ddim_move
+from pipeline.errors import ModelError
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
+      "set_alpha_to_one": False, "steps_offset": 1}  # fmt: skip
+CONFIGS: dict[str, dict[str, Any]] = {
+    "sd": SD,
+    "linear": {**SD, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "set_alpha_to_one": True},
+    "trained": {**SD, "trained_betas": np.linspace(0.001, 0.02, 1000).tolist()},
+    "trailing": {**SD, "timestep_spacing": "trailing"},
+    "linspace": {**SD, "timestep_spacing": "linspace"},
+    "v": {**SD, "prediction_type": "v_prediction"},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
+@pytest.mark.parametrize("num_steps", [1, 7, 10, 30, 50])
+def test_schedule_and_ddim_steps_equal_diffusers(config: dict[str, Any], num_steps: int) -> None:
+    theirs = DDIMScheduler(**config)
+    theirs.set_timesteps(num_steps)
+    schedule = NoiseSchedule.from_config(theirs.config)
+    timesteps = schedule.ddim_timesteps(num_steps)
+    assert list(timesteps) == theirs.timesteps.tolist()
+    assert schedule.alpha_bars == tuple(theirs.alphas_cumprod.tolist())
+    solver = DDIM.from_schedule(schedule, timesteps, 1000 // num_steps, eta=0.5)
+    generator = torch.Generator().manual_seed(0)
+    latents, output, noise = torch.randn((3, 1, 4, 6, 6), generator=generator)
+    for step, timestep in enumerate(timesteps):
+        noise_pred = schedule.to_noise_pred(output, latents, torch.tensor([timestep]))
+        mean, sigma, _ = solver.transition(step, latents[0], noise_pred[0], None)
+        expected = theirs.step(output, timestep, latents, eta=0.5, variance_noise=noise).prev_sample
+        torch.testing.assert_close(mean[None] + sigma * noise, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+@pytest.mark.parametrize("num_steps", [10, 20])
+def test_dpm_solver_steps_equal_diffusers(final: str, num_steps: int) -> None:
+    # Their last step falls back to first order on short schedules unless told not to; ours does so at "zero" alone.
+    theirs = DPMSolverMultistepScheduler(
+        **{k: v for k, v in SD.items() if k not in ("clip_sample", "set_alpha_to_one")},
+        algorithm_type="sde-dpmsolver++", timestep_spacing="leading", final_sigmas_type=final, lower_order_final=False,
+    )  # fmt: skip
+    theirs.set_timesteps(num_steps)
+    schedule = NoiseSchedule.from_config(SD)
+    timesteps = schedule.dpm_timesteps(num_steps)
+    assert list(timesteps) == theirs.timesteps.tolist()
+    solver = SDEDPMSolver.from_schedule(schedule, timesteps, zero_last_sigma=final == "zero")
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn((1, 4, 6, 6), generator=generator)
+    previous = None
+    for step, timestep in enumerate(timesteps):
+        output, noise = torch.randn((2, 1, 4, 6, 6), generator=generator)
+        mean, sigma, previous = solver.transition(step, latents[0], output[0], previous)
+        expected = theirs.step(output, timestep, latents, variance_noise=noise).prev_sample
+        torch.testing.assert_close(mean[None] + sigma * noise, expected, atol=1e-4, rtol=1e-4)
+        latents = expected
+
+
+def test_a_step_undoes_its_inverse() -> None:
+    schedule = NoiseSchedule.from_config(SD)
+    solver = DDIM.from_schedule(schedule, schedule.ddim_timesteps(10), 100)
+    generator = torch.Generator().manual_seed(0)
+    latents, noise_pred = torch.randn((2, 4, 6, 6), generator=generator, dtype=torch.float64)
+    for step in range(10):
+        raised = solver.inverse(step, latents, noise_pred)
+        torch.testing.assert_close(solver.transition(step, raised, noise_pred, None).mean, latents)
+    torch.testing.assert_close(ddim_move(ddim_move(latents, noise_pred, 0.9, 0.2), noise_pred, 0.2, 0.9), latents)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"beta_schedule": "sigmoid"}, "sigmoid"),
+        ({"prediction_type": "flow"}, "flow"),
+        ({"timestep_spacing": "karras"}, "karras"),
+        ({"rescale_betas_zero_snr": True}, "zero_snr"),
+        ({"clip_sample": True}, "clip_sample"),
+    ],
+)
+def test_a_scheduler_that_cannot_be_followed_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        NoiseSchedule.from_config({**SD, **change})
+
+
+@pytest.mark.parametrize("num_steps", [0, 1001])
+def test_impossible_numbers_of_steps_are_refused(num_steps: int) -> None:
+    schedule = NoiseSchedule.from_config(SD)
+    with pytest.raises(ValueError, match="1 to"):
+        schedule.ddim_timesteps(num_steps)
+    with pytest.raises(ValueError, match="1 to"):
+        schedule.dpm_timesteps(num_steps)
+
+
+def test_guidance_at_one_is_conditional_and_at_zero_unconditional() -> None:
+    uncond, cond = torch.randn((2, 4, 3, 3), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(classifier_free_guidance(uncond, cond, 1.0), cond)
+    assert torch.equal(classifier_free_guidance(uncond, cond, 0.0), uncond)
+
+
+def test_guidance_is_untouched_where_every_mask_is_false() -> None:
+    generator = torch.Generator().manual_seed(0)
+    uncond, *edits = torch.randn((4, 4, 8, 8), generator=generator)
+    directions = edit_directions(uncond, torch.stack(edits), torch.tensor([3.0, -2.0, 5.0]))
+    masks = noise_mask(directions, torch.tensor([0.9, 0.8, 0.7]))
+    guided = multi_edit_guidance(uncond, directions, masks, torch.ones(3))
+    outside = ~masks.any(dim=0)
+    assert outside.any()
+    assert torch.equal(guided[:, outside], uncond[:, outside])
+    assert not torch.equal(guided, uncond)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.33, 0.9, 0.99])
+def test_the_strongest_region_is_the_share_above_the_threshold(threshold: float) -> None:
+    scores = torch.rand((2, 16, 16), generator=torch.Generator().manual_seed(0))
+    region = strongest_region(scores, torch.tensor([threshold, 0.5]))
+    assert float(region[0].double().mean()) == pytest.approx(1 - threshold, abs=1 / 256)
+    assert scores[0][region[0]].min() >= torch.quantile(scores[0], threshold)
+    expected = np.quantile(scores[1].numpy(), 0.5)
+    np.testing.assert_array_equal(region[1].numpy(), scores[1].numpy() >= expected)
+
+
+def test_smoothing_keeps_a_constant_and_the_total_of_an_inner_peak() -> None:
+    constant = torch.full((1, 5, 5), 0.3)
+    torch.testing.assert_close(smooth_attention(constant), constant)
+    peak = torch.zeros((1, 5, 5))
+    peak[0, 2, 2] = 1.0
+    smooth = smooth_attention(peak)
+    assert float(smooth.sum()) == pytest.approx(1.0)
+    edge = np.exp(-1.0)
+    assert float(smooth[0, 2, 2]) == pytest.approx(1 / (1 + 2 * edge) ** 2)
+
+
+def test_an_attention_mask_is_made_of_whole_cells() -> None:
+    attention = torch.rand((1, 4, 4), generator=torch.Generator().manual_seed(1))
+    mask = attention_mask(attention, torch.tensor([0.77]), (16, 16))
+    cells = mask.unflatten(1, (4, 4)).unflatten(3, (4, 4))
+    assert mask.shape == (1, 16, 16)
+    assert torch.equal(cells.any(dim=4).any(dim=2), cells.all(dim=4).all(dim=2))
+    assert mask.any()
+    assert not mask.all()
+
+
+def test_shapes_are_checked() -> None:
+    with pytest.raises(Exception, match="E"):
+        noise_mask(torch.zeros((2, 4, 8, 8)), torch.zeros((3,)))

@@ -1,0 +1,245 @@
+"""The engine: packing, invariance, isolation of failures, counts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.editing.cfg import ClassifierFreeGuidance
+from pipeline.editing.reconstruct import Reconstruct
+from pipeline.engine.calls import Denoise, EncodeText, Fork, Steps
+from pipeline.engine.engine import Engine
+from pipeline.errors import EditError
+from pipeline.inversion.ddim import DDIMInversion
+from pipeline.models.analytic import AnalyticBackbone
+from pipeline.records import Concept, EditRequest
+from tests.methods import BACKBONES, analytic, invert_and_edit, source, sunglasses_and_hat, tiny_sd
+
+CALL_SIZE = 8
+
+
+def neighbours(backbone: Any) -> list[Steps[Any]]:
+    """Other images, other recipes: another editor, other inversions, step counts and numbers of concepts."""
+    many = EditRequest(concepts=tuple(Concept(prompt=f"word{n}", guidance_scale=2.0) for n in range(10)))
+    cfg = EditRequest(target_prompt="a dog", negative_prompt="snow")
+    return [
+        invert_and_edit(source(backbone, 7), many),
+        invert_and_edit(source(backbone, 8), cfg, DDIMInversion(num_steps=3), ClassifierFreeGuidance()),
+        invert_and_edit(source(backbone, 9), EditRequest(), editor=Reconstruct()),
+    ]
+
+
+def bits(result: tuple[Any, Any]) -> bytes:
+    trajectory, edited = result
+    return trajectory.noise_maps.numpy().tobytes() + edited.latents.numpy().tobytes() + edited.masks.numpy().tobytes()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_an_image_is_edited_to_the_same_bits_alone_beside_neighbours_and_in_another_order(name: str) -> None:
+    backbone = BACKBONES[name]()
+
+    def ours() -> Steps[Any]:
+        return invert_and_edit(source(backbone, 1), sunglasses_and_hat())
+
+    alone = bits(Engine(backbone, call_size=CALL_SIZE).run_one(ours()))
+    for place, in_flight in ((0, 16), (3, 16), (1, 2)):
+        generators = neighbours(backbone)
+        generators.insert(place, ours())
+        engine = Engine(backbone, call_size=CALL_SIZE, images_in_flight=in_flight)
+        results = {finished.index: finished for finished in engine.run(generators)}
+        assert len(results) == 4
+        assert not [finished.error for finished in results.values() if finished.error]
+        assert bits(results[place].value) == alone
+
+
+def test_a_second_worker_gives_the_same_bits() -> None:
+    script = (
+        "import hashlib, torch; torch.set_num_threads({threads});"
+        "from tests.engine.test_engine import *;"
+        "b = tiny_sd(); e = Engine(b, call_size=CALL_SIZE);"
+        "print(hashlib.sha256(bits(e.run_one(invert_and_edit(source(b, 1), sunglasses_and_hat())))).hexdigest())"
+    ).format(threads=1)
+    digests = {
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+        for _ in range(2)
+    }
+    assert len(digests) == 1
+    assert all(len(digest) == 64 for digest in digests)
+
+
+def test_two_threads_share_one_engine_and_get_the_bits_of_one() -> None:
+    backbone = tiny_sd()
+    alone = [
+        bits(Engine(backbone, call_size=CALL_SIZE).run_one(invert_and_edit(source(backbone, n), sunglasses_and_hat())))
+        for n in range(4)
+    ]
+    engine, found = Engine(backbone, call_size=CALL_SIZE), {}
+
+    def unit(numbers: Sequence[int]) -> None:
+        for finished in engine.run(invert_and_edit(source(backbone, n), sunglasses_and_hat()) for n in numbers):
+            found[numbers[finished.index]] = bits(finished.value)
+
+    threads = [threading.Thread(target=unit, args=(numbers,)) for numbers in ((0, 1), (2, 3))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert [found[n] for n in range(4)] == alone
+
+
+def test_watching_attention_changes_no_prediction_and_leaves_nothing_behind() -> None:
+    backbone = tiny_sd()
+    latents, prompt = source(backbone, 1).latents, backbone.encode_text("a cat with sunglasses")
+    rows = (latents.expand(4, -1, -1, -1), [501] * 4, [prompt.embedding] * 4)
+    before, unwatched = backbone.denoise(*rows, None)
+    weights = torch.zeros((4, 77))
+    weights[:, 3] = 1.0
+    watched, attention = backbone.denoise(*rows, weights)
+    after, _ = backbone.denoise(*rows, None)
+    assert unwatched is None
+    assert attention is not None
+    assert attention.shape == (4, 3, 3)
+    assert 0 < float(attention.min()) <= float(attention.max()) < 1
+    assert torch.equal(watched, before)
+    assert torch.equal(after, before)
+
+
+def test_attention_over_all_tokens_sums_to_one() -> None:
+    backbone = tiny_sd()
+    latents, prompt = source(backbone, 1).latents, backbone.encode_text("a cat")
+    _, attention = backbone.denoise(latents[None], [501], [prompt.embedding], torch.ones((1, 77)))
+    assert attention is not None
+    torch.testing.assert_close(attention, torch.ones_like(attention), atol=1e-5, rtol=0)
+
+
+def asks_for(rows: int) -> Steps[int]:
+    backbone = analytic()
+    latents = source(backbone, 1).latents
+    (prompt,) = yield EncodeText(("hat",))
+    denoised = yield Denoise(latents.expand(rows, -1, -1, -1), [401] * rows, [prompt] * rows)
+    return int(denoised.noise_preds.shape[0])
+
+
+def test_calls_are_full_while_there_are_rows_and_only_the_last_is_padded() -> None:
+    engine = Engine(analytic(), call_size=4, images_in_flight=16)
+    assert sorted(finished.value for finished in engine.run(asks_for(rows) for rows in (3, 5, 1, 4, 1))) == [1, 1, 3, 4, 5]
+    assert (engine.stats.unet_rows, engine.stats.unet_calls, engine.stats.padded_rows) == (14, 4, 2)
+
+
+def test_a_call_with_more_rows_than_a_unet_call_is_split() -> None:
+    engine = Engine(analytic(), call_size=4)
+    assert engine.run_one(asks_for(11)) == 11
+    assert engine.stats.unet_calls == 3
+
+
+def test_without_padding_no_row_is_computed_that_nobody_asked_for() -> None:
+    engine = Engine(analytic(), call_size=16, pad=False)
+    assert engine.run_one(asks_for(3)) == 3
+    assert (engine.stats.unet_rows, engine.stats.padded_rows) == (3, 0)
+
+
+def test_a_prompt_is_encoded_once_per_worker() -> None:
+    engine = Engine(analytic())
+    assert len(list(engine.run(asks_for(1) for _ in range(5)))) == 5
+    assert engine.stats.prompts_encoded == 1
+
+
+def test_images_in_flight_bound_how_many_are_drawn_from_the_source() -> None:
+    alive, most = 0, 0
+
+    def counted() -> Steps[int]:
+        nonlocal alive, most
+        alive += 1
+        most = max(most, alive)
+        value = yield from asks_for(1)
+        alive -= 1
+        return value
+
+    engine = Engine(analytic(), call_size=8, images_in_flight=3)
+    assert sum(finished.value for finished in engine.run(counted() for _ in range(20))) == 20
+    assert most == 3
+
+
+def failing(message: str) -> Steps[None]:
+    yield from asks_for(1)
+    raise EditError(message)
+
+
+def test_a_method_that_raises_ends_alone() -> None:
+    results = list(Engine(analytic()).run([asks_for(2), failing("no such word"), asks_for(3)]))
+    errors = {finished.index: str(finished.error) for finished in results if finished.error}
+    assert errors == {1: "no such word"}
+    assert sorted(finished.value for finished in results if finished.error is None) == [2, 3]
+
+
+def test_a_fork_returns_results_and_exceptions_in_the_places_of_its_children() -> None:
+    def parent() -> Steps[list[Any]]:
+        return (yield Fork((asks_for(2), failing("child"), asks_for(1))))
+
+    engine = Engine(analytic())
+    (finished,) = engine.run([parent()])
+    first, error, last = finished.value
+    assert (first, str(error), last) == (2, "child", 1)
+    assert finished.unet_rows == 4
+
+
+class Poisoned(AnalyticBackbone):
+    """Fails wherever a row of a given timestep is in a call, or where a call is too large."""
+
+    def __init__(self, bad_timestep: int = -1, largest: int = 10**6) -> None:
+        super().__init__()
+        self.bad_timestep, self.largest = bad_timestep, largest
+
+    def denoise(self, latents: Tensor, timesteps: Sequence[int], embeddings: Any, watch: Any) -> Any:
+        if len(timesteps) > self.largest:
+            raise torch.OutOfMemoryError("pretended")
+        if self.bad_timestep in timesteps:
+            raise RuntimeError("pretended fault")
+        return super().denoise(latents, timesteps, embeddings, watch)
+
+
+def asks_at(timestep: int) -> Steps[Tensor]:
+    (prompt,) = yield EncodeText(("hat",))
+    denoised = yield Denoise(source(analytic(), 1).latents[None], [timestep], [prompt])
+    return denoised.noise_preds
+
+
+def test_a_row_that_breaks_a_call_fails_alone() -> None:
+    results = list(Engine(Poisoned(bad_timestep=5), call_size=4).run(asks_at(t) for t in (4, 5, 6)))
+    assert {finished.index: str(finished.error) for finished in results if finished.error} == {1: "pretended fault"}
+    assert len(results) == 3
+
+
+def test_out_of_memory_halves_the_call_until_it_fits_and_loses_no_row() -> None:
+    engine = Engine(Poisoned(largest=2), call_size=8)
+    assert engine.run_one(asks_for(7)) == 7
+    assert engine.call_size == 2
+
+
+def test_out_of_memory_at_one_row_fails_that_image() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        Engine(Poisoned(largest=0), call_size=2).run_one(asks_for(3))
+
+
+def test_a_source_that_raises_is_raised_where_it_was_given() -> None:
+    def broken() -> Any:
+        yield asks_for(1)
+        raise OSError("disk gone")
+
+    with pytest.raises(OSError, match="disk gone"):
+        list(Engine(analytic()).run(broken()))
+
+
+def test_what_is_no_call_is_refused() -> None:
+    def wrong() -> Steps[None]:
+        yield "text"  # type: ignore[misc]
+
+    with pytest.raises(TypeError, match="no model call"):
+        Engine(analytic()).run_one(wrong())

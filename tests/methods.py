@@ -1,0 +1,76 @@
+"""What the tests of engine, inversions and editors share: backbones, images, and one whole edit as a generator."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.editing.base import Editor
+from pipeline.editing.ledits_pp import LEditsPP
+from pipeline.engine.calls import Steps
+from pipeline.inversion.base import Inversion, Source, draw_from
+from pipeline.inversion.ddpm import DDPMInversion
+from pipeline.models.analytic import AnalyticBackbone
+from pipeline.models.backbone import Backbone
+from pipeline.models.loading import load_backbone
+from pipeline.recipe import ModelConfig
+from pipeline.records import Concept, EditedLatents, EditRequest, Trajectory
+from tests.golden.replay import TINY_SD
+
+SIDE = 12  # latents; the attention grid is 3 x 3
+
+
+@cache
+def tiny_sd(dtype: torch.dtype = torch.float32) -> Backbone:
+    """A random UNet of Stable Diffusion's shape: knows nothing, but notices a wrong token, seed or row."""
+    return load_backbone(ModelConfig(name=str(TINY_SD)), dtype=dtype, device="cpu")
+
+
+@cache
+def analytic(dtype: torch.dtype = torch.float32) -> Backbone:
+    """The closed-form model."""
+    return AnalyticBackbone(dtype=dtype)
+
+
+BACKBONES = {"analytic": analytic, "tiny_sd": tiny_sd}
+
+
+def image_latents(backbone: Backbone, number: int, side: int = SIDE) -> Tensor:
+    """Latents of a smooth random image, (C, side, side)."""
+    generator = torch.Generator().manual_seed(1000 + number)
+    coarse = torch.randn((1, backbone.latent_channels, 3, 3), generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=side, mode="bilinear")[0]
+    return smooth.to(getattr(torch, backbone.record.dtype))
+
+
+def source(backbone: Backbone, number: int, prompt: str = "", side: int = SIDE) -> Source:
+    """One image as an inversion is given it."""
+    latents = image_latents(backbone, number, side)
+    draw = draw_from(number, tuple(latents.shape), latents.dtype)
+    return Source(latents=latents, prompt=prompt, schedule=backbone.schedule, draw_noise=draw)
+
+
+def invert_and_edit(
+    given: Source,
+    request: EditRequest,
+    inversion: Inversion | None = None,
+    editor: Editor | None = None,
+    **options: Any,
+) -> Steps[tuple[Trajectory, EditedLatents]]:
+    """One image through one inversion and one editor."""
+    trajectory = yield from (inversion or DDPMInversion(num_steps=6)).invert(given)
+    edited = yield from (editor or LEditsPP()).edit(trajectory, request, **options)
+    return trajectory, edited
+
+
+def sunglasses_and_hat(**changes: Any) -> EditRequest:
+    """Two concepts with windows, thresholds and signs of their own."""
+    return EditRequest(
+        concepts=(
+            Concept(prompt="sunglasses", guidance_scale=2.0, threshold=0.7, **changes),
+            Concept(prompt="red hat", guidance_scale=1.5, threshold=0.81, direction="remove", **changes),
+        )
+    )

@@ -1,0 +1,70 @@
+"""Hand-made results: what comes out of the engine, without one."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline.models.backbone import ModelRecord
+from pipeline.records import Concept, Edited, EditRequest, Rejected, Sample, Unit, UnitInput
+from pipeline.writing.manifest import Measured
+
+MODEL = ModelRecord(name="analytic", revision="", digest="0123456789abcdef", dtype="float32", device="cpu")
+MEASURED = Measured(worker_seconds=1.5, workers=1, unet_rows=12)
+NOW = {"model_digest": MODEL.digest, "call_size": 8, "measured": MEASURED}
+
+
+def make_sample(index: int, **fields: object) -> Sample:
+    values: dict[str, object] = {
+        "id": f"faces/0001.tar/im.{index}",
+        "shard": "faces/0001.tar",
+        "key": f"im.{index}",
+        "index": index,
+        "image": b"as stored",
+        "caption": "a cat",
+        "columns": {"score": 0.5, "tags": ["a", "b"]},
+    }
+    return Sample(**{**values, **fields})  # type: ignore[arg-type]
+
+
+def make_edited(
+    index: int = 0, edit: str = "edit", method: str = "ledits_pp", concepts: int = 2, **fields: object
+) -> Edited:
+    pixels = np.random.default_rng(index).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    masks = tuple(np.random.default_rng([index, at]).random((24, 32)) > 0.5 for at in range(concepts))
+    values: dict[str, object] = {
+        "sample": make_sample(index),
+        "edit": edit,
+        "method": method,
+        "request": EditRequest(concepts=tuple(Concept(prompt=f"concept {at}") for at in range(concepts))),
+        "image": pixels,
+        "original": 255 - pixels,
+        "masks": masks,
+        "mask": np.logical_or.reduce(masks) if masks else np.zeros((24, 32), dtype=bool),
+        "seed": 2**62 + index,
+        "figures": {"reconstruction_psnr": 31.5, "background_psnr": None, "mask_share": 0.75},
+    }
+    return Edited(**{**values, **fields})  # type: ignore[arg-type]
+
+
+def make_rejected(index: int = 0, edit: str = "edit", method: str = "ledits_pp", **fields: object) -> Rejected:
+    values: dict[str, object] = {
+        "sample": make_sample(index),
+        "edit": edit,
+        "method": method,
+        "stage": "decode",
+        "error_class": "DecodeError",
+        "message": "the bytes are no image",
+    }
+    return Rejected(**{**values, **fields})  # type: ignore[arg-type]
+
+
+def make_unit(*indexes: int, chunk: int = 0, is_last: bool = True) -> UnitInput:
+    unit = Unit(
+        id=f"faces-0001-3fa2b1c4-{chunk:05d}",
+        shard="faces/0001.tar",
+        chunk=chunk,
+        start=min(indexes, default=0),
+        stop=max(indexes, default=-1) + 1,
+        is_last=is_last,
+    )
+    return UnitInput(unit=unit, shard_size=1000, shard_etag="v1", rows=tuple(make_sample(index) for index in indexes))
