@@ -52,6 +52,7 @@ class Preset:
 
     minutes: float  # of the whole training
     vae_share: float  # of the minutes, for the autoencoder
+    decoder_share: float  # of the minutes, for its decoder alone
     vae_batch: int
     vae_learning_rate: float
     pool: int  # scenes drawn and encoded once, from which the UNet learns
@@ -64,7 +65,8 @@ class Preset:
 PRESETS = {
     "cpu": Preset(
         minutes=95,
-        vae_share=0.22,
+        vae_share=0.2,
+        decoder_share=0.1,
         vae_batch=8,
         vae_learning_rate=2e-3,
         pool=14_000,
@@ -75,7 +77,8 @@ PRESETS = {
     ),
     "gpu": Preset(
         minutes=45,
-        vae_share=0.2,
+        vae_share=0.15,
+        decoder_share=0.1,
         vae_batch=64,
         vae_learning_rate=1e-3,
         pool=200_000,
@@ -117,6 +120,7 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     vae = train_vae(plan, out / "vae.pt", device, seed)
+    refine_decoder(plan, vae, out / "decoder.pt", device, seed)
     pool = draw_pool(plan, vae, out / "pool.pt", device, seed)
     train_unet(plan, vae, pool, out, device, seed)
     if scenes:
@@ -151,10 +155,8 @@ def train_vae(plan: Preset, checkpoint: Path, device: torch.device, seed: int) -
         with autocast(device):
             posterior = vae.encode(pixels).latent_dist
             decoded = vae.decode(posterior.sample()).sample
-        decoded = decoded.float()
-        error = decoded - pixels
-        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        loss = error.abs().mean() + error.square().mean() + EDGE_WEIGHT * edges
+        error = decoded.float() - pixels
+        loss = image_loss(error)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         (loss + KL_WEIGHT * kl).backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -169,6 +171,12 @@ def train_vae(plan: Preset, checkpoint: Path, device: torch.device, seed: int) -
     standardize_latents(vae, rng, device)
     save(finished=True)
     return vae
+
+
+def image_loss(error: Float[Tensor, "B 3 H W"]) -> Float[Tensor, ""]:
+    """L1 and L2 of the pixels, and L1 of their differences to their neighbours, which keeps edges sharp."""
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + error.square().mean() + EDGE_WEIGHT * edges
 
 
 def standardize_latents(vae: AutoencoderKL, rng: np.random.Generator, device: torch.device) -> None:
@@ -189,6 +197,47 @@ def standardize_latents(vae: AutoencoderKL, rng: np.random.Generator, device: to
         into.bias[channels:] -= 2 * deviation.log()  # the other half of its outputs are log variances
         out_of.bias += (out_of.weight[:, :, 0, 0] * mean).sum(dim=1)
         out_of.weight *= deviation[None, :, None, None]
+
+
+def refine_decoder(plan: Preset, vae: AutoencoderKL, checkpoint: Path, device: torch.device, seed: int) -> None:
+    """Train the decoder on, in place, on latents as it will meet them: without noise, from an encoder at rest."""
+    trained = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder])
+    optimizer = torch.optim.AdamW(
+        trained.parameters(), lr=plan.vae_learning_rate / 2, betas=(0.9, 0.98), weight_decay=0.0
+    )
+    clock = Clock(plan.minutes * 60 * plan.decoder_share)
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        trained.load_state_dict(state["trained"])
+        optimizer.load_state_dict(state["optimizer"])
+        clock.resume(state["clock"])
+    trained.train().requires_grad_(True)
+    rng = np.random.default_rng([seed, 4, clock.steps])
+
+    def save() -> None:
+        state = {"trained": trained.state_dict(), "optimizer": optimizer.state_dict(), "clock": clock.state()}
+        write_checkpoint(checkpoint, **state)
+
+    while clock.progress < 1:
+        pixels = to_model_range(np.stack([draw(Scene.random(rng), IMAGE_SIZE) for _ in range(plan.vae_batch)]), device)
+        set_learning_rate(optimizer, plan.vae_learning_rate / 2, clock)
+        with autocast(device):
+            with torch.no_grad():
+                latents = vae.encode(pixels).latent_dist.mean
+            decoded = vae.decode(latents).sample
+        error = decoded.float() - pixels
+        loss = image_loss(error)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.steps += 1
+        if clock.due("log", LOG_SECONDS):
+            print(f"decoder {clock} loss {loss.item():.4f} psnr {psnr(error):.1f} dB", flush=True)
+        if clock.due("save", SAVE_SECONDS):
+            save()
+    save()
+    trained.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +287,7 @@ def train_unet(plan: Preset, vae: AutoencoderKL, pool: Pool, out: Path, device: 
     averaged = copy.deepcopy(networks).requires_grad_(False)
     recorder = record_attention(unet)
     optimizer = torch.optim.AdamW(networks.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=1e-3)
-    clock = Clock(plan.minutes * 60 * (1 - plan.vae_share))
+    clock = Clock(plan.minutes * 60 * (1 - plan.vae_share - plan.decoder_share))
     checkpoint = out / "unet.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -320,7 +369,7 @@ def model_card(plan: Preset, parts: Mapping[str, torch.nn.Module], clock: Clock)
     """What the model is and how it was made. Its scores are appended once they are measured."""
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     sizes = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items())
-    vae_minutes = plan.minutes * plan.vae_share
+    vae_minutes = plan.minutes * (plan.vae_share + plan.decoder_share)
     return f"""# The demo model
 
 A small text-to-image latent diffusion model of drawn cartoon faces, {IMAGE_SIZE} x {IMAGE_SIZE} pixels, in the

@@ -60,10 +60,8 @@ def render_report(run: RunFolder) -> str:
         version=pipeline.__version__,
         max_psnr=int(MAX_PSNR),
         lead=counts.sentence(),
-        planned=counts.planned,
         done=counts.done,
         failed=counts.failed,
-        missing=counts.missing,
         tiles=tiles(counts, refs),
         failures=failures.rows,
         failures_note=failures.note(counts),
@@ -89,43 +87,37 @@ def _template() -> jinja2.Template:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunCounts:
-    """How far the run is. Counts are exact, from the manifests; what was planned, and the pace, from the summary."""
+    """How far the run is: counts from the manifests, pace and completeness from the summary, where there is one."""
 
-    planned: int
     done: int
     failed: int
     images: int
     images_per_second: float | None
+    complete: bool
 
     @classmethod
     def of(cls, run: RunFolder) -> RunCounts:
-        """Add the manifests up. Without a summary (the run was cut short) the plan is what is known to be asked for."""
-        done = sum(one.counts.ok for one in run.manifests)
-        failed = sum(one.counts.failed for one in run.manifests)
+        """Add the manifests up."""
         summary = run.summary or {}
         return cls(
-            planned=max(int(summary.get("planned") or 0), done + failed),
-            done=done,
-            failed=failed,
+            done=sum(one.counts.ok for one in run.manifests),
+            failed=sum(one.counts.failed for one in run.manifests),
             images=sum(one.counts.images for one in run.manifests),
             images_per_second=summary.get("images_per_second"),
+            complete=bool(summary.get("complete")),
         )
-
-    @property
-    def missing(self) -> int:
-        """Results asked for that are neither done nor failed."""
-        return self.planned - self.done - self.failed
 
     def sentence(self) -> str:
         """The run in one line."""
-        images = f"from {count(self.images, 'image')}"
-        if self.planned == self.done:
-            return f"{count(self.done, 'result')} {images}. Everything that was asked for is here."
-        parts = [f"{self.done:,} of {count(self.planned, 'result')} {images}."]
+        asked = self.done + self.failed
+        parts = [f"{count(self.done, 'result')} from {count(self.images, 'image')}."]
         if self.failed:
+            parts[0] = f"{self.done:,} of {count(asked, 'result')} from {count(self.images, 'image')}."
             parts.append(f"{self.failed:,} failed and {'is' if self.failed == 1 else 'are'} kept in quarantine.")
-        if self.missing:
-            parts.append(f"{self.missing:,} not made yet: run the same command again to go on.")
+        if not self.complete:
+            parts.append("The run is not complete: the same command goes on from here.")
+        elif not self.failed:
+            parts.append("Everything that was asked for is here.")
         return " ".join(parts)
 
 

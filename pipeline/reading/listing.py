@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from pipeline.errors import SourceError
 from pipeline.reading import parquet
@@ -72,7 +72,7 @@ def list_shards(source: SourceConfig) -> list[Shard]:
 def _list_url(url: str, source: SourceConfig) -> _Listing:
     try:
         urls = list(braceexpand(url)) if "{" in url else [url]
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         raise SourceError(f"{public_url(url)} has braces that do not match. Write ranges as {{0000..0099}}") from error
     fs, _ = open_fs(url, source.storage_options)
     paths = [open_fs(one, source.storage_options)[1] for one in urls]
@@ -152,7 +152,7 @@ def _format_of(listings: list[_Listing], source: SourceConfig) -> Format:
 def _named(listings: list[_Listing], suffixes: tuple[str, ...]) -> list[tuple[str, _File]]:
     """Every shard once, with a path that is unique in the source."""
     labels = _labels([listing.base for listing in listings])
-    distinct = {}
+    distinct: dict[str, tuple[str, _File]] = {}
     for listing, label in zip(listings, labels, strict=True):
         for file in listing.files:
             if _matches(file, suffixes):
@@ -215,7 +215,7 @@ def _with_footers(shards: list[Shard], source: SourceConfig) -> list[Shard]:
     """
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
         read = list(pool.map(lambda shard: _with_footer(shard, source), shards))
-    problems = [(shard, problem) for shard, problem in read if isinstance(problem, parquet.NoImageColumn)]
+    problems = [(shard, problem) for shard, problem in read if isinstance(problem, parquet.NoImageColumnError)]
     if problems and all(shard.rows is None for shard, _ in read):
         shard, problem = problems[0]
         raise SourceError(f"{public_url(shard.url)} cannot be used: {problem}")
@@ -229,6 +229,6 @@ def _with_footer(shard: Shard, source: SourceConfig) -> tuple[Shard, Exception |
             with attempt, fs.open(path, "rb", block_size=1 << 20) as file:
                 try:
                     groups = parquet.layout_of(parquet.open_parquet(file), source).row_groups
-                except parquet.DamagedFile as error:
+                except parquet.DamagedFileError as error:
                     return shard, error
     return replace(shard, rows=sum(groups), row_groups=groups), None

@@ -2,7 +2,7 @@
 
 Columns without a setting:
 
-    image      the first of IMAGE_COLUMNS that is binary or Hugging Face's struct{bytes, path}; else the only such column
+    image      the first of IMAGE_COLUMNS that is binary or Hugging Face's struct{bytes, path}; else the only such one
     caption    source.caption; where that is the default "txt" and absent: "caption", then "text"
     mask       source.mask, else "mask" where it is binary
     edit       source.edit, else "edits": JSON text or a struct
@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.reading.rows import RowProblem, damaged_row, listed, split_edits, unreadable
+from pipeline.reading.rows import RowProblemError, damaged_row, listed, split_edits, unreadable
 from pipeline.reading.storage import describe
 from pipeline.recipe import SourceConfig
 from pipeline.records import Sample, Unreadable
@@ -35,11 +35,11 @@ BATCH_ROWS = 16  # decoded at a time: bounds memory
 Row = Sample | Unreadable
 
 
-class DamagedFile(Exception):
+class DamagedFileError(Exception):
     """The file is no Parquet, is cut, or holds no image column."""
 
 
-class NoImageColumn(DamagedFile):
+class NoImageColumnError(DamagedFileError):
     """The file is sound, but nothing in it can be an image."""
 
 
@@ -63,21 +63,21 @@ def open_parquet(file: BinaryIO) -> pq.ParquetFile:
     """Open a file so that pages are read as they are needed.
 
     Raises:
-        DamagedFile: it is no Parquet or is cut.
+        DamagedFileError: it is no Parquet or is cut.
     """
     try:
         return pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
     except (pa.ArrowException, OSError) as error:
         if not is_damage(error):
             raise
-        raise DamagedFile(f"it is no Parquet file, or it is cut: {describe(error)}") from error
+        raise DamagedFileError(f"it is no Parquet file, or it is cut: {describe(error)}") from error
 
 
 def layout_of(file: pq.ParquetFile, source: SourceConfig) -> Layout:
     """Which column of a file is what.
 
     Raises:
-        NoImageColumn: lists the columns that there are.
+        NoImageColumnError: lists the columns that there are.
     """
     schema = file.schema_arrow
     images = [field.name for field in schema if is_image_type(field.type)]
@@ -93,7 +93,9 @@ def layout_of(file: pq.ParquetFile, source: SourceConfig) -> Layout:
         image = known[0] if known else candidates[0] if len(candidates) == 1 else None
         missing = f"no column that is known to hold images (binary columns: {listed(candidates)})"
     if image is None:
-        raise NoImageColumn(f"it has {missing}; its columns: {listed(schema.names)}. Name the image's in source.image")
+        raise NoImageColumnError(
+            f"it has {missing}; its columns: {listed(schema.names)}. Name the image's in source.image"
+        )
     keys = [name for name in KEY_COLUMNS if name in schema.names and _is_key(schema.field(name).type)]
     metadata = file.metadata
     return Layout(
@@ -147,13 +149,13 @@ def read_rows(
                 file = open_parquet(handle)
                 layout = layout_of(file, source)
                 repeated = repeated_keys(file, layout)
-            except (DamagedFile, pa.ArrowException, OSError) as error:
-                if not isinstance(error, DamagedFile) and not is_damage(error):
+            except (DamagedFileError, pa.ArrowException, OSError) as error:
+                if not isinstance(error, DamagedFileError) and not is_damage(error):
                     raise
                 if failed_at != position:
                     failed_at = position
                     continue
-                text = str(error) if isinstance(error, DamagedFile) else describe(error)
+                text = str(error) if isinstance(error, DamagedFileError) else describe(error)
                 for index in range(position, position + 1 if stop is None else stop):
                     yield _lost(shard, index, f"the shard cannot be read: {text}") if wants(index) else None
                 return
@@ -231,7 +233,7 @@ class _Builder:
         caption = values.pop(layout.caption, None) or ""
         try:
             values, edits = split_edits(values, self.source)
-        except RowProblem as error:
+        except RowProblemError as error:
             problems.append(f"row {error}")
             edits = None
         members = {

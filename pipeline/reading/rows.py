@@ -21,7 +21,7 @@ DEFAULT_MASK = "mask.png"
 SHOWN = 6  # names listed in a message
 
 
-class RowProblem(Exception):
+class RowProblemError(Exception):
     """Why a row cannot be read; becomes an `Unreadable`."""
 
 
@@ -38,7 +38,7 @@ class Names:
         repeated = key in self._keys
         self._keys.add(key)
         name = key
-        while repeated and (name == key or name in self._keys) or name in self._with_index:
+        while (repeated and (name == key or name in self._keys)) or name in self._with_index:
             name = f"{name}#{index}"
         if name != key:
             self._with_index.add(name)
@@ -138,10 +138,10 @@ def build_sample(
     columns: dict[str, Any] = {}
     edits = None
     problem = problem or ("" if image else no_image(members, source))
-    if "json" in members and "json" != image:
+    if "json" in members and image != "json":
         try:
             columns, edits = read_json(members["json"], source)
-        except RowProblem as error:
+        except RowProblemError as error:
             problem = problem or f"member json {error}"
     caption = ""
     if (text := members.get(extension(source.caption))) is not None and extension(source.caption) != "json":
@@ -176,14 +176,14 @@ def read_json(data: bytes, source: SourceConfig) -> tuple[dict[str, Any], Any]:
     """Columns and edit request(s) of a json member; a document that is no object becomes the column "json".
 
     Raises:
-        RowProblem: it is not JSON. The row's edit request may stand in it, so the row cannot be edited without.
+        RowProblemError: it is not JSON. The row's edit request may stand in it, so the row cannot be edited without.
     """
     try:
         # NaN is no JSON, but pandas and img2dataset write it for "nothing".
         document = json.loads(data.decode("utf-8-sig"), parse_constant=lambda _: None)
         json.dumps(document, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # lone surrogates and bytes that are not UTF-8 are ValueErrors too
-        raise RowProblem(f"is not JSON: {error or type(error).__name__}") from error
+        raise RowProblemError(f"is not JSON: {error or type(error).__name__}") from error
     if not isinstance(document, dict):
         return {"json": document}, None
     return split_edits(document, source)
@@ -193,12 +193,12 @@ def split_edits(columns: dict[str, Any], source: SourceConfig) -> tuple[dict[str
     """Take the edit request(s) out of a row's columns.
 
     Raises:
-        RowProblem: both keys hold some, so that nobody can say which count.
+        RowProblemError: both keys hold some, so that nobody can say which count.
     """
     found = {name: columns.pop(name) for name in dict.fromkeys((source.edit, "edits")) if name in columns}
     given = {name: value for name, value in found.items() if not is_blank(value)}
     if len(given) > 1:
-        raise RowProblem(f"has edit requests under {' and under '.join(given)}. Keep one of them")
+        raise RowProblemError(f"has edit requests under {' and under '.join(given)}. Keep one of them")
     return columns, next(iter(given.values()), None)
 
 

@@ -6,8 +6,8 @@ reads the units that begin in a row group, since a group can only be decoded fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
 from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from itertools import accumulate

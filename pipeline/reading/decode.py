@@ -1,0 +1,185 @@
+"""Encoded image bytes to RGB pixels, or a reason why not: whatever the bytes are, they end in one of the two.
+
+Pillow does the decoding. What stands around it: which formats may be tried, the number of pixels checked before any is
+decoded, and modes that `convert("RGB")` would get wrong (transparency, 16 bit, float, CMYK with a profile).
+"""
+
+from __future__ import annotations
+
+import re
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageCms, ImageFile, ImageOps
+
+from pipeline.errors import DecodeError
+
+# Another package may have asked Pillow to fill what is missing of a cut file with gray.
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+# Formats that hold one picture and are decoded by libraries made for bytes of strangers. Not among them: EPS and PDF,
+# which are programs; and everything that no image dataset holds.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+_MAX_16_BIT = 65535
+_ORIENTATION_TAG = 0x0112
+_SWAPPING = (5, 6, 7, 8)  # orientations that exchange height and width
+
+
+def decode(data: bytes, max_pixels: int) -> tuple[np.ndarray, int]:
+    """Decode an image.
+
+    Args:
+        data: the encoded image.
+        max_pixels: larger images are refused before they are decoded.
+
+    Returns:
+        Pixels (H, W, 3) uint8, upright by the EXIF orientation, transparency on white; and that orientation, 1..8.
+
+    Raises:
+        DecodeError: the bytes are no image, are cut, hold several pictures, or more pixels than allowed.
+    """
+    image, orientation = _open(data, max_pixels, "image")
+    return _guard("image", lambda: np.array(_to_rgb(image), dtype=np.uint8)), orientation
+
+
+def decode_mask(data: bytes, max_pixels: int, image_orientation: int, image_size: tuple[int, int]) -> np.ndarray:
+    """Decode a user's mask: white where the edit may act.
+
+    Args:
+        data: the encoded mask, of any mode; transparency counts as black.
+        max_pixels: larger masks are refused before they are decoded.
+        image_orientation: EXIF orientation of the image, which the mask follows where it was drawn on the unturned
+            image, i.e. has its height and width exchanged.
+        image_size: (height, width) of the upright image.
+
+    Returns:
+        (H, W) uint8.
+
+    Raises:
+        DecodeError: the bytes are no image.
+    """
+    image, _ = _open(data, max_pixels, "mask")
+    mask = _guard("mask", lambda: _to_gray(image))
+    is_unturned = mask.shape != image_size and mask.shape == image_size[::-1] and image_orientation in _SWAPPING
+    return upright(mask, image_orientation) if is_unturned else mask
+
+
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn an array (H, W, ...) as EXIF `orientation` (1..8) says."""
+    if orientation in _SWAPPING:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _open(data: bytes, max_pixels: int, what: str) -> tuple[Image.Image, int]:
+    """A loaded, upright image in its own mode, and its EXIF orientation."""
+    if not data:
+        raise DecodeError(f"the {what} has no bytes")
+    try:
+        image = Image.open(BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError as error:
+        raise DecodeError(f"the {what} is of no known format (known: {', '.join(FORMATS)}), or damaged") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DecodeError(f"the {what} has more pixels than Pillow opens") from error
+    except Exception as error:
+        raise _decode_error(what, error) from error
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise DecodeError(f"the {what} has no pixels: its size is {width} x {height}")
+    if width * height > max_pixels:
+        raise DecodeError(
+            f"the {what} has {width} x {height} = {width * height} pixels, more than source.max_pixels ({max_pixels})"
+        )
+    return _guard(what, lambda: _load(image, data, what))
+
+
+def _load(image: Image.Image, data: bytes, what: str) -> tuple[Image.Image, int]:
+    # A camera's MPO carries previews and depth beside the picture; other pictures in one file are frames or pages, and
+    # to edit the first alone would quietly do less than was asked.
+    pictures = getattr(image, "n_frames", 1)
+    if pictures > 1 and image.format != "MPO":
+        raise DecodeError(f"the {what} is animated or has pages: {pictures} pictures in one {image.format}. Split it")
+    if image.format == "PNG":
+        # Decoding checks no checksum; this does, so that a flipped byte is not taken for a picture.
+        with Image.open(BytesIO(data), formats=("PNG",)) as checked:
+            checked.verify()
+    image.load()
+    try:
+        orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
+        turned = ImageOps.exif_transpose(image)
+    except Exception:  # a broken EXIF block tells no orientation, and is no reason to lose a sound picture
+        return image, 1
+    return turned, orientation if 1 <= orientation <= 8 else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return Image.fromarray(_to_8_bit(image)).convert("RGB")
+    if image.mode == "CMYK":
+        return _from_cmyk(image)
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        if image.mode in ("La", "RGBa"):
+            image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_gray(image: Image.Image) -> np.ndarray:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _to_8_bit(image)
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        black = Image.new("RGBA", layer.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(black, layer)
+    return np.array(image.convert("RGB").convert("L"), dtype=np.uint8)
+
+
+def _to_8_bit(image: Image.Image) -> np.ndarray:
+    """Gray of more than 8 bits. The scale is the mode's, never the picture's own: equal values stay equal."""
+    values = np.array(image, dtype=np.float64)
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite(values).all() or low < 0:
+        raise DecodeError(f"the {image.mode} image has values without a meaning as gray: {low} to {high}")
+    if image.mode == "F":
+        if high > 255:
+            raise DecodeError(f"the float image has values up to {high}. Store 0..1 or 0..255")
+        scale = 255.0 if high <= 1 else 1.0
+    else:
+        if high > _MAX_16_BIT:
+            raise DecodeError(f"the {image.mode} image has values up to {high:.0f}. Store 8 or 16 bits")
+        scale = 255.0 / _MAX_16_BIT
+    return np.rint(values * scale).astype(np.uint8)
+
+
+def _from_cmyk(image: Image.Image) -> Image.Image:
+    if profile := image.info.get("icc_profile"):
+        try:
+            converted = ImageCms.profileToProfile(
+                image, ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
+        except (ImageCms.PyCMSError, OSError, ValueError):
+            converted = None  # a broken or unfitting profile: the plain formula is what viewers use then
+        if converted is not None:
+            return converted
+    return image.convert("RGB")
+
+
+def _guard(what, function):  # type: ignore[no-untyped-def]
+    """Pillow's decoders raise whatever their formats' parsers do: every one of them means that these bytes fail."""
+    try:
+        return function()
+    except DecodeError:
+        raise
+    except Exception as error:
+        raise _decode_error(what, error) from error
+
+
+def _decode_error(what: str, error: Exception) -> DecodeError:
+    text = re.sub(r"<[^<>]*>|0x[0-9a-fA-F]+", "(object)", " ".join(str(error).split()))
+    return DecodeError(f"the {what} cannot be decoded, it is damaged or cut: {text or type(error).__name__}")
