@@ -179,13 +179,13 @@ def image_loss(error: Float[Tensor, "B 3 H W"]) -> Float[Tensor, ""]:
     return error.abs().mean() + error.square().mean() + EDGE_WEIGHT * edges
 
 
-def standardize_latents(vae: AutoencoderKL, rng: np.random.Generator, device: torch.device) -> None:
+def standardize_latents(vae: AutoencoderKL, rng: np.random.Generator, device: torch.device, count: int = 256) -> None:
     """Give each latent channel mean 0 and standard deviation 1, without a change to any decoded image.
 
     The affine map goes into the 1 x 1 convolutions between the encoder, the latents and the decoder. A single scaling
     factor would leave a faint channel to drown in the noise of the diffusion's first steps.
     """
-    pixels = to_model_range(np.stack([draw(Scene.random(rng), IMAGE_SIZE) for _ in range(512)]), device)
+    pixels = to_model_range(np.stack([draw(Scene.random(rng), IMAGE_SIZE) for _ in range(count)]), device)
     with torch.no_grad():
         latents = torch.cat([vae.encode(batch).latent_dist.mean for batch in pixels.split(64)])
         mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))

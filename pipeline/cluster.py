@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 import ray
@@ -30,25 +28,27 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.blocks import pack_finished, pack_input, unpack_finished, unpack_input
 from pipeline.errors import ClusterError, RunAborted, ShardeditError, SinkError
-from pipeline.evaluation.report import write_report
 from pipeline.models.backbone import ModelRecord
-from pipeline.models.loading import load_backbone
+from pipeline.pool import IO_CPUS, Resources, WorkerSettings, plan_pool
 from pipeline.progress import Display, Seen, Tally, Watch
 from pipeline.reading.shards import ReadTask, shard_slug
 from pipeline.reading.storage import describe
 from pipeline.reading.units import read_units
-from pipeline.recipe import Recipe, RunConfig, SinkConfig, SourceConfig
+from pipeline.recipe import Recipe, SinkConfig, SourceConfig
 from pipeline.todo import Todo, find_todo
-from pipeline.worker import Worker, WorkerSettings, call_size_for, cpu_threads
 from pipeline.writing.commit import Committed, commit, committed_units
 from pipeline.writing.run_record import RunRecord, check_same_run, run_record, versions_that_differ, write_run_record
 from pipeline.writing.summary import Summary, summarise, write_summary
+
+if TYPE_CHECKING:
+    # Read and write tasks import this module and need neither model nor engine: those are imported where they are used,
+    # which halves the start of a process.
+    from pipeline.worker import Worker
 
 log = logging.getLogger(__name__)
 
 UNITS_AT_ONCE = 2  # per worker: the tail of one unit and the head of the next share UNet calls
 UNITS_PER_WORKER = 3  # at work or fetched; with those in the sink, what a kill may cost
-IO_CPUS = 0.25  # of a read or write task. At Ray's default of 1, commits starve behind reads on small machines
 RESTARTS = 8  # of a worker or task; Ray's default is without end, and a row that kills its process would never end
 STALLED_AFTER_S = 2 * 3600.0  # nothing moved: GPU nodes may take long to come, and a first model to download
 
@@ -113,6 +113,8 @@ def _record(recipe: Recipe, todo: Todo, place: _Place) -> None:
 
 
 def _summary(recipe: Recipe, todo: Todo, seen: Seen) -> Summary:
+    from pipeline.evaluation.report import write_report
+
     summary = summarise(committed_units(recipe.sink), todo.shards, units_now=seen.units)
     write_summary(summary, recipe.sink)
     write_report(recipe.sink)
@@ -147,8 +149,11 @@ class _Here:
         self._worker: Worker | None = None
 
     def open(self, before: RunRecord | None) -> str:
-        recipe, has_gpu = self._recipe, torch.cuda.is_available()
-        pool = plan_pool(recipe.run.model_copy(update={"workers": 1}), Resources.of_this_process())
+        from pipeline.models.loading import load_backbone
+        from pipeline.worker import Worker, call_size_for
+
+        recipe = self._recipe
+        pool = plan_pool(recipe.run.model_copy(update={"workers": 1}), resources_here())
         threads = before.threads if before else pool.threads
         backbone = load_backbone(recipe.model, device=None if pool.gpus_per_worker else "cpu")
         self.model = backbone.record
@@ -156,7 +161,7 @@ class _Here:
             call_size=before.call_size if before else call_size_for(recipe, backbone), threads=threads, workers=1
         )
         self._worker = Worker(recipe, self.settings, backbone)
-        return "" if has_gpu else pool.line()
+        return pool.line()
 
     def edit(self, todo: Todo) -> None:
         assert self._worker is not None, "open() comes first"
@@ -175,82 +180,26 @@ class _Here:
             self._worker.close()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resources:
-    """What a cluster has. `max_gpus` counts those that its autoscaler may add; it equals `gpus` without one."""
-
-    cpus: float
-    gpus: float
-    max_gpus: float
-    node_cpus: float  # of its largest node
-    node_gpus: float
-
-    @classmethod
-    def of_this_process(cls) -> Resources:
-        """Without Ray."""
-        cores, gpus = float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
-        return cls(cpus=cores, gpus=gpus, max_gpus=gpus, node_cpus=cores, node_gpus=gpus)
-
-    @classmethod
-    def of_the_cluster(cls) -> Resources:
-        """Of the Ray cluster that this process is connected to."""
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        have = ray.cluster_resources()
-        gpus = have.get("GPU", 0.0)
-        # Internal to Ray, and what its own libraries ask for this; without an autoscaler it is None.
-        limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-        return cls(
-            cpus=have.get("CPU", 0.0),
-            gpus=gpus,
-            max_gpus=max(gpus, float(limits.get("GPU", 0))),
-            node_cpus=max((node.get("CPU", 0.0) for node in nodes), default=0.0),
-            node_gpus=max((node.get("GPU", 0.0) for node in nodes), default=0.0),
-        )
+def resources_here() -> Resources:
+    """Of this process, without Ray."""
+    cores, gpus = float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
+    return Resources(cpus=cores, gpus=gpus, max_gpus=gpus, node_cpus=cores, node_gpus=gpus)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
-    """Workers, and what each of them reserves."""
-
-    workers: int
-    gpus_per_worker: float
-    cpus_per_worker: float
-    threads: int
-
-    def line(self) -> str:
-        """What runs without a GPU says so."""
-        if self.gpus_per_worker:
-            return ""
-        return f"no GPU in use: {self.workers} worker(s) on CPU in float32, {self.threads} thread(s) each"
-
-
-def plan_pool(run: RunConfig, have: Resources) -> Pool:
-    """How many workers on what.
-
-    Raises:
-        ClusterError: more GPUs are asked for than there are and can be; says the numbers.
-    """
-    auto = run.gpus_per_worker == "auto"
-    per_worker = (1.0 if have.max_gpus > 0 else 0.0) if auto else float(run.gpus_per_worker)
-    if per_worker == 0.0:
-        workers = run.workers if isinstance(run.workers, int) else 1
-        # Something is left for reading and writing, or nothing would ever be edited.
-        share = max(0.01, (have.cpus - 2 * IO_CPUS) / workers)
-        return Pool(
-            workers=workers,
-            gpus_per_worker=0.0,
-            cpus_per_worker=int(min(1.0, share) * 100) / 100,
-            threads=cpu_threads(math.ceil(workers * have.node_cpus / max(1.0, have.cpus)), have.node_cpus),
-        )
-    workers = run.workers if isinstance(run.workers, int) else max(1, int(have.max_gpus // per_worker))
-    scaled = have.max_gpus > have.gpus
-    if workers * per_worker > have.max_gpus or (per_worker > max(1.0, have.node_gpus) and not scaled):
-        raise ClusterError(
-            f"run.workers {workers} x run.gpus_per_worker {per_worker:g} asks for {workers * per_worker:g} GPU(s); "
-            f"there are {have.gpus:g}, at most {have.node_gpus:g} on one node, and autoscaling can bring them to "
-            f"{have.max_gpus:g}. Lower run.workers or run.gpus_per_worker (0 works on CPUs), or add GPUs"
-        )
-    return Pool(workers=workers, gpus_per_worker=per_worker, cpus_per_worker=0.0, threads=1)
+def resources_of_cluster() -> Resources:
+    """Of the Ray cluster that this process is connected to."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    have = ray.cluster_resources()
+    gpus = have.get("GPU", 0.0)
+    # Internal to Ray, and what its own libraries ask for this; without an autoscaler it is None.
+    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return Resources(
+        cpus=have.get("CPU", 0.0),
+        gpus=gpus,
+        max_gpus=max(gpus, float(limits.get("GPU", 0))),
+        node_cpus=max((node.get("CPU", 0.0) for node in nodes), default=0.0),
+        node_gpus=max((node.get("GPU", 0.0) for node in nodes), default=0.0),
+    )
 
 
 class _OnRay:
@@ -265,7 +214,7 @@ class _OnRay:
     def open(self, before: RunRecord | None) -> str:
         recipe = self._recipe
         self._ours = connect()
-        self.pool = pool = plan_pool(recipe.run, Resources.of_the_cluster())
+        self.pool = pool = plan_pool(recipe.run, resources_of_cluster())
         self.model, call_size = self._describe_model()
         self.settings = WorkerSettings(
             call_size=before.call_size if before else call_size,
@@ -294,6 +243,7 @@ class _OnRay:
             units = ray.data.read_datasource(
                 UnitSource(todo.tasks, recipe.source, recipe.run.unit_size, todo.committed),
                 num_cpus=IO_CPUS,
+                concurrency=pool.workers + 1,
                 override_num_blocks=len(todo.tasks),
             )
             finished = units.map_batches(
@@ -313,7 +263,11 @@ class _OnRay:
                 max_task_retries=RESTARTS,
             )
             try:
-                finished.write_datasink(UnitSink(recipe.sink, self._tally), ray_remote_args={"num_cpus": IO_CPUS})
+                finished.write_datasink(
+                    UnitSink(recipe.sink, self._tally),
+                    ray_remote_args={"num_cpus": IO_CPUS},
+                    concurrency=pool.workers + 1,
+                )
             except Exception as error:
                 if verdict := self.seen().verdict:
                     raise RunAborted(verdict) from error
@@ -359,6 +313,9 @@ def connect() -> bool:
 
 def describe_model(recipe: Recipe) -> tuple[ModelRecord, int]:
     """Load a model to say what it is, and its call size."""
+    from pipeline.models.loading import load_backbone
+    from pipeline.worker import call_size_for
+
     backbone = load_backbone(recipe.model)
     return backbone.record, call_size_for(recipe, backbone)
 
@@ -367,6 +324,8 @@ class EditWorker:
     """One per GPU: the model is loaded in __init__, once, and used for every unit."""
 
     def __init__(self, recipe: Recipe, settings: WorkerSettings) -> None:
+        from pipeline.worker import Worker
+
         self._worker = Worker(recipe, settings)
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.cluster import run
 from pipeline.errors import SinkError
+from pipeline.evaluation.report import concept_chip
 from pipeline.evaluation.results import Result, ResultRef, RunFolder
 from pipeline.evaluation.thumbnails import SheetEntry, contact_sheet, load_mask, load_rgb
 from pipeline.models.demo.shards import write_demo_shards
@@ -109,9 +110,10 @@ def pick(refs: list[ResultRef], number: int) -> list[ResultRef]:
 
 def entry_of(result: Result) -> SheetEntry:
     """One result as a row of the contact sheet."""
+    chips = [concept_chip(concept) for concept in result.request["concepts"]]
     return SheetEntry(
         original=load_rgb(result.input),
         mask=load_mask(result.mask),
         edited=load_rgb(result.image),
-        label=", ".join(concept["prompt"] for concept in result.request["concepts"]),
+        label=", ".join(f"{'−' if chip['minus'] else '+'} {chip['prompt']}" for chip in chips),
     )

@@ -1,18 +1,17 @@
 """What a run will take, before it starts: images, results, UNet rows, bytes, time. Nothing is edited into the sink.
 
 UNet rows are not computed from formulas but counted: the very generators that edit an image run against a model that
-answers with zeros. Time comes from a probe: two images through the real model, for at most `PROBE_SECONDS`.
+answers with zeros. Time comes from a probe of the real model (probe.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,36 +21,20 @@ from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.calls import TextConditioning
 from pipeline.engine.engine import Engine
 from pipeline.errors import RowError
-from pipeline.flow import asked_without, edit_prepared, edit_row
-from pipeline.models.backbone import Backbone, ModelRecord
-from pipeline.models.loading import load_backbone
+from pipeline.flow import asked_without, edit_prepared
+from pipeline.models.backbone import ModelRecord
+from pipeline.probe import PROBE_SECONDS, Probe, probe_model
 from pipeline.reading.prepare import requests_of
 from pipeline.reading.shards import ReadTask, Shard
 from pipeline.reading.units import count_rows, list_shards, plan_reads, read_units
 from pipeline.recipe import Recipe
 from pipeline.records import EditRequest, Placement, Prepared, Sample, Unreadable
-from pipeline.worker import call_size_for
-from pipeline.writing.parquet import render_parquet
-from pipeline.writing.rows import encode_outcome, schema
 
 COUNTED_SHARDS = 64  # shards whose rows are counted; the others are taken to be like them, by their bytes
 READ_ROWS = 256  # rows that are read for their own edits
 READ_BYTES = 256 * 2**20  # shards larger than this in all are not read beyond `READ_ROWS`
-PROBE_IMAGES = 2
-PROBE_SECONDS = 60.0
+PROBE_IMAGES = 3  # the first warms up, the others are timed
 COUNTERS = 8  # shards counted side by side
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Probe:
-    """What two images through the real model took."""
-
-    images: int  # edited to the end
-    call_size: int  # rows of a UNet call
-    seconds_per_call: float
-    seconds_per_image: float  # all but the UNet: decoding, autoencoder, the method's own arithmetic, figures
-    bytes_per_result: float | None  # encoded; None where no image came to its end in time
-    device: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +80,9 @@ def plan(recipe: Recipe, *, probe: bool = True) -> Plan:
     workers = recipe.run.workers if isinstance(recipe.run.workers, int) else max(torch.cuda.device_count(), 1)
     measured = None
     if probe:
-        measured, note = probe_model(recipe, rows)
-        notes.append(note)
+        samples = [row for row in rows if isinstance(row, Sample)][:PROBE_IMAGES]
+        measured = probe_model(recipe, samples, cost.results / len(rows)) if samples else None
+        notes.append(probe_note(measured))
     return Plan(
         shards=len(shards),
         bytes_in=sum(shard.size for shard in shards),
@@ -121,6 +105,14 @@ def seconds_for(unet_rows: int, images: int, probe: Probe, workers: int) -> floa
     """Full UNet calls, and what each image takes beside them, over the workers."""
     calls = math.ceil(unet_rows / probe.call_size)
     return (calls * probe.seconds_per_call + images * probe.seconds_per_image) / workers
+
+
+def probe_note(probe: Probe | None) -> str:
+    """What an estimate of time rests on."""
+    if probe is None:
+        return "time: unknown, none of the first rows can be edited"
+    length = f"{probe.images} image(s)" if probe.images else f"the first {PROBE_SECONDS:.0f} s of an image"
+    return f"time and output: from {length} on this machine ({probe.device}), extrapolated by UNet rows in full calls"
 
 
 def count_images(shards: Sequence[Shard], recipe: Recipe) -> tuple[int, str]:
@@ -152,7 +144,7 @@ def _nothing(_: str) -> bool:
     return False
 
 
-def _rows_of(task: ReadTask, recipe: Recipe) -> Any:
+def _rows_of(task: ReadTask, recipe: Recipe) -> Iterator[Sample | Unreadable]:
     for unit in read_units(task, recipe.source, recipe.run.unit_size, _nothing):
         yield from unit.rows
 
@@ -283,93 +275,3 @@ class ZeroBackbone:
         """See `Backbone`."""
         rows, _, height, width = latents.shape
         return torch.zeros_like(latents), None if watch is None else torch.zeros(rows, height // 4, width // 4)
-
-
-class _TimeIsUp(BaseException):
-    """Ends a probe. No `Exception`: the engine turns those into failed rows, and goes on."""
-
-
-class TimedBackbone:
-    """A backbone that notes what its calls take, and ends the probe at a deadline."""
-
-    def __init__(self, backbone: Backbone, deadline: float) -> None:
-        self.backbone = backbone
-        self.deadline = deadline
-        self.seconds: dict[str, list[float]] = {"denoise": [], "encode_image": [], "decode_latents": []}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.backbone, name)
-
-    def _timed(self, name: str, *arguments: Any) -> Any:
-        if self.seconds["denoise"] and time.perf_counter() > self.deadline:
-            raise _TimeIsUp
-        start = time.perf_counter()
-        answer = getattr(self.backbone, name)(*arguments)
-        if self.backbone.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.seconds[name].append(time.perf_counter() - start)
-        return answer
-
-    def encode_image(self, pixels: np.ndarray) -> Any:
-        """See `Backbone`."""
-        return self._timed("encode_image", pixels)
-
-    def decode_latents(self, latents: Tensor) -> Any:
-        """See `Backbone`."""
-        return self._timed("decode_latents", latents)
-
-    def denoise(self, *arguments: Any) -> Any:
-        """See `Backbone`."""
-        return self._timed("denoise", *arguments)
-
-    def mean(self, name: str) -> float:
-        """Mean seconds of a kind of call. The first of several is left out: it pays for kernels and caches."""
-        calls = self.seconds[name]
-        later = calls[1:] or calls
-        return sum(later) / len(later) if later else 0.0
-
-
-def probe_model(recipe: Recipe, rows: Sequence[Sample | Unreadable]) -> tuple[Probe | None, str]:
-    """Edit a few of these rows with the real model and throw the results away; and say what was done."""
-    samples = [row for row in rows if isinstance(row, Sample)][:PROBE_IMAGES]
-    backbone = load_backbone(recipe.model)
-    call_size = call_size_for(recipe, backbone)
-    timed = TimedBackbone(backbone, time.perf_counter() + PROBE_SECONDS)
-    engine = Engine(cast(Backbone, timed), call_size=call_size)
-    outcomes, finished = [], 0
-    start = time.perf_counter()
-    try:
-        for done in engine.run(edit_row(sample, recipe, engine.backbone) for sample in samples):
-            if done.error is not None:
-                raise done.error
-            outcomes += done.value
-            finished += 1
-        in_time = True
-    except _TimeIsUp:
-        in_time = False
-    if not timed.seconds["denoise"]:
-        return None, "time: unknown, none of the first rows can be edited"
-    beside = time.perf_counter() - start - sum(timed.seconds["denoise"])
-    if in_time:
-        per_image = beside / len(samples)
-    else:
-        per_image = timed.mean("encode_image") + (1 + len(asked_without(recipe))) * timed.mean("decode_latents")
-    encode_start = time.perf_counter()
-    encoded = [encode_outcome(outcome, recipe, backbone.record, call_size) for outcome in outcomes]
-    results = [row for row in encoded if isinstance(row, dict)]
-    size = len(render_parquet(results, schema(recipe.sink.include_input))) / len(results) if results else None
-    if in_time:
-        per_image += (time.perf_counter() - encode_start) / len(samples)
-    probe = Probe(
-        images=finished,
-        call_size=call_size,
-        seconds_per_call=timed.mean("denoise"),
-        seconds_per_image=per_image,
-        bytes_per_result=size,
-        device=backbone.record.device,
-    )
-    cut = "" if in_time else f", cut off after {PROBE_SECONDS:.0f} s"
-    return probe, (
-        f"time and output: from a probe with {len(samples)} image(s) on this machine ({probe.device}{cut}), "
-        "extrapolated by UNet rows in full calls"
-    )

@@ -18,10 +18,19 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.editing import EDITORS
 from pipeline.editing.base import Editor
@@ -32,10 +41,18 @@ from pipeline.inversion.base import Inversion
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.records import EditRequest
 
-AnyInversion = Annotated[reduce(or_, INVERSIONS.values()), Field(discriminator="method")]
-AnyEditor = Annotated[reduce(or_, EDITORS.values()), Field(discriminator="method")]
+if TYPE_CHECKING:
+    AnyInversion = Inversion
+    AnyEditor = Editor
+else:  # what pydantic reads: the registries as tagged unions
+    AnyInversion = Annotated[reduce(or_, INVERSIONS.values()), Field(discriminator="method")]
+    AnyEditor = Annotated[reduce(or_, EDITORS.values()), Field(discriminator="method")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_+-]{0,63}$")]
 StorageOptions = dict[str, Any]
+OneOrMany = Annotated[  # the schema says what may be written, the type what is made of it
+    tuple[str, ...],
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
+]
 
 
 class Section(BaseModel):
@@ -47,7 +64,7 @@ class Section(BaseModel):
 class SourceConfig(Section):
     """Where the images are, and which parts of a row hold what."""
 
-    shards: tuple[str, ...] = Field(min_length=1)  # fsspec URLs, globs allowed; a folder or prefix means all below it
+    shards: OneOrMany = Field(min_length=1)  # fsspec URLs, globs allowed; a folder or prefix means all below it
     format: Literal["auto", "webdataset", "parquet", "folder"] = "auto"  # auto: by the names found
     image: str | None = None  # member extension or column with the image; none: the first that holds one
     caption: str = "txt"  # member extension or column with the caption; rows without one have ""
@@ -124,11 +141,19 @@ class RunConfig(Section):
         return value
 
 
+def _or_one_edit(schema: dict[str, Any]) -> None:
+    """In the JSON schema: `edits` is one request, or several by name."""
+    named = dict(schema)
+    schema.clear()
+    (request,) = named.get("patternProperties", {"": named.get("additionalProperties")}).values()
+    schema["anyOf"] = [dict(request), named]
+
+
 class Recipe(Section):
     """A whole run. Build it with `load_recipe`, or from keyword arguments."""
 
     source: SourceConfig
-    edits: dict[Name, EditRequest] = Field(default_factory=dict)
+    edits: dict[Name, EditRequest] = Field(default_factory=dict, json_schema_extra=_or_one_edit)
     model: ModelConfig = Field(default_factory=ModelConfig)
     inversion: AnyInversion = Field(default_factory=DDPMInversion)
     editing: AnyEditor = Field(default_factory=LEditsPP)

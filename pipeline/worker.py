@@ -5,12 +5,10 @@ Units may come from several threads at once: on the engine, one unit's tail and 
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 
@@ -18,6 +16,7 @@ from pipeline.engine.engine import Engine
 from pipeline.flow import edit_rows
 from pipeline.models.backbone import Backbone, ModelRecord
 from pipeline.models.loading import load_backbone
+from pipeline.pool import WorkerSettings
 from pipeline.recipe import Recipe
 from pipeline.records import Outcome, Rejected, UnitInput
 from pipeline.writing.commit import FinishedUnit
@@ -27,22 +26,6 @@ from pipeline.writing.rows import Row, encode_outcome
 
 ENCODERS = 2  # threads that write PNGs while the model works
 CPU_CALL_SIZE = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerSettings:
-    """What every worker of a run has in common, decided before the first unit."""
-
-    call_size: int  # rows of a UNet call
-    threads: int  # of a CPU worker; another number gives other rounding
-    workers: int  # that share the run
-
-
-def cpu_threads(workers: int, cores: float) -> int:
-    """Threads of one of `workers` on a machine of so many cores. OMP_NUM_THREADS goes first, as everywhere."""
-    if (wish := os.environ.get("OMP_NUM_THREADS", "")).isdigit() and int(wish) > 0:
-        return int(wish)
-    return max(1, int(cores) // max(1, workers))
 
 
 def call_size_for(recipe: Recipe, backbone: Backbone) -> int:

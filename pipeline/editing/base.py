@@ -17,6 +17,8 @@ class Editor(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    method: str  # its name in EDITORS; a subclass says which
+
     reads: ClassVar[frozenset[str]]  # what it needs of a trajectory, among what inversions record
     paper: ClassVar[str]
 

@@ -46,9 +46,9 @@ def mask_over(image: Image.Image, mask: Bool[np.ndarray, "H W"]) -> Image.Image:
     pixels = np.asarray(image).astype(np.float32)
     gray = pixels.mean(axis=2, keepdims=True)
     faded = 0.45 * gray + 0.25 * pixels + 0.30 * 255
-    tinted = 0.45 * pixels + 0.55 * np.array(TINT, dtype=np.float32)
+    tinted = 0.5 * pixels + 0.5 * np.array(TINT, dtype=np.float32)
     out = np.where(inside[..., None], tinted, faded)
-    out[_edge(inside)] = (255, 255, 255)
+    out[_edge(inside)] = TINT
     return Image.fromarray(out.round().clip(0, 255).astype(np.uint8))
 
 
@@ -92,5 +92,14 @@ def contact_sheet(entries: Sequence[SheetEntry], columns: int = 2, side: int = 1
             if number < columns:
                 pen.text((x, margin), name, fill=(120, 116, 128), font=title)
             sheet.paste(picture, (x + (side - picture.width) // 2, top + (side - picture.height) // 2))
-        pen.text((left, top + side + 7), entry.label, fill=(30, 28, 36), font=text)
+        pen.text((left, top + side + 7), _cut(entry.label, entry_width, text), fill=(30, 28, 36), font=text)
     return sheet
+
+
+def _cut(label: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The label, shortened to fit into `width` pixels."""
+    if font.getlength(label) <= width:
+        return label
+    while label and font.getlength(f"{label}...") > width:
+        label = label[:-1]
+    return f"{label}..."

@@ -40,6 +40,9 @@ class Inversion(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    method: str  # its name in INVERSIONS; a subclass says which
+    num_steps: int  # N: steps of its trajectory
+
     records: ClassVar[frozenset[str]]  # what an editor may read of its trajectories: "latents", "noise_maps"
     exact: ClassVar[str]  # how well replaying its trajectory returns the image, in a few words
     paper: ClassVar[str]

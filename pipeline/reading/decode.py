@@ -16,10 +16,12 @@ from pipeline.errors import DecodeError
 
 # Another package may have asked Pillow to fill what is missing of a cut file with gray.
 ImageFile.LOAD_TRUNCATED_IMAGES = False
+# Pillow registers its rarer formats at the first failure to open; naming one before that is a KeyError.
+Image.init()
 
 # Formats that hold one picture and are decoded by libraries made for bytes of strangers. Not among them: EPS and PDF,
 # which are programs; and everything that no image dataset holds.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 _MAX_16_BIT = 65535
 _ORIENTATION_TAG = 0x0112
 _SWAPPING = (5, 6, 7, 8)  # orientations that exchange height and width
@@ -110,10 +112,9 @@ def _load(image: Image.Image, data: bytes, what: str) -> tuple[Image.Image, int]
     image.load()
     try:
         orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
-        turned = ImageOps.exif_transpose(image)
+        return (ImageOps.exif_transpose(image), orientation) if 2 <= orientation <= 8 else (image, 1)
     except Exception:  # a broken EXIF block tells no orientation, and is no reason to lose a sound picture
         return image, 1
-    return turned, orientation if 1 <= orientation <= 8 else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

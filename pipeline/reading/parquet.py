@@ -56,7 +56,8 @@ class Layout:
 
 def is_damage(error: BaseException) -> bool:
     """Whether pyarrow complains about the data. It does so as an OSError without errno, too, unlike any storage."""
-    return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)
+    known = (DamagedFileError, pa.ArrowException, UnicodeDecodeError)
+    return isinstance(error, known) or (type(error) is OSError and error.errno is None)
 
 
 def open_parquet(file: BinaryIO) -> pq.ParquetFile:
@@ -67,7 +68,7 @@ def open_parquet(file: BinaryIO) -> pq.ParquetFile:
     """
     try:
         return pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
-    except (pa.ArrowException, OSError) as error:
+    except Exception as error:
         if not is_damage(error):
             raise
         raise DamagedFileError(f"it is no Parquet file, or it is cut: {describe(error)}") from error
@@ -78,8 +79,15 @@ def layout_of(file: pq.ParquetFile, source: SourceConfig) -> Layout:
 
     Raises:
         NoImageColumnError: lists the columns that there are.
+        DamagedFileError: the footer contradicts itself.
     """
-    schema = file.schema_arrow
+    try:
+        schema, metadata = file.schema_arrow, file.metadata
+        row_groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise DamagedFileError(f"its footer is damaged: {describe(error)}") from error
+    if min(row_groups, default=0) < 0 or sum(row_groups) != metadata.num_rows:
+        raise DamagedFileError(f"its footer is damaged: {metadata.num_rows} rows, but {sum(row_groups)} in its groups")
     images = [field.name for field in schema if is_image_type(field.type)]
     texts = [field.name for field in schema if _is_text(field.type)]
     mask = source.mask or "mask"
@@ -97,13 +105,12 @@ def layout_of(file: pq.ParquetFile, source: SourceConfig) -> Layout:
             f"it has {missing}; its columns: {listed(schema.names)}. Name the image's in source.image"
         )
     keys = [name for name in KEY_COLUMNS if name in schema.names and _is_key(schema.field(name).type)]
-    metadata = file.metadata
     return Layout(
         image=image,
         caption=next((name for name in captions if name in texts), ""),
         mask=mask if mask in images else "",
         key=keys[0] if keys else "",
-        row_groups=tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)),
+        row_groups=row_groups,
     )
 
 
@@ -149,13 +156,13 @@ def read_rows(
                 file = open_parquet(handle)
                 layout = layout_of(file, source)
                 repeated = repeated_keys(file, layout)
-            except (DamagedFileError, pa.ArrowException, OSError) as error:
-                if not isinstance(error, DamagedFileError) and not is_damage(error):
+            except Exception as error:
+                if not is_damage(error):
                     raise
                 if failed_at != position:
                     failed_at = position
                     continue
-                text = str(error) if isinstance(error, DamagedFileError) else describe(error)
+                text = _reason(error)
                 for index in range(position, position + 1 if stop is None else stop):
                     yield _lost(shard, index, f"the shard cannot be read: {text}") if wants(index) else None
                 return
@@ -166,14 +173,14 @@ def read_rows(
                     yield row
                     position += 1
                 return
-            except (pa.ArrowException, OSError) as error:
+            except Exception as error:
                 if not is_damage(error):
                     raise
                 if failed_at != position:
                     failed_at = position
                     continue
                 group, first, after = _group_at(layout, position)
-                message = f"row group {group} of the shard (rows {first} to {after - 1}) is damaged: {describe(error)}"
+                message = f"row group {group} of the shard (rows {first} to {after - 1}) is damaged: {_reason(error)}"
                 while position < min(after, end):
                     yield _lost(shard, position, message) if wants(position) else None
                     position += 1
@@ -199,6 +206,8 @@ def _rows_of(
             index += batch.num_rows
             if index >= rows.stop:
                 break
+        if index < rows.stop:
+            raise DamagedFileError(f"it ends after {index - first} of its {count} rows")
 
 
 def _group_at(layout: Layout, position: int) -> tuple[int, int, int]:
@@ -269,6 +278,10 @@ class _Builder:
             )
             return None
         return value
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, DamagedFileError) else describe(error)
 
 
 def _lost(shard: str, index: int, message: str) -> Unreadable:

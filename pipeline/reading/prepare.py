@@ -25,6 +25,8 @@ from pipeline.records import EditRequest, Placement, Prepared, Sample
 MAX_PROMPT = 2000  # characters of a caption that become a prompt; a text encoder reads about 300
 MAX_ASPECT = 16  # a bucket's longer side over its shorter: beyond it, nothing of the image would be left
 
+BUCKET_AREA = 0.1  # an image that is a bucket already keeps its pixels: by how much its area may differ
+
 
 def prepare(sample: Sample, recipe: Recipe, *, size: int, multiple: int) -> Prepared:
     """Decode a sample, bring it to model size, and find out what to change in it.
@@ -103,11 +105,19 @@ def place(
     elif fit == "bucket":
         if max(height, width) > MAX_ASPECT * min(height, width):
             raise PrepareError(
-                f"an image of {height} x {width} is too long for model.fit bucket (at most {MAX_ASPECT}:1). Use pad or crop"
+                f"an image of {height} x {width} is too long for model.fit bucket (at most {MAX_ASPECT}:1). "
+                "Use pad or crop"
             )
-        aspect = math.sqrt(height / width)
-        canvas = scaled = (_to_multiple(size * aspect, multiple), _to_multiple(size / aspect, multiple))
+        canvas = scaled = _bucket(height, width, size, multiple)
     return Placement(original=original, crop=crop, scaled=scaled, offset=offset, canvas=canvas)
+
+
+def _bucket(height: int, width: int, size: int, multiple: int) -> tuple[int, int]:
+    fits = height % multiple == 0 and width % multiple == 0
+    if fits and abs(height * width / size**2 - 1) <= BUCKET_AREA:
+        return height, width
+    aspect = math.sqrt(height / width)
+    return _to_multiple(size * aspect, multiple), _to_multiple(size / aspect, multiple)
 
 
 def apply(original: UInt8[np.ndarray, "H W 3"], placement: Placement) -> UInt8[np.ndarray, "h w 3"]:
@@ -152,8 +162,8 @@ def _canvas_mask(data: bytes, max_pixels: int, orientation: int, placement: Plac
         height, width = mask.shape
         if abs(height * size[1] - width * size[0]) > max(size):
             raise PrepareError(
-                f"the mask is {height} x {width}, the image {size[0]} x {size[1]} (height x width): not the same shape. "
-                "Draw the mask at the image's size"
+                f"the mask is {height} x {width}, the image {size[0]} x {size[1]} (height x width): not the same "
+                "shape. Draw the mask at the image's size"
             )
         mask = _resize(mask, size, Image.Resampling.BOX)
     top, left, height, width = placement.crop

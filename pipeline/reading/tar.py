@@ -75,9 +75,8 @@ class Stream:
                 break
             parts.append(part)
             missing -= len(part)
-        data = b"".join(parts) if len(parts) != 1 else parts[0]
-        self.offset += len(data)
-        return data
+            self.offset += len(part)
+        return b"".join(parts) if len(parts) != 1 else parts[0]
 
     def skip(self, count: int) -> int:
         """Pass over `count` bytes; returns how many there were."""

@@ -1,8 +1,8 @@
 """Rows of a WebDataset tar: consecutive members with one key are a sample, the key ends at the first dot.
 
 Our own walk stands below it (see tar.py). Every member ends in a sample, in a reported row, or is no sample's by
-WebDataset's rules: directories, hidden files and `__meta__` names. Memory: one sample, at most
-`source.max_member_bytes`.
+WebDataset's rules: directories, hidden files and `__meta__` names. Memory: one sample (beside a damage three), each at
+most `source.max_member_bytes`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pipeline.records import Sample, Unreadable
 
 Row = Sample | Unreadable
 GZIP = b"\x1f\x8b"
+LOOKAHEAD = 2  # samples at the edge of a damage that wait for one far from it
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -53,6 +54,28 @@ class _Pending:
     problem: str = ""
     damages: list[Damage] = field(default_factory=list)  # seen since its last member
 
+    @property
+    def touched(self) -> Damage | None:
+        """The damage beside it."""
+        return self.damages[0] if self.damages else self.after_damage
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether only a comparison with its neighbours tells if it is whole."""
+        return self.touched is not None and not self.problem
+
+
+@dataclass
+class _Place:
+    """A row whose place is fixed: a sample, or a message where there is none."""
+
+    index: int
+    key: str
+    name: str  # the id's part after the shard
+    repeated: bool
+    pending: _Pending | None = None
+    message: str = ""
+
 
 class _Grouping:
     """Collects entries into rows. A row that nobody wants is None, so that the count stays."""
@@ -63,9 +86,10 @@ class _Grouping:
         self.wants = wants
         self.index = 0
         self.names = Names()
-        self.usual: set[str] = set()  # extensions of the last sample far from any damage
+        self.usual: set[str] | None = None  # extensions of the last sample far from any damage
         self.pending: _Pending | None = None
         self.last_damage: Damage | None = None  # directly before what comes next
+        self.places: list[_Place] = []  # not handed out yet
 
     def entry(self, entry: Entry, walk: TarWalk) -> Iterator[Row | None]:
         """Take one member; yields the rows that are complete by now."""
@@ -77,7 +101,8 @@ class _Grouping:
                 first = self.pending.damages[0]
                 self.pending.problem = f"the archive is damaged at byte {first.start}, inside this sample"
         else:
-            yield from self.flush()
+            self._close()
+            yield from self.rows()
             self.pending = _Pending(key, self.wants(self.index), self.last_damage)
         self.last_damage = None
         self._add(self.pending, name, entry, walk)
@@ -86,25 +111,26 @@ class _Grouping:
         """Take a damage. It is reported behind the sample it follows, which may go on after it."""
         self.last_damage = damage
         if self.pending is None:
-            yield self._damaged(damage)
+            self._place_damage(damage)
+            yield from self.rows()
             return
         self.pending.damages.append(damage)
         if damage.inside_member and not self.pending.problem:
             self.pending.problem = damage.reason
 
-    def flush(self) -> Iterator[Row | None]:
-        """Finish the pending sample and what is reported behind it."""
-        if self.pending is None:
+    def end(self) -> Iterator[Row | None]:
+        """Finish what is left."""
+        self._close()
+        yield from self.rows(at_end=True)
+
+    def rows(self, at_end: bool = False) -> Iterator[Row | None]:
+        """Hand out what is complete. A sample at the edge of a damage waits for a neighbour to be compared with."""
+        undecided = [place for place in self.places if place.pending and place.pending.is_undecided]
+        if self.usual is None and undecided and len(undecided) <= LOOKAHEAD and not at_end:
             return
-        pending, self.pending = self.pending, None
-        self._compare_with_neighbours(pending)
-        images = dotted_images(pending.names, self.source)
-        if len(images) > 1 and choose_image(pending.names, self.source) is None:
-            yield from self._merged(pending, images)
-        else:
-            yield self._row(pending)
-        for damage in pending.damages:
-            yield self._damaged(damage)
+        places, self.places = self.places, []
+        for place in places:
+            yield self._row(place) if self.wants(place.index) else None
 
     def _add(self, pending: _Pending, name: str, entry: Entry, walk: TarWalk) -> None:
         limit = self.source.max_member_bytes
@@ -128,49 +154,61 @@ class _Grouping:
         if name and name not in pending.names:
             pending.names.append(name)
 
-    def _compare_with_neighbours(self, pending: _Pending) -> None:
-        """A sample at the edge of a damage may have lost members in it, such as its edit request: then it has fewer
-        than its neighbours, and is reported."""
-        touched = pending.damages[0] if pending.damages else pending.after_damage
-        if touched is None:
-            if not pending.problem:
-                self.usual = set(pending.names)
-        elif not pending.problem and (lost := sorted(self.usual - set(pending.names))):
-            pending.problem = f"it stands beside the damage at byte {touched.start} and lacks what its neighbours have: {listed(lost)}"
+    def _close(self) -> None:
+        """Give the pending sample, and the damages seen since, their places."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        if pending.touched is None and not pending.problem:
+            self.usual = set(pending.names)
+        images = dotted_images(pending.names, self.source)
+        if len(images) > 1 and choose_image(pending.names, self.source) is None:
+            # Several images that were meant as samples of their own share a key: a row for each, none of them edited.
+            for image in images:
+                self._place(
+                    pending.key,
+                    message=f"file {pending.key}.{image}: a key ends at the first dot, so this file shares the key "
+                    f"'{pending.key}' with {len(images) - 1} other(s): {no_image(images, self.source)}, or name files "
+                    "without further dots",
+                )
+        else:
+            self._place(pending.key, pending=pending)
+        for damage in pending.damages:
+            self._place_damage(damage)
 
-    def _row(self, pending: _Pending) -> Row | None:
-        name, repeated = self.names.take(pending.key, self.index)
-        index, self.index = self.index, self.index + 1
-        if not pending.wanted:
-            return None
-        problem = pending.problem
-        if repeated and not problem:
-            problem = "its key was there before: a sample's members must follow each other. Sort the archive by name"
-        if problem and not pending.parts:
-            return damaged_row(self.shard, pending.key, name, index, problem)
-        return build_sample(
-            pending.parts, self.source, shard=self.shard, key=pending.key, name=name, index=index, problem=problem
-        )
+    def _place(self, key: str, pending: _Pending | None = None, message: str = "") -> None:
+        name, repeated = self.names.take(key, self.index)
+        self.places.append(_Place(self.index, key, name, repeated, pending, message))
+        self.index += 1
 
-    def _merged(self, pending: _Pending, images: list[str]) -> Iterator[Row | None]:
-        """Several images that were meant as samples of their own share a key: one row for each, none of them edited."""
-        reason = no_image(images, self.source)
-        for image in images:
-            name, _ = self.names.take(pending.key, self.index)
-            index, self.index = self.index, self.index + 1
-            message = (
-                f"file {pending.key}.{image}: a key ends at the first dot, so this file shares the key "
-                f"'{pending.key}' with {len(images) - 1} other(s): {reason}, or name files without further dots"
-            )
-            yield damaged_row(self.shard, pending.key, name, index, message) if self.wants(index) else None
-
-    def _damaged(self, damage: Damage) -> Row | None:
-        key = f"@{damage.start}"
-        name, _ = self.names.take(key, self.index)
-        index, self.index = self.index, self.index + 1
+    def _place_damage(self, damage: Damage) -> None:
         span = f"bytes {damage.start} to {damage.stop} could not be read" if damage.stop > damage.start else "it ends"
         message = f"the shard is damaged at byte {damage.start}: {damage.reason}; {span}"
-        return damaged_row(self.shard, key, name, index, message) if self.wants(index) else None
+        self._place(f"@{damage.start}", message=message)
+
+    def _row(self, place: _Place) -> Row:
+        pending = place.pending
+        if pending is None:
+            return damaged_row(self.shard, place.key, place.name, place.index, place.message)
+        problem = pending.problem
+        touched = pending.touched
+        # A sample at the edge of a damage may have lost members in it, such as its edit request.
+        if touched and not problem and (lost := sorted((self.usual or set()) - set(pending.names))):
+            edge = f"it stands beside the damage at byte {touched.start}"
+            problem = f"{edge} and lacks what its neighbours have: {listed(lost)}"
+        if place.repeated and not problem:
+            problem = "its key was there before: a sample's members must follow each other. Sort the archive by name"
+        if problem and not pending.parts:
+            return damaged_row(self.shard, place.key, place.name, place.index, problem)
+        return build_sample(
+            pending.parts,
+            self.source,
+            shard=self.shard,
+            key=place.key,
+            name=place.name,
+            index=place.index,
+            problem=problem,
+        )
 
 
 def is_packed(file: BinaryIO, url: str) -> bool:
@@ -194,4 +232,4 @@ def read_rows(
     grouping = _Grouping(shard, source, wants)
     for item in walk:
         yield from grouping.damage(item) if isinstance(item, Damage) else grouping.entry(item, walk)
-    yield from grouping.flush()
+    yield from grouping.end()

@@ -17,7 +17,7 @@ from pipeline.errors import SinkError
 from pipeline.evaluation.metrics import NAMES
 from pipeline.evaluation.report import MAX_CARDS, choose, grade, histogram, write_report
 from pipeline.evaluation.results import ResultRef, RunFolder
-from pipeline.evaluation.thumbnails import TINT, mask_over
+from pipeline.evaluation.thumbnails import TINT, SheetEntry, contact_sheet, mask_over
 from pipeline.writing.rows import FIGURES
 
 
@@ -40,7 +40,9 @@ class Page(HTMLParser):
             self.texts.append(data.strip())
 
     def all(self, tag: str, cls: str = "") -> list[dict[str, str | None]]:
-        return [found for name, found in self.tags if name == tag and cls in (found.get("class") or "").split(" ")]
+        return [
+            found for name, found in self.tags if name == tag and (not cls or cls in (found.get("class") or "").split())
+        ]
 
 
 def report_of(recipe) -> tuple[str, Page]:
@@ -215,8 +217,18 @@ def test_the_mask_is_tinted_and_the_rest_is_faded():
     mask[20:60, 20:60] = True
     shown = np.asarray(mask_over(image, mask)).astype(int)
     assert np.abs(shown[20, 20] - np.array(TINT)).sum() < np.abs(np.array(image.getpixel((20, 20))) - TINT).sum()
-    assert (shown[9, 20] == 255).all(), "a white line runs around the mask"
+    assert (shown[9, 20] == TINT).all(), "a line runs around the mask"
     assert shown[2, 2].min() > 60
+
+
+def test_a_contact_sheet_sets_its_entries_side_by_side_and_cuts_long_labels():
+    image = Image.new("RGB", (30, 20), (10, 200, 30))
+    entry = SheetEntry(original=image, mask=np.ones((20, 30), dtype=bool), edited=image, label="+ a hat" * 99)
+    one, four = contact_sheet([entry]), contact_sheet([entry] * 4)
+    assert four.width > 1.9 * one.width
+    assert four.height > 1.6 * one.height
+    right_of_its_pictures = np.asarray(one)[:, -20:]
+    assert (right_of_its_pictures == 255).all()
 
 
 def test_the_written_figures_are_the_computed_ones():

@@ -1,0 +1,13 @@
+"""Edit a dataset.  `python -m jobs.edit CONFIG [section.key=value ...]`
+
+On a cluster: `ray job submit --working-dir . -- python -m jobs.edit CONFIG [section.key=value ...]`
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pipeline.cli import main
+
+if __name__ == "__main__":
+    main(["edit", *sys.argv[1:]])

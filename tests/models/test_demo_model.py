@@ -1,0 +1,142 @@
+"""The shipped weights, and the parts of their training."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jobs.train_demo import PRESETS, draw_pool, refine_decoder, standardize_latents, train_unet, train_vae
+from pipeline.models.demo.aiming import (
+    ATTRIBUTES,
+    NOTHING,
+    aiming_loss,
+    attribute_table,
+    named_attributes,
+    record_attention,
+)
+from pipeline.models.demo.networks import LATENT_SIZE, Sizes, build_tokenizer, build_unet, build_vae, load_pipeline
+from pipeline.models.demo.world import VOCABULARY
+
+WEIGHTS = Path(__file__).parents[2] / "pipeline" / "models" / "demo" / "weights"
+TINY = Sizes(vae_channels=(8, 8, 8), unet_channels=(8, 8, 16), unet_heads=1, text_width=16, text_layers=1)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_pipeline(WEIGHTS)
+
+
+def test_the_shipped_weights_are_small_and_safe() -> None:
+    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 40e6
+    assert {path.suffix for path in files} <= {".json", ".txt", ".md", ".safetensors"}
+
+
+def test_each_word_of_the_captions_is_one_token(shipped) -> None:
+    for word in VOCABULARY:
+        assert len(shipped.tokenizer(word).input_ids) == 3, word  # start, word, end
+
+
+def test_unknown_words_are_spelled_out(shipped) -> None:
+    ids = shipped.tokenizer("a Zebra, naïve!").input_ids
+    assert shipped.tokenizer.unk_token_id not in ids[1:-1]
+
+
+def test_text_is_attended_to_at_a_quarter_of_the_latents_side_on_the_way_down_and_up(shipped) -> None:
+    grids: dict[str, set[int]] = {}
+
+    def note(name: str):
+        return lambda module, args, kwargs, output: grids.setdefault(name, set()).add(args[0].shape[1])
+
+    handles = [
+        module.register_forward_hook(note(name.split("_")[0]), with_kwargs=True)
+        for name, module in shipped.unet.named_modules()
+        if name.endswith("attn2")
+    ]
+    latents = torch.zeros(1, 4, LATENT_SIZE, LATENT_SIZE)
+    text = torch.zeros(1, 77, shipped.unet.config.cross_attention_dim)
+    with torch.no_grad():
+        shipped.unet(latents, 500, encoder_hidden_states=text)
+    for handle in handles:
+        handle.remove()
+    quarter = (LATENT_SIZE // 4) ** 2
+    assert quarter in grids["down"] & grids["up"]
+    assert len(grids["down"]) >= 2
+
+
+def test_a_caption_becomes_an_image(shipped) -> None:
+    image = shipped("a yellow face with a red hat", num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (128, 128, 3)
+    assert np.isfinite(image).all()
+
+
+def test_recorded_attention_predicts_what_diffusers_own_attention_predicts() -> None:
+    torch.manual_seed(0)
+    unet = build_unet(TINY).eval()
+    latents, text = torch.randn(2, 4, 32, 32), torch.randn(2, 77, 16)
+    with torch.no_grad():
+        expected = unet(latents, 10, encoder_hidden_states=text).sample
+        recorder = record_attention(unet)
+        actual = unet(latents, 10, encoder_hidden_states=text).sample
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+    maps = recorder.take()
+    assert {tuple(one.shape) for one in maps} == {(2, 256, 77), (2, 64, 77)}
+    assert recorder.take() == []
+
+
+def test_articles_and_adjectives_name_what_their_noun_names() -> None:
+    tokenizer = build_tokenizer(VOCABULARY)
+    articles = torch.tensor(tokenizer.convert_tokens_to_ids(["a</w>", "an</w>"]))
+    ids = tokenizer("an oval face with a red hat", return_tensors="pt").input_ids
+    named = named_attributes(ids, attribute_table(tokenizer), articles)[0, 1:-1].tolist()
+    names = [None if index == NOTHING else ATTRIBUTES[index] for index in named]
+    assert names == ["face_shape", "face_shape", "face_color", None, "hat", "hat", "hat"]
+
+
+def test_attention_on_its_object_costs_nothing_and_beside_it_much() -> None:
+    coverage = torch.zeros(1, len(ATTRIBUTES), 16, 16)
+    hat = ATTRIBUTES.index("hat")
+    coverage[0, hat, :8] = 1
+    named = torch.tensor([[NOTHING, hat]])
+    inside, outside = torch.zeros(1, 64, 2), torch.zeros(1, 64, 2)
+    inside[:, :32], outside[:, 32:] = 0.5, 0.5
+    assert aiming_loss([inside], coverage, named).item() < 1e-3 < 5 < aiming_loss([outside], coverage, named).item()
+
+
+def test_standardized_latents_decode_to_the_same_images() -> None:
+    torch.manual_seed(0)
+    vae = build_vae(TINY).eval().requires_grad_(False)
+    pixels = torch.rand(4, 3, 128, 128) * 2 - 1
+    before = vae.decode(vae.encode(pixels).latent_dist.mean).sample
+    deviation = vae.encode(pixels).latent_dist.logvar
+    standardize_latents(vae, np.random.default_rng(0), torch.device("cpu"), count=16)
+    posterior = vae.encode(pixels).latent_dist
+    torch.testing.assert_close(vae.decode(posterior.mean).sample, before, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(posterior.logvar, deviation)
+
+
+def test_training_goes_from_nothing_to_a_model_and_resumes_where_it_stopped(tmp_path: Path) -> None:
+    plan = dataclasses.replace(
+        PRESETS["cpu"], minutes=0.03, vae_share=0.3, decoder_share=0.3, vae_batch=2, pool=4, batch=2, sizes=TINY
+    )
+    device = torch.device("cpu")
+
+    def train(minutes: float) -> None:
+        longer = dataclasses.replace(plan, minutes=minutes)
+        vae = train_vae(longer, tmp_path / "vae.pt", device, seed=0)
+        refine_decoder(longer, vae, tmp_path / "decoder.pt", device, seed=0)
+        pool = draw_pool(longer, vae, tmp_path / "pool.pt", device, seed=0)
+        train_unet(longer, vae, pool, tmp_path, device, seed=0)
+
+    train(0.03)
+    first = torch.load(tmp_path / "unet.pt", weights_only=True)["clock"]["steps"]
+    encoder = torch.load(tmp_path / "vae.pt", weights_only=True)["vae"]["encoder.conv_in.weight"]
+    train(0.06)
+    assert torch.load(tmp_path / "unet.pt", weights_only=True)["clock"]["steps"] > first >= 1
+    assert torch.equal(torch.load(tmp_path / "vae.pt", weights_only=True)["vae"]["encoder.conv_in.weight"], encoder)
+    assert load_pipeline(tmp_path / "weights").vae.config.scaling_factor == 1.0
+    assert "steps of 2" in (tmp_path / "weights" / "README.md").read_text()

@@ -1,0 +1,236 @@
+"""The command line: quick help, errors in a few lines, exit codes, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from pipeline import cli, demo
+from pipeline.editing import EDITORS
+from pipeline.inversion import INVERSIONS
+from pipeline.models.demo.shards import write_demo_shards
+
+
+def shardedit(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A recipe over six small faces, on the closed-form model, in this process."""
+    write_demo_shards(tmp_path / "in", 6, size=64)
+    recipe = {
+        "source": {"shards": str(tmp_path / "in" / "*.tar")},
+        "edits": {"concepts": [{"prompt": "a hat"}]},
+        "model": {"name": "analytic"},
+        "inversion": {"method": "ddpm", "num_steps": 4},
+        "sink": {"folder": str(tmp_path / "out")},
+        "run": {"engine": "local", "unit_size": 4, "call_size": 8},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_help_loads_neither_torch_nor_ray():
+    done = python(
+        "import sys; from pipeline.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'ray', 'diffusers', 'pydantic'} & set(sys.modules), 'slow imports'"
+    )
+    assert done.returncode == 0, done.stderr
+    for command in ("edit", "plan", "report", "demo", "schema", "methods"):
+        assert re.search(rf"\b{command}\b", done.stdout)
+
+
+def test_a_recipe_that_cannot_work_ends_before_ray_is_loaded(config):
+    done = python(
+        "import sys; from pipeline.cli import main\n"
+        f"try: main(['edit', {str(config)!r}, 'run.sed=1', 'inversion.num_steps=0'])\n"
+        "except SystemExit as end: code = end.code\n"
+        "assert 'ray' not in sys.modules\n"
+        "sys.exit(code)"
+    )
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert lines[0] == f"RecipeError: {config} has 2 problem(s):"
+    assert {line.split(":")[0].strip() for line in lines[1:]} == {"run.sed", "inversion.num_steps"}
+    assert not (config.parent / "out").exists()
+
+
+def test_the_version_is_the_packages():
+    assert shardedit("--version").output == "shardedit 0.1.0\n"
+
+
+def test_edit_edits_and_says_where_things_are(config):
+    done = shardedit("edit", config)
+    assert done.exit_code == 0, done.output
+    assert "6 of 6 results from 6 images" in done.stdout
+    assert "no GPU" in done.stderr
+    out = config.parent / "out"
+    assert f"{out}/report.html" in done.stdout
+    assert (out / "report.html").stat().st_size > 10_000
+    assert json.loads((out / "summary.json").read_text())["done"] == 6
+    assert len(list((out / "data").glob("*.parquet"))) == 2
+
+
+def test_edit_again_finds_everything_done(config):
+    assert shardedit("edit", config).exit_code == 0
+    again = shardedit("edit", config)
+    assert again.exit_code == 0
+    assert "(0 now)" in again.stdout
+
+
+def test_rows_that_fail_are_named_by_stage_and_class_and_end_with_3(config):
+    done = shardedit("edit", config, "source.max_pixels=100", "run.max_failed_fraction=1")
+    assert done.exit_code == 3, done.output
+    assert "none" not in done.stdout
+    assert re.search(r"by stage +decode 6", done.stdout)
+    assert re.search(r"by reason +DecodeError 6", done.stdout)
+    assert "out/quarantine" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kind"),
+    [
+        (["source.shards=/nowhere/at/all/*.tar"], "SourceError"),
+        (["model.name=/nowhere/at/all"], "ModelError"),
+        (["run.gpus_per_worker=64"], "ClusterError"),
+    ],
+)
+def test_what_cannot_be_done_is_one_clear_error_and_nothing_written(config, overrides, kind):
+    done = shardedit("edit", config, *overrides)
+    assert done.exit_code == 1
+    assert kind in done.stderr
+    assert "Traceback" not in done.output
+    assert len(done.stderr.strip().splitlines()) < 10
+    assert not (config.parent / "out").exists()
+
+
+def test_a_fault_of_ours_names_itself_and_keeps_its_traceback(config, monkeypatch, tmp_path):
+    def broken(_):
+        raise RuntimeError("boom [bold]\nand much more")
+
+    monkeypatch.setattr("pipeline.cluster.run", broken)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    done = shardedit("edit", config)
+    assert done.exit_code == 1
+    assert "RuntimeError: boom [bold]\n" in done.stderr
+    assert "Traceback" not in done.stderr
+    (log,) = re.findall(r"traceback is in (\S+\.log)", done.stderr)
+    assert "and much more" in Path(log).read_text(encoding="utf-8")
+    shown = shardedit("edit", config, "--debug")
+    assert "Traceback" in shown.stderr
+
+
+def test_ctrl_c_says_how_to_go_on(config, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.cluster.run", interrupted)
+    done = shardedit("edit", config)
+    assert done.exit_code == 130
+    assert "the same command goes on" in done.stderr
+
+
+def test_plan_prints_numbers_and_writes_nothing(config):
+    done = shardedit("plan", config)
+    assert done.exit_code == 0, done.output
+    for line in (r"images +6 in 1 shard", r"results +6", r"UNet rows +72, 12.0 per image", r"time +about .* \(cpu\)"):
+        assert re.search(line, done.stdout), line
+    assert f"shardedit edit {config}" in done.stdout
+    assert not (config.parent / "out").exists()
+
+
+def test_plan_speaks_json(config):
+    done = shardedit("plan", config, "--json", "--no-probe")
+    assert json.loads(done.stdout)["unet_rows"] == 72
+
+
+def test_report_is_written_again(config):
+    shardedit("edit", config)
+    page = config.parent / "out" / "report.html"
+    before = page.read_bytes()
+    page.unlink()
+    done = shardedit("report", config.parent / "out")
+    assert done.stdout.strip() == str(page)
+    assert page.read_bytes() == before
+    assert shardedit("report", config.parent).exit_code == 1
+
+
+def test_schema_is_a_json_schema_of_the_recipe(config):
+    schema = json.loads(shardedit("schema").stdout)
+    jsonschema.validate(yaml.safe_load(config.read_text()), schema)
+
+
+def test_methods_lists_every_one_with_its_settings():
+    text = shardedit("methods").stdout
+    for registry in (INVERSIONS, EDITORS):
+        for name, method in registry.items():
+            assert name in text
+            for setting in method.model_fields:
+                assert f"{setting}:" in text or setting == "method"
+
+
+@pytest.fixture
+def small_demo(monkeypatch):
+    """The demonstration on the closed-form model and in one process: quick, and the same way through the code."""
+    settings = demo.SETTINGS | {
+        "model": {"name": "analytic"},
+        "inversion": {"method": "ddpm", "num_steps": 4},
+        "run": demo.SETTINGS["run"] | {"engine": "local"},
+    }
+    monkeypatch.setattr(demo, "SETTINGS", settings)
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_the_demo_draws_edits_and_reports(tmp_path):
+    out = tmp_path / "demo"
+    done = shardedit("demo", "--output", out, "--images", 8)
+    assert done.exit_code == 0, done.output
+    assert str(out / "report.html") in done.stdout
+    assert sorted(path.name for path in (out / "input").iterdir()) == ["faces-00000.tar"]
+    assert list((out / "data").glob("*.parquet"))
+    summary = json.loads((out / "summary.json").read_text())
+    assert {"planned", "done", "failed", "images_per_second"} <= set(summary)
+    assert (summary["planned"], summary["failed"]) == (6 * 2 + 2, 0)
+    assert (out / "report.html").stat().st_size > 10_000
+    overview = Image.open(out / "overview.png")
+    assert overview.width > overview.height > 300
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_a_finished_demo_has_nothing_left_to_do(tmp_path):
+    out = tmp_path / "demo"
+    assert shardedit("demo", "--output", out, "--images", 4).exit_code == 0
+    parts = {path: path.stat().st_mtime_ns for path in (out / "data").iterdir()}
+    again = shardedit("demo", "--output", out, "--images", 4)
+    assert again.exit_code == 0, again.output
+    assert "Nothing left to do" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in (out / "data").iterdir()} == parts
+    other = shardedit("demo", "--output", out, "--images", 5)
+    assert other.exit_code == 1
+    assert "--images 4" in other.stderr
+
+
+@pytest.mark.parametrize("job", ["plan", "report", "demo"])
+def test_a_job_is_the_command_of_its_name(job):
+    done = subprocess.run(
+        [sys.executable, "-m", f"jobs.{job}", "--help"], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert f" {job} [OPTIONS]" in done.stdout

@@ -1,0 +1,266 @@
+"""A whole run in one process: exactly once after any kill, damage into quarantine, budgets, and no secret anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import cluster
+from pipeline.errors import ClusterError, RunAborted, SinkError, SourceError
+from pipeline.pool import Resources, cpu_threads, plan_pool
+from pipeline.progress import Tally
+from pipeline.recipe import Recipe, RunConfig, recipe_from
+from pipeline.writing.commit import committed_units
+from tests.runs import SECRET, asked, contents, recipe_data, results, write_shards
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_shards(tmp_path / "in", shards=3, rows=5)
+
+
+def local(source: Path, out: Path, **sections: Any) -> Recipe:
+    return recipe_from(recipe_data(source, out, engine="local", **sections))
+
+
+def test_every_image_edit_and_method_is_asked_for_and_answered_once(source: Path, tmp_path: Path) -> None:
+    recipe = local(source, tmp_path / "out")
+    summary = cluster.run(recipe, progress="off")
+    assert results(tmp_path / "out") == asked(shards=3, rows=5)
+    assert (summary.planned, summary.done, summary.failed, summary.exit_code) == (30, 28, 2, 3)
+    assert summary.failed_by_stage == {"decode": 2}
+    assert (summary.units, summary.units_now, summary.images, summary.complete) == (9, 9, 15, True)
+    assert summary.images_per_second > 0
+    written = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {"planned", "done", "failed", "images_per_second"} <= set(written)
+    assert written["output_bytes"] == sum(
+        path.stat().st_size for folder in ("data", "quarantine") for path in (tmp_path / "out" / folder).iterdir()
+    )
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_damaged_row_is_quarantined_with_stage_reason_and_bytes_and_its_unit_mates_are_kept(
+    source: Path, tmp_path: Path
+) -> None:
+    cluster.run(local(source, tmp_path / "out"), progress="off")
+    (file,) = (tmp_path / "out" / "quarantine").iterdir()
+    rows = pq.read_table(file).to_pylist()
+    assert [(row["id"], row["edit"], row["stage"], row["error_class"]) for row in rows] == [
+        ("s0.tar/im03", edit, "decode", "DecodeError") for edit in ("b", "a")
+    ]
+    assert rows[0]["image"] == b"no image"
+    data = pq.read_table(tmp_path / "out" / "data" / file.name)
+    assert set(data.column("id").to_pylist()) == {"s0.tar/im02"}
+
+
+def test_a_finished_run_that_is_asked_for_again_does_nothing(source: Path, tmp_path: Path) -> None:
+    recipe = local(source, tmp_path / "out")
+    first = cluster.run(recipe, progress="off")
+    before = contents(tmp_path / "out")
+    again = cluster.run(recipe, progress="off")
+    assert (again.units_now, again.done, again.images_per_second) == (0, first.done, first.images_per_second)
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_run_that_is_killed_three_times_ends_with_the_bytes_of_an_undisturbed_one(
+    source: Path, tmp_path: Path
+) -> None:
+    cluster.run(local(source, tmp_path / "calm"), progress="off")
+    config = tmp_path / "recipe.yaml"
+    config.write_text(json.dumps(recipe_data(source, tmp_path / "killed", engine="local")))
+    for wanted in (2, 4, 7):
+        kill_after(config, tmp_path / "killed", commits=wanted)
+        assert wanted <= len(list((tmp_path / "killed" / "_units").glob("*/*.json"))) < 9
+    cluster.run(local(source, tmp_path / "killed"), progress="off")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "calm")
+    assert results(tmp_path / "killed") == asked(shards=3, rows=5)
+
+
+SLOW_DRIVER = textwrap.dedent("""
+    import sys, time
+    from pipeline import cluster
+    from pipeline.recipe import load_recipe
+    commit = cluster.commit
+    def slow(*args):
+        time.sleep(0.15)  # so that a kill between two commits is likely
+        return commit(*args)
+    cluster.commit = slow
+    cluster.run(load_recipe(sys.argv[1]), progress="off")
+""")
+
+
+def kill_after(config: Path, out: Path, commits: int) -> None:
+    """Start a run in a process of its own and SIGKILL it once so many units are committed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_DRIVER, str(config)], env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    try:
+        until = time.monotonic() + 60
+        while len(list((out / "_units").glob("*/*.json"))) < commits:
+            assert process.poll() is None, "the run ended before it was killed"
+            assert time.monotonic() < until, "the run does not get on"
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_torn_file_and_an_orphan_are_replaced_by_the_rerun(source: Path, tmp_path: Path) -> None:
+    cluster.run(local(source, tmp_path / "calm"), progress="off")
+    recipe = local(source, tmp_path / "torn")
+    cluster.run(recipe, progress="off")
+    first, second, *_ = sorted((tmp_path / "torn" / "data").iterdir())
+    first.write_bytes(first.read_bytes()[:100])
+    next((tmp_path / "torn" / "_units").glob(f"*/{second.stem[-5:]}.json")).unlink()
+    assert cluster.run(recipe, progress="off").units_now == 2
+    assert contents(tmp_path / "torn") == contents(tmp_path / "calm")
+
+
+def test_a_changed_recipe_is_refused_with_a_diff_before_a_model_is_loaded(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.run(local(source, tmp_path / "out"), progress="off")
+    monkeypatch.setattr("pipeline.models.loading.load_backbone", lambda *_, **__: pytest.fail("a model was loaded"))
+    before = contents(tmp_path / "out")
+    with pytest.raises(SinkError, match=r"run\.seed: was 0, is 1"):
+        cluster.run(local(source, tmp_path / "out", seed=1), progress="off")
+    (source / "s2.tar").unlink()
+    with pytest.raises(SinkError, match=r"s2\.tar is gone"):
+        cluster.run(local(source, tmp_path / "out"), progress="off")
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("format", ["parquet", "webdataset"])
+def test_the_number_of_units_in_flight_and_the_order_of_shards_change_no_byte(
+    source: Path, tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = {"format": format, "include_input": True}
+    cluster.run(local(source, tmp_path / "one", sink=sink), progress="off")
+    plan = cluster.find_todo
+
+    def backwards(recipe: Recipe) -> Any:
+        todo = plan(recipe)
+        todo.tasks.reverse()
+        return todo
+
+    monkeypatch.setattr(cluster, "find_todo", backwards)
+    cluster.run(local(source, tmp_path / "other", sink=sink, images_in_flight=1), progress="off")
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+
+
+def test_an_empty_source_is_one_clear_error_and_nothing_is_written(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with pytest.raises(SourceError):
+        cluster.run(local(tmp_path / "in", tmp_path / "out"), progress="off")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_in_which_everything_fails_is_ended_and_says_so_in_its_summary(tmp_path: Path) -> None:
+    source = write_shards(tmp_path / "in", shards=2, rows=8, damaged=range(16))
+    with pytest.raises(RunAborted, match="3 units in a row"):
+        cluster.run(local(source, tmp_path / "out", max_consecutive_failed_units=3), progress="off")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["units"], summary["complete"], summary["exit_code"]) == (3, False, 1)
+
+
+def test_a_share_of_failures_beyond_the_budget_ends_the_run(tmp_path: Path) -> None:
+    source = write_shards(tmp_path / "in", shards=2, rows=8, damaged=range(0, 16, 2))
+    with pytest.raises(RunAborted, match=r"max_failed_fraction 0\.2"):
+        cluster.run(
+            local(source, tmp_path / "out", max_failed_fraction=0.2, max_consecutive_failed_units=2), progress="off"
+        )
+    again = cluster.run(local(source, tmp_path / "out", max_failed_fraction=0.6), progress="off")
+    assert (again.complete, again.done, again.failed, again.exit_code) == (True, 16, 16, 3)
+
+
+def test_one_bad_unit_at_the_start_is_no_verdict(source: Path, tmp_path: Path) -> None:
+    tally = Tally(RunConfig(max_failed_fraction=0.1, max_consecutive_failed_units=3))
+    cluster.run(local(source, tmp_path / "out"), progress="off")
+    good, *_ = [unit for unit in committed_units(local(source, tmp_path / "out").sink) if unit.counts.failed == 0]
+    bad = good.model_copy(update={"counts": good.counts.model_copy(update={"ok": 0, "failed": good.counts.asked})})
+    assert [bool(tally.add(unit)) for unit in (bad, bad, good)] == [False, False, True]  # judged from the third on
+    assert "max_failed_fraction" in tally.seen().verdict
+
+
+def test_no_secret_of_the_storage_is_written_anywhere(source: Path, tmp_path: Path) -> None:
+    data = recipe_data(source, tmp_path / "out", engine="local")
+    data["source"]["storage_options"] = {"auto_mkdir": True, "token": SECRET}
+    data["sink"]["storage_options"] = {"auto_mkdir": True, "password": SECRET}
+    cluster.run(recipe_from(data), progress="off")
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert [path.name for path in files if SECRET.encode() in path.read_bytes()] == []
+
+
+NOTHING = Resources(cpus=8, gpus=0, max_gpus=0, node_cpus=8, node_gpus=0)
+TWO_NODES = Resources(cpus=16, gpus=4, max_gpus=4, node_cpus=8, node_gpus=2)
+SCALING = Resources(cpus=4, gpus=0, max_gpus=16, node_cpus=4, node_gpus=0)
+
+
+@pytest.mark.parametrize(
+    ("have", "wish", "workers", "gpus"),
+    [
+        (NOTHING, {}, 1, 0),
+        (NOTHING, {"workers": 3}, 3, 0),
+        (TWO_NODES, {}, 4, 1),
+        (TWO_NODES, {"gpus_per_worker": 0.5}, 8, 0.5),
+        (TWO_NODES, {"gpus_per_worker": 2.0}, 2, 2),
+        (TWO_NODES, {"gpus_per_worker": 0.0}, 1, 0),
+        (SCALING, {}, 16, 1),
+        (SCALING, {"workers": 2, "gpus_per_worker": 8.0}, 2, 8),
+    ],
+)
+def test_the_pool_takes_what_the_cluster_has_or_can_have(
+    have: Resources, wish: dict[str, Any], workers: int, gpus: float
+) -> None:
+    pool = plan_pool(RunConfig(**wish), have)
+    assert (pool.workers, pool.gpus_per_worker) == (workers, gpus)
+    assert bool(pool.line()) == (gpus == 0)
+
+
+@pytest.mark.parametrize(
+    ("have", "wish", "numbers"),
+    [
+        (NOTHING, {"gpus_per_worker": 1.0}, ["asks for 1 GPU", "there are 0"]),
+        (TWO_NODES, {"workers": 5}, ["workers 5", "asks for 5 GPU", "there are 4"]),
+        (TWO_NODES, {"workers": 1, "gpus_per_worker": 3.0}, ["at most 2 on one node"]),
+        (SCALING, {"workers": 17}, ["asks for 17", "bring them to 16"]),
+    ],
+)
+def test_a_pool_that_can_never_be_is_refused_with_the_numbers(
+    have: Resources, wish: dict[str, Any], numbers: list[str]
+) -> None:
+    with pytest.raises(ClusterError) as caught:
+        plan_pool(RunConfig(**wish), have)
+    assert all(number in str(caught.value) for number in numbers)
+
+
+def test_cpu_workers_leave_room_for_reading_and_writing() -> None:
+    for cpus in (1.0, 2.0, 64.0):
+        for workers in (1, 2, 64, 200):
+            have = Resources(cpus=cpus, gpus=0, max_gpus=0, node_cpus=cpus, node_gpus=0)
+            pool = plan_pool(RunConfig(workers=workers), have)
+            assert workers * pool.cpus_per_worker <= max(cpus - 0.5, workers * 0.01)
+            assert pool.cpus_per_worker > 0
+
+
+def test_threads_share_the_cores_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [cpu_threads(workers, 8) for workers in (1, 2, 3, 100)] == [8, 4, 2, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert cpu_threads(1, 8) == 3
+    assert Counter(cpu_threads(workers, 8) for workers in (1, 2)) == {3: 2}

@@ -1,0 +1,278 @@
+"""The same run on Ray Data: equal bytes, early commits, lost workers, S3, too few GPUs, and a submitted job.
+
+One local cluster of two logical CPUs for the module, and one of a submitted job's own. Both are ended by their own
+processes; `ray stop` would end every Ray of the machine's user.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from pipeline import cluster
+from pipeline.errors import ClusterError
+from pipeline.recipe import recipe_from
+from pipeline.writing.summary import Summary
+from tests.runs import asked, contents, recipe_data, results, write_shards
+
+pytestmark = pytest.mark.timeout(400)
+SHARDS, ROWS = 4, 5
+
+
+def witness(notes: Path) -> Callable[[], None]:
+    """What every process of the cluster does first: slow reading down, note who does what when, die where told to."""
+
+    def install() -> None:  # nested, so that it travels by value: workers cannot import this module
+        import pipeline.cluster
+        import pipeline.worker
+
+        read, finish = pipeline.cluster.read_units, pipeline.worker.Worker.finish
+
+        def note(event: str, unit: str) -> None:
+            with open(notes / "events", "a") as file:
+                file.write(json.dumps([event, unit, time.time(), os.getpid()]) + "\n")
+
+        def slow_read(*args: Any) -> Iterator[Any]:
+            for unit_input in read(*args):
+                time.sleep(0.5)
+                note("read", unit_input.unit.id)
+                yield unit_input
+
+        def noted_finish(self: Any, unit_input: Any) -> Any:
+            note("begin", unit_input.unit.id)
+            kill = notes / "kill"
+            if kill.exists():
+                kill.unlink()
+                os._exit(1)
+            time.sleep(0.2)
+            finished = finish(self, unit_input)
+            note("end", unit_input.unit.id)
+            return finished
+
+        pipeline.cluster.read_units = slow_read
+        pipeline.worker.Worker.finish = noted_finish
+
+    return install
+
+
+@dataclass(frozen=True)
+class Event:
+    kind: str
+    unit: str
+    time: float
+    pid: int
+
+
+def events(notes: Path) -> list[Event]:
+    return [Event(*json.loads(line)) for line in (notes / "events").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("notes")
+
+
+@pytest.fixture(scope="module")
+def two_cpus(notes: Path) -> Iterator[Path]:
+    """A local cluster; the value is the folder of its logs."""
+    ray.init(
+        address="local",
+        num_cpus=2,
+        num_gpus=0,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"worker_process_setup_hook": witness(notes)},
+    )
+    yield Path(ray._private.worker.global_worker.node.get_session_dir_path())
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("source") / "in", shards=SHARDS, rows=ROWS)
+
+
+@pytest.fixture(scope="module")
+def calm(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the plain loop writes."""
+    out = tmp_path_factory.mktemp("calm")
+    cluster.run(recipe_from(recipe_data(source, out, engine="local")), progress="off")
+    return contents(out)
+
+
+@dataclass(frozen=True)
+class Run:
+    summary: Summary
+    out: Path
+    events: list[Event]
+
+
+@pytest.fixture(scope="module")
+def on_ray(two_cpus: Path, source: Path, notes: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One undisturbed run."""
+    out = tmp_path_factory.mktemp("ray")
+    summary = cluster.run(recipe_from(recipe_data(source, out, engine="ray")), progress="off")
+    return Run(summary, out, events(notes))
+
+
+def test_ray_writes_the_bytes_of_the_plain_loop(on_ray: Run, calm: dict[str, Any]) -> None:
+    assert contents(on_ray.out) == calm
+    assert results(on_ray.out) == asked(shards=SHARDS, rows=ROWS)
+    assert (on_ray.summary.complete, on_ray.summary.failed, on_ray.summary.exit_code) == (True, 2, 3)
+    assert on_ray.summary.units_now == on_ray.summary.units == 12
+
+
+def test_the_first_unit_is_committed_before_the_last_one_is_read(on_ray: Run) -> None:
+    first_commit = min(path.stat().st_mtime for path in (on_ray.out / "_units").glob("*/*.json"))
+    reads = sorted(event.time for event in on_ray.events if event.kind == "read")
+    assert len(reads) == 12
+    assert first_commit < reads[-1]
+
+
+def test_two_units_are_in_flight_on_one_worker(on_ray: Run) -> None:
+    inside: set[str] = set()
+    most = 0
+    for event in sorted(on_ray.events, key=lambda event: event.time):
+        if event.kind == "begin":
+            inside.add(event.unit)
+        elif event.kind == "end":
+            inside.remove(event.unit)
+        most = max(most, len(inside))
+    assert most == cluster.UNITS_AT_ONCE
+    assert len({event.pid for event in on_ray.events if event.kind == "begin"}) == 1
+
+
+def test_s3_in_and_out_two_workers_and_the_death_of_one_change_no_byte_and_show_no_secret(
+    two_cpus: Path, source: Path, notes: Path, calm: dict[str, Any], s3_server: Any
+) -> None:
+    for shard in source.iterdir():
+        (s3_server.bucket("faces") / shard.name).write_bytes(shard.read_bytes())
+    out = s3_server.bucket("edited") / "run"
+    data = recipe_data("s3://faces", "s3://edited/run", engine="ray", workers=2)
+    data["source"]["storage_options"] = data["sink"]["storage_options"] = s3_server.storage_options
+    (notes / "kill").touch()
+    summary = cluster.run(recipe_from(data), progress="off")
+    assert not (notes / "kill").exists(), "no worker died"
+    assert (summary.complete, summary.units, summary.exit_code) == (True, 12, 3)
+    mine = {name: file for name, file in contents(out).items() if not name.startswith("_units/")}
+    assert mine == {name: file for name, file in calm.items() if not name.startswith("_units/")}
+    for folder in (out, two_cpus):
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        assert len(files) > 10
+        assert [path.name for path in files if s3_server.secret.encode() in path.read_bytes()] == []
+
+
+def test_a_gpu_that_is_not_there_is_refused_at_once_and_nothing_is_written(
+    two_cpus: Path, source: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_from(recipe_data(source, tmp_path / "out", engine="ray", workers=3, gpus_per_worker=1))
+    started = time.monotonic()
+    with pytest.raises(ClusterError, match=r"3 x run\.gpus_per_worker 1 asks for 3 GPU\(s\); there are 0"):
+        cluster.run(recipe, progress="off")
+    assert time.monotonic() - started < 10
+    assert not (tmp_path / "out").exists()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def ports_below_rays() -> list[int]:
+    """Three free ports outside 10002-19999, which a head node keeps for its workers."""
+    found: list[int] = []
+    while len(found) < 3:
+        if (port := free_port()) not in found and not 10002 <= port <= 19999:
+            found.append(port)
+    return found
+
+
+@dataclass(frozen=True)
+class Head:
+    address: str
+    environment: dict[str, str]
+
+
+@pytest.fixture
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """A head node with a job port, on loopback, with a random token of its own."""
+    port, dashboard, agent = ports_below_rays()
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    temporary = Path(os.environ.get("TMPDIR", "/tmp")) / f"shardedit-{secrets.token_hex(4)}"  # short: holds sockets
+    command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
+    command += [f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+    command += [f"--dashboard-agent-listen-port={agent}", "--num-cpus=2", f"--temp-dir={temporary}"]
+    process = subprocess.Popen(
+        [str(part) for part in command], env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    try:
+        wait_until_it_answers(f"http://127.0.0.1:{dashboard}", process)
+        yield Head(f"http://127.0.0.1:{dashboard}", environment)
+    finally:
+        process.terminate()  # `--block` ends what it started
+        try:
+            process.wait(30)
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)  # the session that was started above, and nothing else
+            except ProcessLookupError:
+                pass
+            subprocess.run(["rm", "-rf", str(temporary)], check=True)
+
+
+def wait_until_it_answers(address: str, process: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        assert process.poll() is None, "the head node did not start"
+        try:
+            urllib.request.urlopen(f"{address}/api/version", timeout=5)
+            return
+        except urllib.error.HTTPError:
+            return  # it answers; who has no token is turned away
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError("the head node does not answer")
+
+
+def submit(head: Head, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", head.address]
+    command += ["--working-dir", str(folder), "--", sys.executable, "-m", "jobs.edit", "recipe.json"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_a_submitted_job_edits_on_the_cluster_it_runs_in_and_needs_the_token(
+    head: Head, source: Path, calm: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "job").mkdir()
+    recipe = recipe_data(source, tmp_path / "out", engine="ray")
+    (tmp_path / "job" / "recipe.json").write_text(json.dumps(recipe))
+    stranger = {name: value for name, value in head.environment.items() if not name.startswith("RAY_AUTH")}
+    refused = submit(head, tmp_path / "job", {**stranger, "HOME": str(tmp_path)})
+    assert refused.returncode != 0
+    assert "401" in refused.stdout + refused.stderr
+    assert not (tmp_path / "out").exists()
+    done = submit(head, tmp_path / "job", head.environment)
+    assert contents(tmp_path / "out") == calm, done.stdout + done.stderr
+    assert head.environment["RAY_AUTH_TOKEN"] not in done.stdout + done.stderr

@@ -1,0 +1,143 @@
+"""A plan counts what the run then does, and writes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline import planning, probe
+from pipeline.errors import SourceError
+from pipeline.models.demo.shards import write_demo_shards
+from pipeline.planning import RowCounter, plan
+from pipeline.recipe import Recipe, recipe_from
+from pipeline.records import EditRequest
+
+STEPS = 6
+HAT = {"concepts": [{"prompt": "a hat"}]}
+
+
+def a_recipe(folder: Path, **sections: object) -> Recipe:
+    settings = {
+        "source": {"shards": str(folder / "in" / "*.tar")},
+        "edits": HAT,
+        "model": {"name": "analytic"},
+        "sink": {"folder": str(folder / "out")},
+        "run": {"engine": "local", "unit_size": 4, "call_size": 8},
+        **sections,
+    }
+    if "methods" not in settings:
+        settings = {"inversion": {"method": "ddpm", "num_steps": STEPS}} | settings
+    return recipe_from(settings)
+
+
+@pytest.fixture
+def faces(tmp_path: Path) -> Path:
+    """Twelve drawn faces in two shards; numbers 3, 7 and 11 bring an edit of their own."""
+    write_demo_shards(tmp_path / "in", 12, shard_size=8, size=64)
+    return tmp_path
+
+
+def rows_of(recipe: Recipe, *requests: dict[str, object], masked: bool = False) -> int:
+    named = {f"edit{at}": EditRequest.model_validate(request) for at, request in enumerate(requests)}
+    return RowCounter(recipe).rows(named, masked=masked)
+
+
+def test_a_plan_counts_what_the_run_then_does(faces):
+    from pipeline.cluster import run
+
+    recipe = a_recipe(faces, edits={"hat": HAT, "both": {"concepts": [{"prompt": "a hat"}, {"prompt": "sunglasses"}]}})
+    made = plan(recipe)
+    assert not (faces / "out").exists(), "planning writes nothing"
+    summary = run(recipe, progress="off")
+    assert (made.images, made.results, made.unet_rows) == (12, summary.planned, summary.unet_rows)
+    assert made.results == 9 * 2 + 3
+    assert made.shards == 2
+    assert made.bytes_in == sum(path.stat().st_size for path in (faces / "in").iterdir())
+    assert made.seconds is not None
+    assert made.seconds > 0
+    assert made.bytes_out is not None
+    assert 0.5 < made.bytes_out / summary.output_bytes < 2.0
+
+
+def test_a_plan_without_a_probe_loads_no_model_and_estimates_no_time(faces, monkeypatch):
+    monkeypatch.setattr(planning, "probe_model", lambda *_: pytest.fail("the model was loaded"))
+    made = plan(a_recipe(faces), probe=False)
+    assert made.seconds is None
+    assert made.bytes_out is None
+    assert made.unet_rows == 12 * STEPS * 3
+    assert json.loads(json.dumps(made.as_dict()))["results"] == 12
+
+
+def test_rows_are_those_of_the_methods_formulas(tmp_path):
+    recipe = a_recipe(tmp_path)
+    one, two = HAT, {"concepts": [{"prompt": "a hat"}, {"prompt": "a beard", "warmup_steps": 2, "cooldown_steps": 4}]}
+    assert rows_of(recipe, one) == STEPS + STEPS * 2
+    assert rows_of(recipe, two) == STEPS + STEPS * 2 + 2
+    assert rows_of(recipe, one, two) == STEPS + STEPS * 2 + STEPS * 2 + 2, "one inversion serves both edits"
+    assert rows_of(recipe, {"concepts": [{"prompt": "a hat", "warmup_steps": 4}]}) == STEPS + 2 * 2
+    assert rows_of(recipe, {"concepts": []}) == STEPS
+
+
+def test_methods_that_agree_on_the_inversion_share_it_and_others_do_not(tmp_path):
+    ddpm = {"inversion": {"method": "ddpm", "num_steps": STEPS}}
+    two_masks = {name: {**ddpm, "editing": {"method": "ledits_pp", "mask": name}} for name in ("noise", "attention")}
+    assert rows_of(a_recipe(tmp_path, methods=two_masks), HAT) == STEPS + 2 * STEPS * 2
+    other = {**two_masks, "short": {"inversion": {"method": "ddpm", "num_steps": 2}}}
+    assert rows_of(a_recipe(tmp_path, methods=other), HAT) == STEPS + 2 * STEPS * 2 + 2 + 2 * 2
+
+
+def test_prompts_count_by_being_equal_not_by_what_they_say(tmp_path):
+    recipe = a_recipe(tmp_path)
+    counter = RowCounter(recipe)
+    for text in ("a hat", "sunglasses", "a very long prompt of many words"):
+        counter.rows({"edit": EditRequest.model_validate({"concepts": [{"prompt": text}]})})
+    assert len(counter.known) == 1
+    counter.rows({"edit": EditRequest.model_validate({**HAT, "source_prompt": "a face"})})
+    counter.rows({"edit": EditRequest.model_validate({**HAT, "source_prompt": "a face", "negative_prompt": "a face"})})
+    assert len(counter.known) == 3
+
+
+def test_a_request_that_a_method_refuses_costs_nothing(tmp_path):
+    recipe = a_recipe(
+        tmp_path,
+        edits={"target_prompt": "a cat"},
+        inversion={"method": "noise", "num_steps": STEPS},
+        editing={"method": "cfg"},
+    )
+    assert rows_of(recipe, {"target_prompt": "a cat"}) == STEPS * 2
+    assert rows_of(recipe, HAT) == 0
+
+
+def test_a_large_source_is_estimated_and_says_so(faces, monkeypatch):
+    monkeypatch.setattr(planning, "READ_ROWS", 4)
+    monkeypatch.setattr(planning, "COUNTED_SHARDS", 1)
+    made = plan(a_recipe(faces), probe=False)
+    assert any("estimated from the first 4 rows" in note for note in made.notes)
+    assert any("estimated from 1 of 2 shards" in note for note in made.notes)
+    assert 9 <= made.images <= 15
+    assert made.unet_rows == made.images * STEPS * 3
+
+
+def test_rows_without_a_usable_edit_are_announced(faces):
+    made = plan(a_recipe(faces, edits={}), probe=False)
+    assert any("9 of 12 will fail" in note for note in made.notes)
+    assert made.results == 12
+    assert made.unet_rows == 3 * STEPS * 3
+
+
+def test_a_slow_model_is_cut_off_and_still_gives_an_estimate(faces, monkeypatch):
+    monkeypatch.setattr(probe, "PROBE_SECONDS", 0.0)
+    made = plan(a_recipe(faces))
+    assert made.probe is not None
+    assert made.probe.images == 0
+    assert made.seconds is not None
+    assert made.seconds > 0
+    assert made.bytes_out is None
+    assert any("of an image" in note for note in made.notes)
+
+
+def test_nothing_to_read_is_an_error(tmp_path):
+    with pytest.raises(SourceError):
+        plan(a_recipe(tmp_path), probe=False)
