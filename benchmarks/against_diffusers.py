@@ -212,7 +212,9 @@ def with_warmup(steps: int) -> list[dict[str, Any]]:
 
 def four_edits() -> list[list[dict[str, Any]]]:
     """Four variants of one image: one inversion for us, four for the reference."""
-    return [[{**concept, "guidance_scale": concept["guidance_scale"] + extra} for concept in CONCEPTS] for extra in range(4)]
+    return [
+        [{**concept, "guidance_scale": concept["guidance_scale"] + extra} for concept in CONCEPTS] for extra in range(4)
+    ]
 
 
 def measure(rounds: int = 3) -> list[dict[str, Any]]:

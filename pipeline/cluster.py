@@ -243,7 +243,7 @@ class _OnRay:
             units = ray.data.read_datasource(
                 UnitSource(todo.tasks, recipe.source, recipe.run.unit_size, todo.committed),
                 num_cpus=IO_CPUS,
-                concurrency=pool.workers + 1,
+                concurrency=pool.workers,
                 override_num_blocks=len(todo.tasks),
             )
             finished = units.map_batches(
@@ -266,7 +266,7 @@ class _OnRay:
                 finished.write_datasink(
                     UnitSink(recipe.sink, self._tally),
                     ray_remote_args={"num_cpus": IO_CPUS},
-                    concurrency=pool.workers + 1,
+                    concurrency=pool.workers,
                 )
             except Exception as error:
                 if verdict := self.seen().verdict:

@@ -1,10 +1,10 @@
 """The plain-Python front door: load a model once, edit images. No Ray, no files.
 
-    from pipeline import Editor
+from pipeline import Editor
 
-    editor = Editor.load("demo")
-    result = editor.edit("face.png", concepts=["sunglasses"])
-    result.image.save("edited.png")
+editor = Editor.load("demo")
+result = editor.edit("face.png", concepts=["sunglasses"])
+result.image.save("edited.png")
 """
 
 from __future__ import annotations
@@ -123,7 +123,11 @@ class Editor:
             "negative_prompt": negative_prompt,
             "source_prompt": source_prompt,
         }
-        settings: dict[str, Any] = {"edits": {"edit": request}, "model": {"size": size, "fit": fit}, "run": {"seed": seed}}
+        settings: dict[str, Any] = {
+            "edits": {"edit": request},
+            "model": {"size": size, "fit": fit},
+            "run": {"seed": seed},
+        }
         if inversion is not None:
             settings["inversion"] = dict(inversion)
         if editing is not None:

@@ -61,7 +61,7 @@ class ClusterError(ShardeditError):
     """The cluster lacks what the recipe asks for."""
 
 
-class RunAborted(ShardeditError):
+class RunAborted(ShardeditError):  # noqa: N818  a verdict on the run, as KeyboardInterrupt is
     """The run was stopped because too much of it failed."""
 
 

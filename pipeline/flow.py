@@ -79,7 +79,7 @@ def edit_row(row: Sample | Unreadable, recipe: Recipe, backbone: Backbone) -> St
 
 def asked_without(recipe: Recipe) -> list[tuple[str, str]]:
     """What is asked of a row whose own edits are not known: the job's edits, or one without a name."""
-    return [(edit, method) for edit in (recipe.edits or {"": None}) for method in recipe.all_methods]
+    return [(edit, method) for edit in (list(recipe.edits) or [""]) for method in recipe.all_methods]
 
 
 def edit_prepared(
@@ -215,7 +215,7 @@ def latent_mask(mask: np.ndarray | None, latents: Tensor) -> Tensor | None:
     """A mask (H, W) at model size, averaged down to the latents' (h, w)."""
     if mask is None:
         return None
-    pooled = adaptive_avg_pool2d(torch.from_numpy(mask)[None, None], tuple(latents.shape[-2:]))
+    pooled = adaptive_avg_pool2d(torch.from_numpy(mask)[None, None], (latents.shape[-2], latents.shape[-1]))
     return pooled[0, 0].to(latents.dtype)
 
 

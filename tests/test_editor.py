@@ -22,7 +22,8 @@ def editor() -> Editor:
 
 
 def test_an_image_is_edited_at_its_own_size_with_a_mask_per_concept(editor: Editor) -> None:
-    result = editor.edit(PICTURE, ["hat", Concept(prompt="beard", direction="remove")], inversion={"method": "ddpm", "num_steps": 5})
+    concepts = ["hat", Concept(prompt="beard", direction="remove")]
+    result = editor.edit(PICTURE, concepts, inversion={"method": "ddpm", "num_steps": 5})
     assert result.image.size == (56, 40)
     assert [mask.size for mask in result.masks] == [(56, 40)] * 2
     assert result.mask.mode == "1"

@@ -21,6 +21,7 @@ LAYERS = [
     {"flow"},
     {"writing"},
     {"evaluation"},
+    {"editor"},
     {"models.demo.score"},  # plays with everything; nothing of the product imports it
 ]
 # The engine runs on a backbone, whose interface speaks the engine's words.

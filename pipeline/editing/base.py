@@ -13,7 +13,7 @@ from pipeline.records import EditedLatents, EditRequest, Trajectory
 
 
 class Editor(BaseModel, ABC):
-    """Turns a trajectory and a request into edited latents. Fields are its settings in the recipe; a subclass is final."""
+    """Turns a trajectory and a request into edited latents. Fields are its settings; a subclass is final."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

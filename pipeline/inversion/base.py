@@ -20,7 +20,7 @@ DrawNoise = Callable[[], Tensor]
 
 
 def draw_from(seed: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> DrawNoise:
-    """Noise of one image: drawn on the CPU in float32 from a generator of its own, so that it depends on nothing else."""
+    """Noise of one image: drawn on the CPU in float32 from a generator of its own, so nothing else has a say."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return lambda: torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
 

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.diffusion.steps import DDIM, SDEDPMSolver, Solver
@@ -86,7 +87,8 @@ class DDPMInversion(Inversion):
         prompt = yield from GuidedPrompt.encode(source.prompt, self.source_guidance_scale)
         noise_preds = yield from prompt.predict_all(torch.stack(latents[:-1]), solver.timesteps)
 
-        noise_maps, data_preds = [], []
+        noise_maps: list[Tensor] = []
+        data_preds: list[Tensor] = []
         for step in steps:
             previous = data_preds[-1] if data_preds else None
             mean, sigma, data_pred = solver.transition(step, latents[step], noise_preds[step], previous)

@@ -8,9 +8,10 @@ After a call nothing is left behind, since all state is in the control.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.errors import ModelError
@@ -46,7 +47,7 @@ class ControlledAttention:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,  # (R, N, D)
         encoder_hidden_states: Tensor | None = None,  # (R, L, D_text) in cross-attention
         attention_mask: Tensor | None = None,
@@ -68,7 +69,7 @@ class ControlledAttention:
         return attn.to_out[1](attn.to_out[0](attended))
 
 
-def open_attention(unet: nn.Module) -> None:
+def open_attention(unet: Any) -> None:
     """Install the processors. Called once, when the model is loaded.
 
     Raises:
@@ -110,7 +111,7 @@ def downsampling(name: str, levels: int) -> int | None:
     return None
 
 
-def cross_attention_factors(unet: nn.Module) -> tuple[int, ...]:
+def cross_attention_factors(unet: Any) -> tuple[int, ...]:
     """Downsampling factors at which the UNet has cross-attention outside its mid block, ascending."""
     levels = len(unet.config.block_out_channels)
     factors = {downsampling(name, levels) for name in unet.attn_processors if ".attn2." in name}

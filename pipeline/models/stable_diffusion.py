@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.calls import TextConditioning
@@ -22,9 +22,10 @@ class StableDiffusion:
     def __init__(
         self,
         *,
-        unet: nn.Module,
-        vae: nn.Module,
-        text_encoder: nn.Module,
+        # diffusers and transformers type their configurations as Any.
+        unet: Any,
+        vae: Any,
+        text_encoder: Any,
         tokenizer: Any,
         schedule: NoiseSchedule,
         record: ModelRecord,

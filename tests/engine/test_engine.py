@@ -61,11 +61,11 @@ def test_an_image_is_edited_to_the_same_bits_alone_beside_neighbours_and_in_anot
 
 def test_a_second_worker_gives_the_same_bits() -> None:
     script = (
-        "import hashlib, torch; torch.set_num_threads({threads});"
+        "import hashlib, torch; torch.set_num_threads(1);"
         "from tests.engine.test_engine import *;"
         "b = tiny_sd(); e = Engine(b, call_size=CALL_SIZE);"
         "print(hashlib.sha256(bits(e.run_one(invert_and_edit(source(b, 1), sunglasses_and_hat())))).hexdigest())"
-    ).format(threads=1)
+    )
     digests = {
         subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
         for _ in range(2)
@@ -129,7 +129,13 @@ def asks_for(rows: int) -> Steps[int]:
 
 def test_calls_are_full_while_there_are_rows_and_only_the_last_is_padded() -> None:
     engine = Engine(analytic(), call_size=4, images_in_flight=16)
-    assert sorted(finished.value for finished in engine.run(asks_for(rows) for rows in (3, 5, 1, 4, 1))) == [1, 1, 3, 4, 5]
+    assert sorted(finished.value for finished in engine.run(asks_for(rows) for rows in (3, 5, 1, 4, 1))) == [
+        1,
+        1,
+        3,
+        4,
+        5,
+    ]
     assert (engine.stats.unet_rows, engine.stats.unet_calls, engine.stats.padded_rows) == (14, 4, 2)
 
 

@@ -140,7 +140,9 @@ def replay_ddpm_inversion(golden: dict[str, Tensor], settings: dict[str, Any], e
     rebuilt = edit(engine, Reconstruct(), trajectory, EditRequest())
     yield Check("reconstruction", relative(rebuilt.latents[None], golden["reconstruction"]), 3e-3)
     edited = [
-        edit(engine, ClassifierFreeGuidance(guidance_scale=scale), trajectory, EditRequest(target_prompt=prompt)).latents
+        edit(
+            engine, ClassifierFreeGuidance(guidance_scale=scale), trajectory, EditRequest(target_prompt=prompt)
+        ).latents
         for prompt, scale in zip(settings["target_prompts"], settings["cfg_targets"], strict=True)
     ]
     yield Check("edited", relative(torch.stack(edited), golden["edited"]), 3e-3)
@@ -200,7 +202,7 @@ def replay_ledits_pp(golden: dict[str, Tensor], settings: dict[str, Any], engine
     for at, latents in enumerate(golden["x0"]):
         source = source_of(engine, latents, "", golden["noises"][:, at])
         trajectories.append(engine.run_one(inversion.invert(source)))
-        mask = golden["user_mask"] if "user_mask" in golden else None
+        mask = golden.get("user_mask")
         mask = None if mask is None else mask.reshape(-1, *mask.shape[-2:])[0]
         edits.append(edit(engine, editor, trajectories[-1], request, user_mask=mask))
         rebuilt.append(edit(engine, editor, trajectories[-1], EditRequest()).latents)
@@ -315,7 +317,8 @@ def main() -> int:
         print(path)
         for check in replay(path.resolve(), options.model, getattr(torch, options.dtype)):
             failed += not check.holds
-            print(f"  {'ok  ' if check.holds else 'FAIL'} {check.name:45} {check.deviation:.1e}  (at most {check.tolerance:.0e})")
+            verdict = "ok  " if check.holds else "FAIL"
+            print(f"  {verdict} {check.name:45} {check.deviation:.1e}  (at most {check.tolerance:.0e})")
     return 1 if failed else 0
 
 

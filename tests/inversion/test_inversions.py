@@ -159,7 +159,8 @@ def test_more_skipped_steps_stay_closer_to_the_image(backbone: Any) -> None:
 def test_guidance_of_one_or_zero_takes_one_row_a_step(scale: float, rows: int) -> None:
     engine = Engine(analytic())
     editor = ClassifierFreeGuidance(guidance_scale=scale)
-    engine.run_one(invert_and_edit(source(analytic(), 1), EditRequest(target_prompt="hat"), NoiseStart(num_steps=5), editor))
+    request = EditRequest(target_prompt="hat")
+    engine.run_one(invert_and_edit(source(analytic(), 1), request, NoiseStart(num_steps=5), editor))
     assert engine.stats.unet_rows == 5 * rows
 
 
@@ -168,11 +169,11 @@ def test_cfg_refuses_what_it_cannot_serve() -> None:
         ClassifierFreeGuidance().check(EditRequest(), 10)
     with pytest.raises(PrepareError, match="beyond the trajectory's 10 steps"):
         ClassifierFreeGuidance(start_step=11).check(EditRequest(target_prompt="hat"), 10)
+    request, mask = EditRequest(target_prompt="hat"), torch.ones((12, 12))
+    generator = invert_and_edit(
+        source(analytic(), 1), request, NoiseStart(num_steps=2), ClassifierFreeGuidance(), user_mask=mask
+    )
     with pytest.raises(PrepareError, match="cannot keep to a mask"):
-        generator = invert_and_edit(
-            source(analytic(), 1), EditRequest(target_prompt="hat"), NoiseStart(num_steps=2), ClassifierFreeGuidance(),
-            user_mask=torch.ones((12, 12)),
-        )  # fmt: skip
         Engine(analytic()).run_one(generator)
 
 

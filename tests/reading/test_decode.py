@@ -123,8 +123,13 @@ def test_exif_orientation_is_applied(orientation):
     np.testing.assert_array_equal(pixels[corner[orientation]], rgb()[0, 0])
 
 
-def test_a_broken_exif_block_does_not_cost_the_picture():
-    data = saved(Image.fromarray(rgb(16, 16)), "jpeg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+ORIENTATION_AS_TEXT = b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x03\0\0\0abc\0\0\0\0\0"
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("block", [b"MM\0*\xff\xff\xff\xff", b"XXXX", ORIENTATION_AS_TEXT])
+def test_a_broken_exif_block_does_not_cost_the_picture(block):
+    data = saved(Image.fromarray(rgb(16, 16)), "jpeg", exif=b"Exif\0\0" + block)
     pixels, orientation = decode(data, LIMIT)
     assert (pixels.shape, orientation) == ((16, 16, 3), 1)
 
@@ -192,6 +197,7 @@ def test_no_format_that_runs_programs_is_tried():
     assert not {"EPS", "PDF", "WMF"} & set(FORMATS)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(kind=st.sampled_from(["png", "jpeg", "webp", "tiff", "gif", "bmp"]), seed=st.integers(0, 2**32))
 def test_damaged_bytes_are_decoded_or_refused_and_nothing_else(kind, seed):
