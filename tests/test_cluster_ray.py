@@ -36,7 +36,8 @@ SHARDS, ROWS = 4, 5
 
 
 def witness(notes: Path) -> Callable[[], None]:
-    """What every process of the cluster does first: slow reading down, note who does what when, die where told to."""
+    """What every process of the cluster does first: note who does what when, wait and die where told to."""
+    last_shard = f"s{SHARDS - 1}.tar"
 
     def install() -> None:  # nested, so that it travels by value: workers cannot import this module
         import pipeline.cluster
@@ -47,9 +48,13 @@ def witness(notes: Path) -> Callable[[], None]:
             with open(notes / "events", "a") as file:
                 file.write(json.dumps([event, unit, time.time(), os.getpid()]) + "\n")
 
-        def slow_read(*args: Any) -> Iterator[Any]:
+        def patient_read(*args: Any) -> Iterator[Any]:
             for unit_input in read(*args):
-                time.sleep(0.5)
+                hold = notes / "hold"
+                if hold.exists() and unit_input.unit.shard == last_shard:
+                    until = time.time() + 90
+                    while not list(Path(hold.read_text()).glob("_units/*/*.json")) and time.time() < until:
+                        time.sleep(0.05)
                 note("read", unit_input.unit.id)
                 yield unit_input
 
@@ -65,7 +70,7 @@ def witness(notes: Path) -> Callable[[], None]:
             note("end", unit)
             return finished
 
-        pipeline.cluster.read_units = slow_read
+        pipeline.cluster.read_units = patient_read
         pipeline.cluster.EditWorker.__call__ = noted_edit
 
     return install
@@ -125,9 +130,11 @@ class Run:
 
 @pytest.fixture(scope="module")
 def on_ray(two_cpus: Path, source: Path, notes: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """One undisturbed run."""
+    """One undisturbed run, whose last shard is read once the first unit is committed, or much later."""
     out = tmp_path_factory.mktemp("ray")
+    (notes / "hold").write_text(str(out))
     summary = cluster.run(recipe_from(recipe_data(source, out, engine="ray")), progress="off")
+    (notes / "hold").unlink()
     return Run(summary, out, events(notes))
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from pipeline.records import Concept, EditRequest
 from tests.methods import BACKBONES, analytic, invert_and_edit, source, sunglasses_and_hat, tiny_sd
 
 CALL_SIZE = 8
+ROOT = Path(__file__).parents[2]
 
 
 def neighbours(backbone: Any) -> list[Steps[Any]]:
@@ -67,7 +69,9 @@ def test_a_second_worker_gives_the_same_bits() -> None:
         "print(hashlib.sha256(bits(e.run_one(invert_and_edit(source(b, 1), sunglasses_and_hat())))).hexdigest())"
     )
     digests = {
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+        ).stdout.strip()
         for _ in range(2)
     }
     assert len(digests) == 1
