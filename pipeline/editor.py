@@ -76,7 +76,7 @@ class Editor:
         Args:
             model: "demo", a folder in diffusers format, or a hub id.
             call_size: rows of every UNet call; None for calls as small as what is asked.
-            settings: more of the recipe's model section: revision, variant, dtype, compile.
+            settings: more of the recipe's model section: revision, variant, dtype.
 
         Raises:
             RecipeError: a setting is not one of the section's.

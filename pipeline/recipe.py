@@ -92,7 +92,6 @@ class ModelConfig(Section):
         default=None, ge=32, le=4096
     )  # side (crop, pad, stretch) in pixels; none: the checkpoint's
     fit: Literal["crop", "pad", "stretch", "bucket"] = "pad"  # how an image of another shape is brought to the model
-    compile: bool = False  # torch.compile the UNet: one graph per call shape
 
 
 class Method(Section):

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from pipeline.engine.engine import Engine
+from pipeline.engine.sizing import probe_call_size
 from pipeline.flow import edit_rows
 from pipeline.models.backbone import Backbone, ModelRecord
 from pipeline.models.loading import load_backbone
@@ -32,7 +33,9 @@ def call_size_for(recipe: Recipe, backbone: Backbone) -> int:
     """Rows of a UNet call, where no earlier run has decided."""
     if isinstance(recipe.run.call_size, int):
         return recipe.run.call_size
-    return CPU_CALL_SIZE
+    if backbone.device.type != "cuda":
+        return CPU_CALL_SIZE  # larger calls gain nothing on a CPU, and a few rows less are wasted at the end
+    return probe_call_size(backbone, recipe.model.size or backbone.image_size)
 
 
 class Worker:

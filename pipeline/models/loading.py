@@ -131,6 +131,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _load(folder: Path, config: ModelConfig, revision: str, dtype: torch.dtype, device: torch.device) -> Backbone:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers.utils import logging as transformers_logging
 
     schedule = NoiseSchedule.from_config(_read_json(folder / "scheduler" / "scheduler_config.json"))
     channels = _read_json(folder / "unet" / "config.json").get("in_channels")
@@ -143,6 +144,7 @@ def _load(folder: Path, config: ModelConfig, revision: str, dtype: torch.dtype, 
     # The VAE of many checkpoints overflows in float16, and says so; bfloat16 has the range.
     vae_dtype = torch.float32 if dtype == torch.float16 and vae_config.get("force_upcast", True) else dtype
     variant = {"variant": config.variant} if config.variant else {}
+    transformers_logging.disable_progress_bar()  # a bar for a second of reading tears lines of ours
     try:
         unet = UNet2DConditionModel.from_pretrained(
             folder, subfolder="unet", use_safetensors=True, torch_dtype=dtype, low_cpu_mem_usage=False, **variant

@@ -1,0 +1,67 @@
+"""How many rows a UNet call should have on this device: found by a probe when the model is loaded.
+
+Too few leave a GPU idle, too many wait for rows, pad, and run out of memory. The size is part of a run's record, since
+bits are equal within one call size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from pipeline.models.backbone import Backbone
+
+CANDIDATES = (4, 8, 16, 32, 64, 128)
+GOOD_ENOUGH = 0.95  # share of the best throughput at which the smaller call is preferred
+ROUNDS = 3  # timed calls per size, after one that is not
+
+
+def best_call_size(rows_per_second: Callable[[int], float | None], candidates: tuple[int, ...] = CANDIDATES) -> int:
+    """The smallest call whose throughput is within 5 % of the best.
+
+    Args:
+        rows_per_second: measures a call size; None where it does not fit into memory. Larger ones are then not tried.
+        candidates: ascending.
+
+    Returns:
+        A candidate; the smallest where none fits.
+    """
+    measured: dict[int, float] = {}
+    for size in candidates:
+        rate = rows_per_second(size)
+        if rate is None:
+            break
+        measured[size] = rate
+    if not measured:
+        return candidates[0]
+    # Half of the memory stays for the autoencoder and for fragmentation: the largest that fits is not taken.
+    if len(measured) < len(candidates) and len(measured) > 1:
+        del measured[max(measured)]
+    best = max(measured.values())
+    return min(size for size, rate in measured.items() if rate >= GOOD_ENOUGH * best)
+
+
+def probe_call_size(backbone: Backbone, image_size: int) -> int:
+    """Time calls of several sizes on the model's own device, for square images of `image_size` pixels."""
+    side = image_size // backbone.latent_scale
+    prompt = backbone.encode_text("a photo")
+
+    def rows_per_second(size: int) -> float | None:
+        latents = torch.zeros((size, backbone.latent_channels, side, side))
+        watch = torch.zeros((size, prompt.embedding.shape[0]))
+        watch[:, 1] = 1.0
+        try:
+            started = 0.0
+            for round_ in range(ROUNDS + 1):
+                if round_ == 1:
+                    started = time.perf_counter()
+                # The answer is brought to the CPU, as the engine does: that waits for the device.
+                backbone.denoise(latents, [500] * size, [prompt.embedding] * size, watch)[0].cpu()
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return None
+        return size * ROUNDS / (time.perf_counter() - started)
+
+    return best_call_size(rows_per_second)
