@@ -215,9 +215,9 @@ class _OnRay:
         recipe = self._recipe
         self._ours = connect()
         self.pool = pool = plan_pool(recipe.run, resources_of_cluster())
-        self.model, call_size = self._describe_model()
+        self.model, call_size = self._describe_model(before.call_size if before else None)
         self.settings = WorkerSettings(
-            call_size=before.call_size if before else call_size,
+            call_size=call_size,
             threads=before.threads if before else pool.threads,
             workers=pool.workers,
         )
@@ -226,13 +226,15 @@ class _OnRay:
         self._tally = ray.remote(num_cpus=0, scheduling_strategy=here)(Tally).remote(recipe.run)
         return pool.line()
 
-    def _describe_model(self) -> tuple[ModelRecord, int]:
+    def _describe_model(self, call_size: int | None) -> tuple[ModelRecord, int]:
         """What workers will load, from where they will load it."""
         if self._ours and not self.pool.gpus_per_worker:
-            return describe_model(self._recipe)  # the same machine: saves the start of a process
+            return describe_model(self._recipe, call_size)  # the same machine: saves the start of a process
         options = {"num_gpus": self.pool.gpus_per_worker, "num_cpus": self.pool.cpus_per_worker}
         try:
-            described: tuple[ModelRecord, int] = ray.get(ray.remote(**options)(describe_model).remote(self._recipe))
+            described: tuple[ModelRecord, int] = ray.get(
+                ray.remote(**options)(describe_model).remote(self._recipe, call_size)
+            )
         except ray.exceptions.RayError as error:
             raise _named(error) from error
         return described
@@ -311,13 +313,13 @@ def connect() -> bool:
     return True
 
 
-def describe_model(recipe: Recipe) -> tuple[ModelRecord, int]:
-    """Load a model to say what it is, and its call size."""
+def describe_model(recipe: Recipe, call_size: int | None) -> tuple[ModelRecord, int]:
+    """Load a model to say what it is, and its call size where no earlier run has decided that."""
     from pipeline.models.loading import load_backbone
     from pipeline.worker import call_size_for
 
     backbone = load_backbone(recipe.model)
-    return backbone.record, call_size_for(recipe, backbone)
+    return backbone.record, call_size or call_size_for(recipe, backbone)
 
 
 class EditWorker:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ class Transition(NamedTuple):
     data_pred: Tensor  # prediction of the clean latents, wanted by the next step of a multistep solver
 
 
+@runtime_checkable
 class Solver(Protocol):
     """N steps down a list of timesteps. Immutable; holds numbers only."""
 

@@ -97,12 +97,12 @@ class RunCounts:
 
     @classmethod
     def of(cls, run: RunFolder) -> RunCounts:
-        """Add the manifests up."""
+        """Of a run's folder."""
         summary = run.summary or {}
         return cls(
-            done=sum(one.counts.ok for one in run.manifests),
-            failed=sum(one.counts.failed for one in run.manifests),
-            images=sum(one.counts.images for one in run.manifests),
+            done=run.totals.done,
+            failed=run.totals.failed,
+            images=run.totals.images,
             images_per_second=summary.get("images_per_second"),
             complete=bool(summary.get("complete")),
         )
@@ -351,8 +351,8 @@ def facts(run: RunFolder) -> list[tuple[str, str]]:
         ("Recipe", str(run.record.get("recipe_hash", ""))),
         ("Rows of a UNet call", str(run.record.get("call_size", ""))),
         ("Versions", ", ".join(f"{name} {version}" for name, version in run.record.get("versions", {}).items())),
-        ("UNet rows", f"{sum(one.measured.unet_rows for one in run.manifests):,}"),
-        ("Output", size_text(sum(file.size for one in run.manifests for file in one.files))),
+        ("UNet rows", f"{run.totals.unet_rows:,}"),
+        ("Output", size_text(run.totals.output_bytes)),
     ]
     return [(label, value) for label, value in found if value]
 

@@ -12,7 +12,7 @@ import posixpath
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -53,6 +53,28 @@ class Result:
     image: bytes
 
 
+@dataclass(slots=True)
+class Totals:
+    """All committed units of a run, added up."""
+
+    done: int = 0
+    failed: int = 0
+    images: int = 0
+    unet_rows: int = 0
+    output_bytes: int = 0
+    files: dict[str, list[str]] = field(default_factory=dict)  # by folder, in the order of the units
+
+    def add(self, manifest: Manifest) -> None:
+        """Add a unit."""
+        self.done += manifest.counts.ok
+        self.failed += manifest.counts.failed
+        self.images += manifest.counts.images
+        self.unet_rows += manifest.measured.unet_rows
+        for file in manifest.files:
+            self.output_bytes += file.size
+            self.files.setdefault(file.path.partition("/")[0], []).append(file.path)
+
+
 class RunFolder:
     """A run's folder, opened for reading.
 
@@ -74,7 +96,9 @@ class RunFolder:
             )
         self.record = record
         self.summary = self._json("summary.json")
-        self.manifests: list[Manifest] = list(committed_units(self.sink))
+        self.totals = Totals()
+        for manifest in committed_units(self.sink):  # drawn once, none is kept: a long run has a million
+            self.totals.add(manifest)
 
     def _json(self, name: str) -> dict[str, Any] | None:
         data = get(self.fs, f"{self.root}/{name}")
@@ -87,7 +111,7 @@ class RunFolder:
 
     def files(self, folder: str) -> list[str]:
         """Committed files below `data` or `quarantine`, in the order of their units."""
-        return [file.path for one in self.manifests for file in one.files if file.path.startswith(f"{folder}/")]
+        return self.totals.files.get(folder, [])
 
     def figures(self, files: Sequence[str]) -> list[ResultRef]:
         """Every result of these data files, in their order, without pictures."""

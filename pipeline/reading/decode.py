@@ -96,19 +96,15 @@ def _open(data: bytes, max_pixels: int, what: str) -> tuple[Image.Image, int]:
         raise DecodeError(
             f"the {what} has {width} x {height} = {width * height} pixels, more than source.max_pixels ({max_pixels})"
         )
-    return _guard(what, lambda: _load(image, data, what))
+    return _guard(what, lambda: _load(image, what))
 
 
-def _load(image: Image.Image, data: bytes, what: str) -> tuple[Image.Image, int]:
+def _load(image: Image.Image, what: str) -> tuple[Image.Image, int]:
     # A camera's MPO carries previews and depth beside the picture; other pictures in one file are frames or pages, and
     # to edit the first alone would quietly do less than was asked.
     pictures = getattr(image, "n_frames", 1)
     if pictures > 1 and image.format != "MPO":
         raise DecodeError(f"the {what} is animated or has pages: {pictures} pictures in one {image.format}. Split it")
-    if image.format == "PNG":
-        # Decoding checks no checksum; this does, so that a flipped byte is not taken for a picture.
-        with Image.open(BytesIO(data), formats=("PNG",)) as checked:
-            checked.verify()
     image.load()
     try:
         orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))

@@ -80,6 +80,11 @@ def test_a_cut_end_keeps_the_whole_samples_before_and_names_the_byte(tar_bytes, 
     good, reported = outcome(rows_of(data[: at["0004.txt"]]))
     assert sorted(good) == ["0000", "0001", "0002", "0003"]
     assert {row.sample.key for row in reported} == {"0004", f"@{at['0004.txt']}"}
+    # Inside the sample's last member: nothing but the cut tells that it is not whole.
+    good, reported = outcome(rows_of(data[: at["0004.txt"] + 512 + 3]))
+    assert sorted(good) == ["0000", "0001", "0002", "0003"]
+    assert "cut inside member '0004.txt'" in reported[0].message
+    assert reported[0].sample.caption == ""
     # Between two samples.
     good, reported = outcome(rows_of(data[: at["0004.json"]]))
     assert sorted(good) == ["0000", "0001", "0002", "0003"]
@@ -120,8 +125,8 @@ def test_a_cut_gzip_stream_keeps_what_was_unpacked(tar_bytes, png):
 
 def test_a_name_is_not_trusted_where_its_long_form_was_damaged(tar_bytes, png):
     long = "/".join(["folder"] * 30)
-    members = [(f"{long}/{number}.png", png(number)) for number in range(4)]
-    for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+    for kind, label in ((tarfile.GNU_FORMAT, long), (tarfile.PAX_FORMAT, long), (tarfile.PAX_FORMAT, "ä")):
+        members = [(f"{label}/{number}.png", png(number)) for number in range(4)]
         data = tar_bytes(members, kind=kind)
         at = headers(data)[members[1][0]]
         good, reported = outcome(rows_of(with_bytes(data, at, b"\xff" * 100)))

@@ -151,6 +151,12 @@ def test_buckets_have_the_models_area_and_the_images_shape():
         assert abs(np.log((h / w) / (shape[0] / shape[1]))) < 0.05
 
 
+def test_an_image_that_is_a_bucket_already_is_not_scaled():
+    assert place((1152, 896), "bucket", size=1024, multiple=8).canvas == (1152, 896)
+    assert place((640, 1536), "bucket", size=1024, multiple=64).canvas == (640, 1536)
+    assert place((512, 512), "bucket", size=1024, multiple=8).canvas == (1024, 1024)
+
+
 def test_impossible_sizes_are_refused_with_the_way_out():
     with pytest.raises(PrepareError, match="multiple of 8"):
         place((10, 10), "pad", size=100, multiple=8)

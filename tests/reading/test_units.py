@@ -202,7 +202,7 @@ def breaking(monkeypatch, error, *, after, times):
 def test_a_stream_that_breaks_is_read_on_from_a_fresh_open_without_a_row_lost_or_doubled(folder, read_all, monkeypatch):
     one = source(folder / "a" / "0001.tar")
     whole = read_all(one, unit_size=2)
-    for after in (0, 3000, 9000):
+    for after in (0, 3000, 12_000, 18_000):  # before the first unit is whole, and after
         with monkeypatch.context() as patch:
             left = breaking(patch, OSError(5, "broken pipe"), after=after, times=4)
             assert read_all(one, unit_size=2) == whole

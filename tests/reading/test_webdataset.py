@@ -70,7 +70,7 @@ def test_our_own_output_can_be_read_again(read_tar, tar_bytes, png):
     names = ["a.edited.png", "a.input.png", "a.mask.0.png", "a.mask.png"]
     (row,) = read_tar(tar_bytes([(name, png(at)) for at, name in enumerate(names)]))
     assert (row.image_name, row.image, row.mask) == ("input.png", png(1), png(3))
-    (row,) = read_tar(tar_bytes([("a.edited.png", png(0))]))
+    (row,) = read_tar(tar_bytes([("a.edited.png", png(0)), ("a.mask.0.png", png(1)), ("a.mask.1.png", png(2))]))
     assert row.image_name == "edited.png"
 
 

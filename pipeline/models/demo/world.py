@@ -110,7 +110,7 @@ def draw(scene: Scene, size: int = 128) -> UInt8[np.ndarray, "size size 3"]:
     pen = ImageDraw.Draw(canvas)
     for patch in patches(scene):
         pen.polygon([(x * canvas.width, y * canvas.width) for x, y in patch.outline], fill=patch.color)
-    return np.asarray(canvas.reduce(SUPERSAMPLING))
+    return np.array(canvas.reduce(SUPERSAMPLING))
 
 
 def region(scene: Scene, attribute: Attribute, size: int = 128) -> Bool[np.ndarray, "size size"]:
