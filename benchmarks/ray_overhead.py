@@ -113,6 +113,8 @@ def measure(images: int = IMAGES) -> dict[str, float]:
             "loop_seconds_per_image": round(loop_pace, 3),
             "ray_seconds_per_image": round(ray_pace, 3),
             "ratio": round(ray_pace / loop_pace, 3),
+            # Against calls that are all full and a data plane that costs nothing: what is lost in all.
+            "ratio_to_model_alone": round(ray_pace / SECONDS_PER_IMAGE, 3),
             "ray_start_seconds": round(whole - images * ray_pace, 1),
         }
 

@@ -15,12 +15,11 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
-import torch
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasink, Datasource
 from ray.data.datasource import ReadTask as RayReadTask
@@ -28,6 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.blocks import pack_finished, pack_input, unpack_finished, unpack_input
 from pipeline.errors import ClusterError, RunAborted, ShardeditError, SinkError
+from pipeline.local import Here, Place
 from pipeline.models.backbone import ModelRecord
 from pipeline.pool import IO_CPUS, Resources, WorkerSettings, plan_pool
 from pipeline.progress import Display, Seen, Tally, Watch
@@ -40,10 +40,8 @@ from pipeline.writing.commit import Committed, commit, committed_units
 from pipeline.writing.run_record import RunRecord, check_same_run, run_record, versions_that_differ, write_run_record
 from pipeline.writing.summary import Summary, summarise, write_summary
 
-if TYPE_CHECKING:
-    # Read and write tasks import this module and need neither model nor engine: those are imported where they are used,
-    # which halves the start of a process.
-    from pipeline.worker import Worker
+# Read and write tasks import this module and need neither model nor engine: those are imported in the functions that
+# use them, which halves the start of a process.
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +68,7 @@ def run(recipe: Recipe, *, progress: Display = "auto") -> Summary:
     todo = find_todo(recipe)
     if not todo.tasks:
         return _summary(recipe, todo, Seen())
-    place: _Place = _Here(recipe) if recipe.run.engine == "local" else _OnRay(recipe)
+    place: Place = Here(recipe) if recipe.run.engine == "local" else _OnRay(recipe)
     try:
         _say(place.open(todo.before), progress)
         _record(recipe, todo, place)
@@ -100,7 +98,7 @@ def _say(text: str, progress: Display) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _record(recipe: Recipe, todo: Todo, place: _Place) -> None:
+def _record(recipe: Recipe, todo: Todo, place: Place) -> None:
     """Write run.json, or see that this is the run which it describes."""
     settings = place.settings
     record = run_record(recipe, todo.shards, place.model, settings.call_size, settings.threads)
@@ -119,71 +117,6 @@ def _summary(recipe: Recipe, todo: Todo, seen: Seen) -> Summary:
     write_summary(summary, recipe.sink)
     write_report(recipe.sink)
     return summary
-
-
-class _Place(Protocol):
-    """Where units are edited."""
-
-    model: ModelRecord
-    settings: WorkerSettings
-
-    def open(self, before: RunRecord | None) -> str:
-        """Get ready; fixes `model` and `settings`. Returns a line for the user, or ""."""
-
-    def edit(self, todo: Todo) -> None:
-        """Edit and commit every unit of the plan."""
-
-    def seen(self) -> Seen:
-        """What has been committed so far."""
-
-    def close(self) -> None:
-        """Let go of everything."""
-
-
-class _Here:
-    """One process, one unit after the other."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
-        self._tally = Tally(recipe.run)
-        self._worker: Worker | None = None
-
-    def open(self, before: RunRecord | None) -> str:
-        from pipeline.models.loading import load_backbone
-        from pipeline.worker import Worker, call_size_for
-
-        recipe = self._recipe
-        pool = plan_pool(recipe.run.model_copy(update={"workers": 1}), resources_here())
-        threads = before.threads if before else pool.threads
-        backbone = load_backbone(recipe.model, device=None if pool.gpus_per_worker else "cpu")
-        self.model = backbone.record
-        self.settings = WorkerSettings(
-            call_size=before.call_size if before else call_size_for(recipe, backbone), threads=threads, workers=1
-        )
-        self._worker = Worker(recipe, self.settings, backbone)
-        return pool.line()
-
-    def edit(self, todo: Todo) -> None:
-        assert self._worker is not None, "open() comes first"
-        source, size = self._recipe.source, self._recipe.run.unit_size
-        for task in todo.tasks:
-            for unit_input in read_units(task, source, size, todo.committed.has):
-                manifest = commit(self._worker.finish(unit_input), self._recipe.sink)
-                if verdict := self._tally.add(manifest):
-                    raise RunAborted(verdict)
-
-    def seen(self) -> Seen:
-        return self._tally.seen()
-
-    def close(self) -> None:
-        if self._worker is not None:
-            self._worker.close()
-
-
-def resources_here() -> Resources:
-    """Of this process, without Ray."""
-    cores, gpus = float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
-    return Resources(cpus=cores, gpus=gpus, max_gpus=gpus, node_cpus=cores, node_gpus=gpus)
 
 
 def resources_of_cluster() -> Resources:
@@ -236,7 +169,7 @@ class _OnRay:
                 ray.remote(**options)(describe_model).remote(self._recipe, call_size)
             )
         except ray.exceptions.RayError as error:
-            raise _named(error) from error
+            raise named(error) from error
         return described
 
     def edit(self, todo: Todo) -> None:
@@ -273,7 +206,7 @@ class _OnRay:
             except Exception as error:
                 if verdict := self.seen().verdict:
                     raise RunAborted(verdict) from error
-                raise _named(error) from error
+                raise named(error) from error
 
     def seen(self) -> Seen:
         if self._tally is not None and ray.is_initialized():
@@ -300,6 +233,8 @@ def connect() -> bool:
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # "Token authentication is enabled", on every start: news to operators of a cluster, not to users of a private one.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     try:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(logging_level=logging.WARNING)
@@ -420,19 +355,18 @@ def _data_context() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _named(error: BaseException) -> ShardeditError:
-    """The error of ours that Ray wrapped, or a short one of the cluster."""
+def named(error: BaseException) -> ShardeditError:
+    """The error of ours that Ray wrapped in its own, or a short one of the cluster."""
     at: BaseException | None = error
     while at is not None:
-        for candidate in (getattr(at, "cause", None), at):
-            if isinstance(candidate, ShardeditError):
-                kind = next(cls for cls in type(candidate).__mro__ if cls.__module__ == ShardeditError.__module__)
-                return kind(str(getattr(candidate, "cause", candidate)))
+        cause = getattr(at, "cause", at)  # a RayTaskError poses as its cause, and carries it
+        if isinstance(cause, ShardeditError):
+            return cause
         at = at.__cause__
-    last = (str(error).strip().splitlines() or [""])[-1]
+    last = (str(error).strip().splitlines() or [""])[-1][:300]
+    node = ray._private.worker.global_worker.node
+    logs = f" Ray's logs: {node.get_session_dir_path()}/logs" if node is not None else ""
     return ClusterError(
         f"the job failed on Ray ({type(error).__name__}: {last}). What is committed stays: the same command goes on "
-        f"from there. Ray's logs: {ray._private.worker.global_worker.node.get_session_dir_path()}/logs"
-        if ray.is_initialized() and ray._private.worker.global_worker.node
-        else f"the job failed on Ray ({type(error).__name__}: {last}). What is committed stays"
+        f"from there.{logs}"
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from ray.exceptions import RayTaskError
 
 from pipeline import cluster
 from pipeline.errors import ClusterError, RunAborted, SinkError, SourceError
@@ -91,13 +92,13 @@ def test_a_run_that_is_killed_three_times_ends_with_the_bytes_of_an_undisturbed_
 
 SLOW_DRIVER = textwrap.dedent("""
     import sys, time
-    from pipeline import cluster
+    from pipeline import cluster, local
     from pipeline.recipe import load_recipe
-    commit = cluster.commit
+    commit = local.commit
     def slow(*args):
         time.sleep(0.15)  # so that a kill between two commits is likely
         return commit(*args)
-    cluster.commit = slow
+    local.commit = slow
     cluster.run(load_recipe(sys.argv[1]), progress="off")
 """)
 
@@ -264,3 +265,15 @@ def test_threads_share_the_cores_unless_the_user_says_otherwise(monkeypatch: pyt
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert cpu_threads(1, 8) == 3
     assert Counter(cpu_threads(workers, 8) for workers in (1, 2)) == {3: 2}
+
+
+def test_an_error_of_ours_comes_out_of_rays_wrapping_and_others_become_short() -> None:
+    wrapped = RayTaskError("write", "a long traceback", SinkError("no space")).as_instanceof_cause()
+    outer = RuntimeError("hundreds of lines")
+    outer.__cause__ = wrapped
+    for error in (wrapped, outer):
+        assert (type(cluster.named(error)), str(cluster.named(error))) == (SinkError, "no space")
+    other = cluster.named(RuntimeError("first\n" + "x" * 5000))
+    assert type(other) is ClusterError
+    assert len(str(other)) < 600
+    assert "the same command goes on" in str(other)

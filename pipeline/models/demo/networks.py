@@ -146,6 +146,13 @@ def save_pipeline(
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
+    # transformers 5 reads tokenizer.json; version 4's CLIPTokenizer reads these two.
+    byte_pairs = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merges = "\n".join(" ".join(pair) for pair in byte_pairs["merges"])
+    (folder / "tokenizer" / "vocab.json").write_text(
+        json.dumps(byte_pairs["vocab"], ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    (folder / "tokenizer" / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
     # transformers would load the text encoder in the precision it finds here, beside a UNet in float32.
     config_file = folder / "text_encoder" / "config.json"
     config = json.loads(config_file.read_text())

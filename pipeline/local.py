@@ -1,0 +1,90 @@
+"""Where units are edited: what a place offers, and the plain one, a loop in this process."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from pipeline.errors import RunAborted
+from pipeline.models.backbone import ModelRecord
+from pipeline.pool import Resources, WorkerSettings, plan_pool
+from pipeline.progress import Seen, Tally
+from pipeline.reading.units import read_units
+from pipeline.recipe import Recipe
+from pipeline.todo import Todo
+from pipeline.writing.commit import commit
+from pipeline.writing.run_record import RunRecord
+
+if TYPE_CHECKING:
+    from pipeline.worker import Worker  # the model's libraries are imported by whoever loads one: see cluster.py
+
+
+class Place(Protocol):
+    """Where units are edited."""
+
+    model: ModelRecord
+    settings: WorkerSettings
+
+    def open(self, before: RunRecord | None) -> str:
+        """Get ready; fixes `model` and `settings`. Returns a line for the user, or ""."""
+
+    def edit(self, todo: Todo) -> None:
+        """Edit and commit every unit of the plan."""
+
+    def seen(self) -> Seen:
+        """What has been committed so far."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+class Here:
+    """One process, one unit after the other."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._tally = Tally(recipe.run)
+        self._worker: Worker | None = None
+
+    def open(self, before: RunRecord | None) -> str:
+        """See `Place`."""
+        from pipeline.models.loading import load_backbone
+        from pipeline.worker import Worker, call_size_for
+
+        recipe = self._recipe
+        pool = plan_pool(recipe.run.model_copy(update={"workers": 1}), resources_here())
+        threads = before.threads if before else pool.threads
+        backbone = load_backbone(recipe.model, device=None if pool.gpus_per_worker else "cpu")
+        self.model = backbone.record
+        self.settings = WorkerSettings(
+            call_size=before.call_size if before else call_size_for(recipe, backbone), threads=threads, workers=1
+        )
+        self._worker = Worker(recipe, self.settings, backbone)
+        return pool.line()
+
+    def edit(self, todo: Todo) -> None:
+        """See `Place`."""
+        assert self._worker is not None, "open() comes first"
+        source, size = self._recipe.source, self._recipe.run.unit_size
+        for task in todo.tasks:
+            for unit_input in read_units(task, source, size, todo.committed.has):
+                manifest = commit(self._worker.finish(unit_input), self._recipe.sink)
+                if verdict := self._tally.add(manifest):
+                    raise RunAborted(verdict)
+
+    def seen(self) -> Seen:
+        """See `Place`."""
+        return self._tally.seen()
+
+    def close(self) -> None:
+        """See `Place`."""
+        if self._worker is not None:
+            self._worker.close()
+
+
+def resources_here() -> Resources:
+    """Of this process, without Ray."""
+    cores, gpus = float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
+    return Resources(cpus=cores, gpus=gpus, max_gpus=gpus, node_cpus=cores, node_gpus=gpus)
