@@ -21,7 +21,7 @@ from PIL import Image
 
 from pipeline.engine.engine import Engine
 from pipeline.errors import RecipeError, RowError
-from pipeline.flow import edit_row
+from pipeline.flow import edit_row, restored
 from pipeline.models.backbone import Backbone
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import Recipe, recipe_from
@@ -154,12 +154,12 @@ class Editor:
             image=data,
             mask=None if mask is None else _encoded(mask),
         )
-        outcomes = self.engine.run_one(edit_row(sample, recipe, self.backbone))
+        results = self.engine.run_one(edit_row(sample, recipe, self.backbone))
         order = {edit: place for place, edit in enumerate(recipe.edits)}
-        for outcome in outcomes:
-            if isinstance(outcome, Rejected):
-                raise _error_of(outcome)
-        return [Result.of(outcome) for outcome in sorted(outcomes, key=lambda outcome: order[outcome.edit])]
+        for result in results:
+            if isinstance(result, Rejected):
+                raise _error_of(result)
+        return [Result.of(restored(result)) for result in sorted(results, key=lambda result: order[result.edit])]
 
 
 def _recipe(settings: Mapping[str, Any]) -> Recipe:

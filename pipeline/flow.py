@@ -29,6 +29,7 @@ from pipeline.models.backbone import Backbone
 from pipeline.reading.prepare import prepare, requests_of, restore, restore_mask
 from pipeline.recipe import Method, Recipe
 from pipeline.records import (
+    Decoded,
     Edited,
     EditedLatents,
     Outcome,
@@ -40,8 +41,8 @@ from pipeline.records import (
 )
 
 
-def edit_rows(rows: Iterable[Sample | Unreadable], recipe: Recipe, engine: Engine) -> Iterator[Outcome]:
-    """Edit the rows of a unit: every (image, edit, method) asked for comes back once, as `Edited` or `Rejected`.
+def edit_rows(rows: Iterable[Sample | Unreadable], recipe: Recipe, engine: Engine) -> Iterator[Decoded | Rejected]:
+    """Edit the rows of a unit: every (image, edit, method) asked for comes back once, as `Decoded` or `Rejected`.
 
     Outcomes come in whatever order they finish. Several units may run on one engine, from several threads.
     """
@@ -51,7 +52,7 @@ def edit_rows(rows: Iterable[Sample | Unreadable], recipe: Recipe, engine: Engin
         yield from finished.value
 
 
-def edit_row(row: Sample | Unreadable, recipe: Recipe, backbone: Backbone) -> Steps[list[Outcome]]:
+def edit_row(row: Sample | Unreadable, recipe: Recipe, backbone: Backbone) -> Steps[list[Decoded | Rejected]]:
     """All edits of one row by all methods of the recipe."""
     if isinstance(row, Unreadable):
         return [
@@ -84,11 +85,11 @@ def asked_without(recipe: Recipe) -> list[tuple[str, str]]:
 
 def edit_prepared(
     prepared: Prepared, methods: dict[str, Method], run_seed: int, backbone: Backbone
-) -> Steps[list[Outcome]]:
+) -> Steps[list[Decoded | Rejected]]:
     """Invert once per distinct inversion, then edit under every request by every method, side by side."""
     sample = prepared.sample
     groups: dict[tuple[Inversion, str], list[tuple[str, str]]] = {}
-    outcomes: list[Outcome] = []
+    outcomes: list[Decoded | Rejected] = []
     for edit, request in prepared.requests.items():
         for name, method in methods.items():
             try:
@@ -130,7 +131,7 @@ def _invert_and_edit(
     methods: dict[str, Method],
     seed: int,
     round_trip: np.ndarray,
-) -> Steps[list[Outcome]]:
+) -> Steps[list[Decoded | Rejected]]:
     """One trajectory, and every edit that reads it."""
     sample = prepared.sample
     try:
@@ -161,29 +162,53 @@ def _edit(
     seed: int,
     mask: Tensor | None,
     round_trip: np.ndarray,
-) -> Steps[Edited]:
-    """One edit, back at the original's size."""
-    request = prepared.requests[edit]
-    edited: EditedLatents = yield from method.editing.edit(trajectory, request, mask)
+) -> Steps[Decoded]:
+    """One edit, at model size."""
+    edited: EditedLatents = yield from method.editing.edit(trajectory, prepared.requests[edit], mask)
     if not bool(torch.isfinite(edited.latents).all()):
         raise EditError("the edit gave values that are not finite. Try lower guidance scales or model.dtype float32")
     pixels = yield DecodeLatents(edited.latents)
-    masks = tuple(restore_mask(at_image_size(m, pixels), prepared.placement) for m in edited.masks)
-    union = restore_mask(at_image_size(edited.mask, pixels), prepared.placement)
-    image = restore(pixels, prepared.placement, prepared.original)
-    return Edited(
-        sample=prepared.sample,
+    return Decoded(
+        prepared=prepared,
         edit=edit,
         method=name,
-        request=request,
+        pixels=pixels,
+        round_trip=round_trip,
+        masks=tuple(at_image_size(one, pixels) for one in edited.masks),
+        seed=seed,
+    )
+
+
+def outcome_of(result: Decoded | Rejected) -> Outcome:
+    """The end of a result's way: restored, or rejected in stage "encode" where that fails."""
+    if isinstance(result, Rejected):
+        return result
+    try:
+        return restored(result)
+    except Exception as error:
+        return rejected(result.prepared.sample, result.edit, result.method, "encode", error)
+
+
+def restored(decoded: Decoded) -> Edited:
+    """A result back at its original's size, with its figures. Needs no model: run it beside the engine, not in it."""
+    prepared, placement = decoded.prepared, decoded.prepared.placement
+    masks = tuple(restore_mask(mask, placement) for mask in decoded.masks)
+    nowhere = np.zeros(prepared.original.shape[:2], dtype=bool)
+    union = np.logical_or.reduce((nowhere, *masks))
+    image = restore(decoded.pixels, placement, prepared.original)
+    return Edited(
+        sample=prepared.sample,
+        edit=decoded.edit,
+        method=decoded.method,
+        request=prepared.requests[decoded.edit],
         image=image,
         original=prepared.original,
         masks=masks,
         mask=union,
-        seed=seed,
+        seed=decoded.seed,
         figures=figures(
             original=prepared.original,
-            round_trip=restore(round_trip, prepared.placement, prepared.original),
+            round_trip=restore(decoded.round_trip, placement, prepared.original),
             edited=image,
             mask=union,
         ),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.engine import Engine
-from pipeline.flow import edit_row
+from pipeline.flow import edit_row, outcome_of
 from pipeline.models.backbone import Backbone
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import Recipe
@@ -85,7 +85,7 @@ def _edit(samples: Sequence[Sample], recipe: Recipe, engine: Engine) -> list[Out
     for finished in engine.run(edit_row(sample, recipe, engine.backbone) for sample in samples):
         if finished.error is not None:
             raise finished.error
-        outcomes += finished.value
+        outcomes += [outcome_of(result) for result in finished.value]
     return outcomes
 
 

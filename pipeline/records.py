@@ -1,4 +1,4 @@
-"""What travels, in the order of a row's way: Sample > Prepared > Trajectory > EditedLatents > Edited | Rejected.
+"""What travels: Sample > Prepared > Trajectory > EditedLatents > Decoded > Edited, or Rejected on the way.
 
 Each record lists exactly what is known by then; none is ever half filled.
 """
@@ -176,6 +176,19 @@ class EditedLatents:
     def mask(self) -> Tensor:
         """Union of the concepts' masks, (h, w) bool; all false without concepts."""
         return self.masks.any(dim=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    """One result as it leaves the engine, at model size: what is left to do needs no model, and no waiting GPU."""
+
+    prepared: Prepared
+    edit: str
+    method: str
+    pixels: np.ndarray  # (h, w, 3) uint8, edited
+    round_trip: np.ndarray  # (h, w, 3) uint8, the input through the autoencoder and back
+    masks: tuple[np.ndarray, ...]  # (h, w) bool, one per concept
+    seed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,18 +14,18 @@ import torch
 
 from pipeline.engine.engine import Engine
 from pipeline.engine.sizing import probe_call_size
-from pipeline.flow import edit_rows
+from pipeline.flow import edit_rows, outcome_of
 from pipeline.models.backbone import Backbone, ModelRecord
 from pipeline.models.loading import load_backbone
 from pipeline.pool import WorkerSettings
 from pipeline.recipe import Recipe
-from pipeline.records import Outcome, Rejected, UnitInput
+from pipeline.records import Decoded, Rejected, UnitInput
 from pipeline.writing.commit import FinishedUnit
 from pipeline.writing.finish import finish_unit
 from pipeline.writing.manifest import Measured
 from pipeline.writing.rows import Row, encode_outcome
 
-ENCODERS = 2  # threads that write PNGs while the model works
+ENCODERS = 2  # threads that restore, compare and write images while the model works
 CPU_CALL_SIZE = 16
 
 
@@ -82,15 +82,15 @@ class Worker:
     def _edit_and_encode(self, unit_input: UnitInput) -> list[Row | Rejected]:
         encoded: list[Row | Rejected] = []
         pending: deque[Future[Row | Rejected]] = deque()
-        for outcome in edit_rows(unit_input.rows, self.recipe, self.engine):
-            pending.append(self._encoders.submit(self._encode, outcome))
+        for result in edit_rows(unit_input.rows, self.recipe, self.engine):
+            pending.append(self._encoders.submit(self._encode, result))
             # A result waits as pixels until it is encoded: only so many may.
             if len(pending) > 2 * ENCODERS:
                 encoded.append(pending.popleft().result())
         return encoded + [future.result() for future in pending]
 
-    def _encode(self, outcome: Outcome) -> Row | Rejected:
-        return encode_outcome(outcome, self.recipe, self.model, self.engine.call_size)
+    def _encode(self, result: Decoded | Rejected) -> Row | Rejected:
+        return encode_outcome(outcome_of(result), self.recipe, self.model, self.engine.call_size)
 
     def close(self) -> None:
         """Let the encoder threads go."""

@@ -84,7 +84,8 @@ def _start(root: Path, port: int, key: str, secret: str) -> subprocess.Popen[byt
     # the user's own rclone may leak in.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RCLONE_")}
     environment["RCLONE_AUTH_KEY"] = f'"{key},{secret}"'
-    options = ["--addr", f"127.0.0.1:{port}", "--config", os.devnull, "--dir-cache-time", "0s"]
+    # At "0s" rclone spins once a few folders exist, and a put takes seconds.
+    options = ["--addr", f"127.0.0.1:{port}", "--config", os.devnull, "--dir-cache-time", "100ms"]
     return subprocess.Popen(
         [binary, "serve", "s3", *options, str(root)],
         env=environment,

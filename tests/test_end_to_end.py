@@ -1,4 +1,4 @@
-"""The whole way on real inputs: photographs through S3, mixed sizes and modes, per-row edits, one inversion for many."""
+"""The whole way on real inputs: photographs through S3, mixed sizes and modes, per-row edits, shared inversions."""
 
 from __future__ import annotations
 
@@ -158,7 +158,9 @@ def test_several_methods_and_edits_give_a_row_each_from_one_inversion(mixed: Pat
     )
     run(recipe, progress="off")
     rows = [row for row in results(mixed / "out") if row["key"] == "0"]
-    assert {(row["edit"], row["method"]) for row in rows} == {(e, m) for e in ("hat", "dog") for m in ("ledits", "guided")}
+    assert {(row["edit"], row["method"]) for row in rows} == {
+        (e, m) for e in ("hat", "dog") for m in ("ledits", "guided")
+    }
     assert len({row["seed"] for row in rows}) == 1
     manifests = [json.loads(path.read_text()) for path in (mixed / "out").glob("_units/*/*.json")]
     # Rows 5 and 6 bring two and one edits for ledits_pp alone: cfg refuses them for want of a target_prompt.

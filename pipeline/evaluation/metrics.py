@@ -12,9 +12,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, UInt8
-from torchmetrics.functional.image import peak_signal_noise_ratio
 
 MAX_PSNR = 100.0
 WINDOW = 11  # pixels; with SIGMA the window of Wang et al. 2004
@@ -62,13 +60,14 @@ def figures(
 
 
 def psnr(one: UInt8[np.ndarray, "*shape"], other: UInt8[np.ndarray, "*shape"]) -> float | None:
-    """Peak signal-to-noise ratio in dB, at most `MAX_PSNR`; None for no pixels."""
+    """Peak signal-to-noise ratio in dB, at most `MAX_PSNR`; None for no pixels.
+
+    One line of numpy instead of torchmetrics, whose import costs every worker several seconds; a test compares them.
+    """
     if one.size == 0:
         return None
-    value = peak_signal_noise_ratio(
-        torch.from_numpy(other.astype(np.float32)), torch.from_numpy(one.astype(np.float32)), data_range=255.0
-    )
-    return min(float(value), MAX_PSNR)
+    mean_square = float(np.square(one.astype(np.float32) - other).mean(dtype=np.float64))
+    return MAX_PSNR if mean_square == 0 else min(10.0 * math.log10(255.0**2 / mean_square), MAX_PSNR)
 
 
 def mean_change(one: UInt8[np.ndarray, "n 3"], other: UInt8[np.ndarray, "n 3"]) -> float | None:

@@ -22,7 +22,7 @@ from torch.nn.functional import max_pool2d
 from pipeline.editor import Editor
 from pipeline.engine.calls import DecodeLatents, EncodeImage, Steps
 from pipeline.evaluation.metrics import psnr
-from pipeline.flow import edit_row
+from pipeline.flow import edit_row, outcome_of
 from pipeline.models.demo.networks import IMAGE_SIZE, LATENT_SIZE, load_pipeline
 from pipeline.models.demo.oracle import read
 from pipeline.models.demo.world import Attribute, Scene, changed_region, complete_caption, draw, edited
@@ -186,7 +186,7 @@ def run_edits(
     for finished in editor.engine.run(edit_row(sample, recipe, editor.backbone) for sample in samples):
         if finished.error is not None:
             raise finished.error
-        (outcome,) = finished.value
+        outcome = outcome_of(*finished.value)
         if not isinstance(outcome, Edited):
             raise RuntimeError(f"scene {finished.index} could not be edited: {outcome.message}")
         outcomes[finished.index] = outcome
