@@ -13,7 +13,9 @@ The functions here are generators over one image. The engine runs those of many 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -40,20 +42,52 @@ from pipeline.records import (
     Unreadable,
 )
 
+PREPARED_AHEAD = 4  # images decoded before the engine asks for them
+
 
 def edit_rows(rows: Iterable[Sample | Unreadable], recipe: Recipe, engine: Engine) -> Iterator[Decoded | Rejected]:
     """Edit the rows of a unit: every (image, edit, method) asked for comes back once, as `Decoded` or `Rejected`.
 
     Outcomes come in whatever order they finish. Several units may run on one engine, from several threads.
     """
-    for finished in engine.run(edit_row(row, recipe, engine.backbone) for row in rows):
-        if finished.error is not None:  # a fault of ours, not of a row: `edit_row` turns those into outcomes
-            raise finished.error
-        yield from finished.value
+    with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:
+        ready = _ahead(rows, lambda row: prepare_row(row, recipe, engine.backbone), pool)
+        for finished in engine.run(_edit_ready(one, recipe, engine.backbone) for one in ready):
+            if finished.error is not None:  # a fault of ours, not of a row: those become outcomes
+                raise finished.error
+            yield from finished.value
+
+
+def _ahead(
+    rows: Iterable[Sample | Unreadable],
+    prepare_one: Callable[[Sample | Unreadable], Prepared | list[Decoded | Rejected]],
+    pool: ThreadPoolExecutor,
+) -> Iterator[Prepared | list[Decoded | Rejected]]:
+    """Rows made ready in their order, a few before they are wanted, so that no GPU waits for a decoder."""
+    pending: deque[Future[Prepared | list[Decoded | Rejected]]] = deque()
+    for row in rows:
+        pending.append(pool.submit(prepare_one, row))
+        if len(pending) > PREPARED_AHEAD:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def edit_row(row: Sample | Unreadable, recipe: Recipe, backbone: Backbone) -> Steps[list[Decoded | Rejected]]:
     """All edits of one row by all methods of the recipe."""
+    return (yield from _edit_ready(prepare_row(row, recipe, backbone), recipe, backbone))
+
+
+def _edit_ready(
+    ready: Prepared | list[Decoded | Rejected], recipe: Recipe, backbone: Backbone
+) -> Steps[list[Decoded | Rejected]]:
+    if not isinstance(ready, Prepared):
+        return ready
+    return (yield from edit_prepared(ready, recipe.all_methods, recipe.run.seed, backbone))
+
+
+def prepare_row(row: Sample | Unreadable, recipe: Recipe, backbone: Backbone) -> Prepared | list[Decoded | Rejected]:
+    """Decode and check one row; or everything that was asked of it, rejected."""
     if isinstance(row, Unreadable):
         return [
             Rejected(
@@ -70,12 +104,10 @@ def edit_row(row: Sample | Unreadable, recipe: Recipe, backbone: Backbone) -> St
         requests = requests_of(row, recipe)
     except Exception as error:
         return [rejected(row, edit, method, "prepare", error) for edit, method in asked_without(recipe)]
-    asked = [(edit, method) for edit in requests for method in recipe.all_methods]
     try:
-        prepared = prepare(row, recipe, size=recipe.model.size or backbone.image_size, multiple=backbone.multiple)
+        return prepare(row, recipe, size=recipe.model.size or backbone.image_size, multiple=backbone.multiple)
     except Exception as error:
-        return [rejected(row, edit, method, "decode", error) for edit, method in asked]
-    return (yield from edit_prepared(prepared, recipe.all_methods, recipe.run.seed, backbone))
+        return [rejected(row, edit, method, "decode", error) for edit in requests for method in recipe.all_methods]
 
 
 def asked_without(recipe: Recipe) -> list[tuple[str, str]]:

@@ -170,11 +170,11 @@ def test_s3_in_and_out_two_workers_and_the_death_of_one_change_no_byte_and_show_
     two_cpus: Path, source: Path, notes: Path, s3_server: Any
 ) -> None:
     for shard in source.iterdir():
-        (s3_server.bucket("faces") / shard.name).write_bytes(shard.read_bytes())
-    out = s3_server.bucket("edited") / "run"
+        (s3_server.bucket("ray-in") / shard.name).write_bytes(shard.read_bytes())
+    out = s3_server.bucket("ray-out") / "run"
 
     def recipe(folder: str, **run: Any) -> Recipe:
-        data = recipe_data("s3://faces", f"s3://edited/{folder}", **run)
+        data = recipe_data("s3://ray-in", f"s3://ray-out/{folder}", **run)
         data["source"]["storage_options"] = data["sink"]["storage_options"] = s3_server.storage_options
         return recipe_from(data)
 
