@@ -109,22 +109,18 @@ def edit_with_engine(engine: Engine, inputs: list[Prepared], recipe: Recipe) -> 
             raise finished.error
 
 
-def in_turns(first: Callable[[], None], second: Callable[[], None], rounds: int) -> tuple[float, float, float]:
-    """Median seconds of each, and the median of their ratios round by round; one unmeasured round first."""
-    first()
-    second()
+def in_turns(first: Callable[[int], None], second: Callable[[int], None], images: int, rounds: int) -> list[float]:
+    """Median seconds of each, and the median of their ratios round by round; one unmeasured image each first."""
+    first(1)
+    second(1)
     times = []
     for _ in range(rounds):
         started = time.perf_counter()
-        first()
+        first(images)
         middle = time.perf_counter()
-        second()
+        second(images)
         times.append((middle - started, time.perf_counter() - middle))
-    return (
-        statistics.median(a for a, _ in times),
-        statistics.median(b for _, b in times),
-        statistics.median(a / b for a, b in times),
-    )
+    return [statistics.median(column) for column in zip(*((a, b, a / b) for a, b in times), strict=True)]
 
 
 def photographs(count: int, size: int) -> list[Image.Image]:
@@ -189,8 +185,9 @@ def compare(name: str, *, wide: bool, images: int, steps: int, edits: list[list[
     inputs = prepared(pictures, recipe, size)
     engine = Engine(backbone, call_size=16)
     slow, fast, ratio = in_turns(
-        lambda: edit_with_diffusers(pipe, pictures, steps, edits),
-        lambda: edit_with_engine(engine, inputs, recipe),
+        lambda count: edit_with_diffusers(pipe, pictures[:count], steps, edits),
+        lambda count: edit_with_engine(engine, inputs[:count], recipe),
+        images,
         rounds,
     )
     reference, lossless = rows(steps, edits)
@@ -217,14 +214,16 @@ def four_edits() -> list[list[dict[str, Any]]]:
     ]
 
 
-def measure(rounds: int = 3) -> list[dict[str, Any]]:
+def measure(rounds: int = 2) -> list[dict[str, Any]]:
     """The whole table."""
+    tiny = {"wide": False, "images": 4, "steps": 20, "rounds": rounds}
+    wide = {"wide": True, "images": 4, "steps": 10, "rounds": rounds}
     return [
-        compare("tiny, three concepts", wide=False, images=8, steps=20, edits=[CONCEPTS], rounds=rounds),
-        compare("tiny, warm-ups of a fifth", wide=False, images=8, steps=20, edits=[with_warmup(20)], rounds=rounds),
-        compare("tiny, four edits of each image", wide=False, images=4, steps=20, edits=four_edits(), rounds=rounds),
-        compare("wide, three concepts", wide=True, images=4, steps=10, edits=[CONCEPTS], rounds=rounds),
-        compare("wide, warm-ups of a fifth", wide=True, images=4, steps=10, edits=[with_warmup(10)], rounds=rounds),
+        compare("tiny, three concepts", edits=[CONCEPTS], **tiny),
+        compare("tiny, warm-ups of a fifth", edits=[with_warmup(20)], **tiny),
+        compare("tiny, four edits of each image", edits=four_edits(), **(tiny | {"images": 2})),
+        compare("wide, three concepts", edits=[CONCEPTS], **wide),
+        compare("wide, warm-ups of a fifth", edits=[with_warmup(10)], **wide),
     ]
 
 
