@@ -30,11 +30,16 @@ OVERVIEW_ENTRIES = 6
 SETTINGS: dict[str, Any] = {
     "source": {"shards": "demo-output/input/*.tar"},
     "edits": {
-        "sunglasses": {"concepts": [{"prompt": "sunglasses", "guidance_scale": 8.0, "threshold": 0.85}]},
-        "red_hat": {"concepts": [{"prompt": "a red hat", "guidance_scale": 8.0, "threshold": 0.75}]},
+        "sunglasses": {"concepts": [{"prompt": "sunglasses", "guidance_scale": 4.0, "threshold": 0.85}]},
+        "surprised": {
+            "concepts": [
+                {"prompt": "sunglasses", "guidance_scale": 4.0, "threshold": 0.85},
+                {"prompt": "an open mouth", "guidance_scale": 5.0, "threshold": 0.88},
+            ]
+        },
     },
     "model": {"name": "demo"},
-    "inversion": {"method": "ddpm", "num_steps": 20, "skip": 0.15},
+    "inversion": {"method": "ddpm", "num_steps": 20, "skip": 0.05},
     "editing": {"method": "ledits_pp"},
     "sink": {"folder": "demo-output"},
     "run": {"seed": 0, "unit_size": 6, "call_size": 16},
