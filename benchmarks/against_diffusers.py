@@ -32,6 +32,7 @@ from pipeline.models.stable_diffusion import StableDiffusion
 from pipeline.reading.prepare import prepare
 from pipeline.recipe import ModelConfig, Recipe, recipe_from
 from pipeline.records import Prepared, Sample
+from pipeline.worker import CPU_CALL_SIZE
 
 TINY_SD = Path(__file__).parents[1] / "tests" / "golden" / "tiny-sd"
 CONCEPTS = [
@@ -183,7 +184,7 @@ def compare(name: str, *, wide: bool, images: int, steps: int, edits: list[list[
     pictures = photographs(images, size)
     recipe = recipe_for(size, steps, edits)
     inputs = prepared(pictures, recipe, size)
-    engine = Engine(backbone, call_size=16)
+    engine = Engine(backbone, call_size=CPU_CALL_SIZE)
 
     def ours(count: int) -> None:
         engine.stats = EngineStats()  # of the last, measured round

@@ -42,7 +42,7 @@ SETTINGS: dict[str, Any] = {
     "inversion": {"method": "ddpm", "num_steps": 20, "skip": 0.05},
     "editing": {"method": "ledits_pp"},
     "sink": {"folder": "demo-output"},
-    "run": {"seed": 0, "unit_size": 6, "call_size": 16},
+    "run": {"seed": 0, "unit_size": 6, "call_size": 8},
 }
 
 

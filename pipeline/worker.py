@@ -26,7 +26,7 @@ from pipeline.writing.manifest import Measured
 from pipeline.writing.rows import Row, encode_outcome
 
 ENCODERS = 2  # threads that restore, compare and write images while the model works
-CPU_CALL_SIZE = 16
+CPU_CALL_SIZE = 8
 
 
 def call_size_for(recipe: Recipe, backbone: Backbone) -> int:
@@ -34,7 +34,7 @@ def call_size_for(recipe: Recipe, backbone: Backbone) -> int:
     if isinstance(recipe.run.call_size, int):
         return recipe.run.call_size
     if backbone.device.type != "cuda":
-        return CPU_CALL_SIZE  # larger calls gain nothing on a CPU, and a few rows less are wasted at the end
+        return CPU_CALL_SIZE  # larger calls leave its caches and gain nothing, and waste more rows at a run's end
     return probe_call_size(backbone, recipe.model.size or backbone.image_size)
 
 

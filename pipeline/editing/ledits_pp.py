@@ -21,7 +21,6 @@ from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps
 from pipeline.errors import PrepareError
 from pipeline.records import Concept, EditedLatents, EditRequest, StepRecord, Trajectory
 
-
 # A concept's region moves from step to step: early steps lay out an object, late ones work at its edges. Reported is
 # where it acted in this share of its steps. On drawn truth a quarter overlaps better than half for large objects, whose
 # inside only the early steps mark, and no worse for small ones.
