@@ -1,7 +1,7 @@
 """Peak memory of a worker for runs of 32, 256 and 2,048 images: bounded by images in flight, not by a run's length.
 
 Each run is a process of its own, in one piece: read, edit, encode, commit. The closed-form model stands in for a
-network, with noise images of 256 x 256 pixels, so that what is measured is what travels, not weights.
+network, with noise images of 128 x 128 pixels, so that what is measured is what travels, not weights.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def write_shards(folder: Path, count: int, per_shard: int = 256) -> None:
         with webdataset.TarWriter(str(folder / f"noise-{start:06d}.tar")) as tar:
             for number in range(start, min(start + per_shard, count)):
                 buffer = io.BytesIO()
-                Image.fromarray(generator.integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(buffer, "JPEG")
+                Image.fromarray(generator.integers(0, 256, (128, 128, 3), dtype=np.uint8)).save(buffer, "JPEG")
                 tar.write({"__key__": f"{number:06d}", "jpg": buffer.getvalue()})
 
 
@@ -48,7 +48,7 @@ def recipe(folder: Path) -> dict[str, Any]:
     return {
         "source": {"shards": str(folder / "in")},
         "edits": {"concepts": [{"prompt": "hat"}]},
-        "model": {"name": "analytic", "size": 256},
+        "model": {"name": "analytic", "size": 128},
         "inversion": {"method": "ddpm", "num_steps": 4},
         "sink": {"folder": str(folder / "out")},
         "run": {"engine": "local", "unit_size": 32},
