@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.engine.engine import Engine
-from pipeline.errors import RecipeError, RowError
+from pipeline.errors import RowError
 from pipeline.flow import edit_row, restored
 from pipeline.models.backbone import Backbone
 from pipeline.models.loading import load_backbone
@@ -184,7 +184,7 @@ def _encoded(image: AnyImage) -> bytes:
     return buffer.getvalue()
 
 
-def _error_of(outcome: Rejected) -> RowError | RecipeError:
+def _error_of(outcome: Rejected) -> RowError:
     """The exception that an outcome records, of its stage's class."""
     for cls in RowError.__subclasses__():
         if cls.stage == outcome.stage:

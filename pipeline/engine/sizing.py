@@ -36,7 +36,7 @@ def best_call_size(rows_per_second: Callable[[int], float | None], candidates: t
         measured[size] = rate
     if not measured:
         return candidates[0]
-    # Half of the memory stays for the autoencoder and for fragmentation: the largest that fits is not taken.
+    # The autoencoder and fragmentation need memory, too: of sizes that ran into the limit the largest is not taken.
     if len(measured) < len(candidates) and len(measured) > 1:
         del measured[max(measured)]
     best = max(measured.values())
