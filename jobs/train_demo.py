@@ -24,7 +24,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
@@ -38,6 +38,7 @@ from pipeline.models.demo.networks import (
     build_tokenizer,
     build_unet,
     build_vae,
+    load_pipeline,
     save_pipeline,
 )
 from pipeline.models.demo.score import measure, table
@@ -102,6 +103,10 @@ def main(
     preset: Annotated[str, typer.Option(help=f"One of: {', '.join(PRESETS)}.")] = "cpu",
     minutes: Annotated[float | None, typer.Option(min=0.1, help="Length. Default: the preset's.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoints in OUT.")] = False,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(help="A demo model: keep its encoder, train everything else on. Default: from nothing."),
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = os.cpu_count() or 1,
     scenes: Annotated[int, typer.Option(min=0, help="Scenes on which the model is scored at the end.")] = 64,
     seed: int = 0,
@@ -119,10 +124,14 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    vae = train_vae(plan, out / "vae.pt", device, seed)
+    start = None if start_from is None else load_pipeline(start_from)
+    if start is None:
+        vae = train_vae(plan, out / "vae.pt", device, seed)
+    else:
+        vae = start.vae.to(device).eval().requires_grad_(False)
     refine_decoder(plan, vae, out / "decoder.pt", device, seed)
     pool = draw_pool(plan, vae, out / "pool.pt", device, seed)
-    train_unet(plan, vae, pool, out, device, seed)
+    train_unet(plan, vae, pool, out, device, seed, start)
     if scenes:
         scores = measure(out / "weights", scenes)
         with (out / "weights" / "README.md").open("a") as card:
@@ -276,14 +285,21 @@ def attribute_coverage(scene: Scene) -> UInt8[Tensor, "attributes side side"]:
     return functional.avg_pool2d(regions.float() * 255, 4).round().to(torch.uint8)
 
 
-def train_unet(plan: Preset, vae: AutoencoderKL, pool: Pool, out: Path, device: torch.device, seed: int) -> None:
+def train_unet(
+    plan: Preset,
+    vae: AutoencoderKL,
+    pool: Pool,
+    out: Path,
+    device: torch.device,
+    seed: int,
+    start: StableDiffusionPipeline | None = None,
+) -> None:
     """Train UNet and text encoder together to predict the noise, with the aiming loss on the side."""
     tokenizer = build_tokenizer(VOCABULARY)
-    networks = torch.nn.ModuleDict(
-        {"unet": build_unet(plan.sizes), "text_encoder": build_text_encoder(plan.sizes, tokenizer)}
-    ).to(device)
-    unet, text_encoder = networks["unet"], networks["text_encoder"]
-    unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's overloads
+    unet = build_unet(plan.sizes) if start is None else start.unet
+    text_encoder = build_text_encoder(plan.sizes, tokenizer) if start is None else start.text_encoder
+    networks = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
+    unet.to(memory_format=torch.channels_last)
     averaged = copy.deepcopy(networks).requires_grad_(False)
     recorder = record_attention(unet)
     optimizer = torch.optim.AdamW(networks.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=1e-3)

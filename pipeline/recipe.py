@@ -208,16 +208,19 @@ class Recipe(Section):
         found = []
         for name, method in self.all_methods.items():
             at = f"methods.{name}." if self.methods else ""
-            if missing := method.editing.reads - method.inversion.records:
-                fitting = [key for key, cls in INVERSIONS.items() if method.editing.reads <= cls.records]
+            inversion, editing = method.inversion, method.editing
+            if not editing.fits(inversion.method):
+                inversions = [name for name in INVERSIONS if editing.fits(name)]
+                editors = [name for name, editor in EDITORS.items() if editor.fits(inversion.method)]
                 found.append(
                     (
-                        f"{at}editing" if at else "editing",
-                        f"editing.method '{method.editing.method}' reads {', '.join(sorted(missing))}, which "
-                        f"inversion.method '{method.inversion.method}' does not record. Set inversion.method to one "
-                        f"of: {', '.join(fitting)}",
+                        f"{at}editing",
+                        f"editing.method '{editing.method}' cannot work with inversion.method '{inversion.method}'. It "
+                        f"works with: {', '.join(inversions)}; that inversion with: {', '.join(editors)}",
                     )
                 )
+            elif problem := editing.pair_problem(inversion):
+                found.append((f"{at}editing", problem))
             for edit, request in self.edits.items():
                 try:
                     method.editing.check(request, method.inversion.num_steps)

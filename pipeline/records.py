@@ -5,7 +5,7 @@ Each record lists exactly what is known by then; none is ever half filled.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,6 +17,7 @@ from pipeline.errors import Stage
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeline.diffusion.schedule import NoiseSchedule
     from pipeline.diffusion.steps import Solver
 
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, max_length=2000)]
@@ -46,6 +47,19 @@ class Concept(BaseModel):
         return self
 
 
+Window = tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]]
+"""A part of the steps, as shares of their number: from (included) and to (not included)."""
+
+
+class WordPair(BaseModel):
+    """Words of the two prompts that name the same place in the image: "cat" and "dog"."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: tuple[NonEmptyPrompt, ...] = ()  # words of the source prompt
+    target: tuple[NonEmptyPrompt, ...] = ()  # words of the target prompt
+
+
 class EditRequest(BaseModel):
     """What to change in one image. How to change it stands in the recipe."""
 
@@ -55,6 +69,11 @@ class EditRequest(BaseModel):
     target_prompt: Prompt = ""  # what it shall show, for methods that think in two prompts
     negative_prompt: Prompt = ""  # what it shall not show
     concepts: tuple[Concept, ...] = ()  # for methods that think in directions
+    # For methods that read the attention of words (Prompt-to-Prompt and its kin, MasaCtrl's automatic masks):
+    blend_words: WordPair | None = None  # what changes: everything outside of where these attend stays as it is
+    subtract_words: WordPair | None = None  # what stays even inside
+    equalizer: dict[NonEmptyPrompt, float] = Field(default_factory=dict)  # word of the target prompt: its factor
+    cross_replace_steps: dict[NonEmptyPrompt, Window] = Field(default_factory=dict)  # word of the target: its window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +151,22 @@ class Prepared:
     requests: Mapping[str, EditRequest]  # by edit name
 
 
+DrawNoise = Callable[[], "Tensor"]
+"""Returns one more standard normal latent (C, h, w) at each call."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What an inversion is given: one image, and what is known of it."""
+
+    latents: Tensor  # (C, h, w) encoded image, scaled
+    prompt: str  # what the image shows; may be ""
+    schedule: NoiseSchedule
+    draw_noise: DrawNoise  # the inversion's noise
+    editing_noise: Callable[[], DrawNoise]  # an editor's noise, from its beginning: no edit shifts another's
+    pixels: np.ndarray | None = None  # (H, W, 3) uint8, the image itself
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
     """What an inversion returns: one image as N steps of a sampler, noisiest first.
@@ -141,12 +176,27 @@ class Trajectory:
     """
 
     method: str  # the inversion that made it
+    source: Source
     solver: Solver  # the steps; an editor walks these, and never computes timesteps of its own
     latents: Tensor  # (N + 1, C, h, w), float32 or wider
     noise_maps: Tensor | None = None  # (N, C, h, w)
     data_preds: Tensor | None = None  # (N, C, h, w) predictions of the clean latents, for multistep solvers
-    source_prompt: str = ""
     source_guidance: float = 1.0
+    skipped_steps: int = 0  # steps of the whole schedule that were left out at its noisy end
+    # Text embeddings that take the empty prompt's place: (L, D) for all steps or (N, L, D), one per step. None: none.
+    uncond: Tensor | None = None
+    uncond_scope: Literal["all", "source"] = "all"  # which rows take `uncond`
+    pinned: bool = False  # an editor's source branch is these latents, whatever is predicted for it
+
+    @property
+    def source_prompt(self) -> str:
+        """What the image shows; may be ""."""
+        return self.source.prompt
+
+    @property
+    def total_steps(self) -> int:
+        """S: steps of the whole schedule, those left out included."""
+        return len(self.timesteps) + self.skipped_steps
 
     @property
     def timesteps(self) -> tuple[int, ...]:
@@ -161,7 +211,9 @@ class StepRecord:
     step: int
     latents: Tensor  # (C, h, w) after the step
     masks: Tensor  # (E, h, w) bool, false where the concept is inactive
-    attention: Tensor | None  # (E, h / 4, w / 4) before smoothing, 0 where not watched
+    attention: Tensor | None = None  # (E, h / 4, w / 4) before smoothing, 0 where not watched
+    source_latents: Tensor | None = None  # (C, h, w) of the source branch after the step, where there is one
+    details: Mapping[str, Tensor] = field(default_factory=dict)  # what else a method can show of a step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,13 +11,13 @@ from torch import Tensor
 from pipeline.editing.base import Editor
 from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.engine.calls import Steps
-from pipeline.inversion.base import Inversion, Source, draw_from
+from pipeline.inversion.base import Inversion, draw_from
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.models.analytic import AnalyticBackbone
 from pipeline.models.backbone import Backbone
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig
-from pipeline.records import Concept, EditedLatents, EditRequest, Trajectory
+from pipeline.records import Concept, EditedLatents, EditRequest, Source, Trajectory
 from tests.golden.replay import TINY_SD
 
 SIDE = 12  # latents; the attention grid is 3 x 3
@@ -50,7 +50,13 @@ def source(backbone: Backbone, number: int, prompt: str = "", side: int = SIDE) 
     """One image as an inversion is given it."""
     latents = image_latents(backbone, number, side)
     draw = draw_from(number, tuple(latents.shape), latents.dtype)
-    return Source(latents=latents, prompt=prompt, schedule=backbone.schedule, draw_noise=draw)
+    return Source(
+        latents=latents,
+        prompt=prompt,
+        schedule=backbone.schedule,
+        draw_noise=draw,
+        editing_noise=lambda: draw_from(10**6 + number, tuple(latents.shape), latents.dtype),
+    )
 
 
 def invert_and_edit(

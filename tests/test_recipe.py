@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from pipeline.errors import PrepareError, RecipeError
+from pipeline.inversion import INVERSIONS
 from pipeline.recipe import Recipe, load_recipe, parse_edits, recipe_from
 
 SMALLEST = {"source": {"shards": "in/*.tar"}, "sink": {"folder": "out"}}
@@ -59,7 +60,7 @@ def test_all_problems_are_reported_at_once_with_their_paths():
 
 def test_an_unknown_method_names_the_known_ones():
     found = problems_of({**SMALLEST, "inversion": {"method": "ddimm"}, "editing": {"method": "ledits"}})
-    assert found["inversion"] == "method is 'ddimm', known are: ddim, ddpm, noise"
+    assert found["inversion"] == f"method is 'ddimm', known are: {', '.join(INVERSIONS)}"
     assert "ledits_pp" in found["editing"]
 
 
@@ -69,9 +70,9 @@ def test_a_section_without_a_method_names_the_known_ones():
 
 def test_a_pair_that_does_not_fit_names_the_inversions_that_would():
     found = problems_of({**SMALLEST, "inversion": {"method": "ddim"}})
-    assert "reads noise_maps" in found["editing"]
-    assert "'ddim' does not record" in found["editing"]
-    assert found["editing"].endswith("one of: ddpm")
+    assert "'ledits_pp' cannot work with inversion.method 'ddim'" in found["editing"]
+    assert "It works with: ddpm;" in found["editing"]
+    assert "that inversion with: cfg" in found["editing"]
 
 
 def test_named_methods_are_checked_one_by_one():

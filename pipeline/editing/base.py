@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from pipeline.engine.calls import Steps
+from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, Trajectory
 
 
@@ -19,8 +20,17 @@ class Editor(BaseModel, ABC):
 
     method: str  # its name in EDITORS; a subclass says which
 
-    reads: ClassVar[frozenset[str]]  # what it needs of a trajectory, among what inversions record
+    inversions: ClassVar[frozenset[str] | None] = None  # names of those it can work with; None: all
     paper: ClassVar[str]
+
+    @classmethod
+    def fits(cls, inversion: str) -> bool:
+        """Whether it can work with the inversion of that name."""
+        return cls.inversions is None or inversion in cls.inversions
+
+    def pair_problem(self, inversion: Inversion) -> str | None:
+        """What is wrong between its settings and those of an inversion that it fits, and the way out."""
+        return None
 
     @abstractmethod
     def check(self, request: EditRequest, num_steps: int) -> None:

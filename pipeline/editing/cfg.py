@@ -24,7 +24,6 @@ from pipeline.records import EditedLatents, EditRequest, Trajectory
 class ClassifierFreeGuidance(Editor):
     """Sample under the request's target prompt, against its negative prompt."""
 
-    reads: ClassVar = frozenset({"latents"})
     paper: ClassVar = "Classifier-Free Diffusion Guidance, arXiv 2207.12598"
 
     method: Literal["cfg"] = "cfg"

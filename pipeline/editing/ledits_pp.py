@@ -45,7 +45,7 @@ def can_matter(concept: Concept) -> bool:
 class LEditsPP(Editor):
     """Guide the unconditional prediction by every concept's masked direction."""
 
-    reads: ClassVar = frozenset({"latents", "noise_maps"})
+    inversions: ClassVar = frozenset({"ddpm"})
     paper: ClassVar = "LEDITS++: Limitless Image Editing using Text-to-Image Models, arXiv 2311.16711"
 
     method: Literal["ledits_pp"] = "ledits_pp"

@@ -20,7 +20,6 @@ from pipeline.records import EditedLatents, EditRequest, Trajectory
 class Reconstruct(Editor):
     """Replay a trajectory."""
 
-    reads: ClassVar = frozenset({"latents"})
     paper: ClassVar = "the replay step of any inversion"
 
     method: Literal["reconstruct"] = "reconstruct"

@@ -8,28 +8,33 @@ A method is a generator over one image. It yields these records, the engine answ
     DecodeLatents -> pixels (H, W, 3) uint8
     Fork          -> list of results or exceptions, one per child generator
 
-R counts the rows of one call; rows do not interact and may be packed into different UNet calls.
+R counts the rows of one call. Rows do not interact and may be packed into different UNet calls, unless the call has a
+control: then they form a group that shares one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
 
+from pipeline.engine.controls import Control
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class TextConditioning:
-    """One prompt as the UNet reads it. Opaque to methods but for its token positions."""
+    """One prompt as the UNet reads it. Opaque to methods but for its tokens."""
 
     prompt: str
     embedding: Tensor  # (L, D)
     token_count: int  # tokens of the prompt itself: without start, end and padding, after truncation to L - 2
+    token_ids: tuple[int, ...] = ()  # start, the prompt's own, end
+    token_words: tuple[int, ...] = ()  # of each own token, the word of `prompt.split()` that it belongs to
 
     @property
     def positions(self) -> range:
@@ -65,12 +70,24 @@ class Denoise:
     `watch` names, per row, the token positions whose cross-attention at a quarter of the latents' side is wanted
     (averaged over heads and over the down and up blocks' layers of that grid, summed over the tokens). An empty
     sequence watches nothing and costs nothing. Watching does not change a prediction.
+
+    `cotangent` asks for gradients too: of a function of each row's prediction with respect to that row's text
+    embedding. It takes a prediction (C, h, w) to the function's gradient there, (C, h, w). It costs two rows more
+    per row.
     """
 
     latents: Tensor  # (R, C, h, w)
     timesteps: Sequence[int]  # R, what the UNet is told
     conditioning: Sequence[TextConditioning]  # R
     watch: Sequence[Sequence[int]] | None = None  # R
+    control: Control | None = None  # makes a group of the R rows
+    inpaint: Tensor | None = None  # (R, 1 + C, h, w): mask and masked image, for UNets that take these, too
+    cotangent: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def cost(self) -> int:
+        """UNet rows; a backward pass counts as two forward ones."""
+        return len(self.timesteps) * (1 if self.cotangent is None else 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +96,31 @@ class Denoised:
 
     noise_preds: Tensor  # (R, C, h, w), epsilon whatever the checkpoint predicts
     attention: Tensor | None  # (R, h/4, w/4), zero for rows that watched nothing; None without `watch`
+    seen: Any = None  # what the control recorded
+    embedding_grads: Tensor | None = None  # (R, L, D) float32 or wider; None without `cotangent`
+
+
+@dataclass(frozen=True, slots=True)
+class UNetCall:
+    """What the engine makes of the rows of many `Denoise` calls: one call of the model, R rows."""
+
+    latents: Tensor  # (R, C, h, w), on the CPU
+    timesteps: Sequence[int]  # R
+    embeddings: Sequence[Tensor]  # R of (L, D)
+    watch: Tensor | None = None  # (R, L) weights of the tokens whose attention is summed
+    inpaint: Tensor | None = None  # (R, 1 + C, h, w)
+    controls: Sequence[tuple[slice, Control]] = ()  # groups of rows, and what controls them
+    cotangents: Sequence[Callable[[Tensor], Tensor]] | None = None  # R
+
+
+@dataclass(frozen=True, slots=True)
+class UNetAnswer:
+    """What the model answers."""
+
+    noise_preds: Tensor  # (R, C, h, w), epsilon
+    attention: Tensor | None = None  # (R, h/4, w/4), where watched
+    seen: Sequence[Any] = ()  # what each control recorded
+    embedding_grads: Tensor | None = None  # (R, L, D)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline.engine.calls import (
     Call,
@@ -25,8 +24,10 @@ from pipeline.engine.calls import (
     Fork,
     Steps,
     TextConditioning,
+    UNetAnswer,
 )
-from pipeline.engine.packing import Batch, Pending, RowQueue
+from pipeline.engine.packing import Batch, Pending, RowQueue, rows_per_call
+from pipeline.errors import EditError
 from pipeline.models.backbone import Backbone
 
 CACHED_PROMPTS = 1024  # embeddings kept per worker; at 77 x 768 float32 that is 240 MB
@@ -245,33 +246,44 @@ class Engine:
         if call.watch is not None:
             self.backbone.check_watchable(*call.latents.shape[-2:])
         pending = Pending(task, call)
-        task.unet_rows += len(call.timesteps)
+        if rows_per_call(pending.kind, self.call_size) == 0:
+            raise EditError(self._does_not_fit(pending))
+        task.unet_rows += call.cost
         self._queue.push(pending)
+
+    def _does_not_fit(self, pending: Pending) -> str:
+        return (
+            f"{pending.group} rows read each other and must share a UNet call, which has {self.call_size} rows. Set "
+            f"run.call_size to {pending.group} or more"
+        )
 
     def _denoise(self, batch: Batch) -> None:
         try:
-            noise_preds, attention = self._call(batch)
+            answer = self._call(batch)
         except torch.OutOfMemoryError as error:
             self._shrink(batch, error)
             return
         except Exception:
             self._isolate(batch)
             return
-        self._deliver(batch, noise_preds, attention)
+        self._deliver(batch, answer)
 
-    def _call(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        size = self.call_size if self.pad else len(batch.rows)
-        noise_preds, attention = self.backbone.denoise(
-            batch.latents(size), batch.timesteps(size), batch.embeddings(size), batch.watch(size)
-        )
+    def _call(self, batch: Batch) -> UNetAnswer:
+        size = rows_per_call(batch.kind, self.call_size) if self.pad else len(batch.rows)
+        answer = self.backbone.denoise(batch.as_call(size))
         self.stats.unet_calls += 1
         self.stats.unet_rows += len(batch.rows)
         self.stats.padded_rows += size - len(batch.rows)
         # Methods compute on the CPU in float32: cheap beside a UNet, and the same bits on every kind of GPU.
-        return noise_preds.cpu(), None if attention is None else attention.cpu()
+        return UNetAnswer(
+            noise_preds=answer.noise_preds.cpu(),
+            attention=None if answer.attention is None else answer.attention.cpu(),
+            seen=answer.seen,
+            embedding_grads=None if answer.embedding_grads is None else answer.embedding_grads.cpu(),
+        )
 
-    def _deliver(self, batch: Batch, noise_preds: Tensor, attention: Tensor | None) -> None:
-        for pending in batch.deliver(noise_preds, attention):
+    def _deliver(self, batch: Batch, answer: UNetAnswer) -> None:
+        for pending in batch.deliver(answer):
             self._ready.append((pending.owner, pending.answer(), None))
 
     def _shrink(self, batch: Batch, error: Exception) -> None:
@@ -282,19 +294,21 @@ class Engine:
             return
         self.call_size //= 2
         self._queue.put_back(batch)
+        for pending in self._queue.too_large(self.call_size):
+            self._fail(pending, error)
 
     def _isolate(self, batch: Batch) -> None:
-        """A call failed: repeat its rows one by one, so that only whoever is to blame fails."""
-        for row in batch.rows:
-            if row[0].missing < 0:
+        """A call failed: repeat its groups one by one, so that only whoever is to blame fails."""
+        for group in batch.groups:
+            if group[0][0].missing < 0:
                 continue  # another row of the same call has failed already
-            single = Batch([row])
+            single = Batch(group)
             try:
-                noise_preds, attention = self._call(single)
+                answer = self._call(single)
             except Exception as error:
-                self._fail(row[0], error)
+                self._fail(group[0][0], error)
                 continue
-            self._deliver(single, noise_preds, attention)
+            self._deliver(single, answer)
 
     def _fail(self, pending: Pending, error: Exception) -> None:
         pending.missing = -1

@@ -7,17 +7,19 @@ digits. So a short call is filled up with copies that nobody reads, and results 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.engine.calls import Denoise, Denoised
+from pipeline.engine.calls import Denoise, Denoised, UNetAnswer, UNetCall
 
 Kind = tuple[Any, ...]
-"""What the rows of one UNet call have in common: the shapes of latents and embeddings."""
+"""What the rows of one UNet call have in common: shapes, size of their groups, whether gradients are wanted."""
+
+GRADIENT_SHARE = 4  # a call that keeps its activations has this fraction of a plain call's rows
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +30,8 @@ class Pending:
     call: Denoise
     noise_preds: list[Tensor | None] = field(default_factory=list)
     attention: list[Tensor | None] = field(default_factory=list)
+    embedding_grads: list[Tensor | None] = field(default_factory=list)
+    seen: Any = None
     missing: int = 0
 
     def __post_init__(self) -> None:
@@ -39,61 +43,115 @@ class Pending:
             )
         self.noise_preds = [None] * rows
         self.attention = [None] * rows
+        self.embedding_grads = [None] * rows
         self.missing = rows
 
     @property
     def kind(self) -> Kind:
         """See `Kind`."""
-        return (*self.call.latents.shape[1:], *self.call.conditioning[0].embedding.shape)
+        return (
+            *self.call.latents.shape[1:],
+            *self.call.conditioning[0].embedding.shape,
+            self.call.inpaint is not None,
+            self.call.cotangent is not None,
+            self.group,
+        )
+
+    @property
+    def group(self) -> int:
+        """Rows that must share a UNet call."""
+        return 1 if self.call.control is None else len(self.call.timesteps)
 
     def answer(self) -> Denoised:
         """The answer, once no row is missing."""
         noise_preds = torch.stack([row for row in self.noise_preds if row is not None])
-        if self.call.watch is None:
-            return Denoised(noise_preds, None)
-        seen = next(row for row in self.attention if row is not None)
-        return Denoised(
-            noise_preds, torch.stack([torch.zeros_like(seen) if row is None else row for row in self.attention])
-        )
+        attention, grads = None, None
+        if self.call.watch is not None:
+            seen = next(row for row in self.attention if row is not None)
+            attention = torch.stack([torch.zeros_like(seen) if row is None else row for row in self.attention])
+        if self.call.cotangent is not None:
+            grads = torch.stack([row for row in self.embedding_grads if row is not None])
+        return Denoised(noise_preds, attention, self.seen, grads)
 
 
 Row = tuple[Pending, int]
 
 
+def rows_per_call(kind: Kind, call_size: int) -> int:
+    """Rows of a UNet call of a kind: whole groups, and fewer where gradients are wanted. It hangs on nothing else, so
+    that a row's bits do not either. Zero where not one group fits."""
+    wants_gradients, group = kind[-2:]
+    size = max(group, call_size // GRADIENT_SHARE) if wants_gradients else call_size
+    return int(min(size, call_size) // group * group)
+
+
 @dataclass(slots=True)
 class Batch:
-    """The rows of one UNet call, not yet padded."""
+    """The rows of one UNet call, not yet padded; groups stand together."""
 
     rows: list[Row]
 
-    def latents(self, size: int) -> Tensor:
-        """(size, C, h, w)."""
-        return torch.stack(self._padded([pending.call.latents[at] for pending, at in self.rows], size))
+    @property
+    def kind(self) -> Kind:
+        """What its rows have in common."""
+        return self.rows[0][0].kind
 
-    def timesteps(self, size: int) -> list[int]:
-        """`size` integers."""
-        return self._padded([pending.call.timesteps[at] for pending, at in self.rows], size)
+    @property
+    def groups(self) -> list[list[Row]]:
+        """Its rows by group."""
+        size = self.rows[0][0].group
+        return [self.rows[start : start + size] for start in range(0, len(self.rows), size)]
 
-    def embeddings(self, size: int) -> list[Tensor]:
-        """`size` of (L, D)."""
-        return self._padded([pending.call.conditioning[at].embedding for pending, at in self.rows], size)
+    def as_call(self, size: int) -> UNetCall:
+        """The call of `size` rows, filled up with copies of its first ones."""
+        controls = [(start, group[0][0].call.control) for start, group in self._starts()]
+        return UNetCall(
+            latents=torch.stack(self._padded([pending.call.latents[at] for pending, at in self.rows], size)),
+            timesteps=self._padded([pending.call.timesteps[at] for pending, at in self.rows], size),
+            embeddings=self._padded([pending.call.conditioning[at].embedding for pending, at in self.rows], size),
+            watch=self._watch(size),
+            inpaint=self._inpaint(size),
+            controls=tuple(
+                (slice(start, start + self.rows[0][0].group), control) for start, control in controls if control
+            ),
+            cotangents=self._cotangents(size),
+        )
 
-    def watch(self, size: int) -> Tensor | None:
-        """(size, L) weights of watched tokens; None where no row watches any."""
+    def _starts(self) -> Iterator[tuple[int, list[Row]]]:
+        start = 0
+        for group in self.groups:
+            yield start, group
+            start += len(group)
+
+    def _watch(self, size: int) -> Tensor | None:
         wanted = [pending.call.watch[at] if pending.call.watch is not None else () for pending, at in self.rows]
         if not any(len(tokens) for tokens in wanted):
             return None
-        weights = torch.zeros((size, self.embeddings(1)[0].shape[0]))
+        pending, at = self.rows[0]
+        weights = torch.zeros((size, pending.call.conditioning[at].embedding.shape[0]))
         for row, tokens in enumerate(wanted):
             weights[row, list(tokens)] = 1.0
         return weights
 
-    def deliver(self, noise_preds: Tensor, attention: Tensor | None) -> Iterator[Pending]:
+    def _inpaint(self, size: int) -> Tensor | None:
+        given = [pending.call.inpaint[at] for pending, at in self.rows if pending.call.inpaint is not None]
+        return torch.stack(self._padded(given, size)) if given else None
+
+    def _cotangents(self, size: int) -> tuple[Callable[[Tensor], Tensor], ...] | None:
+        given = [pending.call.cotangent for pending, _ in self.rows if pending.call.cotangent is not None]
+        return tuple(self._padded(given, size)) if given else None
+
+    def deliver(self, answer: UNetAnswer) -> Iterator[Pending]:
         """Hand out the answers of a call; yields the calls that have all theirs."""
+        seen = iter(answer.seen)
         for row, (pending, at) in enumerate(self.rows):
-            pending.noise_preds[at] = noise_preds[row]
-            if attention is not None and pending.call.watch is not None:
-                pending.attention[at] = attention[row]
+            pending.noise_preds[at] = answer.noise_preds[row]
+            if answer.attention is not None and pending.call.watch is not None:
+                pending.attention[at] = answer.attention[row]
+            if answer.embedding_grads is not None:
+                pending.embedding_grads[at] = answer.embedding_grads[row]
+            if pending.call.control is not None and at == 0:
+                pending.seen = next(seen)
             pending.missing -= 1
             if pending.missing == 0:
                 yield pending
@@ -118,22 +176,36 @@ class RowQueue:
         rows = self._by_kind.setdefault(pending.kind, deque())
         rows.extend((pending, at) for at in range(len(pending.call.timesteps)))
 
-    def has_full(self, size: int) -> bool:
+    def has_full(self, call_size: int) -> bool:
         """Whether some kind fills a call."""
-        return any(len(rows) >= size for rows in self._by_kind.values())
+        return any(len(rows) >= rows_per_call(kind, call_size) for kind, rows in self._by_kind.items())
 
-    def pop(self, size: int) -> Batch:
-        """The next call: of a kind that fills one if any does, else of the kind with most rows."""
-        kind = max(self._by_kind, key=lambda kind: min(len(self._by_kind[kind]), size))
+    def pop(self, call_size: int) -> Batch:
+        """The next call: of a kind that fills one if any does, else of the kind that fills most of one."""
+
+        def filled(kind: Kind) -> float:
+            return min(len(self._by_kind[kind]) / rows_per_call(kind, call_size), 1.0)
+
+        kind = max(self._by_kind, key=filled)
         rows = self._by_kind[kind]
-        batch = Batch([rows.popleft() for _ in range(min(size, len(rows)))])
+        batch = Batch([rows.popleft() for _ in range(min(rows_per_call(kind, call_size), len(rows)))])
         if not rows:
             del self._by_kind[kind]
         return batch
 
     def put_back(self, batch: Batch) -> None:
         """Return the rows of a call that was not made to the head of their queue, in their order."""
-        self._by_kind.setdefault(batch.rows[0][0].kind, deque()).extendleft(reversed(batch.rows))
+        self._by_kind.setdefault(batch.kind, deque()).extendleft(reversed(batch.rows))
+
+    def too_large(self, call_size: int) -> list[Pending]:
+        """Calls whose group does not fit into a UNet call, once each."""
+        found = [
+            pending
+            for kind, rows in self._by_kind.items()
+            if rows_per_call(kind, call_size) == 0
+            for pending, _ in rows
+        ]
+        return list(dict.fromkeys(found))
 
     def drop(self, pending: Pending) -> None:
         """Forget the rows of a call that failed."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from pipeline.engine.calls import UNetCall
 from pipeline.models.backbone import Backbone
 
 CANDIDATES = (4, 8, 16, 32, 64, 128)
@@ -58,7 +59,7 @@ def probe_call_size(backbone: Backbone, image_size: int) -> int:
                 if round_ == 1:
                     started = time.perf_counter()
                 # The answer is brought to the CPU, as the engine does: that waits for the device.
-                backbone.denoise(latents, [500] * size, [prompt.embedding] * size, watch)[0].cpu()
+                backbone.denoise(UNetCall(latents, [500] * size, [prompt.embedding] * size, watch)).noise_preds.cpu()
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return None

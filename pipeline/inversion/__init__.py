@@ -5,10 +5,16 @@ from __future__ import annotations
 from pipeline.inversion.base import Inversion
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.ddpm import DDPMInversion
+from pipeline.inversion.direct import DirectInversion
+from pipeline.inversion.negative_prompt import NegativePromptInversion
 from pipeline.inversion.noise import NoiseStart
+from pipeline.inversion.null_text import NullTextInversion
 
 INVERSIONS: dict[str, type[Inversion]] = {
     "ddim": DDIMInversion,
     "ddpm": DDPMInversion,
+    "direct": DirectInversion,
+    "negative_prompt": NegativePromptInversion,
     "noise": NoiseStart,
+    "null_text": NullTextInversion,
 }

@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
-from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.calls import Steps
-from pipeline.records import Trajectory
-
-DrawNoise = Callable[[], Tensor]
-"""Returns one more standard normal latent (C, h, w) at each call."""
+from pipeline.records import DrawNoise, Source, Trajectory
 
 
 def draw_from(seed: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> DrawNoise:
     """Noise of one image: drawn on the CPU in float32 from a generator of its own, so nothing else has a say."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return lambda: torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """What an inversion is given: one image, and what is known of it."""
-
-    latents: Tensor  # (C, h, w) encoded image, scaled
-    prompt: str  # what the image shows; may be ""
-    schedule: NoiseSchedule
-    draw_noise: DrawNoise
 
 
 class Inversion(BaseModel, ABC):
@@ -43,7 +26,6 @@ class Inversion(BaseModel, ABC):
     method: str  # its name in INVERSIONS; a subclass says which
     num_steps: int  # N: steps of its trajectory
 
-    records: ClassVar[frozenset[str]]  # what an editor may read of its trajectories: "latents", "noise_maps"
     exact: ClassVar[str]  # how well replaying its trajectory returns the image, in a few words
     paper: ClassVar[str]
 

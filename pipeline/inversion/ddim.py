@@ -14,14 +14,13 @@ from pydantic import Field
 from pipeline.diffusion.steps import DDIM
 from pipeline.engine.calls import Steps
 from pipeline.engine.prompts import GuidedPrompt
-from pipeline.inversion.base import Inversion, Source
-from pipeline.records import Trajectory
+from pipeline.inversion.base import Inversion
+from pipeline.records import Source, Trajectory
 
 
 class DDIMInversion(Inversion):
     """Walk the deterministic sampler upwards, predicting each step at the timestep that it leads to."""
 
-    records: ClassVar = frozenset({"latents"})
     exact: ClassVar = "approximate"
     paper: ClassVar = "Denoising Diffusion Implicit Models, arXiv 2010.02502"
 
@@ -41,9 +40,9 @@ class DDIMInversion(Inversion):
             latents.append(solver.inverse(step, latents[-1], noise_pred))
         return Trajectory(
             method=self.method,
+            source=source,
             solver=solver,
             latents=torch.stack(latents[::-1]),
-            source_prompt=source.prompt,
             source_guidance=self.guidance_scale,
         )
 

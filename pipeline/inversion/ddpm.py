@@ -17,14 +17,13 @@ from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.diffusion.steps import DDIM, SDEDPMSolver, Solver
 from pipeline.engine.calls import Steps
 from pipeline.engine.prompts import GuidedPrompt
-from pipeline.inversion.base import Inversion, Source
-from pipeline.records import Trajectory
+from pipeline.inversion.base import Inversion
+from pipeline.records import Source, Trajectory
 
 
 class DDPMInversion(Inversion):
     """Draw every noisy latent independently, then solve each step of a stochastic sampler for its noise map."""
 
-    records: ClassVar = frozenset({"latents", "noise_maps"})
     exact: ClassVar = "exact"
     paper: ClassVar = "An Edit Friendly DDPM Noise Space, arXiv 2304.06140; LEDITS++, arXiv 2311.16711"
 
@@ -99,12 +98,14 @@ class DDPMInversion(Inversion):
             data_preds.append(data_pred)
         return Trajectory(
             method=self.method,
+            source=source,
             solver=solver,
             latents=torch.stack(latents),
             noise_maps=torch.stack(noise_maps),
             data_preds=torch.stack(data_preds),
-            source_prompt=source.prompt,
             source_guidance=self.source_guidance_scale,
+            skipped_steps=self.schedule_steps - self.num_steps,
+            pinned=True,
         )
 
     def rows(self, source_prompt: str) -> int:

@@ -13,14 +13,13 @@ from pydantic import Field
 
 from pipeline.diffusion.steps import DDIM
 from pipeline.engine.calls import Steps
-from pipeline.inversion.base import Inversion, Source
-from pipeline.records import Trajectory
+from pipeline.inversion.base import Inversion
+from pipeline.records import Source, Trajectory
 
 
 class NoiseStart(Inversion):
     """No inversion at all: the same noise over the image at every level, and nothing but noise at the first."""
 
-    records: ClassVar = frozenset({"latents"})
     exact: ClassVar = "none"
     paper: ClassVar = "SDEdit, arXiv 2108.01073"
 
@@ -38,10 +37,10 @@ class NoiseStart(Inversion):
         noise_maps = [source.draw_noise() for _ in timesteps] if self.eta > 0 else None
         return Trajectory(
             method=self.method,
+            source=source,
             solver=solver,
             latents=torch.stack([noise, *noised, source.latents]),
             noise_maps=None if noise_maps is None else torch.stack(noise_maps),
-            source_prompt=source.prompt,
         )
         yield  # a generator, like every inversion, although it asks nothing of the model
 

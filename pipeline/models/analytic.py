@@ -12,15 +12,15 @@ Being linear it is blind to some mistakes (a wrong seed!): a random UNet must te
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle, scaled_dot_product_attention
 
 from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.engine.calls import TextConditioning
+from pipeline.engine.calls import TextConditioning, UNetAnswer, UNetCall
+from pipeline.engine.controls import Hook, Layer
 from pipeline.errors import EditError
 from pipeline.models.attention import WATCHED_FACTOR
 from pipeline.models.backbone import ModelRecord
@@ -34,6 +34,7 @@ STABLE_DIFFUSION_SCHEDULE = {
     "steps_offset": 1,
     "clip_sample": False,
 }
+SHOWN_TOKENS = 12  # places of the text, from the start, whose cross-attention follows the spot
 
 
 class AnalyticBackbone:
@@ -43,6 +44,7 @@ class AnalyticBackbone:
     latent_channels = 3 * latent_scale**2
     multiple = latent_scale * WATCHED_FACTOR
     text_length = 77
+    inpaints = False
 
     def __init__(self, image_size: int = 64, spread: float = 0.5, dtype: torch.dtype = torch.float32) -> None:
         self.image_size = image_size
@@ -66,7 +68,8 @@ class AnalyticBackbone:
             octets = hashlib.sha256(" ".join(words).encode()).digest()
             unit = torch.tensor([octet / 255.0 for octet in octets[:5]], dtype=self.dtype)
             embedding[0] = torch.cat([0.25 + 0.5 * unit[:2], torch.ones(1, dtype=self.dtype), 2.0 * unit[2:] - 1.0])
-        return TextConditioning(prompt, embedding, token_count=len(words))
+        own = tuple(2 + int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big") for word in words)
+        return TextConditioning(prompt, embedding, len(words), (0, *own, 1), tuple(range(len(words))))
 
     def encode_image(self, pixels: np.ndarray) -> Tensor:
         """See `Backbone`."""
@@ -97,16 +100,40 @@ class AnalyticBackbone:
         colours = embeddings[:, 0, 3:6].repeat_interleave(self.latent_scale**2, dim=1)  # (R, C)
         return colours[:, :, None, None] * self.spots(embeddings, height, width)[:, None]
 
-    def denoise(
-        self, latents: Tensor, timesteps: Sequence[int], embeddings: Sequence[Tensor], watch: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """See `Backbone`. Attention is the prompt's spot, shared by its tokens."""
-        context = torch.stack(list(embeddings))
-        height, width = latents.shape[-2:]
-        a = torch.tensor([self.schedule.alpha_bar(t) for t in timesteps], dtype=self.dtype)[:, None, None, None]
-        mean = self.means(context, height, width)
-        noise_preds = (1 - a).sqrt() * (latents - a.sqrt() * mean) / (a * self.spread**2 + 1 - a)
-        if watch is None:
-            return noise_preds, None
+    def denoise(self, call: UNetCall) -> UNetAnswer:
+        """See `Backbone`. Attention is the prompt's spot, shared by its tokens.
+
+        Hooks see one cross-attention layer whose probabilities follow the spot. What they change there changes no
+        prediction: this model's answers stay known.
+        """
+        if call.inpaint is not None:
+            raise EditError("the analytic model does not inpaint. Use editing.backend: masked")
+        with torch.set_grad_enabled(call.cotangents is not None):
+            context = torch.stack(list(call.embeddings))
+            if call.cotangents is not None:
+                context = context.detach().requires_grad_()
+            height, width = call.latents.shape[-2:]
+            bars = [self.schedule.alpha_bar(t) for t in call.timesteps]
+            a = torch.tensor(bars, dtype=self.dtype)[:, None, None, None]
+            mean = self.means(context, height, width)
+            noise_preds = (1 - a).sqrt() * (call.latents - a.sqrt() * mean) / (a * self.spread**2 + 1 - a)
+            grads = None
+            if call.cotangents is not None:
+                rows = zip(call.cotangents, noise_preds.detach(), strict=True)
+                cotangents = torch.stack([cotangent(row) for cotangent, row in rows])
+                (grads,) = torch.autograd.grad(noise_preds, context, cotangents)
+        noise_preds, context = noise_preds.detach(), context.detach()
         grid = self.spots(context, height // WATCHED_FACTOR, width // WATCHED_FACTOR)
-        return noise_preds, grid * watch.sum(dim=1)[:, None, None].to(self.dtype)
+        attention = None if call.watch is None else grid * call.watch.sum(dim=1)[:, None, None].to(self.dtype)
+        seen = [self._seen(control.hook(height, width, self.device), grid[rows]) for rows, control in call.controls]
+        return UNetAnswer(noise_preds, attention, seen, grads)
+
+    def _seen(self, hook: Hook, grid: Tensor) -> object:
+        """Run a hook over the one layer: the own tokens' scores are the spot's strength, those of padding are zero."""
+        query = grid.flatten(1)[:, None, :, None] * 4.0  # (R, 1, N, 1)
+        key = torch.zeros((len(grid), 1, self.text_length, 1), dtype=self.dtype)
+        key[:, :, 1:SHOWN_TOKENS] = 1.0
+        value = key.expand(-1, -1, -1, 2).clone()
+        layer = Layer("cross", 0, "down", 0, WATCHED_FACTOR)
+        hook.attend(layer, query, key, value, 1.0, scaled_dot_product_attention(query, key, value, scale=1.0))
+        return hook.answer()

@@ -1,12 +1,14 @@
-"""The UNet's attention layers, opened once, and the control that travels with a call.
+"""The UNet's attention layers and decoder blocks, opened once, and the control that travels with a call.
 
-A layer computes fused attention. Where a call carries a control, the cross-attention layers that it watches also
-compute their probabilities, beside the fused result and without touching it: watching changes no prediction.
-After a call nothing is left behind, since all state is in the control.
+A layer computes fused attention. What a call brings along may route queries, keys and values between the rows of a
+group before that, and look at the result after it; watched cross-attention layers also compute their probabilities,
+beside the fused result and without touching it. After a call nothing is left behind: all state is in what came along.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,25 +16,72 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from pipeline.engine.controls import Block, Hook, Layer, Place, attention_probabilities
 from pipeline.errors import ModelError
 
 WATCHED_FACTOR = 4  # latent side over map side of the layers that masks are read from (LEDITS++, section 3.3)
 
+PLACES: dict[str, Place] = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}  # as they are executed
+
 
 @dataclass(slots=True)
-class Watch:
-    """Which tokens to watch in each row of one call, and what was seen.
+class CallControl:
+    """What comes along with one UNet call of R rows, and what was seen.
 
-    `token_weights` is (R, L); each watched layer adds its heads' mean of the probabilities, summed over the weighted
-    tokens, as (R, positions).
+    `token_weights` is (R, L) or None; each watched layer adds its heads' mean of the probabilities, summed over the
+    weighted tokens, as (R, positions) to `seen`. `hooks` act on a group of rows each.
     """
 
-    token_weights: Tensor
+    token_weights: Tensor | None
+    hooks: Sequence[tuple[slice, Hook]] = ()
     seen: list[Tensor] = field(default_factory=list)
 
     def mean(self, height: int, width: int) -> Tensor:
-        """Mean over the layers, (R, height, width)."""
+        """Mean over the watched layers, (R, height, width)."""
         return torch.stack(self.seen).mean(dim=0).unflatten(1, (height, width))
+
+    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float) -> Tensor:
+        """Fused attention (R, heads, N, d), with every hook's routes before it and its changes after it."""
+        routed_query, routed_key, routed_value = self._routed(layer, (query, key, value))
+        attended = scaled_dot_product_attention(routed_query, routed_key, routed_value, attn_mask=mask, scale=scale)
+        for rows, hook in self.hooks:
+            own = attended[rows]
+            changed = hook.attend(layer, query[rows], key[rows], value[rows], scale, own)
+            if changed is not own:
+                attended[rows] = changed
+        return attended
+
+    def _routed(self, layer: Layer, tensors: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each row's from the row that its hook names. One gather for all groups."""
+        routes = [(rows.start, hook.routes(layer)) for rows, hook in self.hooks]
+        if all(route is None for _, route in routes):
+            return tensors
+        routed: list[Tensor] = []
+        for which, tensor in enumerate(tensors):
+            order = list(range(len(tensor)))
+            for start, route in routes:
+                for row, source in enumerate(() if route is None else route[which]):
+                    order[start + row] = start + source
+            changed = order != list(range(len(tensor)))
+            routed.append(tensor[torch.tensor(order, device=tensor.device)] if changed else tensor)
+        query, key, value = routed
+        return query, key, value
+
+    def watch(self, query: Tensor, key: Tensor, scale: float) -> None:
+        """Record a watched layer."""
+        if self.token_weights is not None:
+            probabilities = attention_probabilities(query, key, scale).mean(dim=1)  # (R, N, L)
+            self.seen.append((probabilities @ self.token_weights.to(probabilities)[..., None])[..., 0])
+
+    def features(self, block: Block, hidden: Tensor) -> Tensor:
+        """A decoder block's hidden state (R, C, h', w'), with every hook's changes."""
+        for rows, hook in self.hooks:
+            own = hidden[rows]
+            changed = hook.features(block, own)
+            if changed is not own:
+                hidden = hidden.clone()
+                hidden[rows] = changed
+        return hidden
 
 
 class ControlledAttention:
@@ -42,8 +91,9 @@ class ControlledAttention:
     `control` of `cross_attention_kwargs`.
     """
 
-    def __init__(self, watched: bool) -> None:
-        self.watched = watched
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.watched = layer.kind == "cross" and layer.place != "mid" and layer.factor == WATCHED_FACTOR
 
     def __call__(
         self,
@@ -51,7 +101,7 @@ class ControlledAttention:
         hidden_states: Tensor,  # (R, N, D)
         encoder_hidden_states: Tensor | None = None,  # (R, L, D_text) in cross-attention
         attention_mask: Tensor | None = None,
-        control: Watch | None = None,
+        control: CallControl | None = None,
     ) -> Tensor:
         """Attention of one layer, (R, N, D)."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -59,12 +109,12 @@ class ControlledAttention:
             states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (R, heads, N or L, d)
             for states in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )
-        attended = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=attn.scale)
-        if control is not None and self.watched:
-            scores = (query @ key.transpose(-1, -2)) * attn.scale  # (R, heads, N, L)
-            dtype = torch.promote_types(scores.dtype, torch.float32)
-            probabilities = scores.softmax(dim=-1, dtype=dtype).mean(dim=1)
-            control.seen.append((probabilities @ control.token_weights.to(dtype)[..., None])[..., 0])
+        if control is None:
+            attended = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=attn.scale)
+        else:
+            attended = control.attend(self.layer, query, key, value, attention_mask, attn.scale)
+            if self.watched:
+                control.watch(query, key, attn.scale)
         attended = attended.transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](attended))
 
@@ -75,7 +125,7 @@ def open_attention(unet: Any) -> None:
     Raises:
         ModelError: a layer is not the plain attention of a transformer block.
     """
-    levels = len(unet.config.block_out_channels)
+    layers = attention_layers(unet)
     processors = {}
     for name in unet.attn_processors:
         layer = unet.get_submodule(name.removesuffix(".processor"))
@@ -94,25 +144,58 @@ def open_attention(unet: Any) -> None:
                 f"the UNet's attention layer '{name}' is not plain attention (it normalises, adds keys or has a "
                 "residual of its own). Use a Stable Diffusion 1.x or 2.x checkpoint"
             )
-        processors[name] = ControlledAttention(".attn2." in name and downsampling(name, levels) == WATCHED_FACTOR)
+        processors[name] = ControlledAttention(layers[name])
     unet.set_attn_processor(processors)
 
 
-def downsampling(name: str, levels: int) -> int | None:
-    """Latent side over map side of the layer of that name; None in the mid block, which no mask is read from.
+def attention_layers(unet: Any) -> dict[str, Layer]:
+    """All attention layers of a UNet by the name of their processor, in order of execution.
 
     Layers are told by name, never by counting calls, so that other depths and image sizes work.
     """
-    place, level, *_ = name.split(".")
-    if place == "down_blocks":
-        return 2 ** int(level)
-    if place == "up_blocks":
-        return 2 ** (levels - 1 - int(level))
-    return None
+    levels = len(unet.config.block_out_channels)
+
+    def position(name: str) -> tuple[int, ...]:
+        return (list(PLACES).index(name.split(".")[0]), *(int(part) for part in name.split(".") if part.isdigit()))
+
+    layers: dict[str, Layer] = {}
+    transformers: dict[str, Layer] = {}  # by the name of the transformer block, its self-attention
+    counts: dict[Place, int] = {"down": 0, "mid": 0, "up": 0}
+    for name in sorted(unet.attn_processors, key=lambda name: (*position(name), name)):
+        block, _, which = name.removesuffix(".processor").rpartition(".")
+        known = transformers.get(block)
+        if known is None:
+            start, level, *_ = name.split(".")
+            place = PLACES[start]
+            halvings = {"down": int(level) if level.isdigit() else 0, "mid": levels - 1}.get(place)
+            factor = 2 ** (levels - 1 - int(level) if halvings is None else halvings)
+            known = transformers[block] = Layer("self", len(transformers), place, counts[place], factor)
+            counts[place] += 1
+        layers[name] = known if which == "attn1" else dataclasses.replace(known, kind="cross")
+    return layers
+
+
+def open_decoder_blocks(unet: Any) -> None:
+    """Let the calls' hooks see the features of the decoder's residual blocks. Called once, when the model is loaded.
+
+    The hook sits behind a block's second convolution, before its shortcut is added (Plug-and-Play, arXiv 2211.12572).
+    diffusers hands `cross_attention_kwargs` to attention layers only, so the control comes by `unet.shardedit_control`,
+    which `StableDiffusion.denoise` sets for the length of a call.
+    """
+    levels = len(unet.config.block_out_channels)
+    for index, up_block in enumerate(unet.up_blocks):
+        for index_in_block, resnet in enumerate(up_block.resnets):
+            block = Block(index, index_in_block, 2 ** (levels - 1 - index))
+
+            def change(module: Any, given: Any, hidden: Tensor, block: Block = block) -> Tensor | None:
+                control: CallControl | None = unet.shardedit_control
+                return None if control is None or not control.hooks else control.features(block, hidden)
+
+            resnet.conv2.register_forward_hook(change)
+    unet.shardedit_control = None
 
 
 def cross_attention_factors(unet: Any) -> tuple[int, ...]:
     """Downsampling factors at which the UNet has cross-attention outside its mid block, ascending."""
-    levels = len(unet.config.block_out_channels)
-    factors = {downsampling(name, levels) for name in unet.attn_processors if ".attn2." in name}
-    return tuple(sorted(factor for factor in factors if factor is not None))
+    layers = attention_layers(unet).values()
+    return tuple(sorted({layer.factor for layer in layers if layer.kind == "cross" and layer.place != "mid"}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.engine.calls import TextConditioning
+from pipeline.engine.calls import TextConditioning, UNetAnswer, UNetCall
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +37,7 @@ class Backbone(Protocol):
     latent_channels: int
     latent_scale: int  # pixels per latent, along a side
     multiple: int  # sides in pixels are multiples of this
+    inpaints: bool  # whether the UNet takes a mask and a masked image beside the latents
 
     def encode_text(self, prompt: str) -> TextConditioning:
         """Embed one prompt; text beyond the encoder's length is cut."""
@@ -55,17 +55,9 @@ class Backbone(Protocol):
             EditError: names the grids that there are.
         """
 
-    def denoise(
-        self, latents: Tensor, timesteps: Sequence[int], embeddings: Sequence[Tensor], watch: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Predict the noise of R rows in one UNet call.
+    def denoise(self, call: UNetCall) -> UNetAnswer:
+        """Predict the noise of R rows in one UNet call; answers lie on the model's device.
 
-        Args:
-            latents: (R, C, h, w) on the CPU.
-            timesteps: R integers.
-            embeddings: R of (L, D).
-            watch: (R, L) weights of the tokens whose attention is summed, or None.
-
-        Returns:
-            Noise predictions (R, C, h, w), epsilon, on the model's device; and attention (R, h/4, w/4) or None.
+        Raises:
+            EditError: the model lacks what a control or an inpainting row needs.
         """

@@ -130,16 +130,17 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _load(folder: Path, config: ModelConfig, revision: str, dtype: torch.dtype, device: torch.device) -> Backbone:
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTokenizerFast
     from transformers.utils import logging as transformers_logging
 
     schedule = NoiseSchedule.from_config(_read_json(folder / "scheduler" / "scheduler_config.json"))
     channels = _read_json(folder / "unet" / "config.json").get("in_channels")
     vae_config = _read_json(folder / "vae" / "config.json")
-    if channels != vae_config.get("latent_channels", 4):
+    latent_channels = vae_config.get("latent_channels", 4)
+    if channels not in (latent_channels, 2 * latent_channels + 1):
         raise ModelError(
-            f"'{config.name}' has a UNet of {channels} input channels on latents of "
-            f"{vae_config.get('latent_channels', 4)}: an inpainting or depth model. Use a text-to-image checkpoint"
+            f"'{config.name}' has a UNet of {channels} input channels on latents of {latent_channels}: neither a "
+            "text-to-image nor an inpainting model. Use one of those"
         )
     # The VAE of many checkpoints overflows in float16, and says so; bfloat16 has the range.
     vae_dtype = torch.float32 if dtype == torch.float16 and vae_config.get("force_upcast", True) else dtype
@@ -155,7 +156,7 @@ def _load(folder: Path, config: ModelConfig, revision: str, dtype: torch.dtype, 
         text_encoder = CLIPTextModel.from_pretrained(
             folder, subfolder="text_encoder", use_safetensors=True, dtype=dtype, **variant
         )
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        tokenizer = CLIPTokenizerFast.from_pretrained(folder / "tokenizer")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"'{config.name}' cannot be loaded: {type(error).__name__}: {error}") from error
     for network in (unet, vae, text_encoder):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from bisect import bisect_right
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,15 @@ import torch
 from torch import Tensor
 
 from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.engine.calls import TextConditioning
+from pipeline.engine.calls import TextConditioning, UNetAnswer, UNetCall
 from pipeline.errors import EditError
-from pipeline.models.attention import WATCHED_FACTOR, Watch, cross_attention_factors, open_attention
+from pipeline.models.attention import (
+    WATCHED_FACTOR,
+    CallControl,
+    cross_attention_factors,
+    open_attention,
+    open_decoder_blocks,
+)
 from pipeline.models.backbone import ModelRecord
 
 
@@ -34,25 +41,33 @@ class StableDiffusion:
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.schedule, self.record, self.device = schedule, record, device
         self.latent_scale = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.latent_channels = int(unet.config.in_channels)
+        self.latent_channels = int(unet.config.out_channels)
+        self.inpaints = int(unet.config.in_channels) == 2 * self.latent_channels + 1
         self.image_size = int(unet.config.sample_size) * self.latent_scale
         self.multiple = self.latent_scale * WATCHED_FACTOR
         self._watched_factors = cross_attention_factors(unet)
         # Between model calls everything is float32, or wider where the networks are.
         self._outside = torch.promote_types(unet.dtype, torch.float32)
         open_attention(unet)
+        open_decoder_blocks(unet)
+        unet.requires_grad_(False)
 
     @torch.no_grad()
     def encode_text(self, prompt: str) -> TextConditioning:
         """See `Backbone`. The length is counted before padding: a fast tokenizer reports the padded one."""
         length = self.tokenizer.model_max_length
-        own = self.tokenizer(prompt, truncation=True, max_length=length).input_ids
+        own = self.tokenizer(prompt, truncation=True, max_length=length, return_offsets_mapping=True)
+        # A word's tokens are found by where they stand in the text: adding up the lengths of decoded tokens goes wrong
+        # where a character is several tokens.
+        ends = [match.end() for match in re.finditer(r"\S+", prompt)]
+        token_words = tuple(bisect_right(ends, start) for start, _ in own.offset_mapping[1:-1])
         padded = self.tokenizer(
             prompt, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).to(self.device)
         mask = padded.attention_mask if getattr(self.text_encoder.config, "use_attention_mask", False) else None
         embedding = self.text_encoder(padded.input_ids, attention_mask=mask)[0][0]
-        return TextConditioning(prompt, embedding, token_count=len(own) - 2)
+        token_ids = tuple(own.input_ids)
+        return TextConditioning(prompt, embedding, len(token_ids) - 2, token_ids, token_words)
 
     @torch.no_grad()
     def encode_image(self, pixels: np.ndarray) -> Tensor:
@@ -79,22 +94,56 @@ class StableDiffusion:
                 f"{self.multiple} pixels, or another checkpoint"
             )
 
-    @torch.no_grad()
-    def denoise(
-        self, latents: Tensor, timesteps: Sequence[int], embeddings: Sequence[Tensor], watch: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def denoise(self, call: UNetCall) -> UNetAnswer:
         """See `Backbone`."""
-        dtype = self.unet.dtype
-        times = torch.tensor(timesteps, device=self.device)
-        control = None if watch is None else Watch(watch.to(self.device))
-        output = self.unet(
-            latents.to(self.device, dtype),
-            times,
-            encoder_hidden_states=torch.stack(list(embeddings)),
-            cross_attention_kwargs=None if control is None else {"control": control},
-            return_dict=False,
-        )[0].to(self._outside)
-        noise_preds = self.schedule.to_noise_pred(output, latents.to(output), times)
-        if control is None:
-            return noise_preds, None
-        return noise_preds, control.mean(latents.shape[-2] // WATCHED_FACTOR, latents.shape[-1] // WATCHED_FACTOR)
+        with torch.set_grad_enabled(call.cotangents is not None):
+            return self._denoise(call)
+
+    def _denoise(self, call: UNetCall) -> UNetAnswer:
+        dtype, (height, width) = self.unet.dtype, call.latents.shape[-2:]
+        times = torch.tensor(call.timesteps, device=self.device)
+        latents = call.latents.to(self.device, dtype)
+        embeddings = torch.stack([embedding.to(self.device) for embedding in call.embeddings])
+        if call.cotangents is not None:
+            embeddings = embeddings.detach().requires_grad_()
+        control = None
+        if call.watch is not None or call.controls:
+            hooks = [(rows, control.hook(height, width, self.device)) for rows, control in call.controls]
+            control = CallControl(None if call.watch is None else call.watch.to(self.device), hooks)
+        self.unet.shardedit_control = control
+        try:
+            output = self.unet(
+                self._with_inpainting(latents, call.inpaint),
+                times,
+                encoder_hidden_states=embeddings.to(dtype),
+                cross_attention_kwargs=None if control is None else {"control": control},
+                return_dict=False,
+            )[0].to(self._outside)
+        finally:
+            self.unet.shardedit_control = None
+        noise_preds = self.schedule.to_noise_pred(output, call.latents.to(output), times)
+        grads = None
+        if call.cotangents is not None:
+            rows = zip(call.cotangents, noise_preds.detach().cpu(), strict=True)
+            cotangents = [cotangent(row) for cotangent, row in rows]
+            (grads,) = torch.autograd.grad(noise_preds, embeddings, torch.stack(cotangents).to(noise_preds))
+        return UNetAnswer(
+            noise_preds=noise_preds.detach(),
+            attention=None
+            if call.watch is None or control is None
+            else control.mean(height // WATCHED_FACTOR, width // WATCHED_FACTOR),
+            seen=() if control is None else tuple(hook.answer() for _, hook in control.hooks),
+            embedding_grads=grads,
+        )
+
+    def _with_inpainting(self, latents: Tensor, inpaint: Tensor | None) -> Tensor:
+        """The UNet's input: latents alone, or latents, mask and masked image."""
+        if self.inpaints != (inpaint is not None):
+            raise EditError(
+                "this checkpoint is an inpainting model, which takes a mask and a masked image, too. Use a plain one, or "
+                "editing.method fast_diffedit with backend: inpaint"
+                if self.inpaints
+                else "this checkpoint is no inpainting model (its UNet has no inputs for mask and masked image). Use an "
+                "inpainting checkpoint, or editing.backend: masked"
+            )
+        return latents if inpaint is None else torch.cat([latents, inpaint.to(latents)], dim=1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.reconstruct import Reconstruct
-from pipeline.engine.calls import Denoise, EncodeText, Fork, Steps
+from pipeline.engine.calls import Denoise, EncodeText, Fork, Steps, UNetAnswer, UNetCall
 from pipeline.engine.engine import Engine
 from pipeline.errors import EditError
 from pipeline.inversion.ddim import DDIMInversion
@@ -102,23 +102,25 @@ def test_watching_attention_changes_no_prediction_and_leaves_nothing_behind() ->
     backbone = tiny_sd()
     latents, prompt = source(backbone, 1).latents, backbone.encode_text("a cat with sunglasses")
     rows = (latents.expand(4, -1, -1, -1), [501] * 4, [prompt.embedding] * 4)
-    before, unwatched = backbone.denoise(*rows, None)
+    before = backbone.denoise(UNetCall(*rows))
     weights = torch.zeros((4, 77))
     weights[:, 3] = 1.0
-    watched, attention = backbone.denoise(*rows, weights)
-    after, _ = backbone.denoise(*rows, None)
-    assert unwatched is None
+    watched = backbone.denoise(UNetCall(*rows, weights))
+    after = backbone.denoise(UNetCall(*rows))
+    attention = watched.attention
+    assert before.attention is None
     assert attention is not None
     assert attention.shape == (4, 3, 3)
     assert 0 < float(attention.min()) <= float(attention.max()) < 1
-    assert torch.equal(watched, before)
-    assert torch.equal(after, before)
+    assert torch.equal(watched.noise_preds, before.noise_preds)
+    assert torch.equal(after.noise_preds, before.noise_preds)
 
 
 def test_attention_over_all_tokens_sums_to_one() -> None:
     backbone = tiny_sd()
     latents, prompt = source(backbone, 1).latents, backbone.encode_text("a cat")
-    _, attention = backbone.denoise(latents[None], [501], [prompt.embedding], torch.ones((1, 77)))
+    call = UNetCall(latents[None], [501], [prompt.embedding], torch.ones((1, 77)))
+    attention = backbone.denoise(call).attention
     assert attention is not None
     torch.testing.assert_close(attention, torch.ones_like(attention), atol=1e-5, rtol=0)
 
@@ -207,12 +209,12 @@ class Poisoned(AnalyticBackbone):
         super().__init__()
         self.bad_timestep, self.largest = bad_timestep, largest
 
-    def denoise(self, latents: Tensor, timesteps: Sequence[int], embeddings: Any, watch: Any) -> Any:
-        if len(timesteps) > self.largest:
+    def denoise(self, call: UNetCall) -> UNetAnswer:
+        if len(call.timesteps) > self.largest:
             raise torch.OutOfMemoryError("pretended")
-        if self.bad_timestep in timesteps:
+        if self.bad_timestep in call.timesteps:
             raise RuntimeError("pretended fault")
-        return super().denoise(latents, timesteps, embeddings, watch)
+        return super().denoise(call)
 
 
 def asks_at(timestep: int) -> Steps[Tensor]:

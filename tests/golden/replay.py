@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.editing.base import Editor
 from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.ledits_pp import LEditsPP, is_active
 from pipeline.editing.reconstruct import Reconstruct
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, TextConditioning
 from pipeline.engine.engine import Engine
-from pipeline.inversion.base import Source
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.inversion.noise import NoiseStart
@@ -35,28 +32,16 @@ from pipeline.models.backbone import Backbone
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig
 from pipeline.records import Concept, EditedLatents, EditRequest, Trajectory
+from tests.golden.checks import Check, edit, equal, relative, source_of
+from tests.golden.two_branch import (
+    replay_direct_inversion,
+    replay_negative_prompt,
+    replay_null_text,
+    replay_prompt_to_prompt,
+)
 
 HERE = Path(__file__).parent
 TINY_SD = HERE / "tiny-sd"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One compared quantity."""
-
-    name: str
-    deviation: float
-    tolerance: float
-
-    @property
-    def holds(self) -> bool:
-        return self.deviation <= self.tolerance
-
-
-def relative(ours: Tensor, golden: Tensor) -> float:
-    """Largest difference over the largest golden value."""
-    assert ours.shape == golden.shape, f"ours {tuple(ours.shape)}, golden {tuple(golden.shape)}"
-    return float((ours.double() - golden.double()).abs().max() / golden.double().abs().max())
 
 
 def replay(path: Path, model: Path = TINY_SD, dtype: torch.dtype = torch.float32) -> list[Check]:
@@ -66,24 +51,13 @@ def replay(path: Path, model: Path = TINY_SD, dtype: torch.dtype = torch.float32
     for name, tensor in golden.items():
         golden[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     settings = json.loads(str(archive["settings"]))
-    return list(KINDS[path.parent.name](golden, settings, Engine(loaded(model, dtype), call_size=8)))
+    return list(KINDS[path.parent.name](golden, settings, Engine(loaded(model, dtype), call_size=8, pad=False)))
 
 
 @cache
 def loaded(model: Path, dtype: torch.dtype) -> Backbone:
     """The checkpoint, loaded once."""
     return load_backbone(ModelConfig(name=str(model)), dtype=dtype, device="cpu")
-
-
-def source_of(engine: Engine, latents: Tensor, prompt: str, noises: Tensor | None = None) -> Source:
-    """One image's encoded latents, and its noise from the recording instead of a generator."""
-    draws = iter(() if noises is None else noises)
-    return Source(latents=latents, prompt=prompt, schedule=engine.backbone.schedule, draw_noise=lambda: next(draws))
-
-
-def edit(engine: Engine, editor: Editor, trajectory: Trajectory, request: EditRequest, **options: Any) -> EditedLatents:
-    """One edit of one image, with what every step did."""
-    return engine.run_one(editor.edit(trajectory, request, keep_history=True, **options))
 
 
 def replay_ddim(golden: dict[str, Tensor], settings: dict[str, Any], engine: Engine) -> Iterator[Check]:
@@ -294,15 +268,14 @@ def answer(method: Any, denoise: Callable[[Denoise], Denoised]) -> Any:
         return stop.value
 
 
-def equal(name: str, ours: Any, golden: Tensor) -> Check:
-    """Integers that must agree exactly."""
-    return Check(name, 0.0 if list(ours) == golden.tolist() else 1.0, 0.0)
-
-
 KINDS: dict[str, Callable[..., Iterator[Check]]] = {
     "ddim": replay_ddim,
     "ddpm_inversion": replay_ddpm_inversion,
+    "direct_inversion": replay_direct_inversion,
     "ledits_pp": replay_ledits_pp,
+    "negative_prompt_inversion": replay_negative_prompt,
+    "null_text_inversion": replay_null_text,
+    "prompt_to_prompt": replay_prompt_to_prompt,
 }
 
 

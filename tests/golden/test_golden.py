@@ -16,8 +16,17 @@ def checks_of(path: Path, dtype: torch.dtype) -> list[Check]:
     return replay(path, dtype=dtype)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+# Recorded in float32 from Gaussian noise, where nothing is amplified; in float64 their 64 x 64 latents take minutes.
+ONLY_FLOAT32 = {"prompt_to_prompt"}
+REPLAYS = [
+    pytest.param(path, dtype, id=f"{path.parent.name}-{path.stem}-{dtype}")
+    for path in FILES
+    for dtype in (torch.float32, torch.float64)
+    if dtype == torch.float32 or path.parent.name not in ONLY_FLOAT32
+]
+
+
+@pytest.mark.parametrize(("path", "dtype"), REPLAYS)
 def test_a_golden_replays_within_its_tolerance(path: Path, dtype: torch.dtype) -> None:
     checks = checks_of(path, dtype)
     assert len(checks) >= 3

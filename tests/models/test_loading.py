@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.engine.calls import UNetCall
 from pipeline.errors import ModelError
-from pipeline.models.attention import cross_attention_factors, downsampling
+from pipeline.models.attention import attention_layers, cross_attention_factors
 from pipeline.models.loading import digest, load_backbone
 from pipeline.models.stable_diffusion import StableDiffusion
 from pipeline.recipe import ModelConfig
@@ -128,7 +129,7 @@ def test_bfloat16_networks_leave_latents_in_float32(checkpoint: Path) -> None:
     assert isinstance(backbone, StableDiffusion)
     assert backbone.unet.dtype == torch.bfloat16
     prompt = backbone.encode_text("a cat")
-    noise_preds, _ = backbone.denoise(torch.zeros((1, 4, 8, 8)), [501], [prompt.embedding], None)
+    noise_preds = backbone.denoise(UNetCall(torch.zeros((1, 4, 8, 8)), [501], [prompt.embedding])).noise_preds
     assert noise_preds.dtype == torch.float32
 
 
@@ -145,12 +146,15 @@ def test_a_prompt_longer_than_the_encoder_is_cut() -> None:
 
 
 def test_layers_are_told_by_name() -> None:
-    assert downsampling("down_blocks.2.attentions.0.transformer_blocks.0.attn2.processor", 4) == 4
-    assert downsampling("up_blocks.1.attentions.2.transformer_blocks.0.attn2.processor", 4) == 4
-    assert downsampling("up_blocks.3.attentions.2.transformer_blocks.0.attn2.processor", 4) == 1
-    assert downsampling("mid_block.attentions.0.transformer_blocks.0.attn2.processor", 4) is None
     backbone = tiny_sd()
     assert isinstance(backbone, StableDiffusion)
+    layers = list(attention_layers(backbone.unet).values())
+    # The table of SD 1.x: each transformer block has a self- and a cross-attention, the mid block comes between.
+    factors = [layer.factor for layer in layers if layer.kind == "self"]
+    assert factors == [1, 1, 2, 2, 4, 4, 8, *[4] * 3, *[2] * 3, *[1] * 3]
+    assert [layer.index for layer in layers if layer.kind == "cross"] == list(range(16))
+    assert [layer.index for layer in layers if layer.place == "up" and layer.kind == "self"] == list(range(7, 16))
+    assert [layer.index_in_place for layer in layers if layer.place == "up" and layer.kind == "self"] == list(range(9))
     assert cross_attention_factors(backbone.unet) == (1, 2, 4)
     watched = [name for name, p in backbone.unet.attn_processors.items() if p.watched]
     assert len(watched) == 5  # SD 1.x: two on the way down, three on the way up
@@ -163,7 +167,7 @@ def test_our_attention_equals_the_librarys() -> None:
     backbone = tiny_sd()
     prompt = backbone.encode_text("a cat with sunglasses")
     latents = torch.randn((2, 4, 12, 12), generator=torch.Generator().manual_seed(0))
-    ours, _ = backbone.denoise(latents, [501, 21], [prompt.embedding] * 2, None)
+    ours = backbone.denoise(UNetCall(latents, [501, 21], [prompt.embedding] * 2)).noise_preds
     with torch.no_grad():
         embeddings = torch.stack([prompt.embedding] * 2)
         theirs = plain(latents, torch.tensor([501, 21]), encoder_hidden_states=embeddings).sample

@@ -1,0 +1,274 @@
+"""Prompt-to-Prompt (Hertz et al., arXiv 2208.01626): keep the source's attention maps, change the words.
+
+Early in the walk the target's cross-attention takes over the source's maps, token by token as the prompts align, and
+its self-attention the source's at coarse resolution; with blend words, everything outside of where these attend stays
+the source (LocalBlend).
+
+Cost: the rows of `two_branch`; the source's rows end with the last window unless there are blend words. Masks: one,
+with blend words; else none. Memory: no attention map is kept; explicit probabilities exist for the 77 columns of
+cross-attention only, in steps that read them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import interpolate, max_pool2d
+
+from pipeline.editing.alignment import (
+    equalizer_weights,
+    refinement_mapper,
+    replacement_mapper,
+    token_weights,
+    word_schedule,
+)
+from pipeline.editing.base import Editor
+from pipeline.editing.two_branch import BranchEdit, Branches, BranchRows, two_branch
+from pipeline.engine.calls import Steps
+from pipeline.engine.controls import Control, Hook, Layer, Routes, attention_probabilities
+from pipeline.errors import PrepareError
+from pipeline.inversion.base import Inversion
+from pipeline.records import EditedLatents, EditRequest, Trajectory, Window
+
+BLEND_FACTOR = 4  # latents' side over map side of the layers that LocalBlend reads
+SELF_FACTOR = 2  # self-attention is replaced in maps that are this much coarser than the latents, or more
+
+
+class PromptToPrompt(Editor):
+    """Edit by the difference between the source prompt and the target prompt."""
+
+    inversions: ClassVar = frozenset({"ddim", "ddpm", "direct", "negative_prompt", "noise", "null_text"})
+    paper: ClassVar = "Prompt-to-Prompt Image Editing with Cross-Attention Control, arXiv 2208.01626"
+
+    method: Literal["prompt_to_prompt"] = "prompt_to_prompt"
+    guidance_scale: float = Field(default=7.5, allow_inf_nan=False)
+    # How target tokens find their source tokens. refine: any two prompts, by alignment; replace: word by word, for
+    # prompts of as many words; reweight: the prompts' tokens as they stand, for an equalizer alone.
+    kind: Literal["refine", "replace", "reweight"] = "refine"
+    cross_replace_steps: Window = (0.0, 0.4)  # when cross-attention maps are overwritten; an edit may say more by word
+    self_replace_steps: Window = (0.0, 0.6)  # when self-attention maps are
+    start_blend: float = Field(default=0.2, ge=0, le=1)  # share of the steps before LocalBlend begins
+    blend_threshold: float = Field(default=0.3, ge=0, le=1)  # share of the field's maximum; higher: smaller regions
+    subtract_threshold: float = Field(default=0.3, ge=0, le=1)
+    aligned_tail: bool = (
+        False  # replace: keep words behind a change of token count together; the published code does not
+    )
+
+    def check(self, request: EditRequest, num_steps: int) -> None:
+        """See `Editor`. What needs the prompts' tokens is checked when these are known."""
+        if not request.target_prompt:
+            raise PrepareError(
+                f"{self.method} edits from a source_prompt to a target_prompt, and this edit has no target_prompt. "
+                "Add target_prompt"
+            )
+        if not request.source_prompt and self.kind != "refine":
+            raise PrepareError(f"kind: {self.kind} needs a source_prompt, and this edit has none. Add source_prompt")
+
+    def pair_problem(self, inversion: Inversion) -> str | None:
+        """See `Editor`."""
+        return guidance_problem(self.guidance_scale, inversion)
+
+    def edit(
+        self,
+        trajectory: Trajectory,
+        request: EditRequest,
+        user_mask: Tensor | None = None,
+        *,
+        keep_history: bool = False,
+    ) -> Steps[EditedLatents]:
+        """See `Editor`."""
+        branches = yield from Branches.encode(trajectory, request)
+        edit = self.begin(trajectory, branches, request)
+        return (yield from two_branch(trajectory, branches, edit, user_mask, keep_history=keep_history))
+
+    def begin(self, trajectory: Trajectory, branches: Branches, request: EditRequest) -> BranchEdit:
+        """Everything that can be known before the first step.
+
+        Raises:
+            PrepareError: a word is not in its prompt, or the prompts cannot be aligned.
+        """
+        return PromptToPromptEdit(self, trajectory, branches, request)
+
+
+def guidance_problem(guidance_scale: float, inversion: Inversion) -> str | None:
+    """Null-text embeddings are optimised for one guidance scale, and serve no other."""
+    optimised_for = getattr(inversion, "edit_guidance_scale", None)
+    if optimised_for is None or optimised_for == guidance_scale:
+        return None
+    return (
+        f"guidance_scale is {guidance_scale:g}, but inversion.method '{inversion.method}' optimises for "
+        f"edit_guidance_scale {optimised_for:g}. Set both to the same"
+    )
+
+
+class PromptToPromptEdit(BranchEdit):
+    """One edit of one image."""
+
+    def __init__(
+        self, settings: PromptToPrompt, trajectory: Trajectory, branches: Branches, request: EditRequest
+    ) -> None:
+        super().__init__(trajectory, settings.guidance_scale)
+        self.settings = settings
+        source, target, total = branches.source, branches.target, trajectory.total_steps
+        # Windows are shares of the whole schedule, counted from the first step that is walked.
+        self.schedule = word_schedule(target, total, settings.cross_replace_steps, request.cross_replace_steps)
+        self.self_steps = range(*(int(total * share) for share in settings.self_replace_steps))
+        length = target.embedding.shape[0]
+        self.mapper, keep = torch.eye(length), torch.ones(length)
+        if settings.kind == "replace":
+            self.mapper = replacement_mapper(source, target, aligned_tail=settings.aligned_tail)
+        elif settings.kind == "refine":
+            index, keep = refinement_mapper(source, target)
+            self.mapper = torch.zeros((length, length))
+            self.mapper[index, torch.arange(length)] = keep
+        self.keep = keep
+        self.factors = equalizer_weights(target, request.equalizer)
+        self.blend = self._selectors(branches, request, "blend")
+        self.subtract = self._selectors(branches, request, "subtract")
+        self.first_blend_step = int(settings.start_blend * total)
+        self.fields: Tensor | None = None  # (2 or 4, h', w') sums over steps: source and target, blend and subtract
+        self.last_mask: Tensor | None = None
+
+    def _selectors(self, branches: Branches, request: EditRequest, which: str) -> Tensor | None:
+        words = request.blend_words if which == "blend" else request.subtract_words
+        if words is None:
+            return None
+        if not words.source and not words.target:
+            raise PrepareError(f"{which}_words names no word. Name words of the source or the target prompt")
+        if which == "subtract" and request.blend_words is None:
+            raise PrepareError("subtract_words takes away from what blend_words name, and there are none. Add these")
+        return torch.stack(
+            [
+                token_weights(branches.source, words.source, f"{which} word"),
+                token_weights(branches.target, words.target, f"{which} word"),
+            ]
+        )
+
+    @property
+    def selectors(self) -> Tensor | None:
+        """(2 or 4, L) tokens whose maps are collected: source and target of blend, then of subtract words."""
+        if self.blend is None:
+            return None
+        return self.blend if self.subtract is None else torch.cat([self.blend, self.subtract])
+
+    def reads_attention(self, step: int) -> bool:
+        """See `BranchEdit`."""
+        return bool(self.schedule[step].any()) or step in self.self_steps or self.blend is not None
+
+    def reads_latents(self, step: int) -> bool:
+        """See `BranchEdit`."""
+        return self.blend is not None and step + 1 > self.first_blend_step
+
+    def control(self, step: int, rows: BranchRows) -> Control | None:
+        """See `BranchEdit`."""
+        assert rows.source is not None  # it reads attention at this step
+        return AttentionReplacement(
+            source=rows.source,
+            target=rows.target,
+            rows=rows.count,
+            mapper=self.mapper,
+            keep=self.keep,
+            factors=self.factors,
+            active=self.schedule[step],
+            replaces_self=step in self.self_steps,
+            selectors=self.selectors,
+        )
+
+    def after_step(
+        self, step: int, source: Tensor | None, target: Tensor, seen: Any
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """See `BranchEdit`: LocalBlend."""
+        if self.blend is None:
+            return source, target, None
+        self.fields = seen if self.fields is None else self.fields + seen
+        if step + 1 <= self.first_blend_step:
+            return source, target, torch.ones(target.shape[-2:], dtype=torch.bool)
+        assert source is not None
+        self.last_mask = self._mask((target.shape[-2], target.shape[-1]))
+        return source, torch.where(self.last_mask, target, source), self.last_mask
+
+    def _mask(self, size: tuple[int, int]) -> Tensor:
+        assert self.fields is not None
+        inside = local_blend_mask(self.fields[:2], self.settings.blend_threshold, size, dilate=True)
+        mask = inside[0] | inside[1]
+        if self.subtract is not None:
+            taken = local_blend_mask(self.fields[2:], self.settings.subtract_threshold, size, dilate=False)
+            mask = mask & ~(taken[0] | taken[1])
+        return mask
+
+    def mask(self) -> Tensor | None:
+        """See `BranchEdit`."""
+        return self.last_mask
+
+
+def local_blend_mask(fields: Tensor, threshold: float, size: tuple[int, int], *, dilate: bool) -> Tensor:
+    """(B, h, w) bool: where attention fields (B, h', w') exceed a share of their maximum; nowhere if that is zero."""
+    if dilate:
+        fields = max_pool2d(fields[:, None], 3, stride=1, padding=1)[:, 0]
+    fields = interpolate(fields[:, None], size=size, mode="nearest")[:, 0]
+    return fields / fields.amax(dim=(1, 2), keepdim=True) > threshold
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AttentionReplacement(Control):
+    """What Prompt-to-Prompt does to a target row within one step (arXiv 2208.01626, section 3)."""
+
+    source: int
+    target: int
+    rows: int
+    mapper: Tensor  # (L, L): source tokens in target tokens' maps
+    keep: Tensor  # (L,): 0 where a target token keeps its own map
+    factors: Tensor  # (L,) of the equalizer
+    active: Tensor  # (L,): 1 where a token's map is overwritten at this step
+    replaces_self: bool
+    selectors: Tensor | None  # (S, L) tokens whose maps are collected, source and target in turn
+
+    def hook(self, height: int, width: int, device: torch.device) -> Hook:
+        """See `Control`."""
+        return _ReplacementHook(self, height, width)
+
+
+class _ReplacementHook(Hook):
+    def __init__(self, control: AttentionReplacement, height: int, width: int) -> None:
+        self.control, self.height, self.width = control, height, width
+        self.overwrites = bool(control.active.any())
+        self.collected: list[Tensor] = []
+
+    def routes(self, layer: Layer) -> Routes | None:
+        """Self-attention maps are replaced by attending with the source's queries and keys: no map is made."""
+        if layer.kind != "self" or not self.control.replaces_self or layer.factor < SELF_FACTOR:
+            return None
+        own = list(range(self.control.rows))
+        replaced = [self.control.source if row == self.control.target else row for row in own]
+        return Routes(replaced, replaced, own)
+
+    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, scale: float, attended: Tensor) -> Tensor:
+        """Cross-attention maps are mixed from the source's and the target's own."""
+        control = self.control
+        collects = control.selectors is not None and layer.place != "mid" and layer.factor == BLEND_FACTOR
+        if layer.kind != "cross" or not (self.overwrites or collects):
+            return attended
+        pair = torch.tensor([control.source, control.target], device=query.device)
+        of_source, of_target = attention_probabilities(query[pair], key[pair], scale)  # (heads, N, L) each
+        if self.overwrites:
+            mapper, keep, factors, active = (
+                tensor.to(of_source) for tensor in (control.mapper, control.keep, control.factors, control.active)
+            )
+            replaced = (of_source @ mapper + (1 - keep) * of_target) * factors
+            of_target = active * replaced + (1 - active) * of_target
+            attended = attended.clone()
+            attended[control.target] = of_target.to(value.dtype) @ value[control.target]
+        if collects and control.selectors is not None:
+            selectors = control.selectors.to(of_source)
+            maps = torch.stack([of_source.mean(dim=0), of_target.mean(dim=0)])  # (2, N, L)
+            fields = torch.cat([(maps @ pair_of[..., None])[..., 0] for pair_of in selectors.unflatten(0, (-1, 2))])
+            self.collected.append(fields.unflatten(1, layer.grid(self.height, self.width)))
+        return attended
+
+    def answer(self) -> Tensor | None:
+        """(S, h', w'): what the selected tokens attended to, mean over heads and layers."""
+        return torch.stack(self.collected).mean(dim=0).cpu() if self.collected else None
