@@ -9,10 +9,10 @@ IMAGES ?= 24
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench demo-score faults methods-table clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## draw a small dataset, edit it with the bundled model, write demo-output/report.html
 	$(BIN)/shardedit demo --output demo-output --images $(IMAGES)
@@ -28,6 +28,15 @@ lint: $(STAMP) ## ruff (rules and layout) and mypy
 
 bench: $(STAMP) ## measure ratios on this machine, write build/bench.json
 	$(BIN)/python -m benchmarks.run
+
+demo-score: $(STAMP) ## score the bundled model on 256 fresh scenes, write build/demo_score.json
+	$(BIN)/python -m jobs.demo_score
+
+faults: $(STAMP) ## kill, cut and fill up runs at random moments, compare, write build/faults.json
+	$(BIN)/python -m benchmarks.faults
+
+methods-table: $(STAMP) ## compare all methods on drawn scenes, write docs/methods/table.md and build/methods.json
+	$(BIN)/python -m jobs.methods_table
 
 clean: ## remove the environment and everything that was made
 	rm -rf $(VENV) build dist demo-output *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import against_diffusers, memory, ray_overhead
+from benchmarks import against_diffusers, commit_overhead, many_units, memory, ray_overhead
 
 BUILD = Path("build")
 
@@ -39,6 +39,8 @@ def main() -> None:
         "against_diffusers": ("Engine against diffusers' LEDITS++ (ratio above 1: faster)", against_diffusers.measure),
         "ray_overhead": ("Ray job against a plain loop (ratio 1.1: 10 % slower)", ray_overhead.measure),
         "memory": ("Peak memory of a worker by length of run", memory.measure),
+        "commit_overhead": ("What exactly once costs per unit", commit_overhead.measure),
+        "many_units": ("Bookkeeping of many units (seconds, MiB)", many_units.measure),
     }
     for name, (title, measure) in parts.items():
         found = measure()

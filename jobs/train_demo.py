@@ -41,7 +41,7 @@ from pipeline.models.demo.networks import (
     load_pipeline,
     save_pipeline,
 )
-from pipeline.models.demo.score import measure, table
+from pipeline.models.demo.score import load_recipes, measure, table
 from pipeline.models.demo.world import VOCABULARY, Scene, caption, draw, region
 
 COVERAGE_SIDE = 16  # cells per side of the coverage maps: the finest attention grid
@@ -109,6 +109,9 @@ def main(
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = os.cpu_count() or 1,
     scenes: Annotated[int, typer.Option(min=0, help="Scenes on which the model is scored at the end.")] = 64,
+    recipes: Annotated[Path, typer.Option(help="Folder of the recipes that it is scored by.")] = Path(
+        "configs/demo_edits"
+    ),
     seed: int = 0,
 ) -> None:
     """Train the demo model from nothing."""
@@ -133,7 +136,7 @@ def main(
     pool = draw_pool(plan, vae, out / "pool.pt", device, seed)
     train_unet(plan, vae, pool, out, device, seed, start)
     if scenes:
-        scores = measure(out / "weights", scenes)
+        scores = measure(out / "weights", load_recipes(recipes), scenes)
         with (out / "weights" / "README.md").open("a") as card:
             card.write(f"\nScores on {scenes} fresh scenes (`pipeline/models/demo/score.py`):\n\n{table(scores)}")
     print(f"done: {out / 'weights'}", flush=True)

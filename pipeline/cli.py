@@ -26,6 +26,8 @@ from pipeline.errors import ShardeditError
 if TYPE_CHECKING:
     from pipeline.planning import Plan
     from pipeline.recipe import SinkConfig
+    from pipeline.status import Status
+    from pipeline.verify import Verdict
     from pipeline.writing.summary import Summary
 
 INTERRUPTED = 130  # what shells expect of a command that Ctrl-C ended
@@ -47,6 +49,11 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings to change, e.g. run.seed=7.", show_default=False),
 ]
+Where = Annotated[
+    str,
+    typer.Argument(metavar="OUT_OR_CONFIG", help="A run's folder (path or URL), or its recipe.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 
 
@@ -57,7 +64,7 @@ def reported(debug: bool) -> Iterator[None]:
         yield
     except ShardeditError as error:
         if debug:
-            traceback.print_exc()
+            sys.stderr.write(shown_traceback())
         say_error(f"{type(error).__name__}: {error}")
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
@@ -66,7 +73,7 @@ def reported(debug: bool) -> Iterator[None]:
     except typer.Exit:
         raise
     except Exception as error:
-        text = traceback.format_exc()
+        text = shown_traceback()
         if debug:
             sys.stderr.write(text)
         say_error(
@@ -80,6 +87,13 @@ def reported(debug: bool) -> Iterator[None]:
 def say_error(text: str) -> None:
     """Print to stderr, as is: a message may hold brackets, which are no markup."""
     err.print(text, markup=False)
+
+
+def shown_traceback() -> str:
+    """The traceback of the error at hand; addresses in it carry no credentials."""
+    from pipeline.reading.storage import without_credentials
+
+    return without_credentials(traceback.format_exc())
 
 
 def first_line(error: BaseException) -> str:
@@ -112,7 +126,14 @@ def shardedit(
 
 
 @app.command()
-def edit(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
+def edit(
+    config: Config,
+    overrides: Overrides = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Edit units with failed results again; good rows keep their bytes.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
     """Edit every image of a dataset. The same command goes on where an earlier one stopped."""
     with reported(debug):
         from pipeline.recipe import load_recipe
@@ -121,7 +142,7 @@ def edit(config: Config, overrides: Overrides = None, debug: Debug = False) -> N
         # Only a recipe that can work pays for starting Ray.
         from pipeline.cluster import run
 
-        summary = run(recipe)
+        summary = run(recipe, retry_failed=retry_failed)
         show_summary(summary, recipe.sink)
         raise typer.Exit(summary.exit_code)
 
@@ -130,7 +151,7 @@ def edit(config: Config, overrides: Overrides = None, debug: Debug = False) -> N
 def plan(
     config: Config,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    as_json: AsJson = False,
     probe: Annotated[bool, typer.Option(help="Time the model on two images; without, no time is estimated.")] = True,
     debug: Debug = False,
 ) -> None:
@@ -146,6 +167,71 @@ def plan(
             print(json.dumps(made.as_dict(), indent=1))
         else:
             show_plan(made, str(config))
+
+
+@app.command()
+def status(where: Where, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Say how far a run is, what failed and where. Reads the run's manifests; it may be at work meanwhile."""
+    with reported(debug):
+        from pipeline.runs import find_run
+
+        run = find_run(where)
+        from pipeline.status import status as look
+
+        found = look(run.sink, run.record)
+        if as_json:
+            print(json.dumps(found.as_dict(), indent=1))
+        else:
+            show_status(found, run.config)
+
+
+@app.command()
+def verify(
+    where: Where,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Take back damaged units and remove stray files, for `edit` to make again.")
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check that a run's output is whole: every file read, hashed and opened, every result there once."""
+    with reported(debug):
+        from pipeline.runs import find_run
+
+        run = find_run(where)
+        from pipeline.verify import verify as check
+
+        verdict = check(run.sink, run.record, repair=repair)
+        if as_json:
+            print(json.dumps(verdict.as_dict(), indent=1))
+        else:
+            show_verdict(verdict, where, run.config)
+        raise typer.Exit(0 if verdict.clean else 1)
+
+
+@app.command()
+def regenerate(
+    where: Where,
+    key: Annotated[str, typer.Argument(help="Id of a row, or its key where one row has it.", show_default=False)],
+    edit: Annotated[str | None, typer.Option(help="Which edit, where the row has several.")] = None,
+    method: Annotated[str | None, typer.Option(help="Which method, where the recipe has several.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Make one result again from the source, the recipe and its seed, and compare the bytes. Writes nothing."""
+    with reported(debug):
+        from pipeline.runs import find_run
+
+        run = find_run(where)
+        from pipeline.regenerate import regenerate as make
+
+        made = make(run, key, edit=edit, method=method)
+        out.print(f"{made.id}, {made.edit}, {made.method} in {made.file}", markup=False)
+        for line in made.changed:
+            out.print(f"  changed since: {line}", markup=False)
+        for line in made.differences:
+            out.print(f"  differs: {line}", markup=False)
+        out.print("  equal in every byte" if made.equal else "  not equal")
+        raise typer.Exit(0 if made.equal else 1)
 
 
 @app.command()
@@ -194,12 +280,12 @@ def methods() -> None:
 
     inversions = method_table("inversion.method")
     for name, inversion in INVERSIONS.items():
-        about = f"records {listed(inversion.records)}; replays {inversion.exact}\n{inversion.paper}"
+        about = f"replays {inversion.exact}\n{inversion.paper}"
         inversions.add_row(name, defaults_of(inversion), about)
     editors = method_table("editing.method")
     for name, editor in EDITORS.items():
-        fitting = [key for key, inversion in INVERSIONS.items() if editor.reads <= inversion.records]
-        about = f"reads {listed(editor.reads)}; goes with {', '.join(fitting)}\n{editor.paper}"
+        fitting = [key for key in INVERSIONS if editor.fits(key)]
+        about = f"goes with {', '.join(fitting)}\n{editor.paper}"
         editors.add_row(name, defaults_of(editor), about)
     for table in (inversions, editors):
         Console(highlight=False).print(table)
@@ -209,14 +295,9 @@ def method_table(title: str) -> Table:
     """An empty table of methods."""
     table = Table(title=title, title_justify="left", title_style="bold", show_lines=True)
     table.add_column("method", no_wrap=True)
-    table.add_column("settings and defaults", no_wrap=True)
+    table.add_column("settings and defaults", overflow="fold", width=30)
     table.add_column("about", overflow="fold")
     return table
-
-
-def listed(names: frozenset[str]) -> str:
-    """Names in a fixed order."""
-    return ", ".join(sorted(names))
 
 
 def defaults_of(method: Any) -> str:
@@ -247,6 +328,63 @@ def show_summary(summary: Summary, sink: SinkConfig) -> None:
     show_rows(rows)
     if not summary.complete:
         out.print("Stopped early: the same command goes on from here.")
+
+
+def show_status(found: Status, config: str) -> None:
+    """How far a run is, as a person reads it."""
+    from pipeline.evaluation.report import count, size_text
+
+    so_far = found.so_far
+    about = "about " if found.planned_is_estimate else ""
+    planned = "an unknown number of" if found.planned is None else f"{about}{found.planned:,}"
+    table = Table(title=found.folder, title_justify="left", title_style="bold", show_header=False)
+    table.add_row("done", f"{so_far.done:,} of {planned} results, from {count(so_far.images, 'image')}")
+    table.add_row("failed", f"{so_far.failed:,}" if so_far.failed else "none")
+    if so_far.failed:
+        table.add_row("  by stage", counted(so_far.failed_by_stage))
+        table.add_row("  by reason", counted(so_far.failed_by_class))
+    table.add_row(
+        "committed", f"{count(so_far.units, 'unit')}, {found.shards_done:,} of {count(found.shards, 'shard')}"
+    )
+    speed = f"{so_far.images_per_second:.3g} images/s, " if so_far.images_per_second else ""
+    table.add_row("pace", f"{speed}{so_far.unet_rows:,} UNet rows in {duration(so_far.seconds)}")
+    table.add_row("written", size_text(so_far.output_bytes))
+    out.print(table)
+    for shard, number, file in found.worst_shards:
+        out.print(f"{number:,} failed in {shard}, the first of them in {file}", markup=False)
+    for row in found.failures:
+        what = ", ".join(name for name in (row["id"], row["edit"], row["method"]) if name)
+        out.print(f"  {what}: {row['stage']}: {row['error_class']}: {first_words(row['message'])}", markup=False)
+    if not so_far.complete:
+        out.print(f"Not complete. To go on: shardedit edit {config}", markup=False)
+    elif so_far.failed:
+        out.print(f"To try the failed ones again: shardedit edit {config} --retry-failed", markup=False)
+
+
+def first_words(message: str) -> str:
+    """A stored reason in one line of bounded length."""
+    return " ".join(message.split())[:160]
+
+
+def show_verdict(verdict: Verdict, where: str, config: str) -> None:
+    """What is wrong, where, and what puts it right."""
+    from pipeline.evaluation.report import count, size_text
+
+    for finding in verdict.findings:
+        out.print(f"{finding.kind}: {finding.path}: {finding.text}", markup=False)
+    if verdict.wrong > len(verdict.findings):
+        out.print(f"... and {verdict.wrong - len(verdict.findings):,} more: {counted(verdict.by_kind)}")
+    looked = (
+        f"{count(verdict.units, 'unit')}, {count(verdict.files, 'file')}, {size_text(verdict.bytes)}; "
+        f"{verdict.done:,} results in data/, {verdict.failed:,} in quarantine/"
+    )
+    if verdict.clean:
+        out.print(f"Whole: {looked}.")
+        return
+    out.print(f"{count(verdict.wrong, 'problem')} in {looked}.")
+    # Not "&&": a repair ends with 1 as well, for what it found.
+    steps = [f"shardedit verify {where} --repair; "] if verdict.needs_repair else []
+    out.print(f"To repair: {''.join(steps)}shardedit edit {config}", markup=False)
 
 
 def show_plan(made: Plan, config: str) -> None:

@@ -36,7 +36,11 @@ from pipeline.reading.storage import describe
 from pipeline.reading.units import read_units
 from pipeline.recipe import Recipe, SinkConfig, SourceConfig
 from pipeline.todo import Todo, find_todo
+from pipeline.writing.cleaning import clean
 from pipeline.writing.commit import Committed, commit, committed_units
+from pipeline.writing.folding import fold_finished_shards
+from pipeline.writing.lock import DriverLock
+from pipeline.writing.replace import replace, settle_replacements
 from pipeline.writing.run_record import RunRecord, check_same_run, run_record, versions_that_differ, write_run_record
 from pipeline.writing.summary import Summary, summarise, write_summary
 
@@ -47,16 +51,19 @@ log = logging.getLogger(__name__)
 
 UNITS_AT_ONCE = 2  # per worker: the tail of one unit and the head of the next share UNet calls
 UNITS_PER_WORKER = 3  # at work or fetched; with those in the sink, what a kill may cost
-RESTARTS = 8  # of a worker or task; Ray's default is without end, and a row that kills its process would never end
+# Of a worker or task; Ray's default is without end. A row that kills its process costs three (writing/attempts.py), so
+# a worker outlives half a dozen of them; after that the job fails, and the same command goes on.
+RESTARTS = 20
 STALLED_AFTER_S = 2 * 3600.0  # nothing moved: GPU nodes may take long to come, and a first model to download
 
 
-def run(recipe: Recipe, *, progress: Display = "auto") -> Summary:
+def run(recipe: Recipe, *, progress: Display = "auto", retry_failed: bool = False) -> Summary:
     """Edit everything that the recipe asks for and that is not committed yet; then write summary.json and report.html.
 
     Args:
         recipe: the run. `run.engine` decides between one process and Ray; both write the same bytes.
         progress: a bar, lines, neither, or what fits the terminal.
+        retry_failed: edit units with failures again as well; what comes out replaces their earlier commits.
 
     Raises:
         SourceError: there is nothing to read.
@@ -65,10 +72,17 @@ def run(recipe: Recipe, *, progress: Display = "auto") -> Summary:
         ClusterError: the cluster lacks what the recipe asks for, or failed.
         RunAborted: an error budget was spent; what is committed stays.
     """
-    todo = find_todo(recipe)
+    place: Place = Here(recipe) if recipe.run.engine == "local" else _OnRay(recipe)
+    with DriverLock(recipe.sink, on_lost=place.stop, notify=lambda text: _say(text, progress)) as lock:
+        return _run(recipe, place, lock, progress, retry_failed)
+
+
+def _run(recipe: Recipe, place: Place, lock: DriverLock, progress: Display, retry_failed: bool) -> Summary:
+    settle_replacements(recipe.sink)
+    todo = find_todo(recipe, retry_failed=retry_failed)
+    clean(recipe.sink, todo.committed)
     if not todo.tasks:
         return _summary(recipe, todo, Seen())
-    place: Place = Here(recipe) if recipe.run.engine == "local" else _OnRay(recipe)
     try:
         _say(place.open(todo.before), progress)
         _record(recipe, todo, place)
@@ -81,10 +95,13 @@ def run(recipe: Recipe, *, progress: Display = "auto") -> Summary:
             shards=len(todo.shards),
         ):
             try:
+                lock.check()
                 place.edit(todo)
+                lock.check()
             except BaseException:  # Ctrl-C as well: what is committed by then is worth its summary
                 try:
-                    _summary(recipe, todo, place.seen())
+                    if not lock.lost:
+                        _summary(recipe, todo, place.seen())
                 except SinkError as error:  # most likely what ended the run
                     log.warning("no summary was written: %s", error)
                 raise
@@ -113,6 +130,7 @@ def _record(recipe: Recipe, todo: Todo, place: Place) -> None:
 def _summary(recipe: Recipe, todo: Todo, seen: Seen) -> Summary:
     from pipeline.evaluation.report import write_report
 
+    fold_finished_shards(recipe.sink)
     summary = summarise(committed_units(recipe.sink), todo.shards, units_now=seen.units)
     write_summary(summary, recipe.sink)
     write_report(recipe.sink)
@@ -199,7 +217,7 @@ class _OnRay:
             )
             try:
                 finished.write_datasink(
-                    UnitSink(recipe.sink, self._tally),
+                    UnitSink(recipe.sink, self._tally, todo.retry_failed),
                     ray_remote_args={"num_cpus": IO_CPUS},
                     concurrency=pool.workers,
                 )
@@ -215,6 +233,10 @@ class _OnRay:
             except ray.exceptions.RayError as error:
                 log.debug("progress is not known: %s", describe(error))  # the job itself will say what is wrong
         return self._last_seen
+
+    def stop(self, reason: str) -> None:
+        if self._tally is not None:
+            self._tally.stop.remote(reason)
 
     def close(self) -> None:
         if self._ours:
@@ -306,8 +328,8 @@ def _blocks(task: ReadTask, source: SourceConfig, unit_size: int, committed: Com
 class UnitSink(Datasink[None]):
     """Ray Data's side of writing. A unit may come twice, after a lost node: committing again leaves the same files."""
 
-    def __init__(self, sink: SinkConfig, tally: Any) -> None:
-        self._sink, self._tally = sink, tally
+    def __init__(self, sink: SinkConfig, tally: Any, retry_failed: bool) -> None:
+        self._sink, self._tally, self._retry_failed = sink, tally, retry_failed
 
     def write(self, blocks: Any, ctx: Any) -> None:
         """Commit the units of some blocks.
@@ -315,9 +337,10 @@ class UnitSink(Datasink[None]):
         Raises:
             RunAborted: an error budget is spent.
         """
+        write = replace if self._retry_failed else commit
         for block in blocks:
             for finished in unpack_finished(block):
-                manifest = commit(finished, self._sink)
+                manifest = write(finished, self._sink)
                 if verdict := ray.get(self._tally.add.remote(manifest)):
                     raise RunAborted(verdict)
 

@@ -13,6 +13,7 @@
         ├── PrepareError   stage "prepare"   no usable edit request, mask or size
         ├── InvertError    stage "invert"    the inversion cannot work on this image
         ├── EditError      stage "edit"      the edit cannot work on this image
+        │   └── BlackImageError              the result is black all over, the input was not
         └── EncodeError    stage "encode"    the result cannot be written as an image
 
 A message says what was wrong, where, and what to do. A row's message holds no address, time or host, so that two
@@ -99,6 +100,10 @@ class EditError(RowError):
     """The edit cannot work on this image."""
 
     stage = "edit"
+
+
+class BlackImageError(EditError):
+    """The result is black all over, the input was not: a half-precision decoder that overflowed looks like this."""
 
 
 class EncodeError(RowError):

@@ -16,6 +16,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,9 +25,9 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from pipeline.engine.calls import DecodeLatents, EncodeImage, Fork, Steps
 from pipeline.engine.engine import Engine
-from pipeline.errors import EditError, InvertError, RowError, Stage
+from pipeline.errors import BlackImageError, EditError, InvertError, RowError, Stage
 from pipeline.evaluation.metrics import figures
-from pipeline.inversion.base import Inversion, Source, draw_from
+from pipeline.inversion.base import Inversion, draw_from
 from pipeline.models.backbone import Backbone
 from pipeline.reading.prepare import prepare, requests_of, restore, restore_mask
 from pipeline.recipe import Method, Recipe
@@ -38,10 +39,12 @@ from pipeline.records import (
     Prepared,
     Rejected,
     Sample,
+    Source,
     Trajectory,
     Unreadable,
 )
 
+NEARLY_BLACK = 8  # of 255: what compression leaves of a black image
 PREPARED_AHEAD = 4  # images decoded before the engine asks for them
 
 
@@ -146,6 +149,10 @@ def edit_prepared(
             prompt=source_prompt,
             schedule=backbone.schedule,
             draw_noise=draw_from(seed, tuple(latents.shape), latents.dtype),
+            editing_noise=partial(
+                draw_from, seed_for(run_seed, sample.id, "editing"), tuple(latents.shape), latents.dtype
+            ),
+            pixels=prepared.pixels,
         )
         children.append(_invert_and_edit(prepared, inversion, source, pairs, methods, seed, round_trip))
     for result in (yield Fork(tuple(children))):
@@ -200,6 +207,9 @@ def _edit(
     if not bool(torch.isfinite(edited.latents).all()):
         raise EditError("the edit gave values that are not finite. Try lower guidance scales or model.dtype float32")
     pixels = yield DecodeLatents(edited.latents)
+    # A decoder's NaN becomes 0 in uint8: finite latents alone do not tell.
+    if not pixels.any() and prepared.pixels.max() > NEARLY_BLACK:
+        raise BlackImageError("the result is black all over. Try model.dtype float32 or lower guidance scales")
     return Decoded(
         prepared=prepared,
         edit=edit,

@@ -15,6 +15,7 @@ from pipeline.reading.units import read_units
 from pipeline.recipe import Recipe
 from pipeline.todo import Todo
 from pipeline.writing.commit import commit
+from pipeline.writing.replace import replace
 from pipeline.writing.run_record import RunRecord
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ class Place(Protocol):
 
     def seen(self) -> Seen:
         """What has been committed so far."""
+
+    def stop(self, reason: str) -> None:
+        """Let `edit` raise `RunAborted` with the next commit. Called from another thread."""
 
     def close(self) -> None:
         """Let go of everything."""
@@ -68,15 +72,20 @@ class Here:
         """See `Place`."""
         assert self._worker is not None, "open() comes first"
         source, size = self._recipe.source, self._recipe.run.unit_size
+        write = replace if todo.retry_failed else commit
         for task in todo.tasks:
             for unit_input in read_units(task, source, size, todo.committed.has):
-                manifest = commit(self._worker.finish(unit_input), self._recipe.sink)
+                manifest = write(self._worker.finish(unit_input), self._recipe.sink)
                 if verdict := self._tally.add(manifest):
                     raise RunAborted(verdict)
 
     def seen(self) -> Seen:
         """See `Place`."""
         return self._tally.seen()
+
+    def stop(self, reason: str) -> None:
+        """See `Place`."""
+        self._tally.stop(reason)
 
     def close(self) -> None:
         """See `Place`."""

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal
 
@@ -66,6 +66,11 @@ class Tally:
                 verdict=seen.verdict or self._judge(units, asked, failed),
             )
             return self._seen.verdict
+
+    def stop(self, reason: str) -> None:
+        """Let the next commit end the run."""
+        with self._lock:
+            self._seen = replace(self._seen, verdict=self._seen.verdict or reason)
 
     def _judge(self, units: int, asked: int, failed: int) -> str:
         run = self._run

@@ -58,7 +58,8 @@ OneOrMany = Annotated[  # the schema says what may be written, the type what is 
 class Section(BaseModel):
     """Base of the recipe's sections: immutable, and no key is unknown."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A misplaced secret must not stand in an error's traceback.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class SourceConfig(Section):

@@ -187,11 +187,18 @@ class Trajectory:
     uncond: Tensor | None = None
     uncond_scope: Literal["all", "source"] = "all"  # which rows take `uncond`
     pinned: bool = False  # an editor's source branch is these latents, whatever is predicted for it
+    # N shares of the way back to these latents that a pinned source goes after each step. None: all of it, always.
+    pin_shares: tuple[float, ...] | None = None
 
     @property
     def source_prompt(self) -> str:
         """What the image shows; may be ""."""
         return self.source.prompt
+
+    @property
+    def keeps_source(self) -> bool:
+        """Whether an editor's source branch is these latents throughout, so that nothing need be predicted for it."""
+        return self.pinned and self.pin_shares is None
 
     @property
     def total_steps(self) -> int:

@@ -22,6 +22,7 @@ class Todo:
     units_before: int
     tasks: list[ReadTask]  # what is left to read; empty where everything is committed
     units_known: int | None  # units of the whole run; None where only reading can tell, as with tar
+    retry_failed: bool = False  # units with failures are among what is left, and replace their earlier commits
 
     @property
     def shards_before(self) -> int:
@@ -29,8 +30,12 @@ class Todo:
         return sum(self.committed.has_whole_shard(shard_slug(shard.path)) for shard in self.shards)
 
 
-def find_todo(recipe: Recipe) -> Todo:
+def find_todo(recipe: Recipe, *, retry_failed: bool = False) -> Todo:
     """List what there is and take off what is done. Writes nothing.
+
+    Args:
+        recipe: the run.
+        retry_failed: units in which anything failed are not done.
 
     Raises:
         SourceError: there is nothing to read.
@@ -46,6 +51,8 @@ def find_todo(recipe: Recipe) -> Todo:
     units = 0
     if before is not None:
         for manifest in committed_units(recipe.sink):
+            if retry_failed and manifest.counts.failed:
+                continue
             committed.add(manifest)
             units += 1
     tasks = plan_reads(
@@ -57,4 +64,12 @@ def find_todo(recipe: Recipe) -> Todo:
     rows = [shard.rows for shard in shards]
     size = recipe.run.unit_size
     known = None if None in rows else sum(-(-count // size) for count in rows if count is not None)
-    return Todo(shards=shards, before=before, committed=committed, units_before=units, tasks=tasks, units_known=known)
+    return Todo(
+        shards=shards,
+        before=before,
+        committed=committed,
+        units_before=units,
+        tasks=tasks,
+        units_known=known,
+        retry_failed=retry_failed,
+    )

@@ -5,21 +5,26 @@ Units may come from several threads at once: on the engine, one unit's tail and 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 
 from pipeline.engine.engine import Engine
 from pipeline.engine.sizing import probe_call_size
-from pipeline.flow import edit_rows, outcome_of
+from pipeline.flow import asked_without, edit_rows, outcome_of
 from pipeline.models.backbone import Backbone, ModelRecord
 from pipeline.models.loading import load_backbone
 from pipeline.pool import WorkerSettings
+from pipeline.reading.prepare import requests_of
 from pipeline.recipe import Recipe
-from pipeline.records import Decoded, Rejected, UnitInput
+from pipeline.records import Decoded, Rejected, Sample, UnitInput, Unreadable
+from pipeline.writing.attempts import ALONE_FROM, Attempt
 from pipeline.writing.commit import FinishedUnit
 from pipeline.writing.finish import finish_unit
 from pipeline.writing.manifest import Measured
@@ -55,6 +60,7 @@ class Worker:
         )
         self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
         self._meter = _Meter(self.engine)
+        self._gate = _Gate()
 
     @property
     def model(self) -> ModelRecord:
@@ -63,26 +69,52 @@ class Worker:
 
     def finish(self, unit_input: UnitInput) -> FinishedUnit:
         """Edit a unit's rows and render its files. May run in several threads at once."""
-        self._meter.enter()
-        try:
-            encoded = self._edit_and_encode(unit_input)
-        except BaseException:
-            self._meter.leave()
-            raise
-        seconds, unet_rows = self._meter.leave()
+        with Attempt(unit_input.unit.id, self.recipe.sink) as attempt:
+            alone = attempt.number >= ALONE_FROM
+            with self._gate.alone() if alone else self._gate.shared():
+                self._meter.enter()
+                try:
+                    rows = self._one_by_one(unit_input, attempt) if alone else self._edit_and_encode(unit_input.rows)
+                finally:
+                    seconds, unet_rows = self._meter.leave()
         return finish_unit(
             unit_input,
-            encoded,
+            rows,
             self.recipe,
             model_digest=self.model.digest,
             call_size=self.settings.call_size,
             measured=Measured(worker_seconds=round(seconds, 6), workers=self.settings.workers, unet_rows=unet_rows),
         )
 
-    def _edit_and_encode(self, unit_input: UnitInput) -> list[Row | Rejected]:
+    def _one_by_one(self, unit_input: UnitInput, attempt: Attempt) -> list[Row | Rejected]:
+        """The same results as together: what shares a UNet call changes no bits. Rows that killed are passed over."""
+        encoded: list[Row | Rejected] = []
+        for row in unit_input.rows:
+            sample = row.sample if isinstance(row, Unreadable) else row
+            if sample.index in attempt.killers:
+                encoded += [
+                    Rejected(
+                        sample=sample,
+                        edit=edit,
+                        method=method,
+                        stage="edit",
+                        error_class="ProcessKilled",
+                        message=f"the process that edited this row died, {ALONE_FROM} times, at last with no other row "
+                        "in it. Look for memory that runs out, and for faults in the logs of the machine",
+                        attempt=ALONE_FROM,
+                    )
+                    for edit, method in asked_of(row, self.recipe)
+                ]
+                continue
+            attempt.begin_row(sample.index)
+            encoded += self._edit_and_encode([row])
+        attempt.begin_row(None)
+        return encoded
+
+    def _edit_and_encode(self, unit_rows: Sequence[Sample | Unreadable]) -> list[Row | Rejected]:
         encoded: list[Row | Rejected] = []
         pending: deque[Future[Row | Rejected]] = deque()
-        for result in edit_rows(unit_input.rows, self.recipe, self.engine):
+        for result in edit_rows(unit_rows, self.recipe, self.engine):
             pending.append(self._encoders.submit(self._encode, result))
             # A result waits as pixels until it is encoded: only so many may.
             if len(pending) > 2 * ENCODERS:
@@ -95,6 +127,49 @@ class Worker:
     def close(self) -> None:
         """Let the encoder threads go."""
         self._encoders.shutdown()
+
+
+def asked_of(row: Sample | Unreadable, recipe: Recipe) -> list[tuple[str, str]]:
+    """Every (edit, method) that is asked of a row, found out without a look at its image."""
+    if not isinstance(row, Unreadable):
+        with contextlib.suppress(Exception):  # a request that cannot be understood is reported as the others are
+            return [(edit, method) for edit in requests_of(row, recipe) for method in recipe.all_methods]
+    return asked_without(recipe)
+
+
+class _Gate:
+    """Units share a process, but for one that may kill it: whoever is inside with it would be blamed for its death."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._sharing = 0
+        self._one = threading.Lock()
+        self._alone = 0  # inside or waiting: they go first, or an endless stream of others would keep them out
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._alone)
+            self._sharing += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._sharing -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._alone += 1
+            self._changed.wait_for(lambda: not self._sharing)
+        try:
+            with self._one:
+                yield
+        finally:
+            with self._changed:
+                self._alone -= 1
+                self._changed.notify_all()
 
 
 class _Meter:

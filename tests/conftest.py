@@ -32,6 +32,13 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
 
 
 @pytest.fixture(scope="session")
+def moto_server() -> Iterator[object]:
+    """An S3 server that honours conditional puts; see `tests/moto.py`."""
+    with _beside("moto").moto_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def photographs() -> dict[str, Path]:
     """File name -> path of the pictures in the scikit-image package; see `tests/photographs.py`."""
     return dict(_beside("photographs").photographs())

@@ -53,7 +53,8 @@ def test_help_loads_neither_torch_nor_ray():
         "assert not {'torch', 'ray', 'diffusers', 'pydantic'} & set(sys.modules), 'slow imports'"
     )
     assert done.returncode == 0, done.stderr
-    for command in ("edit", "plan", "report", "demo", "schema", "methods"):
+    commands = ("edit", "plan", "status", "verify", "regenerate", "report", "demo", "schema", "methods")
+    for command in commands:
         assert re.search(rf"\b{command}\b", done.stdout)
 
 
@@ -95,6 +96,52 @@ def test_edit_again_finds_everything_done(config):
     assert "(0 now)" in again.stdout
 
 
+def test_a_spent_error_budget_ends_with_1_and_says_which(config):
+    done = shardedit("edit", config, "source.max_pixels=100", "run.max_consecutive_failed_units=1")
+    assert done.exit_code == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("RunAborted: 1 units in a row have no result at all")
+    assert json.loads((config.parent / "out" / "summary.json").read_text())["exit_code"] == 1
+
+
+def test_status_of_a_stopped_run_tells_what_is_done_and_how_to_go_on(config):
+    shardedit("edit", config, "source.max_pixels=100", "run.max_consecutive_failed_units=1")
+    for where in (config, config.parent / "out"):
+        told = shardedit("status", where)
+        assert told.exit_code == 0, told.output
+        assert "0 of an unknown number of results, from 4 images" in told.stdout
+        assert re.search(r"by stage +│ decode 4", told.stdout)
+        assert "4 failed in faces-00000.tar, the first of them in quarantine/part-faces-00000" in told.stdout
+        assert "faces-00000.tar/face-000000, edit, ledits_pp: decode: DecodeError: " in told.stdout
+        assert "1 unit, 0 of 1 shard" in told.stdout
+    assert f"shardedit edit {config}" in shardedit("status", config).stdout
+
+
+def test_status_of_a_finished_run_agrees_with_its_summary(config):
+    shardedit("edit", config)
+    told = json.loads(shardedit("status", config, "--json").stdout)
+    summary = json.loads((config.parent / "out" / "summary.json").read_text())
+    assert told["so_far"] | {"units_now": 2} == summary
+    assert (told["planned"], told["planned_is_estimate"], told["shards_done"]) == (6, False, 1)
+    assert told["failures"] == told["worst_shards"] == []
+
+
+def test_status_estimates_what_is_planned_from_the_shards_that_are_done(tmp_path, config):
+    source = tmp_path / "in" / "faces-00000.tar"
+    (tmp_path / "in" / "more.tar").write_bytes(source.read_bytes())
+    shardedit("edit", config)
+    next((tmp_path / "out" / "_units").glob("more-*/00001.json")).unlink()
+    told = json.loads(shardedit("status", config, "--json").stdout)
+    assert (told["so_far"]["done"], told["planned"], told["planned_is_estimate"]) == (10, 12, True)
+    assert (told["shards"], told["shards_done"]) == (2, 1)
+
+
+def test_edit_can_be_asked_to_retry_what_failed(config):
+    assert shardedit("edit", config, "source.max_pixels=100", "run.max_failed_fraction=1").exit_code == 3
+    again = shardedit("edit", config, "source.max_pixels=100", "run.max_failed_fraction=1", "--retry-failed")
+    assert again.exit_code == 3
+    assert "(2 now)" in again.stdout
+
+
 def test_rows_that_fail_are_named_by_stage_and_class_and_end_with_3(config):
     done = shardedit("edit", config, "source.max_pixels=100", "run.max_failed_fraction=1")
     assert done.exit_code == 3, done.output
@@ -122,7 +169,7 @@ def test_what_cannot_be_done_is_one_clear_error_and_nothing_written(config, over
 
 
 def test_a_fault_of_ours_names_itself_and_keeps_its_traceback(config, monkeypatch, tmp_path):
-    def broken(_):
+    def broken(_, **__):
         raise RuntimeError("boom [bold]\nand much more")
 
     monkeypatch.setattr("pipeline.cluster.run", broken)
@@ -138,7 +185,7 @@ def test_a_fault_of_ours_names_itself_and_keeps_its_traceback(config, monkeypatc
 
 
 def test_ctrl_c_says_how_to_go_on(config, monkeypatch):
-    def interrupted(_):
+    def interrupted(_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipeline.cluster.run", interrupted)
@@ -227,7 +274,7 @@ def test_a_finished_demo_has_nothing_left_to_do(tmp_path):
     assert "--images 4" in other.stderr
 
 
-@pytest.mark.parametrize("job", ["plan", "report", "demo"])
+@pytest.mark.parametrize("job", ["plan", "status", "verify", "regenerate", "report", "demo"])
 def test_a_job_is_the_command_of_its_name(job):
     done = subprocess.run(
         [sys.executable, "-m", f"jobs.{job}", "--help"], capture_output=True, text=True, check=False, timeout=120

@@ -153,8 +153,8 @@ def test_the_number_of_units_in_flight_and_the_order_of_shards_change_no_byte(
     cluster.run(local(source, tmp_path / "one", sink=sink), progress="off")
     plan = cluster.find_todo
 
-    def backwards(recipe: Recipe) -> Any:
-        todo = plan(recipe)
+    def backwards(recipe: Recipe, **options: Any) -> Any:
+        todo = plan(recipe, **options)
         todo.tasks.reverse()
         return todo
 

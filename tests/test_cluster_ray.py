@@ -27,8 +27,9 @@ import pytest
 import ray
 
 from pipeline import cluster
-from pipeline.errors import ClusterError
+from pipeline.errors import ClusterError, EncodeError, RunAborted
 from pipeline.recipe import Recipe, recipe_from
+from pipeline.writing.attempts import ALONE_FROM
 from pipeline.writing.summary import Summary
 from tests.runs import asked, contents, recipe_data, results, write_shards
 
@@ -66,6 +67,19 @@ def witness(notes: Path) -> Callable[[], None]:
             if kill.exists():
                 kill.unlink()
                 os._exit(1)
+            poison = notes / "poison"
+            if poison.exists():
+                from pipeline import flow
+
+                prepare, key = flow.prepare_row, poison.read_text()
+
+                def deadly(row: Any, *rest: Any) -> Any:
+                    if row.key == key:
+                        note("died", unit)
+                        os._exit(1)
+                    return prepare(row, *rest)
+
+                flow.prepare_row = deadly
             time.sleep(0.2)
             finished = edit(self, batch)
             note("end", unit)
@@ -189,6 +203,51 @@ def test_s3_in_and_out_two_workers_and_the_death_of_one_change_no_byte_and_show_
         files = [path for path in folder.rglob("*") if path.is_file()]
         assert len(files) > 10
         assert [path.name for path in files if s3_server.secret.encode() in path.read_bytes()] == []
+
+
+@pytest.mark.usefixtures("two_cpus")
+def test_a_spent_error_budget_ends_a_run_on_ray_and_a_retry_there_goes_on_from_it(
+    source: Path, calm: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recipe(**run: Any) -> Recipe:
+        return recipe_from(recipe_data(source, tmp_path / "out", **run))
+
+    def hindered(_: Any) -> Any:
+        raise EncodeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.flow.restored", hindered)  # in this process alone: Ray's are well
+        with pytest.raises(RunAborted, match="1 units in a row"):
+            cluster.run(recipe(engine="local", max_consecutive_failed_units=1), progress="off")
+    with pytest.raises(RunAborted, match=r"more than run\.max_failed_fraction 0"):
+        # im03 cannot be decoded. Judged with every unit.
+        cluster.run(recipe(engine="ray", max_consecutive_failed_units=1, max_failed_fraction=0), progress="off")
+    written = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (written["complete"], written["exit_code"]) == (False, 1)
+    summary = cluster.run(recipe(engine="ray"), progress="off", retry_failed=True)
+    assert (summary.complete, summary.failed, summary.exit_code) == (True, 2, 3)
+    assert results(tmp_path / "out") == asked(shards=SHARDS, rows=ROWS)
+    data = {name: content for name, content in contents(tmp_path / "out").items() if name.startswith("data/")}
+    assert set(data.values()) == {content for name, content in calm.items() if name.startswith("data/")}
+
+
+def test_a_row_that_kills_its_worker_is_quarantined_in_one_run_and_its_neighbours_are_kept(
+    two_cpus: Path, source: Path, notes: Path, calm: dict[str, Any], tmp_path: Path
+) -> None:
+    (notes / "poison").write_text("im07")  # in a unit with im06
+    recipe = recipe_from(recipe_data(source, tmp_path, engine="ray"))
+    try:
+        summary = cluster.run(recipe, progress="off")
+    finally:
+        (notes / "poison").unlink()
+    assert (summary.complete, summary.done, summary.failed) == (True, 2 * SHARDS * ROWS - 4, 4)  # im03 is no image
+    assert summary.failed_by_class == {"DecodeError": 2, "ProcessKilled": 2}
+    assert results(tmp_path) == asked(shards=SHARDS, rows=ROWS)
+    assert len([event for event in events(notes) if event.kind == "died"]) == ALONE_FROM
+    changed = {name for name, content in contents(tmp_path).items() if calm.get(name) != content}
+    assert len({name.removesuffix(".json").removesuffix(".parquet")[-5:] for name in changed}) == 1  # that one unit
+    assert len(changed) == 3  # its data, its quarantine, its manifest
+    assert not list((tmp_path / "_attempts").iterdir())
 
 
 def test_a_gpu_that_is_not_there_is_refused_at_once_and_nothing_is_written(

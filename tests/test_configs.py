@@ -12,7 +12,8 @@ import yaml
 from pipeline.demo import SETTINGS, demo_recipe
 from pipeline.recipe import Recipe, load_recipe
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(FOLDER.rglob("*.yaml"))
 every_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 
 
@@ -32,7 +33,7 @@ def test_a_config_opens_with_what_it_makes_and_the_command(config):
     head = re.match(r"(#.*\n)+", config.read_text(encoding="utf-8"))
     assert head is not None
     assert len(head[0].splitlines()) >= 3
-    assert f"shardedit edit configs/{config.name}" in head[0]
+    assert f"shardedit edit configs/{config.relative_to(FOLDER)}" in head[0]
 
 
 @every_config

@@ -10,7 +10,7 @@ import math
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import conv2d, interpolate, pad
+from torch.nn.functional import conv2d, interpolate, max_pool2d, pad
 
 
 def strongest_region(scores: Float[Tensor, "E h w"], thresholds: Float[Tensor, "E"]) -> Bool[Tensor, "E h w"]:
@@ -46,3 +46,20 @@ def attention_mask(
 def noise_mask(directions: Float[Tensor, "E C h w"], thresholds: Float[Tensor, "E"]) -> Bool[Tensor, "E h w"]:
     """Mask M2: where a concept's direction is strongest, magnitudes summed over channels."""
     return strongest_region(directions.abs().sum(dim=1), thresholds)
+
+
+def above_average(maps: Float[Tensor, "E h w"], ratio: float) -> Bool[Tensor, "E h w"]:
+    """Keep what exceeds `ratio / 2` times the mean of each of E maps, all at least 0; nothing of a map of zeros.
+
+    Cutting a map off at `ratio` times its mean and taking half of that for the threshold (DiffEdit, arXiv 2210.11427,
+    as its maintained implementation does) is this; so is, for ratio 2, taking what is positive after normalisation.
+    """
+    return maps > ratio / 2 * maps.mean(dim=(1, 2), keepdim=True)
+
+
+def dilated(mask: Bool[Tensor, "h w"], passes: int) -> Bool[Tensor, "h w"]:
+    """Grow a mask by its eight neighbours, `passes` times."""
+    grown = mask[None, None].float()
+    for _ in range(passes):
+        grown = max_pool2d(grown, 3, stride=1, padding=1)
+    return grown[0, 0] > 0.5

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from pipeline.editing.base import Editor
 from pipeline.editing.cfg import ClassifierFreeGuidance
+from pipeline.editing.diffedit import DiffEdit
+from pipeline.editing.fast_diffedit import FastDiffEdit
 from pipeline.editing.ledits_pp import LEditsPP
+from pipeline.editing.masactrl import MasaCtrl
+from pipeline.editing.plug_and_play import PlugAndPlay
+from pipeline.editing.prompt_to_prompt import PromptToPrompt
+from pipeline.editing.prox_masactrl import ProxMasaCtrl
+from pipeline.editing.proxedit import ProxEdit
 from pipeline.editing.reconstruct import Reconstruct
 
 EDITORS: dict[str, type[Editor]] = {
     "cfg": ClassifierFreeGuidance,
+    "diffedit": DiffEdit,
+    "fast_diffedit": FastDiffEdit,
     "ledits_pp": LEditsPP,
+    "masactrl": MasaCtrl,
+    "plug_and_play": PlugAndPlay,
+    "prompt_to_prompt": PromptToPrompt,
+    "prox_masactrl": ProxMasaCtrl,
+    "proxedit": ProxEdit,
     "reconstruct": Reconstruct,
 }

@@ -11,6 +11,7 @@ reads that half's attention too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +137,10 @@ class BranchEdit:
         """
         return source, target, None
 
+    def details(self) -> Mapping[str, Tensor]:
+        """What else the history shall show of the step that was just taken."""
+        return {}
+
     def mask(self) -> Tensor | None:
         """(h, w) bool: the mask to report after the last step. None: this edit has none."""
         return None
@@ -170,7 +175,7 @@ def two_branch(
     last_read = reads[-1] if reads else -1
     history = []
     for step in range(num_steps):
-        walks_source = source is not None and not trajectory.pinned and step <= last_read
+        walks_source = source is not None and not trajectory.keeps_source and step <= last_read
         rows, conditioning, latents = _rows(step, edit, branches, source, target, walks_source)
         control = edit.control(step, rows) if edit.reads_attention(step) else None
         denoised: Denoised = yield Denoise(
@@ -181,11 +186,13 @@ def two_branch(
         of_target = _prediction(predictions, rows.target, rows.target_uncond)
         source_pred, target_pred = edit.guide(step, of_source, of_target)
         target, previous_target = edit.move(step, target, target_pred, previous_target)
-        if trajectory.pinned:
+        if trajectory.keeps_source:
             # Copied, never recomputed: a replayed source drifts away by the rounding of every step.
             source = trajectory.latents[step + 1]
         elif source is not None and source_pred is not None and walks_source:
             source, previous_source = edit.move(step, source, source_pred, previous_source)
+            if trajectory.pin_shares is not None:
+                source = torch.lerp(source, trajectory.latents[step + 1], trajectory.pin_shares[step])
         else:
             source = None
         source, target, mask = edit.after_step(step, source, target, denoised.seen)
@@ -193,7 +200,9 @@ def two_branch(
             target = source + user_mask.to(target) * (target - source)
         if keep_history:
             masks = no_masks(target) if mask is None else mask[None]
-            history.append(StepRecord(step=step, latents=target, masks=masks, source_latents=source))
+            history.append(
+                StepRecord(step=step, latents=target, masks=masks, source_latents=source, details=edit.details())
+            )
     reported = edit.mask()
     masks = no_masks(target) if reported is None else reported[None]
     return EditedLatents(latents=target, masks=masks, history=tuple(history))

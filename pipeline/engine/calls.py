@@ -108,6 +108,8 @@ class UNetCall:
     timesteps: Sequence[int]  # R
     embeddings: Sequence[Tensor]  # R of (L, D)
     watch: Tensor | None = None  # (R, L) weights of the tokens whose attention is summed
+    # For each row the first one of the same latents and timestep, itself where there is none before it.
+    first_alike: Sequence[int] | None = None
     inpaint: Tensor | None = None  # (R, 1 + C, h, w)
     controls: Sequence[tuple[slice, Control]] = ()  # groups of rows, and what controls them
     cotangents: Sequence[Callable[[Tensor], Tensor]] | None = None  # R

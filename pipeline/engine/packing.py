@@ -110,6 +110,7 @@ class Batch:
             timesteps=self._padded([pending.call.timesteps[at] for pending, at in self.rows], size),
             embeddings=self._padded([pending.call.conditioning[at].embedding for pending, at in self.rows], size),
             watch=self._watch(size),
+            first_alike=self._first_alike(size),
             inpaint=self._inpaint(size),
             controls=tuple(
                 (slice(start, start + self.rows[0][0].group), control) for start, control in controls if control
@@ -122,6 +123,16 @@ class Batch:
         for group in self.groups:
             yield start, group
             start += len(group)
+
+    def _first_alike(self, size: int) -> list[int]:
+        """Rows are told to be alike by where their latents lie: a method that asks for several prompts at one point
+        gives views of one tensor. Rows that only fill the call up are copies of the first."""
+        first: dict[tuple[int, int], int] = {}
+        alike = []
+        for row, (pending, at) in enumerate(self.rows):
+            latents = pending.call.latents[at]
+            alike.append(first.setdefault((latents.data_ptr(), pending.call.timesteps[at]), row))
+        return self._padded(alike, size)
 
     def _watch(self, size: int) -> Tensor | None:
         wanted = [pending.call.watch[at] if pending.call.watch is not None else () for pending, at in self.rows]

@@ -23,6 +23,7 @@ class GuidedPrompt:
     cond: TextConditioning
     uncond: TextConditioning
     guidance_scale: float
+    inpaint: Tensor | None = None  # (1 + C, h, w): mask and masked image, for UNets that take these, too
 
     @classmethod
     def encode(cls, prompt: str, guidance_scale: float, negative_prompt: str = "") -> Steps[GuidedPrompt]:
@@ -44,12 +45,18 @@ class GuidedPrompt:
         rows = len(timesteps)
         if self.rows_of(self.cond.prompt, self.guidance_scale, self.uncond.prompt) == 1:
             conditioning = self.uncond if self.guidance_scale == 0.0 else self.cond
-            denoised: Denoised = yield Denoise(latents, timesteps, [conditioning] * rows)
+            denoised: Denoised = yield Denoise(latents, timesteps, [conditioning] * rows, inpaint=self._inpaint(rows))
             return denoised.noise_preds
         denoised = yield Denoise(
-            torch.cat([latents, latents]), [*timesteps, *timesteps], [self.uncond] * rows + [self.cond] * rows
+            torch.cat([latents, latents]),
+            [*timesteps, *timesteps],
+            [self.uncond] * rows + [self.cond] * rows,
+            inpaint=self._inpaint(2 * rows),
         )
         uncond, cond = denoised.noise_preds.split(rows)
         return torch.stack(
             [classifier_free_guidance(u, c, self.guidance_scale) for u, c in zip(uncond, cond, strict=True)]
         )
+
+    def _inpaint(self, rows: int) -> Tensor | None:
+        return None if self.inpaint is None else self.inpaint.expand(rows, -1, -1, -1)

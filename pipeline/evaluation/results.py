@@ -192,22 +192,27 @@ class RunFolder:
             yield at, json.loads(sample["json"]) | {"input": source, "mask": sample["mask.png"], "image": image}
 
     def _samples(self, file: str) -> Iterator[dict[str, bytes]]:
-        """Samples of a tar of ours, {member: bytes}. Ours are whole and in order: the standard library will do."""
         data = get(self.fs, f"{self.root}/{file}")
         if data is None:
             raise SinkError(f"{file} of {public_url(self.sink.folder)} vanished while it was read. Try again")
-        key = ""
-        sample: dict[str, bytes] = {}
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            for member in tar:
-                opened = tar.extractfile(member)
-                if opened is None:
-                    continue
-                name, _, extension = member.name.partition(".")
-                if sample and name != key:
-                    yield sample
-                    sample = {}
-                key = name
-                sample[extension] = opened.read()
-        if sample:
-            yield sample
+        yield from tar_samples(data)
+
+
+def tar_samples(data: bytes) -> Iterator[dict[str, bytes]]:
+    """Samples of a tar of ours, {member: bytes}. Ours are whole and in order: the standard library will do."""
+    key = ""
+    sample: dict[str, bytes] = {}
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        for member in tar:
+            opened = tar.extractfile(member)
+            if opened is None:
+                continue
+            name, _, extension = member.name.partition(".")
+            # A member that comes again begins a sample as well: a doubled row is two rows.
+            if sample and (name != key or extension in sample):
+                yield sample
+                sample = {}
+            key = name
+            sample[extension] = opened.read()
+    if sample:
+        yield sample

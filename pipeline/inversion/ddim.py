@@ -6,10 +6,10 @@ Reconstruction: approximate, it drifts with guidance. Memory: N + 1 latents per 
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.diffusion.steps import DDIM
 from pipeline.engine.calls import Steps
@@ -25,13 +25,30 @@ class DDIMInversion(Inversion):
     paper: ClassVar = "Denoising Diffusion Implicit Models, arXiv 2010.02502"
 
     method: Literal["ddim"] = "ddim"
-    num_steps: int = Field(default=50, ge=1, le=1000)  # steps up, and down again
+    num_steps: int = Field(default=50, ge=1, le=1000)  # N: steps up, and down again
+    # Steps of the schedule left out at its noisy end, as `ddpm` counts them: the schedule has num_steps + skip_steps.
+    # A strength of 0.8 of 50 steps is num_steps 40 with skip_steps 10; more left out stays closer to the image.
+    skip_steps: int = Field(default=0, ge=0)
     guidance_scale: float = Field(default=1.0, allow_inf_nan=False)  # of the source prompt; other than 1 is unstable
+
+    @model_validator(mode="after")
+    def _schedule_is_possible(self) -> Self:
+        if self.schedule_steps > 1000:
+            raise ValueError(
+                f"num_steps {self.num_steps} and skip_steps {self.skip_steps} make a schedule of {self.schedule_steps} "
+                "steps, possible are 1000. Lower one of them"
+            )
+        return self
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps of the whole schedule, the skipped ones included."""
+        return self.num_steps + self.skip_steps
 
     def invert(self, source: Source) -> Steps[Trajectory]:
         """See `Inversion`."""
-        timesteps = source.schedule.ddim_timesteps(self.num_steps)
-        stride = source.schedule.num_train_timesteps // self.num_steps
+        timesteps = source.schedule.ddim_timesteps(self.schedule_steps)[self.skip_steps :]
+        stride = source.schedule.num_train_timesteps // self.schedule_steps
         solver = DDIM.from_schedule(source.schedule, timesteps, stride)
         prompt = yield from GuidedPrompt.encode(source.prompt, self.guidance_scale)
         latents = [source.latents]
@@ -44,6 +61,7 @@ class DDIMInversion(Inversion):
             solver=solver,
             latents=torch.stack(latents[::-1]),
             source_guidance=self.guidance_scale,
+            skipped_steps=self.skip_steps,
         )
 
     def rows(self, source_prompt: str) -> int:

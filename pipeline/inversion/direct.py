@@ -3,13 +3,16 @@
 Plain DDIM inversion whose latents are kept and put back after every step of an edit, whatever was predicted for the
 source; the target branch is left alone. The paper adds the difference instead, which is the same up to rounding.
 
-Cost: that of `ddim`. Reconstruction of the source branch: exact, by copying. Memory: N + 1 latents per image.
+Cost: that of `ddim`; where only a part of the difference is put back, an editor must predict the source as well, for up
+to two rows more per step. Reconstruction of the source branch: exact, by copying. Memory: N + 1 latents per image.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from typing import ClassVar, Literal
+
+from pydantic import Field
 
 from pipeline.engine.calls import Steps
 from pipeline.inversion.ddim import DDIMInversion
@@ -23,8 +26,17 @@ class DirectInversion(DDIMInversion):
     paper: ClassVar = "Direct Inversion: Boosting Diffusion-based Editing with 3 Lines of Code, arXiv 2310.01506"
 
     method: Literal["direct"] = "direct"  # type: ignore[assignment]  # the tag of the union that recipes are parsed by
+    # The paper's ablations. At 0 this is `ddim`.
+    offset_scale: float = Field(default=1.0, ge=0, le=1)  # share of the difference that is put back
+    interval: int = Field(default=1, ge=1)  # it is put back after every so many steps, the first included
 
     def invert(self, source: Source) -> Steps[Trajectory]:
         """See `Inversion`."""
         trajectory = yield from super().invert(source)
-        return dataclasses.replace(trajectory, pinned=True)
+        return dataclasses.replace(trajectory, pinned=True, pin_shares=self.pin_shares(len(trajectory.timesteps)))
+
+    def pin_shares(self, num_steps: int) -> tuple[float, ...] | None:
+        """See `Trajectory`."""
+        if self.offset_scale == 1.0 and self.interval == 1:
+            return None
+        return tuple(self.offset_scale if step % self.interval == 0 else 0.0 for step in range(num_steps))

@@ -40,11 +40,11 @@ class NegativePromptInversion(DDIMInversion):
 
 
 def slerp(start: Tensor, end: Tensor, share: float) -> Tensor:
-    """Spherical interpolation of two tensors, each taken as one vector; linear where they are (nearly) parallel."""
+    """Spherical interpolation of two tensors, each taken as one vector; linear where they have (nearly) no angle."""
     flat_start, flat_end = start.flatten().double(), end.flatten().double()
     cosine = (flat_start @ flat_end / (flat_start.norm() * flat_end.norm())).clamp(-1.0, 1.0)
     angle = torch.acos(cosine)
-    if torch.sin(angle).abs() < 1e-6:
+    if not torch.sin(angle).abs() >= 1e-6:  # nan where one of them is zero, as the closed-form model's empty prompt
         return start + share * (end - start)
     mixed = (torch.sin((1 - share) * angle) * flat_start + torch.sin(share * angle) * flat_end) / torch.sin(angle)
     return mixed.to(start).reshape(start.shape)

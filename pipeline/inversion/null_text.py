@@ -129,7 +129,7 @@ class Objective:
 
 
 class Adam:
-    """Adam (arXiv 1412.6980) for one tensor. torch's own works in place, on the leaves of a graph: there is none here."""
+    """Adam (arXiv 1412.6980) for one tensor. torch's own works in place on a graph's leaves, and there is none here."""
 
     def __init__(self, learning_rate: float) -> None:
         self.learning_rate = learning_rate

@@ -29,6 +29,7 @@ COMPONENTS = {
     "text_encoder": ("transformers", "CLIPTextModel"),
     "tokenizer": ("transformers", "CLIPTokenizer"),
 }
+DEMO_FOLDER = Path(str(files("pipeline.models.demo") / "weights"))  # the bundled model
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 ALLOWED = ("*.json", "*.txt", "*.safetensors")
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -65,7 +66,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def _locate(config: ModelConfig) -> tuple[Path, str]:
     """The checkpoint's folder, downloaded where it is a hub id, and its resolved revision."""
     if config.name == "demo":
-        return Path(str(files("pipeline.models.demo") / "weights")), ""
+        return DEMO_FOLDER, ""
     folder = Path(config.name).expanduser()
     if folder.is_dir():
         return folder, ""

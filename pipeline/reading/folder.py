@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from pipeline.reading.rows import IMAGE_EXTENSIONS, build_sample, damaged_row, extension, mask_extension
+from pipeline.reading.rows import IMAGE_EXTENSIONS, build_sample, damaged_row, extension, mask_extension, readable
 from pipeline.reading.shards import FolderRow, ReadTask
 from pipeline.reading.storage import open_fs, retrying
 from pipeline.recipe import SourceConfig
@@ -41,7 +41,7 @@ def group_files(files: Iterable[str], source: SourceConfig) -> list[FolderRow]:
     paths = {path for _, path in images}
     return [
         FolderRow(
-            key=stem if count[stem] == 1 and stem not in paths else path,
+            key=readable(stem if count[stem] == 1 and stem not in paths else path),
             image=path,
             caption=sidecars.get((stem, caption), ""),
             edit=sidecars.get((stem, "json"), ""),

@@ -16,7 +16,7 @@ from braceexpand import braceexpand
 from pipeline.errors import SourceError
 from pipeline.reading import parquet
 from pipeline.reading.folder import group_files
-from pipeline.reading.rows import IMAGE_EXTENSIONS, extension, listed
+from pipeline.reading.rows import IMAGE_EXTENSIONS, extension, listed, readable
 from pipeline.reading.shards import Format, Shard
 from pipeline.reading.storage import open_fs, public_url, retrying, storage_errors
 from pipeline.recipe import SourceConfig
@@ -61,7 +61,7 @@ def list_shards(source: SourceConfig) -> list[Shard]:
         shards = _folder_shards(listings, source)
     else:
         shards = [
-            Shard(path=path, url=file.url, format=kind, size=file.size, etag=file.etag)
+            Shard(path=readable(path), url=file.url, format=kind, size=file.size, etag=file.etag)
             for path, file in _named(listings, SUFFIXES[kind])
         ]
     if kind == "parquet":
@@ -192,7 +192,7 @@ def _folder_shards(listings: list[_Listing], source: SourceConfig) -> list[Shard
         if rows:
             shards.append(
                 Shard(
-                    path=label or ".",
+                    path=readable(label) or ".",
                     url=base,
                     format="folder",
                     size=sum(file.size for file in used),

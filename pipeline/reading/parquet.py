@@ -17,14 +17,16 @@ from __future__ import annotations
 import base64
 import datetime
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.reading.rows import RowProblemError, damaged_row, listed, split_edits, unreadable
+from pipeline.reading.rows import Names, RowProblemError, damaged_row, listed, split_edits, unreadable
 from pipeline.reading.storage import describe
 from pipeline.recipe import SourceConfig
 from pipeline.records import Sample, Unreadable
@@ -79,7 +81,7 @@ def layout_of(file: pq.ParquetFile, source: SourceConfig) -> Layout:
 
     Raises:
         NoImageColumnError: lists the columns that there are.
-        DamagedFileError: the footer contradicts itself.
+        DamagedFileError: the footer contradicts itself, or columns share a name.
     """
     try:
         schema, metadata = file.schema_arrow, file.metadata
@@ -88,6 +90,8 @@ def layout_of(file: pq.ParquetFile, source: SourceConfig) -> Layout:
         raise DamagedFileError(f"its footer is damaged: {describe(error)}") from error
     if min(row_groups, default=0) < 0 or sum(row_groups) != metadata.num_rows:
         raise DamagedFileError(f"its footer is damaged: {metadata.num_rows} rows, but {sum(row_groups)} in its groups")
+    if twice := [name for name, count in Counter(schema.names).items() if count > 1]:
+        raise DamagedFileError(f"several of its columns have one name: {listed(twice)}. Rename all but one")
     images = [field.name for field in schema if is_image_type(field.type)]
     texts = [field.name for field in schema if _is_text(field.type)]
     mask = source.mask or "mask"
@@ -114,22 +118,23 @@ def layout_of(file: pq.ParquetFile, source: SourceConfig) -> Layout:
     )
 
 
-def repeated_keys(file: pq.ParquetFile, layout: Layout) -> frozenset[int]:
-    """Indices of the rows whose key was there before, which therefore need the index in their id."""
+def names_of_repeated_keys(file: pq.ParquetFile, layout: Layout) -> dict[int, str]:
+    """What follows the shard in the id of a row, by index, where that cannot be the row's key: it was there before."""
     if not layout.key:
-        return frozenset()
+        return {}
     column = file.read(columns=[layout.key]).column(0)
-    # Python is only asked where there are doubles: this runs once per task, for all rows of the file.
-    if column.null_count == 0 and len(column.unique()) == len(column):
-        return frozenset()
-    seen: set[str] = set()
-    repeated = set()
+    # Python is only asked where keys are doubled or blank: this runs once per task, for all rows of the file.
+    is_blank = not pa.types.is_integer(column.type) and pc.any(pc.equal(column.cast(pa.string()), "")).as_py()
+    if column.null_count == 0 and not is_blank and len(column.unique()) == len(column):
+        return {}
+    names = Names()
+    given = {}
     for index, scalar in enumerate(column):
         key = _key(_python(scalar), index)
-        if key in seen:
-            repeated.add(index)
-        seen.add(key)
-    return frozenset(repeated)
+        name, _ = names.take(key, index)
+        if name != key:
+            given[index] = name
+    return given
 
 
 def read_rows(
@@ -155,7 +160,7 @@ def read_rows(
             try:
                 file = open_parquet(handle)
                 layout = layout_of(file, source)
-                repeated = repeated_keys(file, layout)
+                names = names_of_repeated_keys(file, layout)
             except Exception as error:
                 if not is_damage(error):
                     raise
@@ -167,7 +172,7 @@ def read_rows(
                     yield _lost(shard, index, f"the shard cannot be read: {text}") if wants(index) else None
                 return
             end = sum(layout.row_groups) if stop is None else stop
-            builder = _Builder(shard, source, layout, repeated)
+            builder = _Builder(shard, source, layout, names)
             try:
                 for row in _rows_of(file, layout, position, end, builder, wants):
                     yield row
@@ -223,23 +228,24 @@ def _group_at(layout: Layout, position: int) -> tuple[int, int, int]:
 class _Builder:
     """Makes rows out of record batches."""
 
-    def __init__(self, shard: str, source: SourceConfig, layout: Layout, repeated: frozenset[int]) -> None:
+    def __init__(self, shard: str, source: SourceConfig, layout: Layout, names: dict[int, str]) -> None:
         self.shard = shard
         self.source = source
         self.layout = layout
-        self.repeated = repeated
+        self.names = names  # of rows whose key was there before
 
     def build(self, batch: pa.RecordBatch, offset: int, index: int) -> Row:
         """One row."""
         layout = self.layout
         problems: list[str] = []
         values = {name: _python(column[offset]) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
-        key = _key(values.pop(layout.key, None), index)
+        key = _key(values.pop(layout.key) if layout.key else None, index)
         image = self._binary(layout.image, values.pop(layout.image), problems)
         if image is None and not problems:
             problems.append(f"column {layout.image} is empty")
-        mask = self._binary(layout.mask, values.pop(layout.mask, None), problems)
-        caption = values.pop(layout.caption, None) or ""
+        # A column may be named "", which the layout takes for none.
+        mask = self._binary(layout.mask, values.pop(layout.mask), problems) if layout.mask else None
+        caption = (values.pop(layout.caption) or "") if layout.caption else ""
         try:
             values, edits = split_edits(values, self.source)
         except RowProblemError as error:
@@ -251,7 +257,7 @@ class _Builder:
             if name in values and is_image_type(batch.schema.field(name).type)
         }
         sample = Sample(
-            id=f"{self.shard}/{key}#{index}" if index in self.repeated else f"{self.shard}/{key}",
+            id=f"{self.shard}/{self.names.get(index, key)}",
             shard=self.shard,
             key=key,
             index=index,
@@ -294,13 +300,16 @@ def _key(value: Any, index: int) -> str:
 
 
 def _python(scalar: pa.Scalar) -> Any:
-    """A scalar as Python has it; text that is not UTF-8 and times finer than Python's come as text."""
+    """A scalar as Python has it; text that is not UTF-8 and times that Python has not come as text."""
     try:
         return scalar.as_py()
-    except (ValueError, pa.ArrowException):
+    except (ValueError, OverflowError, pa.ArrowException):
         if _is_text(scalar.type):
             return scalar.cast(pa.binary()).as_py().decode("utf-8", "backslashreplace")
-        return scalar.cast(pa.string()).as_py()
+        try:
+            return scalar.cast(pa.string()).as_py()
+        except pa.ArrowException:
+            return f"a {scalar.type} out of range"
 
 
 def plain(value: Any) -> Any:

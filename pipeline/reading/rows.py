@@ -51,6 +51,11 @@ def extension(name: str) -> str:
     return name[:-4] + "jpg" if name == "jpeg" or name.endswith(".jpeg") else name
 
 
+def readable(path: str) -> str:
+    """A file system's name as text that can be written anywhere; one that is not UTF-8 stays distinct from others."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def mask_extension(source: SourceConfig) -> str:
     """Extension of the user's mask."""
     return extension(source.mask) if source.mask else DEFAULT_MASK

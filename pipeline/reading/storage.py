@@ -74,11 +74,15 @@ def public_url(url: str) -> str:
 
 def describe(error: BaseException) -> str:
     """An error in one line, without credentials, queries or memory addresses."""
-    text = " ".join(str(error).split())
-    text = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\")]*", r"\1", text)
-    text = re.sub(r"//[^/@\s]+@", "//", text)
+    text = without_credentials(" ".join(str(error).split()))
     text = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>|0x[0-9a-fA-F]{6,}", "(object)", text)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def without_credentials(text: str) -> str:
+    """A text whose addresses have neither user, password nor web query."""
+    text = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\")]*", r"\1", text)
+    return re.sub(r"//[^/@\s]+@", "//", text)
 
 
 def is_transient(error: BaseException) -> bool:

@@ -1,13 +1,15 @@
 """How files come to stand in the run's folder, and what of them counts.
 
 A unit's files have names that derive from its input alone; its manifest is written last and is the commit. A data file
-without a manifest is noise: a rerun writes the same file again. So a run may die anywhere, and two workers may commit
-one unit, without a row lost or doubled.
+without a manifest is noise: a rerun writes the same file again, or removes it where the unit has none of that kind any
+more. So a run may die anywhere, and two workers may commit one unit, without a row lost or doubled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import logging
 import os
 import posixpath
@@ -26,7 +28,15 @@ from pydantic import ValidationError
 from pipeline.errors import SinkError
 from pipeline.reading.storage import describe, open_fs, public_url, retrying
 from pipeline.recipe import SinkConfig
-from pipeline.writing.manifest import FileRecord, Manifest, manifest_path, split_unit_id
+from pipeline.writing.manifest import (
+    FileRecord,
+    Manifest,
+    data_path,
+    manifest_path,
+    quarantine_path,
+    shard_path,
+    split_unit_id,
+)
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +63,21 @@ def commit(finished: FinishedUnit, sink: SinkConfig) -> Manifest:
         SinkError: the sink does not take them; the unit is then not committed.
     """
     fs, root = open_fs(sink.folder, sink.storage_options)
+    unit = finished.manifest.unit
+    # An attempt that died before its manifest may have written a kind of file that this one has not: its rows may
+    # since have been found to kill their process.
+    for path in {data_path(unit, sink.format), quarantine_path(unit)} - {path for path, _ in finished.files}:
+        remove(fs, f"{root}/{path}")
+    return write_unit(finished, sink)
+
+
+def write_unit(finished: FinishedUnit, sink: SinkConfig) -> Manifest:
+    """Write files, then the manifest, and touch nothing else.
+
+    Raises:
+        SinkError: the sink does not take them.
+    """
+    fs, root = open_fs(sink.folder, sink.storage_options)
     for path, data in finished.files:
         put(fs, f"{root}/{path}", data)
     put(fs, f"{root}/{manifest_path(finished.manifest.unit)}", finished.manifest.to_bytes())
@@ -69,7 +94,9 @@ def put(fs: AbstractFileSystem, path: str, data: bytes) -> None:
         if isinstance(fs, LocalFileSystem):
             _put_local(Path(path), data)
         else:
-            # One upload is atomic on an object store. Never rename there: that is a copy and a delete.
+            # One upload is atomic on an object store. Never rename there: that is a copy and a delete. A large file
+            # goes up in parts, which are no object before the last call completes them: what a killed upload leaves
+            # is never listed or read, so nothing here cleans it; a lifecycle rule of the bucket frees its space.
             retrying()(fs.pipe_file, path, data)
     except Exception as error:  # those of botocore and aiohttp share no other base
         raise SinkError(
@@ -114,6 +141,21 @@ def get(fs: AbstractFileSystem, path: str) -> bytes | None:
         ) from error
 
 
+def remove(fs: AbstractFileSystem, path: str) -> None:
+    """Remove a file that may be there.
+
+    Raises:
+        SinkError: it can neither be removed nor be said to be missing.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            retrying()(fs.rm_file, path)
+    except Exception as error:
+        raise SinkError(
+            f"{public_url(path)} cannot be removed: {describe(error)}. Check sink.folder and its permissions"
+        ) from error
+
+
 @dataclass(slots=True)
 class Committed:
     """Which units are committed, at one bit each: a million units take less than a megabyte beside their shards' names.
@@ -148,26 +190,33 @@ class Committed:
         )
 
 
-def committed_units(sink: SinkConfig) -> Iterator[Manifest]:
+def committed_units(sink: SinkConfig, *, trusted: bool = True) -> Iterator[Manifest]:
     """Every manifest whose files exist with the listed size, shard by shard; nothing is held but one window of shards.
 
     A manifest that does not parse, or whose files are missing or of another size, does not count: its unit is done
-    again.
+    again. With `trusted=False` the files are not looked at.
 
     Raises:
         SinkError: the folder cannot be listed.
     """
     fs, root = open_fs(sink.folder, sink.storage_options)
     fs.invalidate_cache()  # s3fs remembers listings
-    slugs = iter(sorted(posixpath.basename(path.rstrip("/")) for path in _listing(fs, f"{root}/_units")))
+    # In this order, since folding goes from the first to the second: a shard is seen in one of them, or in both.
+    loose = {posixpath.basename(path.rstrip("/")) for path in list_folder(fs, f"{root}/_units")}
+    folded = {posixpath.basename(path).removesuffix(".json") for path in list_folder(fs, f"{root}/_shards")}
+    slugs = iter(sorted(loose | folded))
     with ThreadPoolExecutor(LISTERS) as pool:
         while window := list(islice(slugs, 4 * LISTERS)):
-            for manifests in pool.map(lambda slug: _trusted(fs, root, slug), window):
+            for manifests in pool.map(lambda slug: units_of_shard(fs, root, slug, trusted), window):
                 yield from manifests
 
 
-def _listing(fs: AbstractFileSystem, path: str) -> dict[str, int]:
-    """What stands in a folder, {path: size}; empty where there is no such folder."""
+def list_folder(fs: AbstractFileSystem, path: str) -> dict[str, int]:
+    """What stands in a folder, {path: size}; empty where there is no such folder.
+
+    Raises:
+        SinkError: it cannot be listed.
+    """
     try:
         return {entry["name"]: entry["size"] or 0 for entry in retrying()(fs.ls, path, detail=True)}
     except FileNotFoundError:
@@ -178,9 +227,19 @@ def _listing(fs: AbstractFileSystem, path: str) -> dict[str, int]:
         ) from error
 
 
-def _trusted(fs: AbstractFileSystem, root: str, slug: str) -> list[Manifest]:
-    paths = sorted(path for path in _listing(fs, f"{root}/_units/{slug}") if path.endswith(".json"))
-    manifests = [manifest for path in paths if (manifest := _parsed(fs, path)) is not None]
+def units_of_shard(fs: AbstractFileSystem, root: str, slug: str, trusted: bool = True) -> list[Manifest]:
+    """A shard's part of `committed_units`, by chunk; each unit once, though folding may be half done.
+
+    Raises:
+        SinkError: it cannot be read.
+    """
+    paths = [path for path in list_folder(fs, f"{root}/_units/{slug}") if path.endswith(".json")]
+    loose = [manifest for path in paths if (manifest := _parsed(fs, path)) is not None]
+    # After the loose ones, which only go once the folded ones are there. Loose ones win: their unit was done again.
+    chunks = {manifest.chunk: manifest for manifest in (*_folded(fs, f"{root}/{shard_path(slug)}"), *loose)}
+    manifests = [chunks[chunk] for chunk in sorted(chunks)]
+    if not trusted:
+        return manifests
     sizes = _sizes(fs, root, slug, manifests)
     return [manifest for manifest in manifests if _files_are_there(manifest, sizes)]
 
@@ -196,6 +255,30 @@ def _parsed(fs: AbstractFileSystem, path: str) -> Manifest | None:
         return None
 
 
+def manifest_of(fs: AbstractFileSystem, root: str, unit_id: str) -> Manifest | None:
+    """A unit's manifest, alone or folded, whether or not its files are there; None for a unit that is not committed.
+
+    Raises:
+        SinkError: it cannot be read.
+    """
+    slug, chunk = split_unit_id(unit_id)
+    if (manifest := _parsed(fs, f"{root}/{manifest_path(unit_id)}")) is not None:
+        return manifest
+    folded = _folded(fs, f"{root}/{shard_path(slug)}")
+    return next((manifest for manifest in folded if manifest.chunk == int(chunk)), None)
+
+
+def _folded(fs: AbstractFileSystem, path: str) -> list[Manifest]:
+    data = get(fs, path)
+    if data is None:
+        return []
+    try:
+        return [Manifest.model_validate(manifest) for manifest in json.loads(data)["units"]]
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s is damaged, its shard is done again: %s", public_url(path), describe(error))
+        return []
+
+
 def _sizes(fs: AbstractFileSystem, root: str, slug: str, manifests: Iterable[Manifest]) -> dict[str, int]:
     """Sizes of a shard's files, by path relative to the root."""
     listed = sorted({file.path for manifest in manifests for file in manifest.files})
@@ -205,7 +288,13 @@ def _sizes(fs: AbstractFileSystem, root: str, slug: str, manifests: Iterable[Man
     sizes: dict[str, int] = {}
     for folder in sorted({posixpath.dirname(path) for path in listed}):
         # One listing for the whole shard, not a request per file.
-        found: dict[str, Any] = retrying()(fs.find, f"{root}/{folder}", prefix=f"part-{slug}-", detail=True)
+        try:
+            found: dict[str, Any] = retrying()(fs.find, f"{root}/{folder}", prefix=f"part-{slug}-", detail=True)
+        except Exception as error:
+            raise SinkError(
+                f"{public_url(f'{root}/{folder}')} cannot be listed: {describe(error)}. Check sink.folder and its "
+                "permissions"
+            ) from error
         sizes |= {f"{folder}/{posixpath.basename(path)}": entry["size"] for path, entry in found.items()}
     return sizes
 

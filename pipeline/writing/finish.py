@@ -11,15 +11,13 @@ from collections.abc import Sequence
 
 import pipeline
 from pipeline.recipe import Recipe
-from pipeline.records import Rejected, Unit, UnitInput, Unreadable
+from pipeline.records import Rejected, UnitInput, Unreadable
 from pipeline.writing.commit import FinishedUnit, file_record
-from pipeline.writing.manifest import Counts, Manifest, Measured
+from pipeline.writing.manifest import Counts, Manifest, Measured, data_path, quarantine_path
 from pipeline.writing.parquet import render_parquet
 from pipeline.writing.quarantine import render_quarantine
 from pipeline.writing.rows import Row, schema
 from pipeline.writing.webdataset import render_tar
-
-SUFFIXES = {"parquet": "parquet", "webdataset": "tar"}
 
 
 def finish_unit(
@@ -48,9 +46,9 @@ def finish_unit(
     _check_once_each(unit_input, rows, failed)
     files: list[tuple[str, bytes, int]] = []
     if rows:
-        files.append((data_path(unit, recipe), _render(rows, recipe), len(rows)))
+        files.append((data_path(unit.id, recipe.sink.format), _render(rows, recipe), len(rows)))
     if failed:
-        files.append((f"quarantine/part-{unit.id}.parquet", render_quarantine(failed, unit.id), len(failed)))
+        files.append((quarantine_path(unit.id), render_quarantine(failed, unit.id), len(failed)))
     counts = Counts(
         images=len(unit_input.rows),
         asked=len(encoded),
@@ -77,11 +75,6 @@ def finish_unit(
         measured=measured,
     )
     return FinishedUnit(manifest, tuple((path, data) for path, data, _ in files))
-
-
-def data_path(unit: Unit, recipe: Recipe) -> str:
-    """Where a unit's results stand, relative to the run's folder."""
-    return f"data/part-{unit.id}.{SUFFIXES[recipe.sink.format]}"
 
 
 def _render(rows: Sequence[Row], recipe: Recipe) -> bytes:

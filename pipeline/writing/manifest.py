@@ -1,6 +1,6 @@
 """The manifest of a unit: what was read, what was written, how it went. Its existence is the commit.
 
-    _units/<shard slug>/<chunk>.json
+    _units/<shard slug>/<chunk>.json      or, of a finished shard, all of them in _shards/<shard slug>.json
 
 Everything but `measured` derives from the input, the recipe and the model: two runs write the same.
 """
@@ -13,6 +13,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.records import Unit
+
+SUFFIXES = {"parquet": "parquet", "webdataset": "tar"}
 
 
 class _Part(BaseModel):
@@ -76,6 +78,21 @@ def manifest_path(unit: Unit | str) -> str:
     """Where a unit's manifest stands, relative to the run's folder."""
     slug, chunk = split_unit_id(unit if isinstance(unit, str) else unit.id)
     return f"_units/{slug}/{chunk}.json"
+
+
+def data_path(unit_id: str, format: Literal["parquet", "webdataset"]) -> str:
+    """Where a unit's results stand, relative to the run's folder."""
+    return f"data/part-{unit_id}.{SUFFIXES[format]}"
+
+
+def quarantine_path(unit_id: str) -> str:
+    """Where what failed in a unit stands, relative to the run's folder."""
+    return f"quarantine/part-{unit_id}.parquet"
+
+
+def shard_path(slug: str) -> str:
+    """Where the manifests of a finished shard stand once they are folded into one file (writing/folding.py)."""
+    return f"_shards/{slug}.json"
 
 
 def split_unit_id(unit_id: str) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import pipeline
 from pipeline.errors import SinkError
 from pipeline.models.backbone import ModelRecord
-from pipeline.reading.storage import open_fs, public_url
+from pipeline.reading.storage import open_fs, public_url, retrying
 from pipeline.recipe import Recipe, SinkConfig
 from pipeline.writing.commit import get, put
 
@@ -119,7 +119,9 @@ def read_run_record(sink: SinkConfig) -> RunRecord | None:
 
 
 def _first_stranger(fs: AbstractFileSystem, root: str) -> str | None:
-    return next((folder for folder in ("data", "quarantine", "_units") if fs.exists(f"{root}/{folder}")), None)
+    return next(
+        (folder for folder in ("data", "quarantine", "_units") if retrying()(fs.exists, f"{root}/{folder}")), None
+    )
 
 
 def write_run_record(record: RunRecord, sink: SinkConfig) -> None:

@@ -65,15 +65,32 @@ def summarise(manifests: Iterable[Manifest], shards: Iterable[Shard], *, units_n
         shards: the input. The run is complete where each has all of its units committed.
         units_now: units that this run of the command has committed.
     """
-    committed = Committed()
-    sums: Counter[str] = Counter()
-    stages: Counter[str] = Counter()
-    classes: Counter[str] = Counter()
-    seconds = worker_seconds = 0.0
+    committed, totals = Committed(), Totals()
     for manifest in manifests:
         committed.add(manifest)
+        totals.add(manifest)
+    complete = all(committed.has_whole_shard(shard_slug(shard.path)) for shard in shards)
+    return totals.summary(complete=complete, units_now=units_now)
+
+
+class Totals:
+    """Sums over manifests; none is kept."""
+
+    def __init__(self) -> None:
+        self._sums: Counter[str] = Counter()
+        self._stages: Counter[str] = Counter()
+        self._classes: Counter[str] = Counter()
+        self._seconds = self._worker_seconds = 0.0
+
+    @property
+    def asked(self) -> int:
+        """Results asked for."""
+        return self._sums["asked"]
+
+    def add(self, manifest: Manifest) -> None:
+        """Add a unit."""
         counts, measured = manifest.counts, manifest.measured
-        sums.update(
+        self._sums.update(
             units=1,
             images=counts.images,
             asked=counts.asked,
@@ -82,29 +99,32 @@ def summarise(manifests: Iterable[Manifest], shards: Iterable[Shard], *, units_n
             unet_rows=measured.unet_rows,
             bytes=sum(file.size for file in manifest.files),
         )
-        stages.update(counts.failed_by_stage)
-        classes.update(counts.failed_by_class)
-        worker_seconds += measured.worker_seconds
-        seconds += measured.worker_seconds / measured.workers
-    complete = all(committed.has_whole_shard(shard_slug(shard.path)) for shard in shards)
-    return Summary(
-        planned=sums["asked"],
-        done=sums["ok"],
-        failed=sums["failed"],
-        complete=complete,
-        units=sums["units"],
-        units_now=units_now,
-        images=sums["images"],
-        rows=sums["ok"],
-        images_per_second=round(sums["images"] / seconds, 4) if seconds else 0.0,
-        seconds=round(seconds, 3),
-        worker_seconds=round(worker_seconds, 3),
-        unet_rows=sums["unet_rows"],
-        output_bytes=sums["bytes"],
-        failed_by_stage=dict(sorted(stages.items())),
-        failed_by_class=dict(sorted(classes.items())),
-        exit_code=1 if not complete else 3 if sums["failed"] else 0,
-    )
+        self._stages.update(counts.failed_by_stage)
+        self._classes.update(counts.failed_by_class)
+        self._worker_seconds += measured.worker_seconds
+        self._seconds += measured.worker_seconds / measured.workers
+
+    def summary(self, *, complete: bool, units_now: int) -> Summary:
+        """What was added, as a summary."""
+        sums, seconds = self._sums, self._seconds
+        return Summary(
+            planned=sums["asked"],
+            done=sums["ok"],
+            failed=sums["failed"],
+            complete=complete,
+            units=sums["units"],
+            units_now=units_now,
+            images=sums["images"],
+            rows=sums["ok"],
+            images_per_second=round(sums["images"] / seconds, 4) if seconds else 0.0,
+            seconds=round(seconds, 3),
+            worker_seconds=round(self._worker_seconds, 3),
+            unet_rows=sums["unet_rows"],
+            output_bytes=sums["bytes"],
+            failed_by_stage=dict(sorted(self._stages.items())),
+            failed_by_class=dict(sorted(self._classes.items())),
+            exit_code=1 if not complete else 3 if sums["failed"] else 0,
+        )
 
 
 def write_summary(summary: Summary, sink: SinkConfig) -> None:

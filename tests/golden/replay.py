@@ -33,6 +33,9 @@ from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig
 from pipeline.records import Concept, EditedLatents, EditRequest, Trajectory
 from tests.golden.checks import Check, edit, equal, relative, source_of
+from tests.golden.diffedit import replay_diffedit
+from tests.golden.masactrl import replay_masactrl
+from tests.golden.proxedit import replay_proxedit
 from tests.golden.two_branch import (
     replay_direct_inversion,
     replay_negative_prompt,
@@ -271,11 +274,14 @@ def answer(method: Any, denoise: Callable[[Denoise], Denoised]) -> Any:
 KINDS: dict[str, Callable[..., Iterator[Check]]] = {
     "ddim": replay_ddim,
     "ddpm_inversion": replay_ddpm_inversion,
+    "diffedit": replay_diffedit,
     "direct_inversion": replay_direct_inversion,
     "ledits_pp": replay_ledits_pp,
+    "masactrl": replay_masactrl,
     "negative_prompt_inversion": replay_negative_prompt,
     "null_text_inversion": replay_null_text,
     "prompt_to_prompt": replay_prompt_to_prompt,
+    "proxedit": replay_proxedit,
 }
 
 

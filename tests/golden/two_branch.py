@@ -15,13 +15,16 @@ from torch import Tensor
 
 from pipeline.editing.alignment import equalizer_weights, refinement_mapper, replacement_mapper, word_schedule
 from pipeline.editing.prompt_to_prompt import PromptToPrompt
+from pipeline.editing.two_branch import BranchEdit, Branches, two_branch
+from pipeline.engine.calls import Steps
 from pipeline.engine.engine import Engine
 from pipeline.inversion.direct import DirectInversion
 from pipeline.inversion.negative_prompt import NegativePromptInversion, slerp
 from pipeline.inversion.noise import NoiseStart
 from pipeline.inversion.null_text import NullTextInversion
-from pipeline.records import EditRequest, StepRecord, Trajectory, WordPair
+from pipeline.records import EditedLatents, EditRequest, StepRecord, Trajectory, WordPair
 from tests.golden.checks import Check, edit, equal, relative_l2, source_of
+from tests.golden.masactrl import compare_entries, masactrl
 
 EVERY = 4  # stride of the recorded subsamples
 
@@ -170,8 +173,61 @@ def compare_inversion(golden: dict[str, Tensor], trajectory: Trajectory, engine:
 def replay_other_direct(
     golden: dict[str, Tensor], settings: dict[str, Any], trajectory: Trajectory, engine: Engine
 ) -> Iterator[Check]:
-    """Goldens of the pinned source without Prompt-to-Prompt."""
-    raise NotImplementedError(f"no replay for a golden with {', '.join(golden)}")
+    """The pinned source beside MasaCtrl, and the explicit offsets of a source that is not put back all the way."""
+    double = is_double(engine)
+    start = started_at(trajectory, golden["x_T"][0])
+    if "scaled_sub" in golden:
+        prompt = settings.get("source_prompt", "")
+        for name, scale, interval in (("scaled", 0.4, 1), ("interval", 1.0, 5)):
+            inversion = DirectInversion(
+                num_steps=settings["num_steps"],
+                offset_scale=scale if scale == 1.0 else settings.get("offset_scale", scale),
+                interval=interval if interval == 1 else settings.get("interval", interval),
+            )
+            offsets = explicit_offsets(inversion, start, prompt, settings["guidance_scale"], engine)
+            recorded = golden[f"{name}_sub"]
+            ours = offsets[:, None, :, ::EVERY, ::EVERY]
+            yield Check(f"{name}, first offset", relative_l2(ours[0], recorded[0]), 1e-5 if double else 1e-3)
+            if double:
+                yield Check(f"{name}, offsets", relative_l2(ours, recorded), 1e-5)
+        return
+    target_prompt = settings["target_prompt"] if "target_prompt" in settings else settings["prompts"][1]
+    editor = masactrl(settings | settings.get("masactrl", {}))
+    history = edit(engine, editor, start, EditRequest(target_prompt=target_prompt)).history
+    checks = list(compare_entries(golden, start, history, 1e-5))
+    yield from checks if double else [Check(check.name, check.deviation, 1e-3) for check in checks[:2]]
+    source = walked(history)[:, 0]
+    kept = bool(torch.equal(source, start.latents[1:]))
+    yield equal("source row equals the trajectory", [kept], torch.tensor([True]))
+
+
+def explicit_offsets(
+    inversion: DirectInversion, trajectory: Trajectory, prompt: str, guidance_scale: float, engine: Engine
+) -> Tensor:
+    """(N, C, h, w): what an inversion has added to the source after each step of a plain guided walk."""
+    loose = dataclasses.replace(trajectory, pin_shares=inversion.pin_shares(len(trajectory.timesteps)))
+    edit = Recorded(loose, guidance_scale)
+
+    def walk() -> Steps[EditedLatents]:
+        branches = yield from Branches.encode(loose, EditRequest(target_prompt=prompt))
+        return (yield from two_branch(loose, branches, edit, keep_history=True))
+
+    history = engine.run_one(walk()).history
+    sources = torch.stack([record.source_latents for record in history])
+    return sources - torch.stack(edit.moved[1::2])
+
+
+class Recorded(BranchEdit):
+    """Plain guided sampling, which remembers where the branches went by themselves: the target, then the source."""
+
+    def __init__(self, trajectory: Trajectory, guidance_scale: float) -> None:
+        super().__init__(trajectory, guidance_scale)
+        self.moved: list[Tensor] = []
+
+    def move(self, *step: Any) -> tuple[Tensor, Tensor]:
+        moved, data_pred = super().move(*step)
+        self.moved.append(moved)
+        return moved, data_pred
 
 
 def replay_negative_prompt(golden: dict[str, Tensor], settings: dict[str, Any], engine: Engine) -> Iterator[Check]:

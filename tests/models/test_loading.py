@@ -76,9 +76,9 @@ def test_another_kind_of_pipeline_is_refused(checkpoint: Path) -> None:
     refused(checkpoint, "T5EncoderModel")
 
 
-def test_an_inpainting_unet_is_refused_by_its_channels(checkpoint: Path) -> None:
-    change(checkpoint / "unet" / "config.json", in_channels=9)
-    refused(checkpoint, "9 input channels on latents of 4")
+def test_a_unet_that_is_neither_plain_nor_for_inpainting_is_refused_by_its_channels(checkpoint: Path) -> None:
+    change(checkpoint / "unet" / "config.json", in_channels=8)
+    refused(checkpoint, "8 input channels on latents of 4")
 
 
 def test_a_single_file_checkpoint_is_refused(tmp_path: Path) -> None:

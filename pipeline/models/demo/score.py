@@ -26,48 +26,31 @@ from pipeline.flow import edit_row, outcome_of
 from pipeline.models.demo.networks import IMAGE_SIZE, LATENT_SIZE, load_pipeline
 from pipeline.models.demo.oracle import read
 from pipeline.models.demo.world import Attribute, Scene, changed_region, complete_caption, draw, edited
-from pipeline.recipe import Recipe, recipe_from
-from pipeline.records import Concept, Edited, Sample
+from pipeline.recipe import Recipe, load_recipe, recipe_from
+from pipeline.records import Edited, Sample
 
 Pixels = UInt8[np.ndarray, "H W 3"]
-NUM_STEPS = 20
-# Starts at timestep 901 of 999. LEDITS++'s usual 0.15 starts at 821, where so much of a small picture is settled that
-# sunglasses can hardly be taken off any more; 0 starts at 941 and changes the rest more than it adds.
-SKIP = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditKind:
-    """An edit whose outcome is known: on which scenes it makes sense, what it asks for, what it should change."""
+    """An edit whose outcome is known: on which scenes it makes sense, and what it should change."""
 
     before: Mapping[str, Any]  # attributes that a scene gets, so that there is something to do
     after: Mapping[str, Any]  # attributes that the edit shall change
-    concepts: tuple[Concept, ...]
 
 
-SUNGLASSES = Concept(prompt="sunglasses", guidance_scale=4, threshold=0.8)
-RED_HAT = Concept(prompt="a red hat", guidance_scale=5, threshold=0.75)
-OPEN_MOUTH = Concept(prompt="an open mouth", guidance_scale=5, threshold=0.88)
-
+# What is asked of the model for each kind stands in a recipe of that name, in configs/demo_edits.
 SINGLE_EDITS: dict[str, EditKind] = {
-    "add_sunglasses": EditKind(before={"sunglasses": False}, after={"sunglasses": True}, concepts=(SUNGLASSES,)),
-    "add_hat": EditKind(before={"hat": None}, after={"hat": "red"}, concepts=(RED_HAT,)),
-    "change_mouth": EditKind(before={"mouth": "smile"}, after={"mouth": "open"}, concepts=(OPEN_MOUTH,)),
-    "remove_sunglasses": EditKind(
-        before={"sunglasses": True},
-        after={"sunglasses": False},
-        concepts=(Concept(prompt="sunglasses", guidance_scale=10, threshold=0.8, direction="remove"),),
-    ),
-    "remove_hat": EditKind(
-        before={"hat": "red"},
-        after={"hat": None},
-        concepts=(Concept(prompt="a red hat", guidance_scale=4, threshold=0.7, direction="remove"),),
-    ),
+    "add_sunglasses": EditKind(before={"sunglasses": False}, after={"sunglasses": True}),
+    "add_hat": EditKind(before={"hat": None}, after={"hat": "red"}),
+    "change_mouth": EditKind(before={"mouth": "smile"}, after={"mouth": "open"}),
+    "remove_sunglasses": EditKind(before={"sunglasses": True}, after={"sunglasses": False}),
+    "remove_hat": EditKind(before={"hat": "red"}, after={"hat": None}),
 }
 TRIPLE_EDIT = EditKind(
     before={"sunglasses": False, "hat": None, "mouth": "smile"},
     after={"sunglasses": True, "hat": "red", "mouth": "open"},
-    concepts=(SUNGLASSES, RED_HAT, OPEN_MOUTH),
 )
 
 
@@ -101,12 +84,28 @@ TARGETS: dict[str, Target] = {
 }
 
 
-def measure(folder: Path, count: int, seed: int = 1) -> dict[str, float]:
-    """All figures of `TARGETS` for the model in a folder, and those of each kind of edit, on `count` scenes each."""
+def load_recipes(folder: Path) -> dict[str, Recipe]:
+    """The recipe of each kind of edit, by its name, from a folder such as configs/demo_edits.
+
+    Raises:
+        RecipeError: one is missing or wrong.
+    """
+    return {name: load_recipe(folder / f"{name}.yaml") for name in (*SINGLE_EDITS, "triple")}
+
+
+def measure(folder: Path, recipes: Mapping[str, Recipe], count: int, seed: int = 1) -> dict[str, float]:
+    """All figures of `TARGETS` for the model in a folder, and those of each kind of edit, on `count` scenes each.
+
+    Args:
+        folder: of the model.
+        recipes: see `load_recipes`.
+        count: scenes per figure.
+        seed: of the scenes; those of seed 1 were never used to choose a setting.
+    """
     editor = Editor.load(str(folder))
     scenes = fresh_scenes(count, seed)
-    singles = {name: edit_score(editor, kind, scenes) for name, kind in SINGLE_EDITS.items()}
-    triple = edit_score(editor, TRIPLE_EDIT, scenes)
+    singles = {name: edit_score(editor, kind, recipes[name], scenes) for name, kind in SINGLE_EDITS.items()}
+    triple = edit_score(editor, TRIPLE_EDIT, recipes["triple"], scenes)
     every = list(singles.values())
     return {
         "vae_psnr": vae_psnr(editor, scenes),
@@ -143,11 +142,11 @@ def fresh_scenes(count: int, seed: int = 1) -> list[Scene]:
     return [Scene.random(rng) for _ in range(count)]
 
 
-def edit_score(editor: Editor, kind: EditKind, scenes: Sequence[Scene], num_steps: int = NUM_STEPS) -> EditScore:
-    """Make one kind of edit on all scenes by LEDITS++ with intersected masks, and judge the outcome."""
+def edit_score(editor: Editor, kind: EditKind, recipe: Recipe, scenes: Sequence[Scene]) -> EditScore:
+    """Make one kind of edit on all scenes, and judge the outcome."""
     before = [edited(scene, **kind.before) for scene in scenes]
     after = [edited(scene, **kind.after) for scene in before]
-    results = run_edits(editor, before, kind.concepts, num_steps)
+    results = run_edits(editor, before, recipe)
     references = round_trips(editor, [draw(scene, IMAGE_SIZE) for scene in before])
 
     succeeded, stayed, ious, noises = [], [], [], []
@@ -172,15 +171,12 @@ def asked(kind: EditKind) -> tuple[Attribute, ...]:
     return tuple(kind.after)  # type: ignore[arg-type]  # the keys are attributes
 
 
-def run_edits(
-    editor: Editor, scenes: Sequence[Scene], concepts: Sequence[Concept], num_steps: int = NUM_STEPS
-) -> list[Edited]:
-    """Edit the drawings of all scenes in the same way, batched by the engine. No concept at all reconstructs them.
+def run_edits(editor: Editor, scenes: Sequence[Scene], recipe: Recipe) -> list[Edited]:
+    """Edit the drawings of all scenes by a recipe of one edit and one method, batched by the engine.
 
     Raises:
         RuntimeError: a scene could not be edited; the demo model must edit all of them.
     """
-    recipe = scoring_recipe(concepts, num_steps)
     samples = [
         Sample(id=f"scene-{index}", shard="", key=f"scene-{index}", index=index, image=png(draw(scene, IMAGE_SIZE)))
         for index, scene in enumerate(scenes)
@@ -194,20 +190,6 @@ def run_edits(
             raise RuntimeError(f"scene {finished.index} could not be edited: {outcome.message}")
         outcomes[finished.index] = outcome
     return [outcomes[index] for index in range(len(scenes))]
-
-
-def scoring_recipe(concepts: Sequence[Concept], num_steps: int) -> Recipe:
-    """LEDITS++ after the edit-friendly inversion, with exact reconstruction."""
-    return recipe_from(
-        {
-            "source": {"shards": "-"},
-            "edits": {"edit": {"concepts": [concept.model_dump() for concept in concepts]}},
-            "inversion": {"method": "ddpm", "num_steps": num_steps, "skip": SKIP},
-            "editing": {"method": "ledits_pp"},
-            "sink": {"folder": "-"},
-        },
-        "scoring",
-    )
 
 
 def round_trips(editor: Editor, images: Sequence[Pixels]) -> list[Pixels]:
@@ -235,7 +217,9 @@ def vae_psnr(editor: Editor, scenes: Sequence[Scene]) -> float:
 def reconstruction_psnr(editor: Editor, scenes: Sequence[Scene]) -> float:
     """Mean PSNR of inversion and replay without an edit, against the autoencoder's round trip, dB (100 for equal)."""
     references = round_trips(editor, [draw(scene, IMAGE_SIZE) for scene in scenes])
-    results = run_edits(editor, scenes, ())
+    unedited: dict[str, Any] = {"edit": {"concepts": []}}  # LEDITS++ without a concept replays the trajectory
+    recipe = recipe_from({"source": {"shards": "-"}, "edits": unedited, "sink": {"folder": "-"}}, "reconstruction")
+    results = run_edits(editor, scenes, recipe)
     return float(np.mean([psnr(one, other.image) for one, other in zip(references, results, strict=True)]))
 
 

@@ -1,0 +1,98 @@
+"""A million units: time and memory to plan them, to find them committed, to fold their shards and to find them again.
+
+    python benchmarks/many_units.py
+
+Units are empty (a manifest without files), so that what is measured is the bookkeeping. Planned and resumed by the
+functions of a run; manifests are put straight onto the local disk. Each size is a process of its own. Time and growth
+of memory from one size to the next are linear, or nearly; a million is extrapolated from the two.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+COUNTS = (20_000, 200_000)
+TARGET = 1_000_000
+PER_SHARD = 1_000  # units
+
+WORKER = """
+import json, resource, sys, time
+from pathlib import Path
+from pipeline.reading.shards import Shard, shard_slug, unit_id
+from pipeline.reading.units import plan_reads
+from pipeline.recipe import SinkConfig
+from pipeline.writing.commit import Committed, committed_units
+from pipeline.writing.folding import fold_finished_shards
+from pipeline.writing.manifest import Counts, Manifest, Measured, manifest_path
+from pipeline.writing.summary import summarise
+
+units, per_shard, folder, size = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], 32
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+found = {"units": units, "start_mib": round(peak())}
+
+def timed(name, work):
+    started = time.perf_counter()
+    value = work()
+    found[name] = round(time.perf_counter() - started, 2)
+    return value
+
+shards = [
+    Shard(path=f"{n:06d}.parquet", url=f"s3://in/{n:06d}.parquet", format="parquet", size=1, etag="",
+          rows=per_shard * size, row_groups=(size,) * per_shard)
+    for n in range(units // per_shard)
+]
+tasks = timed("plan_s", lambda: plan_reads(shards, size, lambda unit: False, lambda path: False))
+assert len(tasks) == units
+del tasks
+
+nothing = Counts(images=size, asked=size, ok=size, failed=0, failed_by_stage={}, failed_by_class={})
+for shard in shards:
+    (Path(folder) / "_units" / shard_slug(shard.path)).mkdir(parents=True)
+    for chunk in range(per_shard):
+        manifest = Manifest(
+            unit=unit_id(shard.path, chunk), shard=shard.path, chunk=chunk, start=chunk * size, stop=(chunk + 1) * size,
+            is_last=chunk == per_shard - 1, shard_size=1, shard_etag="", recipe_hash="0" * 16, code_version="0",
+            model_digest="0" * 16, call_size=8, files=(), counts=nothing,
+            measured=Measured(worker_seconds=1.0, workers=1, unet_rows=1),
+        )
+        (Path(folder) / manifest_path(manifest.unit)).write_bytes(manifest.to_bytes())
+
+def resume():
+    committed = Committed()
+    for manifest in committed_units(SinkConfig(folder=folder)):
+        committed.add(manifest)
+    return plan_reads(shards, size, committed.has, lambda path: committed.has_whole_shard(shard_slug(path)))
+
+sink = SinkConfig(folder=folder)
+assert timed("resume_s", resume) == []
+assert timed("fold_s", lambda: fold_finished_shards(sink)) == len(shards)
+assert timed("resume_folded_s", resume) == []
+assert timed("summary_s", lambda: summarise(committed_units(sink), shards, units_now=0)).units == units
+found["peak_mib"] = round(peak())
+print(json.dumps(found))
+"""
+
+
+def measure(counts: tuple[int, ...] = COUNTS, target: int = TARGET) -> list[dict[str, Any]]:
+    """One row per number of units, and the extrapolated one."""
+    rows: list[dict[str, Any]] = []
+    for count in counts:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-c", WORKER, str(count), str(min(PER_SHARD, count)), folder]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            rows.append({"case": "measured", **json.loads(done.stdout)})
+    small, large = rows[-2:]
+    share = (target - large["units"]) / (large["units"] - small["units"])
+    extrapolated = {
+        name: round(large[name] + share * (large[name] - small[name]), 1) for name in large if name != "case"
+    }
+    return [*rows, {"case": "extrapolated", **extrapolated, "units": target}]
+
+
+if __name__ == "__main__":
+    for line in measure():
+        print(line)

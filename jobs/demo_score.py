@@ -1,0 +1,33 @@
+"""Score the demo model on fresh scenes: python -m jobs.demo_score [--scenes 256] (or: make demo-score)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from pipeline.models.demo.score import TARGETS, load_recipes, measure, table
+from pipeline.models.loading import DEMO_FOLDER
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Folder of the model.")] = DEMO_FOLDER,
+    recipes: Annotated[Path, typer.Option(help="Folder with a recipe per kind of edit.")] = Path("configs/demo_edits"),
+    scenes: Annotated[int, typer.Option(min=1, help="Scenes per figure.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Of the scenes.")] = 1,
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("build/demo_score.json"),
+) -> None:
+    """Print a table of what the model can do, and write it as JSON."""
+    scores = measure(model, load_recipes(recipes), scenes, seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"scenes": scenes, "seed": seed, **scores}, indent=1) + "\n", encoding="utf-8")
+    print(f"{scenes} scenes, {torch.get_num_threads()} threads\n\n{table(scores)}")
+    missed = [name for name, target in TARGETS.items() if scores[name] < target.at_least]
+    print(f"below its target: {', '.join(missed)}" if missed else "every target is reached")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,365 @@
+"""MasaCtrl (Cao et al., arXiv 2304.08465): keep the source's content, take pose and layout from the target prompt.
+
+From a step and a decoder layer on, the target's self-attention keeps its own queries but reads the keys and values of
+the source: textures come from there, places from the prompt. With masks, foreground reads foreground alone and
+background reads background.
+
+Cost: the rows of `two_branch`. Both halves of guidance read the source's, so that is 4 rows per controlled step, 3
+where the source prompt is empty or its own unconditional prompt. Masks: one with `mask: auto` or `given`; else none.
+Memory: nothing is kept. Masked layers compute an (N, N) mask of the map's N places, automatic masks the 77 columns of
+cross-attention at a quarter of the latents' side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn.functional import interpolate, scaled_dot_product_attention
+
+from pipeline.editing.alignment import token_weights
+from pipeline.editing.base import Editor
+from pipeline.editing.prompt_to_prompt import guidance_problem
+from pipeline.editing.two_branch import BranchEdit, Branches, BranchRows, two_branch
+from pipeline.engine.calls import Steps, TextConditioning
+from pipeline.engine.controls import Control, Hook, Layer, Routes, attention_probabilities
+from pipeline.errors import PrepareError
+from pipeline.inversion.base import Inversion
+from pipeline.records import EditedLatents, EditRequest, Trajectory
+
+MASK_FACTOR = 4  # latents' side over map side of the layers that automatic masks are read from
+FINEST_FACTOR = 2  # by default the decoder's layers of maps up to this much coarser than the latents are controlled
+
+Keys = Literal["source", "union", "own"]
+"""Whose keys and values a row reads: the source's, the source's and its own side by side, or its own."""
+Index = Annotated[int, Field(ge=0)]
+
+
+class MutualSelfAttention(Editor):
+    """What the editors of this kind share: when and where the target reads the source."""
+
+    guidance_scale: float = Field(default=7.5, allow_inf_nan=False)
+    start_step: int = Field(default=4, ge=0)  # first controlled step; earlier ones lay the target's layout
+    # First controlled layer, by transformer block in order of execution. None: the decoder's layers of maps up to half
+    # as fine as the latents; in Stable Diffusion 1.x that is 10.
+    start_layer: int | None = Field(default=None, ge=0)
+    step_idx: tuple[Index, ...] | None = None  # the controlled steps, one by one; start_step is then not read
+    layer_idx: tuple[Index, ...] | None = None  # the controlled layers, one by one; start_layer is then not read
+
+    def check(self, request: EditRequest, num_steps: int) -> None:
+        """See `Editor`."""
+        if not request.target_prompt:
+            raise PrepareError(
+                f"{self.method} samples under a target_prompt, and this edit has none. Add target_prompt"
+            )
+        if self.step_idx is None and self.start_step > num_steps:
+            raise PrepareError(
+                f"start_step {self.start_step} lies beyond the trajectory's {num_steps} steps. Lower editing.start_step"
+            )
+        beyond = [step for step in self.step_idx or () if step >= num_steps]
+        if beyond:
+            raise PrepareError(
+                f"step_idx names step {beyond[0]}, and the trajectory's {num_steps} steps count from 0 to "
+                f"{num_steps - 1}. Take it out of editing.step_idx"
+            )
+
+    def pair_problem(self, inversion: Inversion) -> str | None:
+        """See `Editor`."""
+        return guidance_problem(self.guidance_scale, inversion)
+
+    def controls_step(self, step: int) -> bool:
+        """Whether the target reads the source at a step."""
+        return step >= self.start_step if self.step_idx is None else step in self.step_idx
+
+    def controls_layer(self, layer: Layer) -> bool:
+        """Whether the target reads the source in a layer."""
+        if layer.kind != "self":
+            return False
+        if self.layer_idx is not None:
+            return layer.index in self.layer_idx
+        if self.start_layer is not None:
+            return layer.index >= self.start_layer
+        return layer.place == "up" and layer.factor <= FINEST_FACTOR
+
+
+class MasaCtrl(MutualSelfAttention):
+    """Change what the image's subject does, not what it looks like."""
+
+    inversions: ClassVar = frozenset({"ddim", "ddpm", "direct", "negative_prompt", "noise", "null_text"})
+    paper: ClassVar = "MasaCtrl: Tuning-Free Mutual Self-Attention Control, arXiv 2304.08465"
+
+    method: Literal["masactrl"] = "masactrl"
+    # Whose keys and values the target reads: the source's, or the source's beside its own.
+    keys: Literal["source", "union"] = "source"
+    # Separate lookups of foreground and background. auto: where blend_words attend; given: the row's own mask, for both
+    # branches.
+    mask: Literal["none", "given", "auto"] = "none"
+    thres: float = Field(default=0.1, ge=0, le=1)  # auto: share of a map's range from which on it is foreground
+    # auto: positions of tokens, the start token being 0, in the source and the target prompt, instead of blend_words
+    ref_token_idx: tuple[Index, ...] | None = None
+    cur_token_idx: tuple[Index, ...] | None = None
+
+    @model_validator(mode="after")
+    def _masks_have_one_source(self) -> MasaCtrl:
+        if self.mask != "none" and self.keys == "union":
+            raise ValueError(
+                "masks say which of the source's places are read, and with keys: union the target reads its own, too. "
+                "Set mask: none or keys: source"
+            )
+        return self
+
+    def check(self, request: EditRequest, num_steps: int) -> None:
+        """See `Editor`."""
+        super().check(request, num_steps)
+        words = request.blend_words
+        if self.mask == "auto" and not (
+            (self.ref_token_idx or (words and words.source)) and (self.cur_token_idx or (words and words.target))
+        ):
+            raise PrepareError(
+                "mask: auto finds the foreground where words attend, and this edit names none. Add blend_words with a "
+                "word of the source_prompt and one of the target_prompt, or set editing.mask: none"
+            )
+
+    def edit(
+        self,
+        trajectory: Trajectory,
+        request: EditRequest,
+        user_mask: Tensor | None = None,
+        *,
+        keep_history: bool = False,
+    ) -> Steps[EditedLatents]:
+        """See `Editor`. With `mask: given` the user's mask tells foreground from background, and confines nothing."""
+        branches = yield from Branches.encode(trajectory, request)
+        edit = MasaCtrlEdit(self, trajectory, branches, request, user_mask)
+        confines = None if self.mask == "given" else user_mask
+        return (yield from two_branch(trajectory, branches, edit, confines, keep_history=keep_history))
+
+
+def positions_or_words(
+    prompt: TextConditioning, positions: Sequence[int] | None, words: tuple[str, ...], setting: str
+) -> Tensor:
+    """(L,): 1 at the chosen tokens.
+
+    Raises:
+        PrepareError: a word is not in the prompt, or a position is not among its L.
+    """
+    if positions is None:
+        return token_weights(prompt, words, "blend word")
+    weights = torch.zeros(prompt.embedding.shape[0])
+    beyond = [position for position in positions if position >= len(weights)]
+    if beyond:
+        raise PrepareError(
+            f"{setting} names position {beyond[0]}, and a prompt has positions 0 to {len(weights) - 1}. Take it out"
+        )
+    weights[list(positions)] = 1.0
+    return weights
+
+
+class MutualEdit(BranchEdit):
+    """One edit of one image, with keys of either half of guidance from where they are said to come."""
+
+    def __init__(
+        self,
+        settings: MutualSelfAttention,
+        trajectory: Trajectory,
+        *,
+        cond: Keys,
+        uncond: Keys,
+        masks: Masks | None = None,
+        source_guidance: float | None = None,
+    ) -> None:
+        super().__init__(trajectory, settings.guidance_scale, source_guidance)
+        self.settings, self.cond, self.uncond, self.masks = settings, cond, uncond, masks
+        self.reads_both_halves = uncond != "own"
+
+    def reads_attention(self, step: int) -> bool:
+        """See `BranchEdit`."""
+        return self.settings.controls_step(step) and (self.cond, self.uncond) != ("own", "own")
+
+    def control(self, step: int, rows: BranchRows) -> Control | None:
+        """See `BranchEdit`."""
+        assert rows.source is not None  # it reads attention at this step
+        readers = [Reader(rows.target, rows.source, self.cond)]
+        if rows.target_uncond is not None and rows.source_uncond is not None:
+            readers.append(Reader(rows.target_uncond, rows.source_uncond, self.uncond))
+        return MutualAttention(
+            settings=self.settings,
+            rows=rows.count,
+            readers=tuple(reader for reader in readers if reader.keys != "own"),
+            source=rows.source,
+            target=rows.target,
+            masks=self.masks,
+        )
+
+
+class MasaCtrlEdit(MutualEdit):
+    """One edit of one image."""
+
+    def __init__(
+        self,
+        settings: MasaCtrl,
+        trajectory: Trajectory,
+        branches: Branches,
+        request: EditRequest,
+        user_mask: Tensor | None,
+    ) -> None:
+        masks: Masks | None = None
+        self.last_mask: Tensor | None = None
+        if settings.mask == "given":
+            size = trajectory.latents.shape[-2:]
+            self.last_mask = torch.ones(size, dtype=torch.bool) if user_mask is None else user_mask >= 0.5
+            masks = GivenMasks(self.last_mask, self.last_mask)
+        if settings.mask == "auto":
+            words = request.blend_words
+            masks = AutoMasks(
+                torch.stack(
+                    [
+                        positions_or_words(
+                            branches.source, settings.ref_token_idx, words.source if words else (), "ref_token_idx"
+                        ),
+                        positions_or_words(
+                            branches.target, settings.cur_token_idx, words.target if words else (), "cur_token_idx"
+                        ),
+                    ]
+                ),
+                settings.thres,
+            )
+        super().__init__(settings, trajectory, cond=settings.keys, uncond=settings.keys, masks=masks)
+
+    def after_step(
+        self, step: int, source: Tensor | None, target: Tensor, seen: Any
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """See `BranchEdit`: where either branch has the foreground, the image may change."""
+        if seen is not None:
+            both = interpolate(seen[None].float(), size=target.shape[-2:], mode="nearest")[0]
+            self.last_mask = both.any(dim=0)
+        return source, target, self.last_mask
+
+    def mask(self) -> Tensor | None:
+        """See `BranchEdit`."""
+        if self.last_mask is None and isinstance(self.masks, AutoMasks):  # no step was controlled
+            return torch.zeros(self.trajectory.latents.shape[-2:], dtype=torch.bool)
+        return self.last_mask
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GivenMasks:
+    """Foreground of both branches, (h, w) bool each at the latents' size."""
+
+    source: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AutoMasks:
+    """Foreground of both branches where tokens attend."""
+
+    weights: Tensor  # (2, L): 1 at the tokens of the source and of the target
+    threshold: float
+
+
+Masks = GivenMasks | AutoMasks
+
+
+class Reader(NamedTuple):
+    """A row, and the row whose keys and values it reads."""
+
+    row: int
+    source: int
+    keys: Keys
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MutualAttention(Control):
+    """Mutual self-attention within one step (arXiv 2304.08465, section 4.1; masks: section 4.2)."""
+
+    settings: MutualSelfAttention  # says in which layers
+    rows: int
+    readers: tuple[Reader, ...]
+    source: int  # conditional rows, whose cross-attention gives automatic masks
+    target: int
+    masks: Masks | None
+
+    def hook(self, height: int, width: int, device: torch.device) -> Hook:
+        """See `Control`."""
+        return _MutualHook(self, height, width)
+
+
+class _MutualHook(Hook):
+    def __init__(self, control: MutualAttention, height: int, width: int) -> None:
+        self.control, self.height, self.width = control, height, width
+        self.fields: list[Tensor] = []  # (2, h', w') per layer: where the tokens of source and target attend
+
+    def routes(self, layer: Layer) -> Routes | None:
+        """Without masks the target attends with its own queries to the source's keys: no map is made."""
+        control = self.control
+        if control.masks is not None or not control.settings.controls_layer(layer):
+            return None
+        own = list(range(control.rows))
+        keys = list(own)
+        for reader in control.readers:
+            if reader.keys == "source":
+                keys[reader.row] = reader.source
+        return Routes(own, keys, keys)
+
+    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, scale: float, attended: Tensor) -> Tensor:
+        """Collect what automatic masks are made of; attend to two branches at once, or under masks."""
+        control = self.control
+        if layer.kind == "cross":
+            if isinstance(control.masks, AutoMasks) and layer.place != "mid" and layer.factor == MASK_FACTOR:
+                self._collect(control.masks, layer, query, key, scale)
+            return attended
+        if not control.settings.controls_layer(layer):
+            return attended
+        readers = [reader for reader in control.readers if reader.keys == "union" or control.masks is not None]
+        if not readers:
+            return attended
+        allowed = self._allowed(layer, query.device)
+        attended = attended.clone()
+        for row, source, keys in readers:
+            chosen = [source, row] if keys == "union" else [source]
+            attended[row] = scaled_dot_product_attention(
+                query[row][None],
+                torch.cat([key[at] for at in chosen], dim=1)[None],
+                torch.cat([value[at] for at in chosen], dim=1)[None],
+                attn_mask=allowed,
+                scale=scale,
+            )[0]
+        return attended
+
+    def _collect(self, masks: AutoMasks, layer: Layer, query: Tensor, key: Tensor, scale: float) -> None:
+        pair = torch.tensor([self.control.source, self.control.target], device=query.device)
+        maps = attention_probabilities(query[pair], key[pair], scale).mean(dim=1)  # (2, N, L)
+        fields = (maps @ masks.weights.to(maps)[..., None])[..., 0]
+        self.fields.append(fields.unflatten(1, layer.grid(self.height, self.width)))
+
+    def _foreground(self) -> Tensor | None:
+        """(2, h', w') bool of source and target, by the layers that have run; None: as good as no mask."""
+        masks = self.control.masks
+        if isinstance(masks, GivenMasks):
+            return torch.stack([masks.source, masks.target])
+        if masks is None or not self.fields:
+            return None
+        fields = torch.stack(self.fields).mean(dim=0)
+        low, high = fields.amin(dim=(1, 2), keepdim=True), fields.amax(dim=(1, 2), keepdim=True)
+        return (fields - low) / (high - low).clamp_min(torch.finfo(fields.dtype).tiny) >= masks.threshold
+
+    def _allowed(self, layer: Layer, device: torch.device) -> Tensor | None:
+        """(N, N) bool: whether a place of the target may read a place of the source. None: all of them."""
+        foreground = self._foreground()
+        if foreground is None:
+            return None
+        size = layer.grid(self.height, self.width)
+        of_source, of_target = interpolate(foreground[None].float(), size=size, mode="nearest")[0].to(device).flatten(1)
+        allowed = of_target[:, None] == of_source[None, :]
+        # Where the source has no such class there is nothing to keep to.
+        return allowed | ~allowed.any(dim=1, keepdim=True)
+
+    def answer(self) -> Tensor | None:
+        """(2, h', w') bool: automatic foreground of source and target, by all layers."""
+        foreground = self._foreground() if self.fields else None
+        return None if foreground is None else foreground.cpu()

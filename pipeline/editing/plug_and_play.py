@@ -1,0 +1,171 @@
+"""Plug-and-Play (Tumanyan et al., arXiv 2211.12572): the layout of the source, the appearance of the target prompt.
+
+In the first steps the target's rows take over two things from a row that shows the source at the same noise level: the
+features of one residual block of the decoder, and the queries and keys of the decoder's self-attention. The source row
+has the empty prompt whatever the inversion's was, and its prediction is not used.
+
+Cost: per step one row of the source, as long as something is injected, and two of the target (one at guidance 1).
+After `ddim` also one row for each step but the last of those, which resample the source; after `direct` none. Masks:
+none. Memory: nothing is stored, features and attention are recomputed beside the target.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.editing.base import Editor
+from pipeline.editing.two_branch import BranchEdit, Branches, BranchRows, two_branch
+from pipeline.editing.walk import take_step
+from pipeline.engine.calls import EncodeText, Steps
+from pipeline.engine.controls import Block, Control, Hook, Layer, Routes
+from pipeline.engine.prompts import GuidedPrompt
+from pipeline.errors import PrepareError
+from pipeline.inversion.base import Inversion
+from pipeline.records import EditedLatents, EditRequest, Trajectory
+
+# The block whose features are injected, up_blocks.1.resnets.1 of Stable Diffusion 1.x, told so that a UNet of another
+# depth has it, too.
+FEATURE_FACTOR = 4  # latents' side over the side of its features
+FEATURE_BLOCK = 1  # its place in its up block
+
+
+class PlugAndPlay(Editor):
+    """Sample under the target prompt with the source's features and self-attention."""
+
+    inversions: ClassVar = frozenset({"ddim", "direct"})
+    paper: ClassVar = "Plug-and-Play Diffusion Features for Text-Driven Image-to-Image Translation, arXiv 2211.12572"
+
+    method: Literal["plug_and_play"] = "plug_and_play"
+    guidance_scale: float = Field(default=7.5, allow_inf_nan=False)
+    # Shares of the steps, from the first on; more keeps more of the layout, 0 turns one off.
+    feature_steps: float = Field(default=0.8, ge=0, le=1)
+    attention_steps: float = Field(default=0.5, ge=0, le=1)
+    negative_prompt: str = "ugly, blurry, black, low res, unrealistic"  # for edits that bring none of their own
+    # Source latents one step less noisy than the row's timestep, and the target's start, too: what the published
+    # comparison of `ddim` with `direct` does. Parity only.
+    compat_shift: bool = False
+
+    def check(self, request: EditRequest, num_steps: int) -> None:
+        """See `Editor`."""
+        if not request.target_prompt:
+            raise PrepareError("plug_and_play samples under a target_prompt, and this edit has none. Add target_prompt")
+
+    def pair_problem(self, inversion: Inversion) -> str | None:
+        """See `Editor`."""
+        if self.compat_shift and inversion.method != "ddim":
+            return (
+                "compat_shift shifts the source that is resampled after inversion.method 'ddim'; after "
+                f"'{inversion.method}' there is none. Leave it out"
+            )
+        return None
+
+    def edit(
+        self,
+        trajectory: Trajectory,
+        request: EditRequest,
+        user_mask: Tensor | None = None,
+        *,
+        keep_history: bool = False,
+    ) -> Steps[EditedLatents]:
+        """See `Editor`."""
+        empty, target, negative = yield EncodeText(
+            ("", request.target_prompt, request.negative_prompt or self.negative_prompt)
+        )
+        num_steps = len(trajectory.timesteps)
+        branches = Branches(
+            source=empty, source_uncond=(empty,) * num_steps, target=target, target_uncond=(negative,) * num_steps
+        )
+        edit = PlugAndPlayEdit(self, trajectory)
+        if not trajectory.pinned:
+            read = num_steps if user_mask is not None or keep_history else edit.last_step
+            trajectory = yield from resampled(trajectory, read, shift=self.compat_shift)
+        return (yield from two_branch(trajectory, branches, edit, user_mask, keep_history=keep_history))
+
+
+def resampled(trajectory: Trajectory, read: int, *, shift: bool) -> Steps[Trajectory]:
+    """The trajectory as unguided sampling of its source prompt walks it, pinned.
+
+    An inverted latent is not what sampling returns to; the published method reads the source from a walk down.
+
+    Args:
+        trajectory: where the walk starts.
+        read: the last of the N + 1 levels that will be read; below it the inversion's latents stay.
+        shift: give each level the latents of the next less noisy one.
+    """
+    num_steps = len(trajectory.timesteps)
+    prompt = yield from GuidedPrompt.encode(trajectory.source_prompt, guidance_scale=1.0)
+    latents = [trajectory.latents[0]]
+    for step in range(min(read + shift, num_steps)):
+        noise_pred = yield from prompt.predict(latents[-1], trajectory.timesteps[step])
+        latents.append(take_step(trajectory, step, latents[-1], noise_pred, None)[0])
+    walked = torch.cat([torch.stack(latents), trajectory.latents[len(latents) :]])
+    if shift:
+        walked = torch.cat([walked[1:], walked[-1:]])
+    return dataclasses.replace(trajectory, latents=walked, pinned=True)
+
+
+class PlugAndPlayEdit(BranchEdit):
+    """One edit of one image."""
+
+    def __init__(self, settings: PlugAndPlay, trajectory: Trajectory) -> None:
+        super().__init__(trajectory, settings.guidance_scale)
+        # Shares of the whole schedule, counted from the first step that is walked, as Prompt-to-Prompt's windows are.
+        self.feature_steps = int(trajectory.total_steps * settings.feature_steps)
+        self.attention_steps = int(trajectory.total_steps * settings.attention_steps)
+
+    @property
+    def last_step(self) -> int:
+        """The last step at which something is injected; 0 also where nothing ever is."""
+        return max(min(max(self.feature_steps, self.attention_steps), len(self.trajectory.timesteps)) - 1, 0)
+
+    def reads_attention(self, step: int) -> bool:
+        """See `BranchEdit`."""
+        return step < self.feature_steps or step < self.attention_steps
+
+    def control(self, step: int, rows: BranchRows) -> Control | None:
+        """See `BranchEdit`."""
+        assert rows.source is not None  # it reads the source at this step
+        return Injection(
+            source=rows.source,
+            rows=rows.count,
+            features=step < self.feature_steps,
+            attention=step < self.attention_steps,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Injection(Control):
+    """Every row of the group takes over what one of them has."""
+
+    source: int  # the row that is taken from
+    rows: int
+    features: bool  # the hidden state of the decoder block of `FEATURE_FACTOR` and `FEATURE_BLOCK`
+    attention: bool  # queries and keys of the decoder's self-attention, but for its first layer
+
+    def hook(self, height: int, width: int, device: torch.device) -> Hook:
+        """See `Control`."""
+        return _InjectionHook(self)
+
+
+class _InjectionHook(Hook):
+    def __init__(self, control: Injection) -> None:
+        self.control = control
+
+    def routes(self, layer: Layer) -> Routes | None:
+        injected = layer.kind == "self" and layer.place == "up" and layer.index_in_place > 0
+        if not (self.control.attention and injected):
+            return None
+        from_source = [self.control.source] * self.control.rows
+        return Routes(from_source, from_source, list(range(self.control.rows)))
+
+    def features(self, block: Block, hidden: Tensor) -> Tensor:
+        injected = block.factor == FEATURE_FACTOR and block.index_in_block == FEATURE_BLOCK
+        if not (self.control.features and injected):
+            return hidden
+        return hidden[self.control.source].expand_as(hidden)

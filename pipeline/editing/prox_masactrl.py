@@ -1,0 +1,103 @@
+"""ProxMasaCtrl (Han et al., arXiv 2306.05414, section 3.3): MasaCtrl under proximal guidance of the target alone.
+
+After `negative_prompt` the source is predicted under its own prompt and never guided; the target is guided away from
+the inversion's embedding, by a direction without its small entries.
+
+Cost: the rows of `two_branch`, 3 per controlled step after `negative_prompt`. Masks: none. Memory: nothing is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from pipeline.editing.masactrl import Keys, MutualEdit, MutualSelfAttention
+from pipeline.editing.proxedit import Prox, direction_problem, proximal, threshold_of
+from pipeline.editing.two_branch import Branches, Prediction, two_branch
+from pipeline.engine.calls import EncodeText, Steps
+from pipeline.inversion.base import Inversion
+from pipeline.records import EditedLatents, EditRequest, Trajectory
+
+NATIVE_INVERSION = "negative_prompt"
+
+
+class ProxMasaCtrl(MutualSelfAttention):
+    """Change what the image's subject does, with less damage to what it does not touch."""
+
+    inversions: ClassVar = frozenset({"direct", "negative_prompt"})
+    paper: ClassVar = "ProxEdit: Improving Tuning-Free Real Image Editing with Proximal Guidance, arXiv 2306.05414"
+
+    method: Literal["prox_masactrl"] = "prox_masactrl"
+    prox: Prox = "soft"
+    # Share of the target's direction that the threshold lies above; up to 0 it is the threshold itself, negated.
+    quantile: float = Field(default=0.7, ge=-100, le=1)
+    prox_step: int = Field(default=0, ge=0)  # first step whose direction is thresholded
+    # Whose keys and values the halves of guidance read: the source's, both branches' side by side, or their own.
+    inject_uncond: Literal["src", "joint", "none"] = "src"
+    inject_cond: Literal["src", "joint", "none"] = "src"
+    npi_step: int = Field(default=0, ge=0)  # steps at the start whose unconditional prompt is the empty one
+
+    @model_validator(mode="after")
+    def _has_direction(self) -> ProxMasaCtrl:
+        if problem := direction_problem(self.prox, self.guidance_scale):
+            raise ValueError(problem)
+        return self
+
+    def pair_problem(self, inversion: Inversion) -> str | None:
+        """See `Editor`."""
+        if self.npi_step > 0 and inversion.method != NATIVE_INVERSION:
+            return (
+                f"npi_step is {self.npi_step}, but inversion.method '{inversion.method}' brings no unconditional "
+                f"embedding to begin later with. Set npi_step to 0, or inversion.method to {NATIVE_INVERSION}"
+            )
+        return super().pair_problem(inversion)
+
+    def edit(
+        self,
+        trajectory: Trajectory,
+        request: EditRequest,
+        user_mask: Tensor | None = None,
+        *,
+        keep_history: bool = False,
+    ) -> Steps[EditedLatents]:
+        """See `Editor`."""
+        branches = yield from Branches.encode(trajectory, request)
+        if trajectory.uncond is not None:
+            # The source takes its own prompt in both halves, however the target's embedding is interpolated.
+            (empty,) = yield EncodeText(("",))
+            first, num_steps = min(self.npi_step, len(trajectory.timesteps)), len(trajectory.timesteps)
+            branches = dataclasses.replace(
+                branches,
+                source_uncond=(empty,) * first + (branches.source,) * (num_steps - first),
+                target_uncond=(empty,) * first + branches.target_uncond[first:],
+            )
+        edit = ProxMasaCtrlEdit(self, trajectory)
+        return (yield from two_branch(trajectory, branches, edit, user_mask, keep_history=keep_history))
+
+
+KEYS: dict[str, Keys] = {"src": "source", "joint": "union", "none": "own"}
+
+
+class ProxMasaCtrlEdit(MutualEdit):
+    """One edit of one image."""
+
+    def __init__(self, settings: ProxMasaCtrl, trajectory: Trajectory) -> None:
+        super().__init__(
+            settings,
+            trajectory,
+            cond=KEYS[settings.inject_cond],
+            uncond=KEYS[settings.inject_uncond],
+            source_guidance=1.0,
+        )
+        self.proximal_settings = settings
+
+    def guide(self, step: int, source: Prediction | None, target: Prediction) -> tuple[Tensor | None, Tensor]:
+        """See `BranchEdit`: proximal guidance of the target."""
+        settings = self.proximal_settings
+        if settings.prox == "none" or step < settings.prox_step or target.uncond is None:
+            return super().guide(step, source, target)
+        delta = proximal(target.delta, threshold_of(target.delta[None], settings.quantile), settings.prox)
+        return None if source is None else source.cond, target.uncond + self.guidance_scale * delta

@@ -1,0 +1,211 @@
+"""ProxEdit (Han et al., arXiv 2306.05414): guidance without its small entries, which damage what should stay.
+
+The direction of guidance passes through a proximal operator (thresholding) before it is scaled. Optionally, where
+nothing of the direction is left, late steps pull the latents back to the trajectory, or the predicted image to the
+image. The attention is Prompt-to-Prompt's.
+
+Cost: that of `prompt_to_prompt`, whose source rows end with the last window after `negative_prompt`, its native
+inversion; they run to the end where the source has a direction of its own that the quantile must see. Masks: one,
+Prompt-to-Prompt's with blend words, else where the direction is left. Memory: nothing is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from torch import Tensor
+from torch.nn.functional import max_pool2d
+
+from pipeline.diffusion.steps import DDIM
+from pipeline.editing.prompt_to_prompt import PromptToPrompt, PromptToPromptEdit
+from pipeline.editing.two_branch import BranchEdit, Branches, Prediction
+from pipeline.records import EditRequest, Trajectory
+
+log = logging.getLogger(__name__)
+
+PUBLISHED = {"l0": "soft", "l1": "l1_compat"}  # name in the published code: what it computes
+
+
+@cache
+def _note_published_name(name: str) -> None:
+    log.warning(
+        "prox: %s is the published code's name for what is prox: %s here. The paper's l0 is prox: hard",
+        name,
+        PUBLISHED[name],
+    )
+
+
+def _by_what_it_computes(value: Any) -> Any:
+    if not isinstance(value, str) or value not in PUBLISHED:
+        return value
+    _note_published_name(value)
+    return PUBLISHED[value]
+
+
+Prox = Annotated[
+    Literal["none", "soft", "hard", "l1_compat"],
+    BeforeValidator(_by_what_it_computes),
+    WithJsonSchema({"enum": ["none", "soft", "hard", "l1_compat", *PUBLISHED]}),
+]
+"""soft shrinks every entry by the threshold, hard drops those up to it. The published code's `l0` is soft, in spite of
+its name, and its `l1` a double shrinking that turns the sign of some negative entries: l1_compat, for parity only."""
+
+
+def proximal(delta: Float[Tensor, "*shape"], threshold: float, prox: Prox) -> Float[Tensor, "*shape"]:
+    """A direction of guidance without its small entries (ProxEdit, arXiv 2306.05414, section 3.2)."""
+    if prox == "none":
+        return delta
+    if prox == "hard":
+        return torch.where(delta.abs() > threshold, delta, torch.zeros_like(delta))
+    shrunk = delta - delta.clamp(-threshold, threshold)
+    if prox == "l1_compat":  # in this order, on the running value
+        shrunk = torch.where(shrunk > 0, shrunk - threshold, shrunk)
+        shrunk = torch.where(shrunk < 0, shrunk + threshold, shrunk)
+    return shrunk
+
+
+def threshold_of(deltas: Float[Tensor, "B C h w"], quantile: float) -> float:
+    """The quantile of all magnitudes of one image's B directions, linearly interpolated; or, up to 0, its negative."""
+    return -quantile if quantile <= 0 else float(torch.quantile(deltas.abs().flatten(), quantile))
+
+
+class ProxEdit(PromptToPrompt):
+    """Prompt-to-Prompt under proximal guidance."""
+
+    inversions: ClassVar = frozenset({"ddim", "direct", "negative_prompt", "null_text"})
+    paper: ClassVar = "ProxEdit: Improving Tuning-Free Real Image Editing with Proximal Guidance, arXiv 2306.05414"
+
+    method: Literal["proxedit"] = "proxedit"  # type: ignore[assignment]  # the tag of the union that recipes are parsed by
+    prox: Prox = "soft"
+    # Share of the direction's entries, source's and target's together, that the threshold lies above; typical 0.6 to
+    # 0.9. Up to 0 it is the threshold itself, negated. The source's entries are zeros after negative_prompt and direct:
+    # 0.7 is then the target's own 0.4.
+    quantile: float = Field(default=0.7, ge=-100, le=1)
+    use_inversion_guidance: bool = False  # pull latents back to the trajectory where no direction is left
+    use_reconstruction_guidance: bool = False  # pull the predicted image back to the image there
+    recon_lr: float = Field(default=0.1, gt=0, le=1)  # how far; 1: all the way
+    recon_t: int = Field(
+        default=400, ge=-1000, le=1000
+    )  # pulls at timesteps below it; negative: at those above -recon_t
+    dilate_mask: int = Field(default=1, ge=0)  # latent pixels around what is left that are not pulled back
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> ProxEdit:
+        if self.prox == "none" and (self.use_inversion_guidance or self.use_reconstruction_guidance):
+            raise ValueError(
+                "inversion and reconstruction guidance act where thresholding leaves nothing, and prox is none. Set "
+                "prox: soft, or leave these out"
+            )
+        if problem := direction_problem(self.prox, self.guidance_scale):
+            raise ValueError(problem)
+        return self
+
+    def begin(self, trajectory: Trajectory, branches: Branches, request: EditRequest) -> BranchEdit:
+        """See `PromptToPrompt`."""
+        return ProxEditEdit(self, trajectory, branches, request)
+
+    def pulls(self, timestep: int) -> bool:
+        """Whether latents are pulled back at a timestep."""
+        if not (self.use_inversion_guidance or self.use_reconstruction_guidance):
+            return False
+        return timestep < self.recon_t or (self.recon_t < 0 and timestep > -self.recon_t)
+
+
+def direction_problem(prox: Prox, guidance_scale: float) -> str | None:
+    """At guidance 1 no unconditional prediction is made, so there is no direction."""
+    if prox == "none" or guidance_scale != 1.0:
+        return None
+    return "at guidance_scale 1 there is no direction to threshold. Raise guidance_scale, or set prox: none"
+
+
+class ProxEditEdit(PromptToPromptEdit):
+    """One edit of one image."""
+
+    def __init__(self, settings: ProxEdit, trajectory: Trajectory, branches: Branches, request: EditRequest) -> None:
+        super().__init__(settings, trajectory, branches, request)
+        self.proximal_settings = settings
+        self.source_has_direction = not trajectory.keeps_source and any(
+            not torch.equal(uncond.embedding, branches.source.embedding) for uncond in branches.source_uncond
+        )
+        self.threshold = 0.0
+        self.edit_mask: Tensor | None = None  # (2, C, h, w) bool of source and target: where the direction is left
+        self.unmoved: Iterator[Tensor] = iter(())  # (C, h, w) masks of the branches that are still to move
+
+    def reads_latents(self, step: int) -> bool:
+        """See `BranchEdit`: the quantile reads the source's direction, for which the source must be walked."""
+        settings = self.proximal_settings
+        pools = settings.prox != "none" and settings.quantile > 0 and self.source_has_direction
+        return pools or super().reads_latents(step)
+
+    def guide(self, step: int, source: Prediction | None, target: Prediction) -> tuple[Tensor | None, Tensor]:
+        """See `BranchEdit`: proximal guidance."""
+        settings = self.proximal_settings
+        if settings.prox == "none":
+            return super().guide(step, source, target)
+        deltas = torch.stack([torch.zeros_like(target.cond) if source is None else source.delta, target.delta])
+        threshold = threshold_of(deltas, settings.quantile)
+        deltas = proximal(deltas, threshold, settings.prox)
+        left = deltas.abs() > threshold  # of what is left: for soft, twice the threshold before
+        if settings.dilate_mask > 0:
+            radius = settings.dilate_mask
+            left = max_pool2d(left.to(deltas), 2 * radius + 1, stride=1, padding=radius) > 0
+        self.edit_mask, self.unmoved = left, iter((left[1], left[0]))
+        self.threshold = threshold
+        guided = [
+            None
+            if branch is None
+            else (branch.cond if branch.uncond is None else branch.uncond) + self.guidance_scale * delta
+            for branch, delta in zip((source, target), deltas, strict=True)
+        ]
+        assert guided[1] is not None
+        return guided[0], guided[1]
+
+    def move(self, step: int, latents: Tensor, noise_pred: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See `BranchEdit`: reconstruction guidance. The target moves first."""
+        moved, data_pred = super().move(step, latents, noise_pred, previous)
+        settings, solver = self.proximal_settings, self.trajectory.solver
+        if settings.use_reconstruction_guidance and settings.pulls(self.trajectory.timesteps[step]):
+            assert isinstance(solver, DDIM)  # as of all inversions that it works with
+            # The predicted image alone is pulled: the step's direction keeps the prediction that was guided.
+            pulled = pull(data_pred, self.trajectory.latents[-1], settings.recon_lr, next(self.unmoved))
+            moved = moved + math.sqrt(solver.target_alpha_bars[step]) * (pulled - data_pred)
+        return moved, data_pred
+
+    def after_step(
+        self, step: int, source: Tensor | None, target: Tensor, seen: Any
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """See `BranchEdit`: inversion guidance, then LocalBlend."""
+        settings = self.proximal_settings
+        if settings.use_inversion_guidance and settings.pulls(self.trajectory.timesteps[step]):
+            assert self.edit_mask is not None  # the settings ask for an operator
+            stored = self.trajectory.latents[step + 1]
+            target = pull(target, stored, settings.recon_lr, self.edit_mask[1])
+            source = None if source is None else pull(source, stored, settings.recon_lr, self.edit_mask[0])
+        source, target, blended = super().after_step(step, source, target, seen)
+        return source, target, self.mask() if blended is None else blended
+
+    def details(self) -> Mapping[str, Tensor]:
+        """See `BranchEdit`."""
+        if self.edit_mask is None:
+            return {}
+        return {"threshold": torch.tensor(self.threshold, dtype=torch.float64), "edit_mask": self.edit_mask}
+
+    def mask(self) -> Tensor | None:
+        """See `BranchEdit`."""
+        if self.edit_mask is None or self.blend is not None:
+            return super().mask()
+        return self.edit_mask[1].any(dim=0)
+
+
+def pull(
+    latents: Float[Tensor, "C h w"], towards: Float[Tensor, "C h w"], share: float, edit_mask: Bool[Tensor, "C h w"]
+) -> Float[Tensor, "C h w"]:
+    """Bring latents closer to others outside of a mask; at a share of 1 they become these, bit for bit."""
+    return torch.lerp(latents, towards, share * (~edit_mask).to(latents))

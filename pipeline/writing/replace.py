@@ -1,0 +1,112 @@
+"""A committed unit makes room for a better one: `--retry-failed`. And a damaged one is taken back: `verify --repair`.
+
+A replacement's files have names of their own (by content), so that the old commit stays whole until the new manifest,
+put in one piece, takes its place. What is then too many stands in a note written beforehand, by which the next start
+removes it: a kill leaves the old commit or the new one.
+
+    _replacing/UNIT.json        the files of both commits
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+
+from fsspec import AbstractFileSystem
+
+from pipeline.reading.storage import open_fs
+from pipeline.recipe import SinkConfig
+from pipeline.writing.commit import (
+    FinishedUnit,
+    commit,
+    get,
+    list_folder,
+    manifest_of,
+    put,
+    remove,
+    units_of_shard,
+    write_unit,
+)
+from pipeline.writing.folding import folded_bytes
+from pipeline.writing.manifest import FileRecord, Manifest, manifest_path, shard_path, split_unit_id
+
+NOTES = "_replacing"
+
+
+def replace(finished: FinishedUnit, sink: SinkConfig) -> Manifest:
+    """Commit a unit in place of its earlier commit, if there is one. Doing it again leaves the same files.
+
+    Returns:
+        The manifest that now counts. Where nothing came out differently, the earlier one.
+
+    Raises:
+        SinkError: the sink does not take the files; the earlier commit then still stands.
+    """
+    fs, root = open_fs(sink.folder, sink.storage_options)
+    unit = finished.manifest.unit
+    before = manifest_of(fs, root, unit)
+    if before is None:
+        return commit(finished, sink)
+    there = {file.sha256: file for file in before.files}
+    contents = dict(finished.files)
+    files: list[FileRecord] = []
+    written: list[tuple[str, bytes]] = []
+    for file in finished.manifest.files:
+        if kept := there.get(file.sha256):
+            files.append(kept)
+            continue
+        stem, suffix = posixpath.splitext(file.path)
+        renamed = file.model_copy(update={"path": f"{stem}-{file.sha256[:8]}{suffix}"})
+        files.append(renamed)
+        written.append((renamed.path, contents[file.path]))
+    if files == list(before.files):
+        return before
+    note = f"{root}/{NOTES}/{unit}.json"
+    put(fs, note, json.dumps(sorted({file.path for file in (*before.files, *files)})).encode())
+    manifest = finished.manifest.model_copy(update={"files": tuple(files)})
+    write_unit(FinishedUnit(manifest, tuple(written)), sink)
+    _settle(fs, root, note)
+    return manifest
+
+
+def settle_replacements(sink: SinkConfig) -> None:
+    """Finish what a kill interrupted: of a unit's old and new files, those stay that its manifest lists.
+
+    Only for the one driver of a run, before its workers start.
+
+    Raises:
+        SinkError: the folder cannot be read, or files cannot be removed.
+    """
+    fs, root = open_fs(sink.folder, sink.storage_options)
+    for note in list_folder(fs, f"{root}/{NOTES}"):
+        if note.endswith(".json"):
+            _settle(fs, root, note)
+
+
+def take_back(manifest: Manifest, sink: SinkConfig) -> None:
+    """Undo a commit, its manifest first: the next run makes the unit again.
+
+    Raises:
+        SinkError: something cannot be removed.
+    """
+    fs, root = open_fs(sink.folder, sink.storage_options)
+    remove(fs, f"{root}/{manifest_path(manifest.unit)}")
+    slug, _ = split_unit_id(manifest.unit)
+    folded = f"{root}/{shard_path(slug)}"
+    if fs.exists(folded):
+        others = [one for one in units_of_shard(fs, root, slug, trusted=False) if one.unit != manifest.unit]
+        put(fs, folded, folded_bytes(others))
+    for file in manifest.files:
+        remove(fs, f"{root}/{file.path}")
+
+
+def _settle(fs: AbstractFileSystem, root: str, note: str) -> None:
+    data = get(fs, note)
+    if data is None:  # another worker that committed the same unit was faster
+        return
+    manifest = manifest_of(fs, root, posixpath.basename(note).removesuffix(".json"))
+    listed = {file.path for file in manifest.files} if manifest else set()
+    for path in json.loads(data):
+        if path not in listed:
+            remove(fs, f"{root}/{path}")
+    remove(fs, note)

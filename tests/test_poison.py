@@ -1,0 +1,133 @@
+"""A row that kills its process ends in quarantine after a bounded number of deaths, and its unit mates are kept."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import cluster
+from pipeline.recipe import SinkConfig, recipe_from
+from pipeline.writing.attempts import ALONE_FROM, Attempt
+from tests.runs import asked, contents, recipe_data, results, write_shards
+
+pytestmark = pytest.mark.timeout(120)
+
+# A run per process, as a person who types the command again, until one survives.
+DRIVER = textwrap.dedent("""
+    import json, os, sys
+    from pipeline import cluster, flow, worker
+    from pipeline.recipe import recipe_from
+    recipe, poison = recipe_from(json.loads(sys.argv[1])), set(sys.argv[2:])
+    prepare = flow.prepare_row
+    def deadly(row, *rest):
+        if row.key in poison:
+            os._exit(7)
+        return prepare(row, *rest)
+    flow.prepare_row = deadly
+    for deaths in range(20):
+        child = os.fork()
+        if child == 0:
+            try:
+                cluster.run(recipe, progress="off")
+                os._exit(0)
+            except BaseException as error:
+                print(error, file=sys.stderr)
+                os._exit(1)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code != 7:
+            print(deaths, code)
+            break
+""")
+
+
+def run_until_it_survives(recipe: dict[str, Any], *poison: str) -> list[int]:
+    """Deaths, and the exit code of the survivor."""
+    command = [sys.executable, "-c", DRIVER, json.dumps(recipe), *poison]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    return [int(word) for word in done.stdout.split()]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("poison") / "in", shards=1, rows=6, damaged=())
+
+
+@pytest.fixture(scope="module")
+def calm(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("calm") / "out"
+    cluster.run(recipe_from(recipe_data(source, out, engine="local", unit_size=3)), progress="off")
+    return out
+
+
+def test_a_row_that_kills_its_process_is_quarantined_and_its_unit_mates_keep_their_bits(
+    source: Path, calm: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    recipe = recipe_data(source, out, engine="local", unit_size=3, max_failed_fraction=0.9)
+    assert run_until_it_survives(recipe, "im01") == [ALONE_FROM, 0]
+    assert results(out) == asked(shards=1, rows=6)
+    (file,) = (out / "quarantine").iterdir()
+    rows = pq.read_table(file).to_pylist()
+    assert [(row["key"], row["edit"], row["stage"], row["error_class"], row["attempt"]) for row in rows] == [
+        ("im01", edit, "edit", "ProcessKilled", ALONE_FROM) for edit in ("b", "a")
+    ]
+    assert f"died, {ALONE_FROM} times" in rows[0]["message"]
+    mates, undisturbed = (pq.read_table(folder / "data" / file.name).to_pylist() for folder in (out, calm))
+    assert mates == [row for row in undisturbed if row["key"] != "im01"]
+    assert not list((out / "_attempts").iterdir())
+
+
+def test_every_row_of_a_unit_may_kill_and_none_is_lost(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    recipe = recipe_data(source, out, engine="local", unit_size=3, max_failed_fraction=0.9)
+    assert run_until_it_survives(recipe, "im00", "im01", "im02") == [ALONE_FROM + 2, 0]
+    assert results(out) == asked(shards=1, rows=6)
+    assert [path.stem[-5:] for path in (out / "data").iterdir()] == ["00001"]
+    assert [path.stem[-5:] for path in (out / "quarantine").iterdir()] == ["00000"]
+
+
+def test_an_attempt_that_is_left_alive_is_forgotten_and_an_exception_is_no_death(tmp_path: Path) -> None:
+    sink = SinkConfig(folder=str(tmp_path / "out"))
+    file = tmp_path / "out" / "_attempts" / "u-00000.json"
+
+    def fails(number: int) -> None:
+        with Attempt("u-00000", sink) as attempt:
+            assert attempt.number == number
+            assert file.exists()
+            attempt.begin_row(5)
+            raise ValueError("bad")
+
+    with pytest.raises(ValueError, match="bad"):
+        fails(1)
+    assert not file.exists()
+    Attempt("u-00000", sink).__enter__()  # its process dies here
+    with pytest.raises(ValueError, match="bad"):
+        fails(2)
+    Attempt("u-00000", sink).__enter__().begin_row(5)
+    with Attempt("u-00000", sink) as attempt:
+        assert (attempt.number, attempt.killers) == (3, [5])
+    assert not file.exists()
+
+
+def test_orphans_of_an_attempt_that_died_are_gone_once_its_unit_is_committed(
+    source: Path, calm: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    recipe = recipe_from(recipe_data(source, out, engine="local", unit_size=3))
+    cluster.run(recipe, progress="off")
+    (out / "quarantine").mkdir()
+    data = next((out / "data").iterdir())
+    manifest = next((out / "_units").glob(f"*/{data.stem[-5:]}.json"))
+    manifest.unlink()
+    (out / "quarantine" / data.name).write_bytes(b"of a row that has since succeeded")
+    (out / "_attempts" / f"{data.stem.removeprefix('part-')}.json").write_text('{"deaths": 1}')
+    cluster.run(recipe, progress="off")
+    assert contents(out) == contents(calm)
+    assert not list((out / "_attempts").iterdir())

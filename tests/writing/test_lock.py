@@ -1,0 +1,181 @@
+"""The driver's lock: one driver per folder, dead ones are no obstacle, and who has lost it stops."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import RunAborted, SinkError
+from pipeline.reading.storage import open_fs
+from pipeline.recipe import SinkConfig
+from pipeline.writing import lock as lock_module
+from pipeline.writing.lock import DriverLock, creates_conditionally, started_at, this_host
+
+pytestmark = pytest.mark.timeout(400)  # moto is installed once
+QUICK = {"beat_s": 0.2, "expiry_s": 1.5, "settle_s": 0.3}
+
+
+@pytest.fixture(params=["local", "rclone", "moto"])
+def sink(request: pytest.FixtureRequest, tmp_path: Path) -> SinkConfig:
+    """A run's folder on disk, on a store that ignores conditions, and on one that honours them."""
+    if request.param == "local":
+        return SinkConfig(folder=str(tmp_path / "out"))
+    server = request.getfixturevalue("s3_server" if request.param == "rclone" else "moto_server")
+    server.bucket("locks")
+    return SinkConfig(folder=f"s3://locks/{secrets.token_hex(4)}", storage_options=server.storage_options)
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> SinkConfig:
+    return SinkConfig(folder=str(tmp_path / "out"))
+
+
+@pytest.fixture
+def many_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every lock takes itself to be on a machine of its own."""
+    monkeypatch.setattr(lock_module, "this_host", lambda: secrets.token_hex(8))
+
+
+def driver(sink: SinkConfig, on_lost: Callable[[str], None] = lambda _: None, **settings: Any) -> DriverLock:
+    return DriverLock(sink, on_lost, notify=lambda _: None, **{**QUICK, **settings})
+
+
+def locks(sink: SinkConfig) -> list[str]:
+    fs, root = open_fs(sink.folder, sink.storage_options)
+    fs.invalidate_cache()
+    return [path.rpartition("/")[2] for path in fs.find(f"{root}/_lock")]
+
+
+def test_which_stores_know_conditions_is_found_out(sink: SinkConfig, request: pytest.FixtureRequest) -> None:
+    fs, root = open_fs(sink.folder, sink.storage_options)
+    assert creates_conditionally(fs, f"{root}/_lock/probe") == ("rclone" not in request.node.name)
+    assert locks(sink) == []
+
+
+def test_a_second_driver_is_refused_and_told_who_holds_and_what_to_do(sink: SinkConfig) -> None:
+    with driver(sink):
+        started = time.monotonic()
+        with pytest.raises(SinkError, match=r"another driver \(process \d+ on this machine, owner [0-9a-f]{16}, last"):
+            driver(sink).__enter__()
+        assert time.monotonic() - started < 10
+        assert locks(sink) == ["00000001.json"]
+    assert locks(sink) == []
+
+
+@pytest.mark.usefixtures("many_hosts")
+def test_a_driver_elsewhere_is_known_by_its_heartbeat(sink: SinkConfig) -> None:
+    with driver(sink), pytest.raises(SinkError, match=r"on another machine.*Wait until it ends"):
+        driver(sink, expiry_s=20.0).__enter__()
+
+
+@pytest.mark.usefixtures("many_hosts")
+def test_of_drivers_that_start_together_one_gets_the_folder(sink: SinkConfig) -> None:
+    outcomes: list[str] = []
+    over = threading.Event()
+
+    def start() -> None:
+        try:
+            with driver(sink, beat_s=0.3, expiry_s=20.0) as held:
+                outcomes.append("held")
+                over.wait(60)
+                held.check()
+        except SinkError:
+            outcomes.append("refused")
+
+    threads = [threading.Thread(target=start) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + 60
+    while len(outcomes) < 3 and time.monotonic() < until:
+        time.sleep(0.05)
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["held", "refused", "refused"]
+
+
+@pytest.mark.usefixtures("many_hosts")
+def test_a_driver_elsewhere_whose_heart_stopped_is_taken_over_and_stops_once_it_wakes(sink: SinkConfig) -> None:
+    reasons: list[str] = []
+    paused = driver(sink, reasons.append, beat_s=4.0)
+    with paused:
+        with driver(sink):
+            until = time.monotonic() + 30
+            while not reasons and time.monotonic() < until:
+                time.sleep(0.05)
+        with pytest.raises(RunAborted, match="was taken over by another driver"):
+            paused.check()
+    assert reasons == [paused.lost]
+    assert locks(sink) == []
+
+
+@pytest.fixture
+def killed(here: SinkConfig) -> int:
+    """The id of a process that took the lock and was killed."""
+    code = (
+        "import sys, time\nfrom pipeline.recipe import SinkConfig\nfrom pipeline.writing.lock import DriverLock\n"
+        "with DriverLock(SinkConfig(folder=sys.argv[1]), print):\n    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, here.folder], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"held\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    return process.pid
+
+
+def test_a_killed_driver_of_this_machine_is_taken_over_at_once(here: SinkConfig, killed: int) -> None:
+    assert locks(here) == ["00000001.json"]
+    started = time.monotonic()
+    with DriverLock(here, pytest.fail):  # with the settings of a run
+        assert locks(here) == ["00000002.json"]
+    assert time.monotonic() - started < lock_module.BEAT_S
+    assert locks(here) == []
+
+
+def test_a_process_id_that_was_given_out_again_is_no_holder(here: SinkConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with driver(here):
+        mine = lock_module.started_at
+        monkeypatch.setattr(lock_module, "started_at", lambda pid: f"{mine(pid)}0")
+        with driver(here):
+            assert locks(here) == ["00000002.json"]
+
+
+def test_a_lock_that_was_half_written_when_its_driver_died_expires(here: SinkConfig) -> None:
+    (Path(here.folder) / "_lock").mkdir(parents=True)
+    (Path(here.folder) / "_lock" / "00000007.json").write_bytes(b'{"owner": "12')
+    with driver(here):
+        assert locks(here) == ["00000008.json"]
+
+
+def test_an_error_releases_the_lock_and_a_folder_that_was_only_locked_is_gone(here: SinkConfig) -> None:
+    with pytest.raises(ValueError, match="of the run"), driver(here):
+        raise ValueError("of the run")
+    assert not Path(here.folder).exists()
+    with driver(here):
+        (Path(here.folder) / "run.json").touch()
+    assert [path.name for path in Path(here.folder).iterdir()] == ["run.json"]
+
+
+def test_a_process_is_told_from_dead_ones() -> None:
+    import os
+
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    assert started_at(process.pid) is not None or process.poll() is not None
+    until = time.monotonic() + 30
+    while started_at(process.pid) is not None and time.monotonic() < until:
+        time.sleep(0.02)  # a zombie, until it is waited for, is dead as well
+    assert started_at(process.pid) is None
+    process.wait()
+    assert started_at(os.getpid()) is not None
+    assert this_host() == this_host()
