@@ -100,6 +100,7 @@ class Editor:
         fit: Literal["crop", "pad", "stretch", "bucket"] = "pad",
         seed: int = 0,
         name: str | None = None,
+        **more: Any,
     ) -> Result:
         """Edit one image by one method; LEDITS++ after edit-friendly inversion unless told otherwise.
 
@@ -112,6 +113,8 @@ class Editor:
             size, fit: model size in pixels, and how the image is brought to it.
             seed: of the run; the image's own seed derives from it and from `name`.
             name: the image's id; its content's hash where none is given.
+            more: other fields of the edit request (`EditRequest`): blend_words, subtract_words, equalizer,
+                cross_replace_steps.
 
         Raises:
             RecipeError: settings that cannot work; lists every problem.
@@ -122,6 +125,7 @@ class Editor:
             "target_prompt": target_prompt,
             "negative_prompt": negative_prompt,
             "source_prompt": source_prompt,
+            **more,
         }
         settings: dict[str, Any] = {
             "edits": {"edit": request},

@@ -51,7 +51,7 @@ DIFFEDIT_DRAWS = 10
 FAST_DIFFEDIT_DRAWS = 20
 EDIT_ROWS: dict[str, tuple[dict[str, int], int]] = {
     "cfg": (dict.fromkeys(INVERSIONS, 2), 0),
-    "reconstruct": (dict.fromkeys(INVERSIONS, 1) | {"ddpm": 2}, 0),
+    "reconstruct": (dict.fromkeys(INVERSIONS, 1) | {"ddpm": 2, "null_text": 2}, 0),
     "ledits_pp": ({"ddpm": 2}, 0),
     "prompt_to_prompt": (FREE | PINNED_TO_ONE_ROW, 0),
     "proxedit": (FREE | PINNED_TO_BOTH_ROWS, 0),

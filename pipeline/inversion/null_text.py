@@ -46,7 +46,9 @@ class NullTextInversion(DDIMInversion):
         trajectory = yield from super().invert(source)
         cond, empty = yield EncodeText((source.prompt, ""))
         uncond = yield from self.optimise(trajectory, cond, empty.embedding)
-        return dataclasses.replace(trajectory, uncond=uncond, uncond_scope=self.uncond_scope)
+        return dataclasses.replace(
+            trajectory, uncond=uncond, uncond_scope=self.uncond_scope, source_guidance=self.edit_guidance_scale
+        )
 
     def optimise(
         self, trajectory: Trajectory, cond: TextConditioning, start: Tensor, losses: list[float] | None = None

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pipeline.editing.prompt_to_prompt import PromptToPrompt
+from pipeline.editing.reconstruct import Reconstruct
 from pipeline.engine.engine import Engine
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.null_text import Adam, NullTextInversion, Objective
@@ -187,3 +188,15 @@ def test_embeddings_for_the_source_alone_serve_no_target() -> None:
     )
     assert torch.equal(one.history[0].source_latents, other.history[0].source_latents)
     assert not torch.equal(one.latents, other.latents)
+
+
+def test_guided_sampling_under_the_embeddings_returns_the_image_better_than_under_the_empty_prompt() -> None:
+    backbone = tiny_sd()
+    trajectory, _ = inverted(backbone, inversion(num_inner_steps=10))
+    empty = dataclasses.replace(trajectory, uncond=backbone.encode_text("").embedding)
+    image = trajectory.latents[-1]
+    held, loose = (
+        Engine(backbone, call_size=8).run_one(Reconstruct().edit(given, REQUEST)).latents
+        for given in (trajectory, empty)
+    )
+    assert (held - image).square().mean() < (loose - image).square().mean()

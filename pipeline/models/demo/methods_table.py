@@ -96,7 +96,7 @@ EDITS: dict[str, KnownEdit] = {
         before={"face_color": "yellow"},
         after={"face_color": "green"},
         concept=Concept(prompt="a green face", guidance_scale=5, threshold=0.5),
-        words=WordPair(source=("face",), target=("face",)),
+        words=WordPair(source=("yellow", "face"), target=("green", "face")),
         equalizer={"green": 2.0},
     ),
 }
@@ -126,11 +126,11 @@ class Task:
     pixels: Pixels
     round_trip: Pixels
 
-    def request(self, editor: str) -> EditRequest:
-        """The edit in the words that an editor understands."""
+    def request(self, inversion: str, editor: str) -> EditRequest:
+        """The edit in the words that a pair understands."""
         if editor == "ledits_pp":
             return EditRequest(concepts=(self.edit.concept,))
-        source = "" if editor in WITHOUT_SOURCE_PROMPT else description(self.before)
+        source = "" if without_source_prompt(inversion, editor) else description(self.before)
         request = EditRequest(source_prompt=source, target_prompt=description(self.after))
         if editor not in READS_WORDS:
             return request
@@ -144,6 +144,11 @@ class Outcome:
     pixels: Pixels
     latents: EditedLatents
     unet_rows: int
+
+
+def without_source_prompt(inversion: str, editor: str) -> bool:
+    """Whether a pair inverts under the empty prompt. Null-text embeddings stand for the source prompt's guidance."""
+    return editor in WITHOUT_SOURCE_PROMPT and inversion != "null_text"
 
 
 def description(scene: Scene) -> str:
@@ -206,8 +211,8 @@ def measure_pairs(
     table, made = [], {}
     for inversion, name in pairs:
         method = method_of(inversion, name, num_steps)
-        key = (method.inversion, name in WITHOUT_SOURCE_PROMPT)
-        requests = [task.request(name) for task in tasks]
+        key = (method.inversion, without_source_prompt(inversion, name))
+        requests = [task.request(inversion, name) for task in tasks]
         if key not in inverted:
             inverted[key] = invert_all(editor, method.inversion, tasks, [request.source_prompt for request in requests])
         outcomes = edit_all(editor.engine, method, requests, inverted[key])
@@ -334,27 +339,36 @@ def as_json(table: Sequence[Pair]) -> str:
     return json.dumps([asdict(pair) for pair in table], indent=2) + "\n"
 
 
-CELL, MARGIN, LABEL = 80, 4, 190  # pixels of the picture: an image's side, around it, and of the lines' names
+CELL, MARGIN, LABEL, HEADING = (
+    64,
+    4,
+    130,
+    18,
+)  # pixels of the picture: an image's side, around it, names beside and above
 SHOWN = 6  # images side by side
 
 
 def picture(tasks: Sequence[Task], made: Mapping[tuple[str, str], Sequence[Outcome]]) -> Image.Image:
-    """Inputs in the first line, then one line per pair."""
+    """One line per pair below one of the inputs, in two blocks side by side."""
     shown = tasks[:SHOWN]
-    lines = [("input", [task.pixels for task in shown])]
-    lines += [
+    results = [
         (f"{editor}\n{inversion}", [outcome.pixels for outcome in outcomes[:SHOWN]])
         for (inversion, editor), outcomes in made.items()
     ]
-    pitch, heading = CELL + MARGIN, 20
-    sheet = Image.new("RGB", (LABEL + pitch * len(shown), heading + pitch * len(lines)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for column, task in enumerate(shown):
-        pen.text((LABEL + pitch * column, MARGIN), task.name, "black", font)
-    for line, (name, images) in enumerate(lines):
-        top = heading + pitch * line
-        pen.multiline_text((MARGIN, top + CELL // 4), name, "black", font)
-        for column, pixels in enumerate(images):
-            cell = Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.LANCZOS)
-            sheet.paste(cell, (LABEL + pitch * column, top))
-    return sheet
+    middle = (len(results) + 1) // 2
+    inputs = ("input", [task.pixels for task in shown])
+    pitch = CELL + MARGIN
+    width, height = LABEL + pitch * len(shown), HEADING + pitch * (1 + middle)
+    sheet = Image.new("RGB", (2 * width, height), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for block, lines in enumerate(([inputs, *results[:middle]], [inputs, *results[middle:]])):
+        left = width * block
+        for column, task in enumerate(shown):
+            pen.text((left + LABEL + pitch * column, 2), task.name, "black", font)
+        for line, (name, images) in enumerate(lines):
+            top = HEADING + pitch * line
+            pen.multiline_text((left + MARGIN, top + CELL // 4), name, "black", font)
+            for column, pixels in enumerate(images):
+                cell = Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.LANCZOS)
+                sheet.paste(cell, (left + LABEL + pitch * column, top))
+    return sheet.quantize(256, dither=Image.Dither.NONE)
