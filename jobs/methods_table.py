@@ -88,6 +88,9 @@ def main(
     shown = tasks_of(Editor.load(model), min(scenes, SHOWN), seed)
     sheet = methods_table.picture(shown, {pair: made[pair] for pair in chosen})
     sheet.save(docs / "images" / "methods.png", optimize=True)
+    (docs / "images" / "methods").mkdir(exist_ok=True)
+    for editor, strip in methods_table.pictures_by_editor(shown, {pair: made[pair] for pair in chosen}).items():
+        strip.save(docs / "images" / "methods" / f"{editor}.png", optimize=True)
     minutes = (time.monotonic() - started) / 60
     typer.echo(f"{minutes:.1f} minutes; wrote {out}/methods.json, {docs}/methods/table.md, {docs}/images/methods.png")
 

@@ -28,6 +28,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
+from transformers import CLIPTokenizer
 
 from pipeline.models.demo.aiming import ATTRIBUTES, aiming_loss, attribute_table, named_attributes, record_attention
 from pipeline.models.demo.networks import (
@@ -298,7 +299,8 @@ def train_unet(
     start: StableDiffusionPipeline | None = None,
 ) -> None:
     """Train UNet and text encoder together to predict the noise, with the aiming loss on the side."""
-    tokenizer = build_tokenizer(VOCABULARY)
+    # A model knows its tokens by number: one that is trained on keeps its tokenizer.
+    tokenizer = build_tokenizer(VOCABULARY) if start is None else start.tokenizer
     unet = build_unet(plan.sizes) if start is None else start.unet
     text_encoder = build_text_encoder(plan.sizes, tokenizer) if start is None else start.text_encoder
     networks = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
@@ -330,7 +332,7 @@ def train_unet(
             optimizer=optimizer.state_dict(),
             clock=clock.state(),
         )
-        export(plan, vae, averaged, clock, out)
+        export(plan, vae, averaged, tokenizer, clock, out)
 
     losses = RunningMeans()
     while clock.progress < 1:
@@ -367,14 +369,21 @@ def train_unet(
     save()
 
 
-def export(plan: Preset, vae: AutoencoderKL, averaged: torch.nn.ModuleDict, clock: Clock, out: Path) -> None:
+def export(
+    plan: Preset,
+    vae: AutoencoderKL,
+    averaged: torch.nn.ModuleDict,
+    tokenizer: CLIPTokenizer,
+    clock: Clock,
+    out: Path,
+) -> None:
     """Write the model beside the last one, then put it in that one's place."""
     vae, averaged = copy.deepcopy(vae).cpu(), copy.deepcopy(averaged).cpu()
     vae.register_to_config(scaling_factor=1.0)  # see `standardize_latents`
     unet, text_encoder = averaged["unet"], averaged["text_encoder"]
     fresh, current, old = out / "weights.new", out / "weights", out / "weights.old"
     shutil.rmtree(fresh, ignore_errors=True)
-    save_pipeline(fresh, vae, text_encoder, build_tokenizer(VOCABULARY), unet)
+    save_pipeline(fresh, vae, text_encoder, tokenizer, unet)
     parts = {"autoencoder": vae, "UNet": unet, "text encoder": text_encoder}
     (fresh / "README.md").write_text(model_card(plan, parts, clock))
     shutil.rmtree(old, ignore_errors=True)

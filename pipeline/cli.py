@@ -378,6 +378,9 @@ def show_verdict(verdict: Verdict, where: str, config: str) -> None:
         f"{count(verdict.units, 'unit')}, {count(verdict.files, 'file')}, {size_text(verdict.bytes)}; "
         f"{verdict.done:,} results in data/, {verdict.failed:,} in quarantine/"
     )
+    if verdict.temporary:
+        found = count(verdict.temporary, "temporary file")
+        out.print(f"Note: a killed run left {found}, which nothing reads; `shardedit edit` removes what is a day old.")
     if verdict.clean:
         out.print(f"Whole: {looked}.")
         return

@@ -39,7 +39,7 @@ from pipeline.todo import Todo, find_todo
 from pipeline.writing.cleaning import clean
 from pipeline.writing.commit import Committed, commit, committed_units
 from pipeline.writing.folding import fold_finished_shards
-from pipeline.writing.lock import DriverLock
+from pipeline.writing.lock import Claim, DriverLock
 from pipeline.writing.replace import replace, settle_replacements
 from pipeline.writing.run_record import RunRecord, check_same_run, run_record, versions_that_differ, write_run_record
 from pipeline.writing.summary import Summary, summarise, write_summary
@@ -96,7 +96,7 @@ def _run(recipe: Recipe, place: Place, lock: DriverLock, progress: Display, retr
         ):
             try:
                 lock.check()
-                place.edit(todo)
+                place.edit(todo, lock.claim)
                 lock.check()
             except BaseException:  # Ctrl-C as well: what is committed by then is worth its summary
                 try:
@@ -190,7 +190,7 @@ class _OnRay:
             raise named(error) from error
         return described
 
-    def edit(self, todo: Todo) -> None:
+    def edit(self, todo: Todo, claim: Claim) -> None:
         recipe, pool = self._recipe, self.pool
         with _data_context():
             units = ray.data.read_datasource(
@@ -217,7 +217,7 @@ class _OnRay:
             )
             try:
                 finished.write_datasink(
-                    UnitSink(recipe.sink, self._tally, todo.retry_failed),
+                    UnitSink(recipe.sink, self._tally, claim if todo.retry_failed else None),
                     ray_remote_args={"num_cpus": IO_CPUS},
                     concurrency=pool.workers,
                 )
@@ -326,21 +326,29 @@ def _blocks(task: ReadTask, source: SourceConfig, unit_size: int, committed: Com
 
 
 class UnitSink(Datasink[None]):
-    """Ray Data's side of writing. A unit may come twice, after a lost node: committing again leaves the same files."""
+    """Ray Data's side of writing. A unit may come twice, after a lost node: committing again leaves the same files.
 
-    def __init__(self, sink: SinkConfig, tally: Any, retry_failed: bool) -> None:
-        self._sink, self._tally, self._retry_failed = sink, tally, retry_failed
+    Args:
+        sink: where to.
+        tally: the actor that counts.
+        replacing: the driver's claim on the folder, where units replace earlier commits.
+    """
+
+    def __init__(self, sink: SinkConfig, tally: Any, replacing: Claim | None) -> None:
+        self._sink, self._tally, self._replacing = sink, tally, replacing
 
     def write(self, blocks: Any, ctx: Any) -> None:
         """Commit the units of some blocks.
 
         Raises:
-            RunAborted: an error budget is spent.
+            RunAborted: an error budget is spent, or another driver has taken over.
         """
-        write = replace if self._retry_failed else commit
         for block in blocks:
             for finished in unpack_finished(block):
-                manifest = write(finished, self._sink)
+                if self._replacing:
+                    manifest = replace(finished, self._sink, self._replacing.check)
+                else:
+                    manifest = commit(finished, self._sink)
                 if verdict := ray.get(self._tally.add.remote(manifest)):
                     raise RunAborted(verdict)
 

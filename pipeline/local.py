@@ -15,6 +15,7 @@ from pipeline.reading.units import read_units
 from pipeline.recipe import Recipe
 from pipeline.todo import Todo
 from pipeline.writing.commit import commit
+from pipeline.writing.lock import Claim
 from pipeline.writing.replace import replace
 from pipeline.writing.run_record import RunRecord
 
@@ -31,8 +32,8 @@ class Place(Protocol):
     def open(self, before: RunRecord | None) -> str:
         """Get ready; fixes `model` and `settings`. Returns a line for the user, or ""."""
 
-    def edit(self, todo: Todo) -> None:
-        """Edit and commit every unit of the plan."""
+    def edit(self, todo: Todo, claim: Claim) -> None:
+        """Edit and commit every unit of the plan, for the driver that holds the run's folder."""
 
     def seen(self) -> Seen:
         """What has been committed so far."""
@@ -68,14 +69,14 @@ class Here:
         self._worker = Worker(recipe, self.settings, backbone)
         return pool.line()
 
-    def edit(self, todo: Todo) -> None:
+    def edit(self, todo: Todo, claim: Claim) -> None:
         """See `Place`."""
         assert self._worker is not None, "open() comes first"
         source, size = self._recipe.source, self._recipe.run.unit_size
-        write = replace if todo.retry_failed else commit
         for task in todo.tasks:
             for unit_input in read_units(task, source, size, todo.committed.has):
-                manifest = write(self._worker.finish(unit_input), self._recipe.sink)
+                finished, sink = self._worker.finish(unit_input), self._recipe.sink
+                manifest = replace(finished, sink, claim.check) if todo.retry_failed else commit(finished, sink)
                 if verdict := self._tally.add(manifest):
                     raise RunAborted(verdict)
 

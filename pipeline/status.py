@@ -11,11 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import SinkError
 from pipeline.reading.shards import shard_slug
-from pipeline.reading.storage import describe, open_fs, public_url, retrying
+from pipeline.reading.storage import open_fs, public_url
 from pipeline.recipe import SinkConfig
-from pipeline.writing.commit import Committed, committed_units
+from pipeline.writing.commit import Committed, committed_units, read_part
 from pipeline.writing.manifest import Manifest
 from pipeline.writing.run_record import RunRecord
 from pipeline.writing.summary import Summary, Totals
@@ -93,11 +92,8 @@ def _failures(sink: SinkConfig, files: Sequence[str]) -> list[dict[str, str]]:
     found: list[dict[str, str]] = []
     each = max(1, SHOWN_FAILURES // max(1, len(files)))
     for file in files:
-        try:
-            with retrying()(fs.open, f"{root}/{file}", "rb") as opened:
-                table = pq.read_table(opened, columns=list(FAILURE_COLUMNS))
-        except (OSError, pa.ArrowException) as error:
-            where = f"{public_url(sink.folder)}/{file}"
-            raise SinkError(f"{where} cannot be read: {describe(error)}. Try: shardedit verify") from error
+        table: pa.Table = read_part(
+            fs, f"{root}/{file}", lambda opened: pq.read_table(opened, columns=list(FAILURE_COLUMNS))
+        )
         found += table.slice(0, each).to_pylist()
     return found

@@ -27,7 +27,7 @@ from pipeline.evaluation.results import tar_samples
 from pipeline.reading.shards import shard_slug
 from pipeline.reading.storage import describe, open_fs, retrying
 from pipeline.recipe import SinkConfig
-from pipeline.writing.commit import Committed, committed_units, get, remove
+from pipeline.writing.commit import Committed, committed_units, get, is_temporary, remove
 from pipeline.writing.lock import DriverLock
 from pipeline.writing.manifest import FileRecord, Manifest, manifest_path, shard_path, split_unit_id
 from pipeline.writing.replace import take_back
@@ -59,6 +59,7 @@ class Verdict:
     bytes: int = 0
     done: int = 0  # rows in data/
     failed: int = 0  # rows in quarantine/
+    temporary: int = 0  # files of writes that a kill cut: no findings, since nothing reads them
     wrong: int = 0  # findings in all
     by_kind: dict[str, int] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)  # the first `MAX_FINDINGS`
@@ -123,6 +124,9 @@ def _verify(sink: SinkConfig, record: RunRecord, repair: bool) -> Verdict:
         if text := _uncommitted(done, slug):
             verdict.note(Finding(kind="missing unit", path=path, text=text))
     for name in sorted(name for names in there.values() for name in names if name not in known):
+        if is_temporary(name):  # left to `shardedit edit`, which removes it when it is old enough
+            verdict.temporary += 1
+            continue
         text = "no manifest lists it" if not name.startswith("_") else "is no manifest"
         verdict.note(Finding(kind="stray file", path=name, text=text))
         if repair:

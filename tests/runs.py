@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pipeline.writing.commit import is_temporary
+
 EDITS = ("b", "a")
 SECRET = "PLANTED-SECRET-4711"
 
@@ -66,10 +68,15 @@ def recipe_data(
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What a run has written and must be equal in every run: files by path; manifests without what they measured."""
+    """What a run has written and must be equal in every run: files by path; manifests without what they measured.
+
+    Not what a kill left of a write: temporary files, which count for nothing.
+    """
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        if is_temporary(name):
+            continue
         if name.startswith(("data/", "quarantine/")) and path.is_file():
             found[name] = path.read_bytes()
         elif name.startswith("_units/") and path.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -76,14 +77,16 @@ def test_a_finished_run_that_is_asked_for_again_does_nothing(source: Path, tmp_p
     assert contents(tmp_path / "out") == before
 
 
+@pytest.mark.timeout(600)
 def test_a_run_that_is_killed_three_times_ends_with_the_bytes_of_an_undisturbed_one(
     source: Path, tmp_path: Path
 ) -> None:
+    dice = random.Random(0)
     cluster.run(local(source, tmp_path / "calm"), progress="off")
     config = tmp_path / "recipe.yaml"
     config.write_text(json.dumps(recipe_data(source, tmp_path / "killed", engine="local")))
-    for wanted in (2, 4, 7):
-        kill_after(config, tmp_path / "killed", commits=wanted)
+    for wanted in sorted(dice.sample(range(1, 8), 3)):
+        kill_after(config, tmp_path / "killed", commits=wanted, pause=dice.uniform(0, 0.15))
         assert wanted <= len(list((tmp_path / "killed" / "_units").glob("*/*.json"))) < 9
     cluster.run(local(source, tmp_path / "killed"), progress="off")
     assert contents(tmp_path / "killed") == contents(tmp_path / "calm")
@@ -103,17 +106,18 @@ SLOW_DRIVER = textwrap.dedent("""
 """)
 
 
-def kill_after(config: Path, out: Path, commits: int) -> None:
-    """Start a run in a process of its own and SIGKILL it once so many units are committed."""
+def kill_after(config: Path, out: Path, commits: int, pause: float) -> None:
+    """Start a run in a process of its own and SIGKILL it so many seconds after so many units are committed."""
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_DRIVER, str(config)], env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 180  # takes four, and a minute on a machine that does much else
         while len(list((out / "_units").glob("*/*.json"))) < commits:
             assert process.poll() is None, "the run ended before it was killed"
             assert time.monotonic() < until, "the run does not get on"
             time.sleep(0.02)
+        time.sleep(pause)
         process.send_signal(signal.SIGKILL)
     finally:
         process.kill()

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import secrets
 import shutil
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.error
 import urllib.request
@@ -167,6 +169,26 @@ def test_the_first_unit_is_committed_before_the_last_one_is_read(on_ray: Run) ->
     assert first_commit < reads[-1]
 
 
+@pytest.mark.usefixtures("two_cpus")
+def test_two_workers_and_a_shuffled_plan_change_no_byte(
+    source: Path, calm: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = cluster.find_todo
+
+    def shuffled(recipe: Recipe, **options: Any) -> Any:
+        todo = plan(recipe, **options)
+        before = list(todo.tasks)
+        random.Random(1).shuffle(todo.tasks)
+        assert todo.tasks != before
+        return todo
+
+    monkeypatch.setattr(cluster, "find_todo", shuffled)
+    summary = cluster.run(recipe_from(recipe_data(source, tmp_path, engine="ray", workers=2)), progress="off")
+    assert (summary.complete, summary.units_now) == (True, 12)
+    assert contents(tmp_path) == calm
+    assert results(tmp_path) == asked(shards=SHARDS, rows=ROWS)
+
+
 def test_two_units_are_in_flight_on_one_worker(on_ray: Run) -> None:
     inside: set[str] = set()
     most = 0
@@ -261,6 +283,89 @@ def test_a_gpu_that_is_not_there_is_refused_at_once_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
+NODE_LOSS = textwrap.dedent("""
+    import sys, time
+    import ray
+    from concurrent.futures import ThreadPoolExecutor
+    from pathlib import Path
+    from ray.cluster_utils import Cluster
+    from pipeline import cluster
+    from pipeline.recipe import load_recipe
+
+    config, begun = sys.argv[1:]
+
+    def witness():
+        import json, time
+        import ray
+        import pipeline.cluster
+        edit = pipeline.cluster.EditWorker.__call__
+
+        def slow(self, batch):
+            unit = json.loads(batch["unit"][0].as_py())["unit"]["id"]
+            with open(begun, "a") as file:
+                file.write(f"{unit} {ray.get_runtime_context().get_node_id()}\\n")
+            time.sleep(0.5)
+            return edit(self, batch)
+
+        pipeline.cluster.EditWorker.__call__ = slow
+
+    # Loopback, but not 127.0.0.1, for which Ray would put the machine's outer address.
+    common = {"num_gpus": 0, "node_ip_address": "127.0.0.2", "include_dashboard": False}
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **common})
+    victim = nodes.add_node(num_cpus=2, **common)
+    ray.init(address=nodes.address, log_to_driver=False, runtime_env={"worker_process_setup_hook": witness})
+    head = ray.get_runtime_context().get_node_id()
+
+    Path(begun).touch()
+    with ThreadPoolExecutor(1) as pool:  # nodes can only be added from the main thread
+        summary = pool.submit(cluster.run, load_recipe(config), progress="off")
+        while not summary.done() and all(line.endswith(head) for line in Path(begun).read_text().splitlines()):
+            time.sleep(0.02)
+        time.sleep(0.2)
+        nodes.remove_node(victim, allow_graceful=False)
+        nodes.add_node(num_cpus=2, **common)
+    code = summary.result().exit_code
+    ray.shutdown()
+    for node in nodes.list_all_nodes():
+        nodes.remove_node(node, allow_graceful=False)
+    sys.exit(code)
+""")
+
+
+def test_a_node_that_is_lost_with_units_at_work_costs_no_row_and_no_byte(
+    source: Path, calm: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe, begun = tmp_path / "recipe.json", tmp_path / "begun"
+    recipe.write_text(json.dumps(recipe_data(source, tmp_path / "out", engine="ray", workers=2)))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    temporary = Path(os.environ.get("TMPDIR", "/tmp")) / f"shardedit-{secrets.token_hex(4)}"  # short: holds sockets
+    environment |= {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(temporary)}
+    temporary.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", NODE_LOSS, str(recipe), str(begun)], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        _, said = process.communicate(timeout=300)
+    finally:
+        end_with_children(process)
+        shutil.rmtree(temporary, ignore_errors=True)
+    assert process.returncode == 3, said
+    units = [line.split()[0] for line in begun.read_text().splitlines()]
+    assert len(set(units)) == 12
+    assert len(units) > 12, "no unit was at work on the lost node"
+    assert contents(tmp_path / "out") == calm
+    assert results(tmp_path / "out") == asked(shards=SHARDS, rows=ROWS)
+
+
+def end_with_children(process: subprocess.Popen[Any]) -> None:
+    """Kill a process and what it started, by their ids."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.wait(30)
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -302,12 +407,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         wait_until_it_answers(f"http://127.0.0.1:{dashboard}", process)
         yield Head(f"http://127.0.0.1:{dashboard}", environment)
     finally:
-        # Itself and what it started, by their ids. A polite end would drain the node for half a minute.
-        started = [process, *psutil.Process(process.pid).children(recursive=True)]
-        for one in started:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-        process.wait(30)
+        end_with_children(process)  # a polite end would drain the node for half a minute
         shutil.rmtree(temporary, ignore_errors=True)
 
 

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import cluster
 from pipeline.errors import ShardeditError, SinkError
+from pipeline.evaluation.report import write_report
+from pipeline.evaluation.results import RunFolder
 from pipeline.reading import storage
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.writing import commit as commit_module
@@ -82,6 +85,42 @@ def test_refused_requests_and_cut_bodies_change_no_byte(
         assert counts["cut"] > 5
     assert contents(out / "run") == contents(out / "calm")
     assert results(out / "run") == asked(shards=2, rows=4)
+
+
+def test_a_report_is_written_from_a_store_that_refuses_requests_and_cuts_bodies(
+    source: Path, s3_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(storage, "ATTEMPTS", 12)  # with such a share of faults five would now and then not do
+    for shard in source.iterdir():
+        (s3_server.bucket("faults-in") / shard.name).write_bytes(shard.read_bytes())
+    out = s3_server.bucket("faults-out") / "reported"
+    cluster.run(on_s3(s3_server, "reported"), progress="off")
+    wanted = (out / "report.html").read_bytes()
+    (out / "report.html").unlink()
+    with faulty_proxy(s3_server.endpoint, refuse=0.2, cut=0.3) as (endpoint, counts):
+        write_report(on_s3(s3_server, "reported", client_kwargs={"endpoint_url": endpoint}).sink)
+        assert min(counts["refused"], counts["cut"]) > 1
+    assert (out / "report.html").read_bytes() == wanted
+
+
+def test_a_store_that_answers_no_more_is_an_error_that_names_the_file(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_from(recipe_data(source, tmp_path / "out", engine="local"))
+    cluster.run(recipe, progress="off")
+    opened: list[str] = []
+
+    def broken(self: Any, path: str, *_: Any, **__: Any) -> Any:
+        opened.append(path)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.01)
+    folder = RunFolder(recipe.sink)
+    monkeypatch.setattr(LocalFileSystem, "open", broken)
+    with pytest.raises(SinkError, match=r"part-s\d.*\.parquet cannot be read: OSError: .*Input/output error"):
+        folder.figures([min((tmp_path / "out" / "data").iterdir()).relative_to(tmp_path / "out").as_posix()])
+    assert len(opened) == storage.ATTEMPTS
 
 
 def test_a_wrong_secret_is_a_short_error_and_nothing_is_written(s3_server: Any) -> None:

@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import cluster, flow
-from pipeline.errors import EncodeError
+from pipeline.errors import EncodeError, RunAborted
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.runs import find_run
 from pipeline.verify import verify
-from pipeline.writing import commit, folding, replace
+from pipeline.writing import commit, folding, lock, replace
 from tests.runs import asked, contents, recipe_data, results, write_shards
 
 pytestmark = pytest.mark.timeout(120)
@@ -125,6 +125,31 @@ def test_a_kill_at_any_step_leaves_the_old_commit_or_the_new_one(
     assert rows(out).items() >= before.items()
     assert verify(failed.sink, record).clean
     assert results(out) == asked(shards=2, rows=5)
+    cluster.run(failed, progress="off", retry_failed=True)
+    assert rows(out) == rows(folder / "calm")
+
+
+def test_a_driver_that_lost_the_folder_stops_before_the_manifest_and_the_other_one_settles_what_it_left(
+    failed: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(failed.sink.folder)
+    before = rows(out)
+    put = replace.put
+
+    def paused_put(fs: Any, path: str, data: bytes) -> None:
+        put(fs, path, data)
+        if "/data/" in path:  # meanwhile another driver takes over, settles as it starts, and is still at work
+            monkeypatch.setattr(replace, "put", put)
+            replace.settle_replacements(failed.sink)
+            lock.create(fs, lock.lock_path(str(out), 2), b"{}")
+            Path(lock.lock_path(str(out), 1)).unlink()
+
+    monkeypatch.setattr(replace, "put", paused_put)
+    with pytest.raises(RunAborted, match="was taken over by another driver"):
+        cluster.run(failed, progress="off", retry_failed=True)
+    assert rows(out) == before
+    assert verify(failed.sink, find_run(str(out)).record).clean
+    Path(lock.lock_path(str(out), 2)).unlink()
     cluster.run(failed, progress="off", retry_failed=True)
     assert rows(out) == rows(folder / "calm")
 

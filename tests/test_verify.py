@@ -134,7 +134,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "image that does not decode": (break_an_image, "does not open", "image of (s0.tar/im00, a, ledits_pp)"),
     "mask of another size": (shrink_a_mask, "does not open", "mask of (s0.tar/im00, b, ledits_pp) is 8 x 8"),
     "stray file": (lambda run: shutil.copy(first_data(run), run / "data" / "part-x.parquet"), "stray file", "no manif"),
-    "temporary file": (lambda run: (run / "data" / ".part.tmp").write_bytes(b"x"), "stray file", "no manifest lists"),
     "uncommitted unit": (
         lambda run: min((run / "_units").rglob("00001.json")).unlink(),
         "missing unit",
@@ -165,6 +164,20 @@ def test_a_whole_run_is_clean(run: Path) -> None:
     done = shardedit("verify", run)
     assert done.exit_code == 0
     assert "18 results in data/, 2 in quarantine/" in done.stdout
+
+
+@pytest.mark.parametrize("folder", ["data", "_units", "_shards"])
+def test_what_a_kill_left_of_a_write_is_a_note_and_no_error_and_repair_leaves_it_alone(folder: str, run: Path) -> None:
+    (run / folder).mkdir(exist_ok=True)
+    left = run / folder / ".part-s0.parquet.4711-0a1b2c3d.tmp"
+    left.write_bytes(b"half of it")
+    (run / "data" / "part.tmp").write_bytes(b"not hidden, so a reader of data/* would take it")
+    assert verdict_on(run).by_kind == {"stray file": 1}
+    assert shardedit("verify", run, "--repair").exit_code == 1
+    assert left.exists(), "a worker elsewhere may be about to rename it"
+    said = shardedit("verify", run)
+    assert (said.exit_code, "1 temporary file," in said.stdout) == (0, True), said.stdout
+    assert json.loads(shardedit("verify", run, "--json").stdout)["temporary"] == 1
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -13,15 +13,16 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import SinkError
 from pipeline.evaluation.metrics import NAMES
 from pipeline.reading.storage import open_fs, public_url
 from pipeline.recipe import SinkConfig
-from pipeline.writing.commit import committed_units, get
+from pipeline.writing.commit import committed_units, get, read_part
 from pipeline.writing.manifest import Manifest
 
 READERS = 8  # files read side by side
@@ -131,15 +132,19 @@ class RunFolder:
     def failures(self, files: Sequence[str]) -> Iterator[dict[str, str]]:
         """What failed, without its bytes: `FAILURE_COLUMNS` of every row of these quarantine files."""
         for file in files:
-            with self.fs.open(f"{self.root}/{file}", "rb") as opened:
-                yield from pq.read_table(opened, columns=list(FAILURE_COLUMNS)).to_pylist()
+            yield from self._columns(file, FAILURE_COLUMNS)
+
+    def _columns(self, file: str, names: Sequence[str]) -> list[dict[str, Any]]:
+        path = f"{self.root}/{file}"
+        table: pa.Table = read_part(self.fs, path, lambda opened: pq.read_table(opened, columns=list(names)))
+        rows: list[dict[str, Any]] = table.to_pylist()
+        return rows
 
     def _figures_of(self, file: str) -> list[ResultRef]:
         if file.endswith(".tar"):
             rows = [json.loads(sample["json"]) for sample in self._samples(file)]
         else:
-            with self.fs.open(f"{self.root}/{file}", "rb") as opened:
-                rows = pq.read_table(opened, columns=["id", "edit", "method", *NAMES]).to_pylist()
+            rows = self._columns(file, ("id", "edit", "method", *NAMES))
         return [
             ResultRef(
                 file=file,
@@ -169,21 +174,8 @@ class RunFolder:
             if at in wanted
         ]
 
-    def _rows_of_parquet(self, file: str, wanted: set[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-        with self.fs.open(f"{self.root}/{file}", "rb") as opened:
-            parquet = pq.ParquetFile(opened)
-            names = parquet.schema_arrow.names
-            source = "input" if "input" in names else "input_thumbnail"
-            start = 0
-            for group in range(parquet.num_row_groups):
-                stop = start + parquet.metadata.row_group(group).num_rows
-                if here := sorted(at for at in wanted if start <= at < stop):
-                    table = parquet.read_row_group(group, columns=[*TEXTS, source, "mask", "image"])
-                    for at in here:
-                        (row,) = table.slice(at - start, 1).to_pylist()
-                        pictures = {"input": row[source], "mask": row["mask"], "image": row["image"]}
-                        yield at, row | {name: picture["bytes"] for name, picture in pictures.items()}
-                start = stop
+    def _rows_of_parquet(self, file: str, wanted: set[int]) -> list[tuple[int, dict[str, Any]]]:
+        return read_part(self.fs, f"{self.root}/{file}", lambda opened: list(_rows_of_groups(opened, wanted)))
 
     def _rows_of_tar(self, file: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for at, sample in enumerate(self._samples(file)):
@@ -196,6 +188,22 @@ class RunFolder:
         if data is None:
             raise SinkError(f"{file} of {public_url(self.sink.folder)} vanished while it was read. Try again")
         yield from tar_samples(data)
+
+
+def _rows_of_groups(opened: BinaryIO, wanted: set[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    parquet = pq.ParquetFile(opened)
+    names = parquet.schema_arrow.names
+    source = "input" if "input" in names else "input_thumbnail"
+    start = 0
+    for group in range(parquet.num_row_groups):
+        stop = start + parquet.metadata.row_group(group).num_rows
+        if here := sorted(at for at in wanted if start <= at < stop):
+            table = parquet.read_row_group(group, columns=[*TEXTS, source, "mask", "image"])
+            for at in here:
+                (row,) = table.slice(at - start, 1).to_pylist()
+                pictures = {"input": row[source], "mask": row["mask"], "image": row["image"]}
+                yield at, row | {name: picture["bytes"] for name, picture in pictures.items()}
+        start = stop
 
 
 def tar_samples(data: bytes) -> Iterator[dict[str, bytes]]:

@@ -34,8 +34,8 @@ class CallControl:
     """
 
     token_weights: Tensor | None
-    same_inputs: tuple[Tensor, Tensor] | None = None  # rows that differ, and for each of the R rows its place in these
     hooks: Sequence[tuple[slice, Hook]] = ()
+    same_inputs: tuple[Tensor, Tensor] | None = None  # rows that differ, and for each of the R rows its place in these
     seen: list[Tensor] = field(default_factory=list)
 
     def mean(self, height: int, width: int) -> Tensor:

@@ -110,7 +110,7 @@ class StableDiffusion:
         same_inputs = self._same_inputs(call)
         if call.watch is not None or call.controls or same_inputs is not None:
             hooks = [(rows, control.hook(height, width, self.device)) for rows, control in call.controls]
-            control = CallControl(None if call.watch is None else call.watch.to(self.device), same_inputs, hooks)
+            control = CallControl(None if call.watch is None else call.watch.to(self.device), hooks, same_inputs)
         self.unet.shardedit_control = control
         try:
             output = self.unet(

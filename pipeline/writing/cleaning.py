@@ -18,9 +18,11 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
 from pipeline.writing.attempts import FOLDER as ATTEMPTS
-from pipeline.writing.commit import Committed, list_folder, remove
+from pipeline.writing.commit import Committed, is_temporary, list_folder, remove
 
-OLD_S = 24 * 3600.0  # no put takes as long: a younger temporary file may be one that a worker is about to rename
+# No put takes as long: a younger temporary file may be one that a worker is about to rename. The process id in its name
+# proves nothing, since that worker may be on another machine, of a driver that has died.
+OLD_S = 24 * 3600.0
 
 
 def clean(sink: SinkConfig, committed: Committed) -> None:
@@ -46,5 +48,5 @@ def clean(sink: SinkConfig, committed: Committed) -> None:
 def _temporary(root: str) -> Iterator[Path]:
     for folder, _, names in os.walk(root):
         for name in names:
-            if name.startswith(".") and name.endswith(".tmp"):
+            if is_temporary(name):
                 yield Path(folder, name)

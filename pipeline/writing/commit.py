@@ -14,12 +14,12 @@ import logging
 import os
 import posixpath
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -39,7 +39,9 @@ from pipeline.writing.manifest import (
 )
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
+TEMPORARY_SUFFIX = ".tmp"
 LISTERS = 8  # shards whose manifests are read side by side: on an object store each costs a few round trips
 
 
@@ -68,16 +70,6 @@ def commit(finished: FinishedUnit, sink: SinkConfig) -> Manifest:
     # since have been found to kill their process.
     for path in {data_path(unit, sink.format), quarantine_path(unit)} - {path for path, _ in finished.files}:
         remove(fs, f"{root}/{path}")
-    return write_unit(finished, sink)
-
-
-def write_unit(finished: FinishedUnit, sink: SinkConfig) -> Manifest:
-    """Write files, then the manifest, and touch nothing else.
-
-    Raises:
-        SinkError: the sink does not take them.
-    """
-    fs, root = open_fs(sink.folder, sink.storage_options)
     for path, data in finished.files:
         put(fs, f"{root}/{path}", data)
     put(fs, f"{root}/{manifest_path(finished.manifest.unit)}", finished.manifest.to_bytes())
@@ -107,7 +99,7 @@ def put(fs: AbstractFileSystem, path: str, data: bytes) -> None:
 def _put_local(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same directory, since only there a rename is atomic; the dot hides it from `data/*.parquet`.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -124,6 +116,12 @@ def _put_local(path: Path, data: bytes) -> None:
         os.close(directory)
 
 
+def is_temporary(path: str) -> bool:
+    """Whether a file is one that a local `put` began: a kill leaves it behind, and no reader takes it."""
+    name = posixpath.basename(path)
+    return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
+
+
 def get(fs: AbstractFileSystem, path: str) -> bytes | None:
     """A file's content, or None where there is none.
 
@@ -138,6 +136,25 @@ def get(fs: AbstractFileSystem, path: str) -> bytes | None:
     except Exception as error:
         raise SinkError(
             f"{public_url(path)} cannot be read: {describe(error)}. Check sink.folder and its permissions"
+        ) from error
+
+
+def read_part(fs: AbstractFileSystem, path: str, take: Callable[[BinaryIO], T]) -> T:
+    """What `take` reads of a file, for files of which a part is enough; from a fresh open where the store fails.
+
+    Raises:
+        SinkError: it cannot be opened or read.
+    """
+
+    def attempt() -> T:
+        with fs.open(path, "rb") as opened:
+            return take(opened)
+
+    try:
+        return retrying()(attempt)
+    except Exception as error:
+        raise SinkError(
+            f"{public_url(path)} cannot be read: {describe(error)}. To look for damage: shardedit verify"
         ) from error
 
 

@@ -119,6 +119,11 @@ class DriverLock:
         self._remove_empty_folders()
 
     @property
+    def claim(self) -> Claim:
+        """For workers, who cannot hear the heartbeat's thread."""
+        return Claim(self._sink, self._generation, self._me.owner)
+
+    @property
     def lost(self) -> str:
         """Why this driver has to stop: another one has taken over; "" while the lock is held."""
         return self._lost
@@ -133,14 +138,10 @@ class DriverLock:
             raise RunAborted(self._lost)
 
     def _path(self, generation: int) -> str:
-        return f"{self._root}/{FOLDER}/{generation:08d}.json"
+        return lock_path(self._root, generation)
 
     def _generations(self) -> list[int]:
-        self._fs.invalidate_cache()  # s3fs remembers listings
-        stems = (
-            posixpath.splitext(posixpath.basename(path)) for path in list_folder(self._fs, f"{self._root}/{FOLDER}")
-        )
-        return sorted(int(stem) for stem, suffix in stems if suffix == ".json" and stem.isdigit())
+        return generations(self._fs, self._root)
 
     def _acquired(self) -> bool:
         """Take the lock, if need be over; false where another driver was quicker.
@@ -204,8 +205,7 @@ class DriverLock:
         )
 
     def _is_mine(self) -> bool:
-        holder = parsed(get(self._fs, self._path(self._generation)))
-        return holder is not None and holder.owner == self._me.owner and self._generations()[-1] == self._generation
+        return self.claim.holds()
 
     def _beat_until_stopped(self) -> None:
         beat = 0
@@ -231,6 +231,54 @@ class DriverLock:
                 os.rmdir(Path(self._root, FOLDER))
                 if self._new_folder:
                     os.rmdir(self._root)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a driver holds, in a form that travels to where its units are written."""
+
+    sink: SinkConfig
+    generation: int
+    owner: str
+
+    def holds(self) -> bool:
+        """Whether the lock is still that driver's. Two requests to an object store.
+
+        Raises:
+            SinkError: it cannot be read.
+        """
+        fs, root = open_fs(self.sink.folder, self.sink.storage_options)
+        holder = parsed(get(fs, lock_path(root, self.generation)))
+        return holder is not None and holder.owner == self.owner and generations(fs, root)[-1:] == [self.generation]
+
+    def check(self) -> None:
+        """See that it is, now and not as of the last heartbeat.
+
+        Raises:
+            RunAborted: another driver has taken over.
+            SinkError: the lock cannot be read.
+        """
+        if not self.holds():
+            raise RunAborted(
+                f"{public_url(self.sink.folder)} was taken over by another driver. What is committed stays, and the "
+                "other goes on"
+            )
+
+
+def lock_path(root: str, generation: int) -> str:
+    """Where a generation's holder stands."""
+    return f"{root}/{FOLDER}/{generation:08d}.json"
+
+
+def generations(fs: AbstractFileSystem, root: str) -> list[int]:
+    """Every generation that is there, ascending.
+
+    Raises:
+        SinkError: the folder cannot be listed.
+    """
+    fs.invalidate_cache()  # s3fs remembers listings
+    stems = (posixpath.splitext(posixpath.basename(path)) for path in list_folder(fs, f"{root}/{FOLDER}"))
+    return sorted(int(stem) for stem, suffix in stems if suffix == ".json" and stem.isdigit())
 
 
 def create(fs: AbstractFileSystem, path: str, data: bytes) -> bool:

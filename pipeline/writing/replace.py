@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+from collections.abc import Callable
 
 from fsspec import AbstractFileSystem
 
@@ -25,7 +26,6 @@ from pipeline.writing.commit import (
     put,
     remove,
     units_of_shard,
-    write_unit,
 )
 from pipeline.writing.folding import folded_bytes
 from pipeline.writing.manifest import FileRecord, Manifest, manifest_path, shard_path, split_unit_id
@@ -33,8 +33,14 @@ from pipeline.writing.manifest import FileRecord, Manifest, manifest_path, shard
 NOTES = "_replacing"
 
 
-def replace(finished: FinishedUnit, sink: SinkConfig) -> Manifest:
+def replace(finished: FinishedUnit, sink: SinkConfig, check: Callable[[], None]) -> Manifest:
     """Commit a unit in place of its earlier commit, if there is one. Doing it again leaves the same files.
+
+    Args:
+        finished: the unit.
+        sink: where it stands.
+        check: raises where another driver has taken the folder over. That one removes, as it starts, what no manifest
+            lists yet: a manifest of ours put after that would list files that are gone.
 
     Returns:
         The manifest that now counts. Where nothing came out differently, the earlier one.
@@ -64,7 +70,10 @@ def replace(finished: FinishedUnit, sink: SinkConfig) -> Manifest:
     note = f"{root}/{NOTES}/{unit}.json"
     put(fs, note, json.dumps(sorted({file.path for file in (*before.files, *files)})).encode())
     manifest = finished.manifest.model_copy(update={"files": tuple(files)})
-    write_unit(FinishedUnit(manifest, tuple(written)), sink)
+    for path, data in written:
+        put(fs, f"{root}/{path}", data)
+    check()
+    put(fs, f"{root}/{manifest_path(unit)}", manifest.to_bytes())
     _settle(fs, root, note)
     return manifest
 

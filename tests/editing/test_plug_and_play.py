@@ -197,7 +197,7 @@ def test_it_acts_in_a_smaller_unet_too() -> None:
     open_attention(unet)
     open_decoder_blocks(unet)
     hook = Recorded(Injection(source=0, rows=2, features=True, attention=True).hook(16, 16, torch.device("cpu")))
-    unet.shardedit_control = CallControl(None, [(slice(0, 2), hook)])
+    unet.shardedit_control = CallControl(None, hooks=[(slice(0, 2), hook)])
     with torch.no_grad():
         unet(
             torch.zeros((2, config["in_channels"], 16, 16)),

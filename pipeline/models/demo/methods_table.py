@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from pipeline.editing import EDITORS
 from pipeline.editor import Editor
@@ -59,10 +61,10 @@ STRENGTHS: dict[tuple[str, str], float] = {
     ("direct", "diffedit"): 0.8,
     ("ddim", "fast_diffedit"): 0.8,
     ("direct", "fast_diffedit"): 0.8,
-    ("ddpm", "ledits_pp"): 0.95,
-    ("ddpm", "cfg"): 0.8,
-    ("ddpm", "masactrl"): 0.8,
-    ("ddpm", "prompt_to_prompt"): 0.8,
+    ("ddpm", "ledits_pp"): 0.8,
+    ("ddpm", "cfg"): 0.75,
+    ("ddpm", "masactrl"): 0.75,
+    ("ddpm", "prompt_to_prompt"): 0.75,
 }
 
 
@@ -81,14 +83,14 @@ EDITS: dict[str, KnownEdit] = {
     "sunglasses": KnownEdit(
         before={"sunglasses": False},
         after={"sunglasses": True},
-        concept=Concept(prompt="sunglasses", guidance_scale=4, threshold=0.8),
+        concept=Concept(prompt="sunglasses", guidance_scale=7, threshold=0.9),
         words=WordPair(target=("sunglasses",)),
         equalizer={"sunglasses": 2.0},
     ),
     "open mouth": KnownEdit(
         before={"mouth": "smile"},
         after={"mouth": "open"},
-        concept=Concept(prompt="an open mouth", guidance_scale=5, threshold=0.88),
+        concept=Concept(prompt="an open mouth", guidance_scale=7, threshold=0.94),
         words=WordPair(source=("smile",), target=("open", "mouth")),
         equalizer={"open": 2.0},
     ),
@@ -339,36 +341,62 @@ def as_json(table: Sequence[Pair]) -> str:
     return json.dumps([asdict(pair) for pair in table], indent=2) + "\n"
 
 
-CELL, MARGIN, LABEL, HEADING = (
-    64,
-    4,
-    130,
-    18,
-)  # pixels of the picture: an image's side, around it, names beside and above
+# Pixels of the pictures: an image's side, around it, names beside and above.
+CELL, MARGIN, LABEL, HEADING = 64, 4, 130, 18
 SHOWN = 6  # images side by side
+Line = tuple[str, Sequence[Pixels]]  # a name, and the images beside it
 
 
 def picture(tasks: Sequence[Task], made: Mapping[tuple[str, str], Sequence[Outcome]]) -> Image.Image:
     """One line per pair below one of the inputs, in two blocks side by side."""
-    shown = tasks[:SHOWN]
-    results = [
-        (f"{editor}\n{inversion}", [outcome.pixels for outcome in outcomes[:SHOWN]])
+    results: list[Line] = [
+        (f"{editor}\n{inversion}", [outcome.pixels for outcome in outcomes])
         for (inversion, editor), outcomes in made.items()
     ]
     middle = (len(results) + 1) // 2
-    inputs = ("input", [task.pixels for task in shown])
-    pitch = CELL + MARGIN
-    width, height = LABEL + pitch * len(shown), HEADING + pitch * (1 + middle)
-    sheet = Image.new("RGB", (2 * width, height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for block, lines in enumerate(([inputs, *results[:middle]], [inputs, *results[middle:]])):
-        left = width * block
-        for column, task in enumerate(shown):
-            pen.text((left + LABEL + pitch * column, 2), task.name, "black", font)
-        for line, (name, images) in enumerate(lines):
-            top = HEADING + pitch * line
-            pen.multiline_text((left + MARGIN, top + CELL // 4), name, "black", font)
-            for column, pixels in enumerate(images):
-                cell = Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.LANCZOS)
-                sheet.paste(cell, (left + LABEL + pitch * column, top))
+    left, right = block(tasks, results[:middle]), block(tasks, results[middle:])
+    sheet = Image.new("RGB", (left.width + right.width, left.height), "white")
+    sheet.paste(left, (0, 0))
+    sheet.paste(right, (left.width, 0))
     return sheet.quantize(256, dither=Image.Dither.NONE)
+
+
+def pictures_by_editor(
+    tasks: Sequence[Task], made: Mapping[tuple[str, str], Sequence[Outcome]]
+) -> dict[str, Image.Image]:
+    """For each editor the inputs, its results after every inversion, and its masks after the last one that has any."""
+    lines: dict[str, list[Line]] = {}
+    masks: dict[str, Line] = {}
+    for (inversion, editor), outcomes in made.items():
+        lines.setdefault(editor, []).append((f"after {inversion}", [outcome.pixels for outcome in outcomes]))
+        if all(len(outcome.latents.masks) for outcome in outcomes):
+            masks[editor] = (f"mask\nafter {inversion}", [as_pixels(outcome.latents.mask) for outcome in outcomes])
+    return {
+        editor: block(tasks, [*shown, *([masks[editor]] if editor in masks else [])]).quantize(
+            256, dither=Image.Dither.NONE
+        )
+        for editor, shown in lines.items()
+    }
+
+
+def as_pixels(mask: Tensor) -> Pixels:
+    """A mask (h, w) as a black and white picture (h, w, 3)."""
+    return (mask[..., None].expand(-1, -1, 3).to(torch.uint8) * 255).numpy()
+
+
+def block(tasks: Sequence[Task], lines: Sequence[Line]) -> Image.Image:
+    """Inputs with the names of their edits above, and lines of results below."""
+    shown = tasks[:SHOWN]
+    pitch = CELL + MARGIN
+    inputs: Line = ("input", [task.pixels for task in shown])
+    sheet = Image.new("RGB", (LABEL + pitch * len(shown), HEADING + pitch * (1 + len(lines))), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for column, task in enumerate(shown):
+        pen.text((LABEL + pitch * column, 2), task.name, "black", font)
+    for line, (name, images) in enumerate([inputs, *lines]):
+        top = HEADING + pitch * line
+        pen.multiline_text((MARGIN, top + CELL // 4), name, "black", font)
+        for column, pixels in enumerate(images[:SHOWN]):
+            cell = Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.LANCZOS)
+            sheet.paste(cell, (LABEL + pitch * column, top))
+    return sheet

@@ -50,9 +50,10 @@ def build_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
     pairs.train_from_iterator(words, trainer)
     learned = json.loads(pairs.to_str())["model"]
     vocabulary: dict[str, int] = learned["vocab"]
-    # Any byte may end a word that nobody here thought of, so each symbol is known in its word-final form, too.
-    for token in [*(symbol + "</w>" for symbol in symbols), START_TOKEN, END_TOKEN]:
-        vocabulary.setdefault(token, len(vocabulary))
+    # Any byte may end a word that nobody here thought of, so each symbol is known in its word-final form, too. Numbers
+    # are given anew: the trainer's own differ from one call to the next, and a model knows its tokens by number.
+    known = {*vocabulary, *(symbol + "</w>" for symbol in symbols)}
+    vocabulary = {token: number for number, token in enumerate([*sorted(known), START_TOKEN, END_TOKEN])}
     return CLIPTokenizer(
         vocab=vocabulary,
         merges=[tuple(pair) for pair in learned["merges"]],
