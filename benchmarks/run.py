@@ -39,7 +39,7 @@ def main() -> None:
         "against_diffusers": ("Engine against diffusers' LEDITS++ (ratio above 1: faster)", against_diffusers.measure),
         "ray_overhead": ("Ray job against a plain loop (ratio 1.1: 10 % slower)", ray_overhead.measure),
         "memory": ("Peak memory of a worker by length of run", memory.measure),
-        "attention_memory": ("Attention control: memory of one image of 512 x 512, tiny model", attention_memory.measure),
+        "attention_memory": ("Attention control: memory of an image of 512 x 512", attention_memory.measure),
         "commit_overhead": ("What exactly once costs per unit", commit_overhead.measure),
         "many_units": ("Bookkeeping of many units (seconds, MiB)", many_units.measure),
     }

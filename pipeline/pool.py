@@ -71,8 +71,8 @@ def plan_pool(run: RunConfig, have: Resources) -> Pool:
 
 
 def _cpu_pool(workers: int, have: Resources) -> Pool:
-    # Something is left for reading and writing, or nothing would ever be edited.
-    share = max(0.01, (have.cpus - 2 * IO_CPUS) / workers)
+    # Something is left for reading and writing, or nothing would be edited; on each node, since others may be lost.
+    share = max(0.01, min((have.cpus - 2 * IO_CPUS) / workers, have.node_cpus - 2 * IO_CPUS))
     on_a_node = math.ceil(workers * have.node_cpus / max(1.0, have.cpus))
     return Pool(
         workers=workers,
