@@ -9,7 +9,6 @@ manifests (writing/commit.py), never on Ray.
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 import os
 import sys
@@ -216,7 +215,6 @@ class _OnRay:
                 max_restarts=RESTARTS,
                 max_task_retries=RESTARTS,
             )
-            verdict = ""
             try:
                 finished.write_datasink(
                     UnitSink(recipe.sink, self._tally, claim if todo.retry_failed else None),
@@ -224,14 +222,9 @@ class _OnRay:
                     concurrency=pool.workers,
                 )
             except Exception as error:
-                verdict = self.seen().verdict
-                if not verdict:
-                    raise named(error) from error
-        if verdict:
-            # Not from the error: its frames hold the job's workers, and a run that is started next in this process
-            # would wait for their CPUs for ever. They are in cycles, hence the collection.
-            gc.collect()
-            raise RunAborted(verdict)
+                if verdict := self.seen().verdict:
+                    raise RunAborted(verdict) from error
+                raise named(error) from error
 
     def seen(self) -> Seen:
         if self._tally is not None and ray.is_initialized():

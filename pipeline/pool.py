@@ -70,14 +70,19 @@ def plan_pool(run: RunConfig, have: Resources) -> Pool:
     return Pool(workers=workers, gpus_per_worker=per_worker, cpus_per_worker=0.0, threads=1)
 
 
+# Of a CPU that a worker reserves, whatever its threads use: the workers of an aborted run may live on for a while, and
+# the next run in the same process needs room beside them.
+LARGEST_SHARE = 0.5
+
+
 def _cpu_pool(workers: int, have: Resources) -> Pool:
     # Something is left for reading and writing, or nothing would be edited; on each node, since others may be lost.
-    share = max(0.01, min((have.cpus - 2 * IO_CPUS) / workers, have.node_cpus - 2 * IO_CPUS))
+    share = max(0.01, min((have.cpus - 2 * IO_CPUS) / workers, have.node_cpus - 2 * IO_CPUS, LARGEST_SHARE))
     on_a_node = math.ceil(workers * have.node_cpus / max(1.0, have.cpus))
     return Pool(
         workers=workers,
         gpus_per_worker=0.0,
-        cpus_per_worker=int(min(1.0, share) * 100) / 100,
+        cpus_per_worker=int(share * 100) / 100,
         threads=cpu_threads(on_a_node, have.node_cpus),
     )
 
