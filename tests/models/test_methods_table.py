@@ -62,7 +62,7 @@ def test_the_table_is_measured_and_written(tmp_path: Path) -> None:
     # 5 of inversion and 5 of 3 rows; 4 and 4 of 2 rows, since not all of the schedule is walked; 5 and 5 of one row. An
     # inversion counts for each that reads it, and is run once.
     assert [pair.unet_rows for pair in table] == [20, 12, 10]
-    assert editor.engine.stats.unet_rows == 3 * (20 + 15 + 5)
+    assert editor.engine.stats.unet_rows == 3 * (20 + 12 + 5)
     found = json.loads(methods_table.as_json(table))
     assert [(row["inversion"], row["editor"]) for row in found] == PAIRS
     assert found[2]["mask_iou"] is None
