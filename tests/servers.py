@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+LISTING_CACHE_S = 0.1  # at 0 rclone spins once a few folders exist, and a put takes seconds
+
 
 @dataclass(frozen=True)
 class S3Server:
@@ -50,7 +52,10 @@ class S3Server:
     def bucket(self, name: str) -> Path:
         """The folder of a bucket, made where missing; a file put there is an object."""
         folder = self.root / name
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            # A listing from before the bucket was made may still be in rclone's cache: then there is no such bucket.
+            time.sleep(2 * LISTING_CACHE_S)
         return folder
 
 
@@ -84,8 +89,8 @@ def _start(root: Path, port: int, key: str, secret: str) -> subprocess.Popen[byt
     # the user's own rclone may leak in.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RCLONE_")}
     environment["RCLONE_AUTH_KEY"] = f'"{key},{secret}"'
-    # At "0s" rclone spins once a few folders exist, and a put takes seconds.
-    options = ["--addr", f"127.0.0.1:{port}", "--config", os.devnull, "--dir-cache-time", "100ms"]
+    cached = ["--dir-cache-time", f"{LISTING_CACHE_S}s"]
+    options = ["--addr", f"127.0.0.1:{port}", "--config", os.devnull, *cached]
     return subprocess.Popen(
         [binary, "serve", "s3", *options, str(root)],
         env=environment,
