@@ -1,18 +1,22 @@
 """The engine against the maintained LEDITS++ pipeline of diffusers: same model, images, steps and concepts.
 
-Ratios of whole edits (encode, invert, edit, decode), measured in turns within one process. Two models: the random
-tiny Stable Diffusion, whose calls cost mostly overhead, and a wide UNet that keeps this machine's cores busy, where
-only saved rows can make a difference.
+Ratios of whole edits (encode, invert, edit, decode), measured in turns, each side in a process of its own, as users
+run them: what the product tells its process's allocator must not help the other side. Two models: the random tiny
+Stable Diffusion, whose calls cost mostly overhead, and a wide UNet that keeps this machine's cores busy, where only
+saved rows can make a difference.
 """
 
 from __future__ import annotations
 
+import io
+import multiprocessing
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -35,6 +39,7 @@ from pipeline.records import Prepared, Sample
 from pipeline.worker import CPU_CALL_SIZE
 
 TINY_SD = Path(__file__).parents[1] / "tests" / "golden" / "tiny-sd"
+SIZE = 256  # pixels
 CONCEPTS = [
     {"prompt": "sunglasses", "guidance_scale": 5.0, "threshold": 0.9},
     {"prompt": "red hat", "guidance_scale": 4.0, "threshold": 0.85},
@@ -93,8 +98,6 @@ def recipe_for(size: int, steps: int, edits: list[list[dict[str, Any]]]) -> Reci
 
 def prepared(images: list[Image.Image], recipe: Recipe, size: int) -> list[Prepared]:
     """Images as the flow hands them to the engine."""
-    import io
-
     samples = []
     for number, image in enumerate(images):
         buffer = io.BytesIO()
@@ -108,20 +111,6 @@ def edit_with_engine(engine: Engine, inputs: list[Prepared], recipe: Recipe) -> 
     for finished in engine.run(edit_prepared(one, recipe.all_methods, 0, engine.backbone) for one in inputs):
         if finished.error is not None:
             raise finished.error
-
-
-def in_turns(first: Callable[[int], None], second: Callable[[int], None], images: int, rounds: int) -> list[float]:
-    """Median seconds of each, and the median of their ratios round by round; one unmeasured image each first."""
-    first(1)
-    second(1)
-    times = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        first(images)
-        middle = time.perf_counter()
-        second(images)
-        times.append((middle - started, time.perf_counter() - middle))
-    return [statistics.median(column) for column in zip(*((a, b, a / b) for a, b in times), strict=True)]
 
 
 def photographs(count: int, size: int) -> list[Image.Image]:
@@ -171,37 +160,101 @@ def rows(steps: int, edits: list[list[dict[str, Any]]]) -> tuple[int, int]:
     return reference, lossless
 
 
-def compare(name: str, *, wide: bool, images: int, steps: int, edits: list[list[dict[str, Any]]], rounds: int) -> dict:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
     """One row of the table."""
-    warnings.simplefilter("ignore")
-    size = 256
-    backbone = load_backbone(ModelConfig(name=str(TINY_SD)), device="cpu")
-    assert isinstance(backbone, StableDiffusion)
-    pipe_unet = wide_unet() if wide else None
-    if wide:
-        backbone = with_unet(backbone, wide_unet())
-    pipe = theirs(TINY_SD, pipe_unet)
-    pictures = photographs(images, size)
-    recipe = recipe_for(size, steps, edits)
-    inputs = prepared(pictures, recipe, size)
-    engine = Engine(backbone, call_size=CPU_CALL_SIZE)
 
-    def ours(count: int) -> None:
-        engine.stats = EngineStats()  # of the last, measured round
-        edit_with_engine(engine, inputs[:count], recipe)
+    name: str
+    wide: bool
+    images: int
+    steps: int
+    edits: list[list[dict[str, Any]]]
 
-    slow, fast, ratio = in_turns(
-        lambda count: edit_with_diffusers(pipe, pictures[:count], steps, edits), ours, images, rounds
-    )
-    reference, lossless = rows(steps, edits)
+
+class Theirs:
+    """diffusers' side of a case."""
+
+    def __init__(self, case: Case) -> None:
+        warnings.simplefilter("ignore")
+        self.case, self.pipe = case, theirs(TINY_SD, wide_unet() if case.wide else None)
+        self.pictures = photographs(case.images, SIZE)
+
+    def edit(self, count: int) -> None:
+        """Edit so many images."""
+        edit_with_diffusers(self.pipe, self.pictures[:count], self.case.steps, self.case.edits)
+
+    @property
+    def padded_share(self) -> float:
+        """It fills up no call."""
+        return 0.0
+
+
+class Ours:
+    """The engine's side of a case."""
+
+    def __init__(self, case: Case) -> None:
+        backbone = load_backbone(ModelConfig(name=str(TINY_SD)), device="cpu")
+        assert isinstance(backbone, StableDiffusion)
+        self.engine = Engine(with_unet(backbone, wide_unet()) if case.wide else backbone, call_size=CPU_CALL_SIZE)
+        self.recipe = recipe_for(SIZE, case.steps, case.edits)
+        self.inputs = prepared(photographs(case.images, SIZE), self.recipe, SIZE)
+
+    def edit(self, count: int) -> None:
+        """Edit so many images."""
+        self.engine.stats = EngineStats()  # of the last, measured round
+        edit_with_engine(self.engine, self.inputs[:count], self.recipe)
+
+    @property
+    def padded_share(self) -> float:
+        """Share of the rows computed that only filled up a call."""
+        stats = self.engine.stats
+        return stats.padded_rows / (stats.padded_rows + stats.unet_rows)
+
+
+class Process:
+    """One side of a case, in a process of its own."""
+
+    side: ClassVar[Theirs | Ours]  # in the child
+
+    def __init__(self, kind: type[Theirs | Ours], case: Case) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=Process._begin, initargs=(kind, case))
+
+    def seconds(self, count: int) -> tuple[float, float]:
+        """Time to edit so many images, and the share of padding."""
+        return self.pool.submit(Process._edit, count).result()
+
+    @classmethod
+    def _begin(cls, kind: type[Theirs | Ours], case: Case) -> None:
+        cls.side = kind(case)
+
+    @classmethod
+    def _edit(cls, count: int) -> tuple[float, float]:
+        started = time.perf_counter()
+        cls.side.edit(count)
+        return time.perf_counter() - started, cls.side.padded_share
+
+
+def compare(case: Case, rounds: int) -> dict[str, Any]:
+    """One row of the table: medians over the rounds; of the ratio, too."""
+    slow, fast = Process(Theirs, case), Process(Ours, case)
+    with slow.pool, fast.pool:
+        for side in (slow, fast):
+            side.seconds(1)  # not counted
+        times = []
+        for _ in range(rounds):
+            (slow_seconds, _), (fast_seconds, padded) = slow.seconds(case.images), fast.seconds(case.images)
+            times.append((slow_seconds, fast_seconds, slow_seconds / fast_seconds))
+    slow_median, fast_median, ratio = (statistics.median(column) for column in zip(*times, strict=True))
+    reference, lossless = rows(case.steps, case.edits)
     return {
-        "case": name,
-        "images": images,
-        "diffusers_seconds": round(slow, 2),
-        "engine_seconds": round(fast, 2),
+        "case": case.name,
+        "images": case.images,
+        "diffusers_seconds": round(slow_median, 2),
+        "engine_seconds": round(fast_median, 2),
         "ratio": round(ratio, 2),
         "row_ratio": round(reference / lossless, 2),
-        "padded_share": round(engine.stats.padded_rows / (engine.stats.padded_rows + engine.stats.unet_rows), 3),
+        "padded_share": round(padded, 3),
     }
 
 
@@ -210,26 +263,32 @@ def with_warmup(steps: int) -> list[dict[str, Any]]:
     return [{**concept, "warmup_steps": steps // 5} for concept in CONCEPTS]
 
 
-def four_edits() -> list[list[dict[str, Any]]]:
+def four_edits(concepts: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Four variants of one image: one inversion for us, four for the reference."""
     return [
-        [{**concept, "guidance_scale": concept["guidance_scale"] + extra} for concept in CONCEPTS] for extra in range(4)
+        [{**concept, "guidance_scale": concept["guidance_scale"] + extra} for concept in concepts] for extra in range(4)
+    ]
+
+
+def cases() -> list[Case]:
+    """All rows of the table."""
+    tiny: dict[str, Any] = {"wide": False, "steps": 20}
+    wide: dict[str, Any] = {"wide": True, "images": 8, "steps": 10}
+    return [
+        Case(name="tiny, three concepts", images=8, edits=[CONCEPTS], **tiny),
+        Case(name="tiny, warm-ups of a fifth", images=8, edits=[with_warmup(20)], **tiny),
+        Case(name="tiny, four edits of each image", images=4, edits=four_edits(CONCEPTS), **tiny),
+        Case(name="tiny, four edits with warm-ups", images=4, edits=four_edits(with_warmup(20)), **tiny),
+        Case(name="wide, three concepts", edits=[CONCEPTS], **wide),
+        Case(name="wide, warm-ups of a fifth", edits=[with_warmup(10)], **wide),
     ]
 
 
 def measure(rounds: int = 2) -> list[dict[str, Any]]:
     """The whole table."""
-    tiny = {"wide": False, "images": 8, "steps": 20, "rounds": rounds}
-    wide = {"wide": True, "images": 8, "steps": 10, "rounds": rounds}
-    return [
-        compare("tiny, three concepts", edits=[CONCEPTS], **tiny),
-        compare("tiny, warm-ups of a fifth", edits=[with_warmup(20)], **tiny),
-        compare("tiny, four edits of each image", edits=four_edits(), **(tiny | {"images": 4})),
-        compare("wide, three concepts", edits=[CONCEPTS], **wide),
-        compare("wide, warm-ups of a fifth", edits=[with_warmup(10)], **wide),
-    ]
+    return [compare(case, rounds) for case in cases()]
 
 
 if __name__ == "__main__":
-    for row in measure():
-        print(row)
+    for case in cases():
+        print(compare(case, rounds=2), flush=True)

@@ -20,8 +20,9 @@ TARGET = 1_000_000
 PER_SHARD = 1_000  # units
 
 WORKER = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
+from benchmarks.peak import peak_mib
 from pipeline.reading.shards import Shard, shard_slug, unit_id
 from pipeline.reading.units import plan_reads
 from pipeline.recipe import SinkConfig
@@ -31,8 +32,7 @@ from pipeline.writing.manifest import Counts, Manifest, Measured, manifest_path
 from pipeline.writing.summary import summarise
 
 units, per_shard, folder, size = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], 32
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-found = {"units": units, "start_mib": round(peak())}
+found = {"units": units, "start_mib": round(peak_mib())}
 
 def timed(name, work):
     started = time.perf_counter()
@@ -72,7 +72,7 @@ assert timed("resume_s", resume) == []
 assert timed("fold_s", lambda: fold_finished_shards(sink)) == len(shards)
 assert timed("resume_folded_s", resume) == []
 assert timed("summary_s", lambda: summarise(committed_units(sink), shards, units_now=0)).units == units
-found["peak_mib"] = round(peak())
+found["peak_mib"] = round(peak_mib())
 print(json.dumps(found))
 """
 

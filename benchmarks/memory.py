@@ -16,12 +16,12 @@ from typing import Any
 COUNTS = (32, 256, 2048)
 
 WORKER = """
-import json, resource, sys
+import json, sys
+from benchmarks.peak import peak_mib
 from pipeline import run
 from pipeline.recipe import recipe_from
 summary = run(recipe_from(json.loads(sys.argv[1])), progress="off")
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(json.dumps({"peak_mib": round(peak), "done": summary.done, "failed": summary.failed}))
+print(json.dumps({"peak_mib": round(peak_mib()), "done": summary.done, "failed": summary.failed}))
 """
 
 

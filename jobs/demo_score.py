@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from pipeline.models.demo.score import TARGETS, load_recipes, measure, table
@@ -18,13 +18,14 @@ def main(
     recipes: Annotated[Path, typer.Option(help="Folder with a recipe per kind of edit.")] = Path("configs/demo_edits"),
     scenes: Annotated[int, typer.Option(min=1, help="Scenes per figure.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Of the scenes.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = os.cpu_count() or 1,
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("build/demo_score.json"),
 ) -> None:
     """Print a table of what the model can do, and write it as JSON."""
-    scores = measure(model, load_recipes(recipes), scenes, seed)
+    scores = measure(model, load_recipes(recipes), scenes, seed, workers)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"scenes": scenes, "seed": seed, **scores}, indent=1) + "\n", encoding="utf-8")
-    print(f"{scenes} scenes, {torch.get_num_threads()} threads\n\n{table(scores)}")
+    print(f"{scenes} scenes\n\n{table(scores)}")
     missed = [name for name, target in TARGETS.items() if scores[name] < target.at_least]
     print(f"below its target: {', '.join(missed)}" if missed else "every target is reached")
 

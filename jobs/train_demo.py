@@ -91,7 +91,7 @@ PRESETS = {
     ),
 }
 
-PROMPT_DROPOUT = 0.12
+PROMPT_DROPOUT = 0.4  # inversion, and what an edit leaves alone, are predictions for the empty prompt
 AIMING_WEIGHT = 0.02
 KL_WEIGHT = 1e-4
 EDGE_WEIGHT = 0.5
@@ -106,7 +106,7 @@ def main(
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoints in OUT.")] = False,
     start_from: Annotated[
         Path | None,
-        typer.Option(help="A demo model: keep its encoder, train everything else on. Default: from nothing."),
+        typer.Option(help="A demo model: train its UNet and text encoder on. Default: all from nothing."),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = os.cpu_count() or 1,
     scenes: Annotated[int, typer.Option(min=0, help="Scenes on which the model is scored at the end.")] = 64,
@@ -131,9 +131,10 @@ def main(
     start = None if start_from is None else load_pipeline(start_from)
     if start is None:
         vae = train_vae(plan, out / "vae.pt", device, seed)
+        refine_decoder(plan, vae, out / "decoder.pt", device, seed)
     else:
+        plan = dataclasses.replace(plan, vae_share=0.0, decoder_share=0.0)
         vae = start.vae.to(device).eval().requires_grad_(False)
-    refine_decoder(plan, vae, out / "decoder.pt", device, seed)
     pool = draw_pool(plan, vae, out / "pool.pt", device, seed)
     train_unet(plan, vae, pool, out, device, seed, start)
     if scenes:

@@ -23,11 +23,11 @@ import pytest
 import yaml
 
 from pipeline import cluster
-from pipeline.errors import ModelError, RecipeError
+from pipeline.errors import RecipeError
 from pipeline.models.loading import load_backbone
 from pipeline.reading.storage import describe, public_url, source_error
 from pipeline.recipe import ModelConfig, load_recipe, recipe_from
-from tests.golden.replay import TINY_SD
+from tests.checkpoints import change, refused
 from tests.runs import png, recipe_data, write_shards
 
 ROOT = Path(__file__).parents[1]
@@ -86,20 +86,6 @@ def test_nothing_that_runs_what_it_reads_is_called(path: Path) -> None:
             if keyword.arg in ("allow_pickle", "trust_remote_code", "shell"):
                 assert isinstance(keyword.value, ast.Constant), f"line {call.lineno}"
                 assert keyword.value.value is False, f"line {call.lineno}"
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(TINY_SD, tmp_path / "model"))
-
-
-def change(path: Path, **values: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
-def refused(folder: Path, match: str) -> None:
-    with pytest.raises(ModelError, match=match):
-        load_backbone(ModelConfig(name=str(folder)), device="cpu")
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])

@@ -16,6 +16,7 @@ import torch
 
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.errors import ModelError
+from pipeline.models.allocator import keep_freed_memory
 from pipeline.models.analytic import AnalyticBackbone
 from pipeline.models.backbone import Backbone, ModelRecord
 from pipeline.models.stable_diffusion import StableDiffusion
@@ -54,6 +55,8 @@ def load_backbone(
     precision = dtype or _dtype(config.dtype, place)
     folder, revision = _locate(config)
     _refuse_what_is_unsafe(folder, config)
+    if place.type == "cpu":
+        keep_freed_memory()
     return _load(folder, config, revision, precision, place)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,22 +13,9 @@ from pipeline.models.attention import attention_layers, cross_attention_factors
 from pipeline.models.loading import digest, load_backbone
 from pipeline.models.stable_diffusion import StableDiffusion
 from pipeline.recipe import ModelConfig
+from tests.checkpoints import change, refused
 from tests.golden.replay import TINY_SD
 from tests.methods import tiny_sd
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(TINY_SD, tmp_path / "model"))
-
-
-def change(path: Path, **values: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
-def refused(folder: Path, match: str) -> None:
-    with pytest.raises(ModelError, match=match):
-        load_backbone(ModelConfig(name=str(folder)), device="cpu")
 
 
 def test_a_folder_loads_and_its_record_says_what_it_is() -> None:

@@ -7,8 +7,11 @@ drawn, too, the pixels that should have changed are known. Cost: a second or two
 from __future__ import annotations
 
 import io
+import multiprocessing
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +85,7 @@ TARGETS: dict[str, Target] = {
     "mask_iou": Target(0.5, ""),
     "background_psnr": Target(30, "dB"),
 }
+OTHER_FIGURES = ("text_to_image", "reconstruction_psnr", "vae_psnr")  # those that no edit is needed for
 
 
 def load_recipes(folder: Path) -> dict[str, Recipe]:
@@ -93,7 +97,9 @@ def load_recipes(folder: Path) -> dict[str, Recipe]:
     return {name: load_recipe(folder / f"{name}.yaml") for name in (*SINGLE_EDITS, "triple")}
 
 
-def measure(folder: Path, recipes: Mapping[str, Recipe], count: int, seed: int = 1) -> dict[str, float]:
+def measure(
+    folder: Path, recipes: Mapping[str, Recipe], count: int, seed: int = 1, workers: int = 1
+) -> dict[str, float]:
     """All figures of `TARGETS` for the model in a folder, and those of each kind of edit, on `count` scenes each.
 
     Args:
@@ -101,27 +107,44 @@ def measure(folder: Path, recipes: Mapping[str, Recipe], count: int, seed: int =
         recipes: see `load_recipes`.
         count: scenes per figure.
         seed: of the scenes; those of seed 1 were never used to choose a setting.
+        workers: processes of one thread each that share the work; 1 does it in this process.
     """
-    editor = Editor.load(str(folder))
-    scenes = fresh_scenes(count, seed)
-    singles = {name: edit_score(editor, kind, recipes[name], scenes) for name, kind in SINGLE_EDITS.items()}
-    triple = edit_score(editor, TRIPLE_EDIT, recipes["triple"], scenes)
-    every = list(singles.values())
-    return {
-        "vae_psnr": vae_psnr(editor, scenes),
-        "text_to_image": text_to_image(load_pipeline(folder), scenes),
-        "reconstruction_psnr": reconstruction_psnr(editor, scenes),
-        "single_success": float(np.mean([score.success for score in every])),
-        "single_unchanged": float(np.mean([score.unchanged for score in every])),
-        "triple_success": triple.success,
-        "mask_iou": float(np.mean([score.mask_iou for score in every])),
-        "background_psnr": float(np.mean([score.background_psnr for score in every])),
-        **{
-            f"{name}.{figure}": value
-            for name, score in {**singles, "triple": triple}.items()
-            for figure, value in asdict(score).items()
-        },
+    part = partial(measure_part, folder=folder, recipes=recipes, count=count, seed=seed)
+    names = ["triple", *SINGLE_EDITS, *OTHER_FIGURES]  # the longest first
+    if workers == 1:
+        found = dict(zip(names, map(part, names), strict=True))
+    else:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            found = dict(zip(names, pool.map(part, names), strict=True))
+
+    def mean(figure: str) -> float:
+        return float(np.mean([found[name][figure] for name in SINGLE_EDITS]))
+
+    figures = {
+        **{name: found[name][name] for name in OTHER_FIGURES},
+        "single_success": mean("success"),
+        "single_unchanged": mean("unchanged"),
+        "triple_success": found["triple"]["success"],
+        "mask_iou": mean("mask_iou"),
+        "background_psnr": mean("background_psnr"),
     }
+    by_kind = {f"{name}.{figure}": value for name in (*SINGLE_EDITS, "triple") for figure, value in found[name].items()}
+    return {**{name: figures[name] for name in TARGETS}, **by_kind}
+
+
+def measure_part(name: str, *, folder: Path, recipes: Mapping[str, Recipe], count: int, seed: int) -> dict[str, float]:
+    """One of `OTHER_FIGURES`, under its name, or the figures of an `EditScore` for one kind of edit."""
+    scenes = fresh_scenes(count, seed)
+    if name == "text_to_image":
+        return {name: text_to_image(load_pipeline(folder), scenes)}
+    editor = Editor.load(str(folder))
+    if name == "vae_psnr":
+        return {name: vae_psnr(editor, scenes)}
+    if name == "reconstruction_psnr":
+        return {name: reconstruction_psnr(editor, scenes)}
+    kind = TRIPLE_EDIT if name == "triple" else SINGLE_EDITS[name]
+    return asdict(edit_score(editor, kind, recipes[name], scenes))
 
 
 def table(scores: Mapping[str, float]) -> str:
