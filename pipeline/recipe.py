@@ -75,6 +75,7 @@ class SourceConfig(Section):
     storage_options: StorageOptions = Field(default_factory=dict, repr=False)  # for fsspec; secrets: the environment
     max_pixels: int = Field(default=64_000_000, ge=1)  # larger images are quarantined before they are decoded
     max_member_bytes: int = Field(default=256 * 2**20, ge=1)  # larger members are quarantined unread
+    max_row_concepts: int = Field(default=256, ge=1)  # concepts of a row's own edits together; each costs UNet rows
 
     @field_validator("shards", mode="before")
     @classmethod
@@ -236,11 +237,16 @@ class Recipe(Section):
         return self
 
 
-def parse_edits(value: Any, where: str) -> dict[str, EditRequest]:
+def parse_edits(value: Any, where: str, most: int = 256) -> dict[str, EditRequest]:
     """A row's own edit request(s): one request, or a mapping of names to requests; JSON text is parsed.
 
+    Args:
+        value: text or object.
+        where: what holds it, for errors.
+        most: concepts that all requests together may have; a request without any counts as one.
+
     Raises:
-        PrepareError: what stands there is no edit request; says what is wrong with it.
+        PrepareError: what stands there is no edit request, or too many; says what is wrong with it.
     """
     if isinstance(value, (str, bytes)):
         try:
@@ -250,7 +256,18 @@ def parse_edits(value: Any, where: str) -> dict[str, EditRequest]:
     if not isinstance(value, Mapping) or not value:
         raise PrepareError(f"{where} holds no edit request but {type(value).__name__}. Give an object with concepts")
     named = value if not set(value) <= set(EditRequest.model_fields) else {"edit": value}
+    if (count := sum(map(_weight, named.values()))) > most:
+        raise PrepareError(
+            f"{where} asks for {count} concepts, more than source.max_row_concepts ({most}) allows. Split the row, or "
+            "raise the limit"
+        )
     return {_checked_name(name, where): _one_edit(request, name, where) for name, request in named.items()}
+
+
+def _weight(request: Any) -> int:
+    """Concepts of a request that was not checked yet."""
+    concepts = request.get("concepts") if isinstance(request, Mapping) else None
+    return max(1, len(concepts)) if isinstance(concepts, Sequence) else 1
 
 
 def _one_edit(value: Any, name: str, where: str) -> EditRequest:

@@ -244,3 +244,19 @@ def test_a_row_brings_one_edit_or_several_named_ones(value, names):
 def test_a_row_whose_edit_is_none_is_told_what_is_wrong(value, reason):
     with pytest.raises(PrepareError, match=reason):
         parse_edits(value, "row")
+
+
+@pytest.mark.parametrize(
+    ("value", "count"),
+    [
+        ({"concepts": [{"prompt": "hat"}] * 5}, 5),
+        ({f"edit{n}": {"concepts": [{"prompt": "hat"}] * 2} for n in range(3)}, 6),
+        ({f"edit{n}": {"target_prompt": "a hat"} for n in range(7)}, 7),
+    ],
+)
+def test_a_row_may_not_ask_for_endless_work(value, count):
+    assert parse_edits(value, "row", most=count)
+    with pytest.raises(
+        PrepareError, match=rf"asks for {count} concepts, more than source.max_row_concepts \({count - 1}\)"
+    ):
+        parse_edits(value, "row", most=count - 1)

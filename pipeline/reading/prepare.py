@@ -64,7 +64,7 @@ def requests_of(sample: Sample, recipe: Recipe) -> dict[str, EditRequest]:
         PrepareError: the row's request cannot be understood, or there is none at all.
     """
     if sample.edits is not None:
-        requests = parse_edits(sample.edits, f"the row's '{recipe.source.edit}'")
+        requests = parse_edits(sample.edits, f"the row's '{recipe.source.edit}'", recipe.source.max_row_concepts)
     else:
         requests = dict(recipe.edits)
     if not requests:

@@ -174,6 +174,13 @@ def test_images_that_cannot_be_opened_fail_in_decoding(make_recipe):
         prepare(sample(saved(noise(10, 10))), small, size=64, multiple=8)
 
 
+def test_a_row_that_asks_for_more_than_the_recipe_allows_fails_in_preparation(make_recipe):
+    two = sample(saved(noise(8, 8)), edits={"concepts": [{"prompt": "hat"}, {"prompt": "beard"}]})
+    with pytest.raises(PrepareError, match="max_row_concepts"):
+        prepare(two, make_recipe(source={"max_row_concepts": 1}), size=64, multiple=8)
+    assert len(prepare(two, make_recipe(source={"max_row_concepts": 2}), size=64, multiple=8).requests) == 1
+
+
 @pytest.mark.parametrize("fit", FITS)
 def test_a_users_mask_follows_its_image_and_is_zero_in_the_padding(make_recipe, fit):
     mask = np.zeros((48, 64), np.uint8)
