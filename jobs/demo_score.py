@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -22,10 +23,15 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("build/demo_score.json"),
 ) -> None:
     """Print a table of what the model can do, and write it as JSON."""
-    scores = measure(model, load_recipes(recipes), scenes, seed, workers)
+    print(f"{scenes} scenes per figure; half an hour for 256 of them on two cores", flush=True)
+
+    def tell(name: str, figures: Mapping[str, float]) -> None:
+        print(f"{name}: {', '.join(f'{figure} {value:.3g}' for figure, value in figures.items())}", flush=True)
+
+    scores = measure(model, load_recipes(recipes), scenes, seed, workers, tell)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"scenes": scenes, "seed": seed, **scores}, indent=1) + "\n", encoding="utf-8")
-    print(f"{scenes} scenes\n\n{table(scores)}")
+    print(f"\n{table(scores)}")
     missed = [name for name, target in TARGETS.items() if scores[name] < target.at_least]
     print(f"below its target: {', '.join(missed)}" if missed else "every target is reached")
 

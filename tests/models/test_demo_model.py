@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -18,7 +19,15 @@ from pipeline.models.demo.aiming import (
     named_attributes,
     record_attention,
 )
-from pipeline.models.demo.networks import LATENT_SIZE, Sizes, build_tokenizer, build_unet, build_vae, load_pipeline
+from pipeline.models.demo.networks import (
+    LATENT_SIZE,
+    Sizes,
+    build_tokenizer,
+    build_unet,
+    build_vae,
+    load_pipeline,
+    save_pipeline,
+)
 from pipeline.models.demo.world import VOCABULARY
 
 WEIGHTS = Path(__file__).parents[2] / "pipeline" / "models" / "demo" / "weights"
@@ -34,6 +43,20 @@ def test_the_shipped_weights_are_small_and_safe() -> None:
     files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 40e6
     assert {path.suffix for path in files} <= {".json", ".txt", ".md", ".safetensors"}
+
+
+def test_no_configuration_names_a_folder_of_the_machine_that_trained_it(shipped, tmp_path: Path) -> None:
+    save_pipeline(
+        tmp_path,
+        copy.deepcopy(shipped.vae),
+        copy.deepcopy(shipped.text_encoder),
+        shipped.tokenizer,
+        copy.deepcopy(shipped.unet),
+    )
+    for folder in (WEIGHTS, tmp_path):
+        configs = [path.read_text() for path in folder.glob("*/config.json")]
+        assert len(configs) == 3
+        assert not [text for text in configs if "_name_or_path" in text]
 
 
 def test_each_word_of_the_captions_is_one_token(shipped) -> None:

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from jobs import demo_score
+from pipeline.models.demo.oracle import VALUES
 from pipeline.models.demo.score import SINGLE_EDITS, TARGETS, mask_iou, table
 from pipeline.models.demo.world import Scene, changed_region, edited
 from pipeline.models.loading import DEMO_FOLDER
 
+KINDS = ("drawn", "round_trip")  # images that the oracle is tried on
 RECIPES = Path(__file__).parents[2] / "configs" / "demo_edits"
 
 
@@ -56,6 +58,7 @@ def test_the_job_writes_every_figure_and_names_what_is_missed(tmp_path: Path, ca
     assert set(TARGETS) <= scores.keys()
     assert scores["reconstruction_psnr"] >= TARGETS["reconstruction_psnr"].at_least
     assert scores["vae_psnr"] >= TARGETS["vae_psnr"].at_least
+    assert scores["oracle_accuracy"] == min(scores[f"oracle.{kind}.{name}"] for kind in KINDS for name in VALUES)
     printed = capsys.readouterr().out
     assert table({name: scores[name] for name in TARGETS}).splitlines()[2] in printed
     for name, target in TARGETS.items():

@@ -160,9 +160,17 @@ def save_pipeline(
     )
     (folder / "tokenizer" / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
     # transformers would load the text encoder in the precision it finds here, beside a UNet in float32.
-    config_file = folder / "text_encoder" / "config.json"
-    config = json.loads(config_file.read_text())
-    config_file.write_text(json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+    _change_config(folder / "text_encoder", dtype="float32")
+    for part in ("unet", "vae"):  # of a model that was trained on, the folder that it was loaded from
+        _change_config(folder / part, _name_or_path=None)
+
+
+def _change_config(folder: Path, **values: str | None) -> None:
+    """Set keys of a component's configuration; None takes one out."""
+    file = folder / "config.json"
+    config = {**json.loads(file.read_text()), **values}
+    kept = {key: value for key, value in config.items() if key not in values or value is not None}
+    file.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -99,7 +100,12 @@ def load_recipes(folder: Path) -> dict[str, Recipe]:
 
 
 def measure(
-    folder: Path, recipes: Mapping[str, Recipe], count: int, seed: int = 1, workers: int = 1
+    folder: Path,
+    recipes: Mapping[str, Recipe],
+    count: int,
+    seed: int = 1,
+    workers: int = 1,
+    tell: Callable[[str, Mapping[str, float]], None] | None = None,
 ) -> dict[str, float]:
     """All figures of `TARGETS` for the model in a folder, and those of each kind of edit, on `count` scenes each.
 
@@ -109,20 +115,29 @@ def measure(
         count: scenes per figure.
         seed: of the scenes; those of seed 1 were never used to choose a setting.
         workers: processes of one thread each that share the work; 1 does it in this process.
+        tell: called with the name and the figures of each part of the work when it is done.
     """
     part = partial(measure_part, folder=folder, recipes=recipes, count=count, seed=seed)
     names = ["triple", *SINGLE_EDITS, *OTHER_FIGURES]  # the longest first
-    if workers == 1:
-        found = dict(zip(names, map(part, names), strict=True))
-    else:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            found = dict(zip(names, pool.map(part, names), strict=True))
+    found: dict[str, dict[str, float]] = {}
+    with ExitStack() as stack:
+        parts: Iterable[tuple[str, dict[str, float]]] = ((name, part(name)) for name in names)
+        if workers > 1:
+            spawn = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(
+                ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,))
+            )
+            futures = {pool.submit(part, name): name for name in names}
+            parts = ((futures[future], future.result()) for future in as_completed(futures))
+        for name, figures in parts:
+            found[name] = figures
+            if tell is not None:
+                tell(name, figures)
 
     def mean(figure: str) -> float:
         return float(np.mean([found[name][figure] for name in SINGLE_EDITS]))
 
-    figures = {
+    summary = {
         **{name: found[name][name] for name in ("text_to_image", "reconstruction_psnr", "vae_psnr")},
         "oracle_accuracy": min(found["oracle"].values()),
         "single_success": mean("success"),
@@ -131,8 +146,9 @@ def measure(
         "mask_iou": mean("mask_iou"),
         "background_psnr": mean("background_psnr"),
     }
-    by_kind = {f"{name}.{figure}": value for name in (*SINGLE_EDITS, "triple") for figure, value in found[name].items()}
-    return {**{name: figures[name] for name in TARGETS}, **by_kind}
+    several = (*SINGLE_EDITS, "triple", "oracle")
+    details = {f"{name}.{figure}": value for name in several for figure, value in found[name].items()}
+    return {**{name: summary[name] for name in TARGETS}, **details}
 
 
 def measure_part(name: str, *, folder: Path, recipes: Mapping[str, Recipe], count: int, seed: int) -> dict[str, float]:
@@ -265,7 +281,7 @@ def reconstruction_psnr(editor: Editor, scenes: Sequence[Scene]) -> float:
 def text_to_image(
     pipeline: StableDiffusionPipeline,
     scenes: Sequence[Scene],
-    guidance_scale: float = 4.0,
+    guidance_scale: float = 5.0,
     num_steps: int = 30,
     seed: int = 0,
 ) -> float:
