@@ -165,8 +165,7 @@ def open_attention(unet: Any) -> None:
                 "residual of its own). Use a Stable Diffusion 1.x or 2.x checkpoint"
             )
         processors[name] = ControlledAttention(layers[name])
-        # diffusers inspects its processor's signature at every call, to drop what that does not take: 3 % of a small
-        # model's time.
+        # diffusers inspects its processor's signature at every call, to drop what that does not take. Small calls feel it.
         layer.forward = partial(processors[name], layer)
     unet.set_attn_processor(processors)
 
