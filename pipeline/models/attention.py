@@ -165,7 +165,7 @@ def open_attention(unet: Any) -> None:
                 "residual of its own). Use a Stable Diffusion 1.x or 2.x checkpoint"
             )
         processors[name] = ControlledAttention(layers[name])
-        # diffusers inspects its processor's signature at every call, to drop what that does not take. Small calls feel it.
+        # Past diffusers' own `forward`, which inspects its processor's signature at every call.
         layer.forward = partial(processors[name], layer)
     unet.set_attn_processor(processors)
 
