@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.diffusion.masks import dilated
 from pipeline.editing.ledits_pp import LEditsPP, is_active
 from pipeline.engine.engine import Engine
 from pipeline.errors import EditError, PrepareError
@@ -208,6 +209,68 @@ def test_a_user_mask_keeps_the_first_steps_direction_inside_it() -> None:
     changed = (edited.latents - given.latents).abs().amax(dim=0) > 1e-4
     assert changed[:, :6].any()
     assert not changed[:, 6:].any()
+
+
+@every_backbone
+@every_solver
+def test_a_kept_background_is_the_sources_outside_the_widened_masks_at_every_step(backbone: Any, solver: str) -> None:
+    given, inversion = source(backbone, 1), DDPMInversion(num_steps=N, solver=solver)
+    concept = Concept(prompt="hat", guidance_scale=6.0, threshold=0.9)
+    engines, results = [], {}
+    for keep in (False, True):
+        engines.append(Engine(backbone, call_size=8))
+        generator = invert_and_edit(
+            given,
+            EditRequest(concepts=(concept,)),
+            inversion,
+            editor=LEditsPP(mask="noise", keep_background=keep),
+            keep_history=True,
+        )
+        results[keep] = engines[-1].run_one(generator)
+    trajectory, kept = results[True]
+    background = ~dilated(kept.mask, 1)
+    assert 0 < background.sum() < background.numel()
+    assert torch.equal(kept.latents[:, background], given.latents[:, background])
+    assert not torch.equal(kept.latents, given.latents)
+    _, drifted = results[False]
+    assert not torch.equal(drifted.latents[:, ~dilated(drifted.mask, 1)], given.latents[:, ~dilated(drifted.mask, 1)])
+    first = kept.history[0]
+    outside = ~dilated(first.masks[0], 1)
+    assert torch.equal(first.latents[:, outside], trajectory.latents[1][:, outside])
+    assert engines[0].stats.unet_rows == engines[1].stats.unet_rows
+
+
+@every_solver
+def test_a_kept_background_changes_nothing_where_a_concept_acts_everywhere(solver: str) -> None:
+    concept = Concept(prompt="hat", guidance_scale=4.0, threshold=0.0)
+    inversion = DDPMInversion(num_steps=N, solver=solver)
+    plain, kept = (
+        Engine(analytic()).run_one(
+            invert_and_edit(
+                source(analytic(), 1),
+                EditRequest(concepts=(concept,)),
+                inversion,
+                editor=LEditsPP(mask="noise", keep_background=keep),
+            )
+        )[1]
+        for keep in (False, True)
+    )
+    assert plain.mask.all()
+    assert torch.equal(plain.latents, kept.latents)
+
+
+def test_a_kept_background_never_reaches_beyond_a_users_mask() -> None:
+    mask = torch.zeros((12, 12))
+    mask[:, :6] = 1.0
+    request = EditRequest(concepts=(Concept(prompt="hat", guidance_scale=6.0, threshold=0.2),))
+    given = source(tiny_sd(), 1)
+    for keep in (False, True):
+        editor = LEditsPP(mask="noise", keep_background=keep)
+        _, edited = Engine(tiny_sd(), call_size=8).run_one(
+            invert_and_edit(given, request, editor=editor, user_mask=mask)
+        )
+        assert torch.equal(edited.latents[:, :, 6:], given.latents[:, :, 6:]) == keep
+        assert not torch.equal(edited.latents[:, :, :6], given.latents[:, :, :6])
 
 
 def test_an_unknown_word_is_edited_like_any_other() -> None:
