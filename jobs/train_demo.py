@@ -96,6 +96,11 @@ AIMING_WEIGHT = 0.02
 KL_WEIGHT = 1e-4
 EDGE_WEIGHT = 0.5
 SNR_CEILING = 5.0  # Min-SNR weighting (Hang et al., arXiv 2303.09556)
+# Where the image is nearly gone an error in it hardly moves the noise: unweighted, a model goes on reading the colour
+# of large areas from what is left in the mean of the latents, and paints a quarter of the backgrounds against the
+# prompt (16 of 64). After 600 steps with a floor of 0.03 it was 3 of 64; a floor of 0.1 at a learning rate of 1e-3
+# made the loss grow.
+SNR_FLOOR = 0.03
 LOG_SECONDS, SAVE_SECONDS = 30, 240
 
 
@@ -321,7 +326,7 @@ def train_unet(
 
     alpha_bars = build_scheduler().alphas_cumprod.to(device)
     snr = alpha_bars / (1 - alpha_bars)
-    timestep_weights = snr.clamp(max=SNR_CEILING) / snr
+    timestep_weights = snr.clamp(SNR_FLOOR, SNR_CEILING) / snr
     table = attribute_table(tokenizer).to(device)
     articles = torch.tensor(tokenizer.convert_tokens_to_ids(["a</w>", "an</w>"]), device=device)
 

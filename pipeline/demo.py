@@ -30,17 +30,17 @@ OVERVIEW_ENTRIES = 6
 SETTINGS: dict[str, Any] = {
     "source": {"shards": "demo-output/input/*.tar"},
     "edits": {
-        "sunglasses": {"concepts": [{"prompt": "sunglasses", "guidance_scale": 7.0, "threshold": 0.9}]},
+        "sunglasses": {"concepts": [{"prompt": "sunglasses", "guidance_scale": 8.0, "threshold": 0.88}]},
         "surprised": {
             "concepts": [
-                {"prompt": "sunglasses", "guidance_scale": 7.0, "threshold": 0.9},
+                {"prompt": "sunglasses", "guidance_scale": 8.0, "threshold": 0.88},
                 {"prompt": "an open mouth", "guidance_scale": 8.0, "threshold": 0.94},
             ]
         },
     },
     "model": {"name": "demo"},
     "inversion": {"method": "ddpm", "num_steps": 20, "skip": 0.25},
-    "editing": {"method": "ledits_pp", "intersect_from_timestep": 1000},
+    "editing": {"method": "ledits_pp", "intersect_from_timestep": 1000, "keep_background": True},
     "sink": {"folder": "demo-output"},
     "run": {"seed": 0, "unit_size": 6, "call_size": 8},
 }

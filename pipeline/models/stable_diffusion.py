@@ -46,8 +46,10 @@ class StableDiffusion:
         self.image_size = int(unet.config.sample_size) * self.latent_scale
         self.multiple = self.latent_scale * WATCHED_FACTOR
         self._watched_factors = cross_attention_factors(unet)
+        # Read once: diffusers looks through all parameters for it, a fortieth of a small UNet's call.
+        self._dtype: torch.dtype = unet.dtype
         # Between model calls everything is float32, or wider where the networks are.
-        self._outside = torch.promote_types(unet.dtype, torch.float32)
+        self._outside = torch.promote_types(self._dtype, torch.float32)
         open_attention(unet)
         open_decoder_blocks(unet)
         unet.requires_grad_(False)
@@ -100,7 +102,7 @@ class StableDiffusion:
             return self._denoise(call)
 
     def _denoise(self, call: UNetCall) -> UNetAnswer:
-        dtype, (height, width) = self.unet.dtype, call.latents.shape[-2:]
+        dtype, (height, width) = self._dtype, call.latents.shape[-2:]
         times = torch.tensor(call.timesteps, device=self.device)
         latents = call.latents.to(self.device, dtype)
         embeddings = torch.stack([embedding.to(self.device) for embedding in call.embeddings])
