@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,8 @@ def test_the_shipped_weights_are_small_and_safe() -> None:
     assert {path.suffix for path in files} <= {".json", ".txt", ".md", ".safetensors"}
 
 
-def test_no_configuration_names_a_folder_of_the_machine_that_trained_it(shipped, tmp_path: Path) -> None:
+def test_a_model_that_was_trained_on_is_saved_like_a_fresh_one(shipped, tmp_path: Path) -> None:
+    shipped.tokenizer(["a face"], padding="max_length")
     save_pipeline(
         tmp_path,
         copy.deepcopy(shipped.vae),
@@ -56,7 +58,10 @@ def test_no_configuration_names_a_folder_of_the_machine_that_trained_it(shipped,
     for folder in (WEIGHTS, tmp_path):
         configs = [path.read_text() for path in folder.glob("*/config.json")]
         assert len(configs) == 3
-        assert not [text for text in configs if "_name_or_path" in text]
+        assert not [text for text in configs if "_name_or_path" in text]  # a folder of the machine that trained it
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
+        saved, given = (json.loads((folder / "tokenizer" / name).read_text()) for folder in (tmp_path, WEIGHTS))
+        assert saved == given, name
 
 
 def test_each_word_of_the_captions_is_one_token(shipped) -> None:

@@ -141,6 +141,7 @@ def save_pipeline(
     unet: UNet2DConditionModel,
 ) -> None:
     """Write an ordinary diffusers folder with fp16 weights. The networks given are converted in place."""
+    tokenizer.backend_tokenizer.no_padding()  # that of the last call would be saved as the model's
     pipeline = StableDiffusionPipeline(
         vae=vae.half(),
         text_encoder=text_encoder.half(),
@@ -160,14 +161,14 @@ def save_pipeline(
     )
     (folder / "tokenizer" / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
     # transformers would load the text encoder in the precision it finds here, beside a UNet in float32.
-    _change_config(folder / "text_encoder", dtype="float32")
+    _change_config(folder / "text_encoder" / "config.json", dtype="float32")
     for part in ("unet", "vae"):  # of a model that was trained on, the folder that it was loaded from
-        _change_config(folder / part, _name_or_path=None)
+        _change_config(folder / part / "config.json", _name_or_path=None)
+    _change_config(folder / "tokenizer" / "tokenizer_config.json", is_local=None, local_files_only=None)
 
 
-def _change_config(folder: Path, **values: str | None) -> None:
+def _change_config(file: Path, **values: str | None) -> None:
     """Set keys of a component's configuration; None takes one out."""
-    file = folder / "config.json"
     config = {**json.loads(file.read_text()), **values}
     kept = {key: value for key, value in config.items() if key not in values or value is not None}
     file.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
