@@ -5,11 +5,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 # Nothing of the package is imported here: pytest reads this file before jaxtyping's hook is in place.
 from tests import moto, photographs, servers
+
+if TYPE_CHECKING:
+    from tests.places import Place
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +28,18 @@ def moto_server() -> Iterator[moto.MotoServer]:
     """An S3 server that honours conditional puts; see `tests/moto.py`."""
     with moto.moto_server() as server:
         yield server
+
+
+@pytest.fixture(scope="module", params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """Files of this machine, then objects of the S3 server: a test that asks for it runs on both; see `only_on_s3`."""
+    from tests.places import local_place, s3_place
+
+    if request.param == "local":
+        yield local_place(tmp_path_factory.mktemp("place"))
+        return
+    with s3_place(request.getfixturevalue("s3_server")) as made:
+        yield made
 
 
 @pytest.fixture(scope="session", name="photographs")

@@ -1,4 +1,4 @@
-"""A proxy before an S3 server that answers some requests with 503 and cuts some bodies in the middle."""
+"""A proxy before an S3 server that answers some requests with 503, cuts some bodies in the middle, or takes no more."""
 
 from __future__ import annotations
 
@@ -6,16 +6,24 @@ import http.client
 import random
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 UNAVAILABLE = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+FULL = b"<Error><Code>InsufficientStorage</Code><Message>No space left on device.</Message></Error>"
 
 
 @contextmanager
-def faulty_proxy(endpoint: str, *, refuse: float, cut: float, seed: int = 0) -> Iterator[tuple[str, Counter[str]]]:
+def faulty_proxy(
+    endpoint: str,
+    *,
+    refuse: float = 0.0,
+    cut: float = 0.0,
+    seed: int = 0,
+    full: Callable[[str], bool] = lambda _: False,
+) -> Iterator[tuple[str, Counter[str]]]:
     """The proxy's address, and how often it did what.
 
     Args:
@@ -23,6 +31,7 @@ def faulty_proxy(endpoint: str, *, refuse: float, cut: float, seed: int = 0) -> 
         refuse: share of requests that are answered 503 and not passed on.
         cut: share of GET bodies that end in the middle.
         seed: of the dice.
+        full: by an object's path, whether its PUT is answered 507 and not passed on.
     """
     dice, counts, lock = random.Random(seed), Counter[str](), threading.Lock()
     behind = urlsplit(endpoint).netloc
@@ -39,11 +48,11 @@ def faulty_proxy(endpoint: str, *, refuse: float, cut: float, seed: int = 0) -> 
         def answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             if happens("refused", refuse):
-                self.send_response(503)
-                self.send_header("Content-Length", str(len(UNAVAILABLE)))
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(UNAVAILABLE)
+                self.turn_away(503, UNAVAILABLE)
+                return
+            if self.command == "PUT" and full(urlsplit(self.path).path):
+                happens("full", 1.0)
+                self.turn_away(507, FULL)
                 return
             connection = http.client.HTTPConnection(behind, timeout=60)
             try:
@@ -68,6 +77,13 @@ def faulty_proxy(endpoint: str, *, refuse: float, cut: float, seed: int = 0) -> 
                 data = data[: len(data) // 2]
                 self.close_connection = True
             self.wfile.write(data)
+
+        def turn_away(self, status: int, why: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(why)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(why)
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer  # noqa: N815  the base class's names
 

@@ -86,6 +86,16 @@ def contents(folder: Path) -> dict[str, Any]:
     return found
 
 
+def rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Every row of data and quarantine (Parquet), by file; without the recipe's hash, in which the input's URL is."""
+    found = {}
+    for path in (*folder.glob("data/*.parquet"), *folder.glob("quarantine/*.parquet")):
+        table = pq.read_table(path)
+        table = table.select([name for name in table.column_names if name != "recipe_hash"])
+        found[path.relative_to(folder).as_posix()] = table.to_pylist()
+    return found
+
+
 def results(folder: Path) -> Counter[tuple[str, str, str]]:
     """Every (id, edit, method) in data and quarantine (Parquet), with how often it is there."""
     count: Counter[tuple[str, str, str]] = Counter()

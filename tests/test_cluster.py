@@ -1,15 +1,8 @@
-"""A whole run in one process: exactly once after any kill, damage into quarantine, budgets, and no secret anywhere."""
+"""A whole run in one process: exactly once, damage into quarantine, budgets, and no secret anywhere."""
 
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -77,53 +70,6 @@ def test_a_finished_run_that_is_asked_for_again_does_nothing(source: Path, tmp_p
     assert contents(tmp_path / "out") == before
 
 
-@pytest.mark.timeout(600)
-def test_a_run_that_is_killed_three_times_ends_with_the_bytes_of_an_undisturbed_one(
-    source: Path, tmp_path: Path
-) -> None:
-    dice = random.Random(0)
-    cluster.run(local(source, tmp_path / "calm"), progress="off")
-    config = tmp_path / "recipe.yaml"
-    config.write_text(json.dumps(recipe_data(source, tmp_path / "killed", engine="local")))
-    for wanted in sorted(dice.sample(range(1, 8), 3)):
-        kill_after(config, tmp_path / "killed", commits=wanted, pause=dice.uniform(0, 0.15))
-        assert wanted <= len(list((tmp_path / "killed" / "_units").glob("*/*.json"))) < 9
-    cluster.run(local(source, tmp_path / "killed"), progress="off")
-    assert contents(tmp_path / "killed") == contents(tmp_path / "calm")
-    assert results(tmp_path / "killed") == asked(shards=3, rows=5)
-
-
-SLOW_DRIVER = textwrap.dedent("""
-    import sys, time
-    from pipeline import cluster, local
-    from pipeline.recipe import load_recipe
-    commit = local.commit
-    def slow(*args):
-        time.sleep(0.15)  # so that a kill between two commits is likely
-        return commit(*args)
-    local.commit = slow
-    cluster.run(load_recipe(sys.argv[1]), progress="off")
-""")
-
-
-def kill_after(config: Path, out: Path, commits: int, pause: float) -> None:
-    """Start a run in a process of its own and SIGKILL it so many seconds after so many units are committed."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_DRIVER, str(config)], env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    try:
-        until = time.monotonic() + 180  # takes four, and a minute on a machine that does much else
-        while len(list((out / "_units").glob("*/*.json"))) < commits:
-            assert process.poll() is None, "the run ended before it was killed"
-            assert time.monotonic() < until, "the run does not get on"
-            time.sleep(0.02)
-        time.sleep(pause)
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        process.wait()
-
-
 def test_a_torn_file_and_an_orphan_are_replaced_by_the_rerun(source: Path, tmp_path: Path) -> None:
     cluster.run(local(source, tmp_path / "calm"), progress="off")
     recipe = local(source, tmp_path / "torn")
@@ -133,38 +79,6 @@ def test_a_torn_file_and_an_orphan_are_replaced_by_the_rerun(source: Path, tmp_p
     next((tmp_path / "torn" / "_units").glob(f"*/{second.stem[-5:]}.json")).unlink()
     assert cluster.run(recipe, progress="off").units_now == 2
     assert contents(tmp_path / "torn") == contents(tmp_path / "calm")
-
-
-def test_a_changed_recipe_is_refused_with_a_diff_before_a_model_is_loaded(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cluster.run(local(source, tmp_path / "out"), progress="off")
-    monkeypatch.setattr("pipeline.models.loading.load_backbone", lambda *_, **__: pytest.fail("a model was loaded"))
-    before = contents(tmp_path / "out")
-    with pytest.raises(SinkError, match=r"run\.seed: was 0, is 1"):
-        cluster.run(local(source, tmp_path / "out", seed=1), progress="off")
-    (source / "s2.tar").unlink()
-    with pytest.raises(SinkError, match=r"s2\.tar is gone"):
-        cluster.run(local(source, tmp_path / "out"), progress="off")
-    assert contents(tmp_path / "out") == before
-
-
-@pytest.mark.parametrize("format", ["parquet", "webdataset"])
-def test_the_number_of_units_in_flight_and_the_order_of_shards_change_no_byte(
-    source: Path, tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sink = {"format": format, "include_input": True}
-    cluster.run(local(source, tmp_path / "one", sink=sink), progress="off")
-    plan = cluster.find_todo
-
-    def backwards(recipe: Recipe, **options: Any) -> Any:
-        todo = plan(recipe, **options)
-        todo.tasks.reverse()
-        return todo
-
-    monkeypatch.setattr(cluster, "find_todo", backwards)
-    cluster.run(local(source, tmp_path / "other", sink=sink, images_in_flight=1), progress="off")
-    assert contents(tmp_path / "one") == contents(tmp_path / "other")
 
 
 def test_an_empty_source_is_one_clear_error_and_nothing_is_written(tmp_path: Path) -> None:

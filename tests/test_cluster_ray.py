@@ -1,4 +1,6 @@
-"""The same run on Ray Data: equal bytes, early commits, lost workers, S3, too few GPUs, and a submitted job.
+"""The same run on Ray Data: equal bytes, early commits, lost workers and nodes, too few GPUs, and a submitted job.
+
+Where the output matters, on local files and on S3. Who may submit a job has nothing to do with where its files are.
 
 One local cluster of two logical CPUs for the module, and one of a submitted job's own. Both are ended by their own
 processes; `ray stop` would end every Ray of the machine's user.
@@ -12,6 +14,7 @@ import os
 import random
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +36,7 @@ from pipeline.errors import ClusterError, EncodeError, RunAborted
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.writing.attempts import ALONE_FROM
 from pipeline.writing.summary import Summary
+from tests.places import SETTLE_QUICKLY, Place, local_place, s3_place
 from tests.runs import asked, contents, recipe_data, results, write_shards
 
 pytestmark = pytest.mark.timeout(400)
@@ -68,7 +72,7 @@ def witness(notes: Path) -> Callable[[], None]:
             kill = notes / "kill"
             if kill.exists():
                 kill.unlink()
-                os._exit(1)
+                os.kill(os.getpid(), signal.SIGKILL)
             poison = notes / "poison"
             if poison.exists():
                 from pipeline import flow
@@ -102,6 +106,8 @@ class Event:
 
 
 def events(notes: Path) -> list[Event]:
+    if not (notes / "events").exists():
+        return []
     return [Event(*json.loads(line)) for line in (notes / "events").read_text().splitlines()]
 
 
@@ -138,6 +144,15 @@ def calm(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     return contents(out)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(place: Place, source: Path) -> dict[str, Any]:
+    """What the plain loop writes in the place, from the same shards."""
+    shutil.copytree(source, place.root / "in")
+    recipe = place.recipe("in", "undisturbed")
+    cluster.run(recipe, progress="off")
+    return contents(place.folder(recipe))
+
+
 @dataclass(frozen=True)
 class Run:
     summary: Summary
@@ -146,17 +161,18 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def on_ray(two_cpus: Path, source: Path, notes: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def on_ray(two_cpus: Path, place: Place, undisturbed: dict[str, Any], notes: Path) -> Run:
     """One undisturbed run, whose last shard is read once the first unit is committed, or much later."""
-    out = tmp_path_factory.mktemp("ray")
-    (notes / "hold").write_text(str(out))
-    summary = cluster.run(recipe_from(recipe_data(source, out, engine="ray")), progress="off")
+    recipe = recipe_from(place.recipe_data("in", "ray", engine="ray"))
+    earlier = len(events(notes))
+    (notes / "hold").write_text(str(place.folder(recipe)))
+    summary = cluster.run(recipe, progress="off")
     (notes / "hold").unlink()
-    return Run(summary, out, events(notes))
+    return Run(summary, place.folder(recipe), events(notes)[earlier:])
 
 
-def test_ray_writes_the_bytes_of_the_plain_loop(on_ray: Run, calm: dict[str, Any]) -> None:
-    assert contents(on_ray.out) == calm
+def test_ray_writes_the_bytes_of_the_plain_loop(on_ray: Run, undisturbed: dict[str, Any]) -> None:
+    assert contents(on_ray.out) == undisturbed
     assert results(on_ray.out) == asked(shards=SHARDS, rows=ROWS)
     assert (on_ray.summary.complete, on_ray.summary.failed, on_ray.summary.exit_code) == (True, 2, 3)
     assert on_ray.summary.units_now == on_ray.summary.units == 12
@@ -169,9 +185,13 @@ def test_the_first_unit_is_committed_before_the_last_one_is_read(on_ray: Run) ->
     assert first_commit < reads[-1]
 
 
-@pytest.mark.usefixtures("two_cpus")
-def test_two_workers_and_a_shuffled_plan_change_no_byte(
-    source: Path, calm: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_two_workers_a_shuffled_plan_and_the_death_of_one_change_no_byte_and_show_no_secret(
+    two_cpus: Path,
+    place: Place,
+    undisturbed: dict[str, Any],
+    notes: Path,
+    s3_server: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plan = cluster.find_todo
 
@@ -183,10 +203,18 @@ def test_two_workers_and_a_shuffled_plan_change_no_byte(
         return todo
 
     monkeypatch.setattr(cluster, "find_todo", shuffled)
-    summary = cluster.run(recipe_from(recipe_data(source, tmp_path, engine="ray", workers=2)), progress="off")
-    assert (summary.complete, summary.units_now) == (True, 12)
-    assert contents(tmp_path) == calm
-    assert results(tmp_path) == asked(shards=SHARDS, rows=ROWS)
+    recipe = recipe_from(place.recipe_data("in", "two", engine="ray", workers=2))
+    (notes / "kill").touch()
+    summary = cluster.run(recipe, progress="off")
+    assert not (notes / "kill").exists(), "no worker died"
+    assert (summary.complete, summary.units, summary.exit_code) == (True, 12, 3)
+    out = place.folder(recipe)
+    assert contents(out) == undisturbed
+    assert results(out) == asked(shards=SHARDS, rows=ROWS)
+    for folder in (out, two_cpus):
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        assert len(files) > 10
+        assert [path.name for path in files if s3_server.secret.encode() in path.read_bytes()] == []
 
 
 def test_two_units_are_in_flight_on_one_worker(on_ray: Run) -> None:
@@ -200,31 +228,6 @@ def test_two_units_are_in_flight_on_one_worker(on_ray: Run) -> None:
         most = max(most, len(inside))
     assert most == cluster.UNITS_AT_ONCE
     assert len({event.pid for event in on_ray.events if event.kind == "begin"}) == 1
-
-
-def test_s3_in_and_out_two_workers_and_the_death_of_one_change_no_byte_and_show_no_secret(
-    two_cpus: Path, source: Path, notes: Path, s3_server: Any
-) -> None:
-    for shard in source.iterdir():
-        (s3_server.bucket("ray-in") / shard.name).write_bytes(shard.read_bytes())
-    out = s3_server.bucket("ray-out") / "run"
-
-    def recipe(folder: str, **run: Any) -> Recipe:
-        data = recipe_data("s3://ray-in", f"s3://ray-out/{folder}", **run)
-        data["source"]["storage_options"] = data["sink"]["storage_options"] = s3_server.storage_options
-        return recipe_from(data)
-
-    cluster.run(recipe("calm", engine="local"), progress="off")
-    (notes / "kill").touch()
-    summary = cluster.run(recipe("run", engine="ray", workers=2), progress="off")
-    assert not (notes / "kill").exists(), "no worker died"
-    assert (summary.complete, summary.units, summary.exit_code) == (True, 12, 3)
-    assert contents(out) == contents(out.with_name("calm"))
-    assert results(out) == asked(shards=SHARDS, rows=ROWS)
-    for folder in (out, two_cpus):
-        files = [path for path in folder.rglob("*") if path.is_file()]
-        assert len(files) > 10
-        assert [path.name for path in files if s3_server.secret.encode() in path.read_bytes()] == []
 
 
 @pytest.mark.usefixtures("two_cpus")
@@ -284,15 +287,15 @@ def test_a_gpu_that_is_not_there_is_refused_at_once_and_nothing_is_written(
 
 
 NODE_LOSS = textwrap.dedent("""
-    import sys, time
+    import json, sys, time
     import ray
     from concurrent.futures import ThreadPoolExecutor
     from pathlib import Path
     from ray.cluster_utils import Cluster
     from pipeline import cluster
-    from pipeline.recipe import load_recipe
+    from pipeline.recipe import recipe_from
 
-    config, begun = sys.argv[1:]
+    recipes, begun, told = json.load(sys.stdin), *sys.argv[1:]
 
     def witness():
         import json, time
@@ -316,45 +319,81 @@ NODE_LOSS = textwrap.dedent("""
     ray.init(address=nodes.address, log_to_driver=False, runtime_env={"worker_process_setup_hook": witness})
     head = ray.get_runtime_context().get_node_id()
 
-    Path(begun).touch()
-    with ThreadPoolExecutor(1) as pool:  # nodes can only be added from the main thread
-        summary = pool.submit(cluster.run, load_recipe(config), progress="off")
-        while not summary.done() and all(line.endswith(head) for line in Path(begun).read_text().splitlines()):
-            time.sleep(0.02)
-        time.sleep(0.2)
-        nodes.remove_node(victim, allow_graceful=False)
-        nodes.add_node(num_cpus=2, **common)
-    code = summary.result().exit_code
+    for kind, recipe in recipes.items():
+        Path(begun).write_text("")
+        with ThreadPoolExecutor(1) as pool:  # nodes can only be added from the main thread
+            summary = pool.submit(cluster.run, recipe_from(recipe), progress="off")
+            while not summary.done() and all(line.endswith(head) for line in Path(begun).read_text().splitlines()):
+                time.sleep(0.02)
+            time.sleep(0.2)
+            nodes.remove_node(victim, allow_graceful=False)
+            victim = nodes.add_node(num_cpus=2, **common)
+        units = [line.split()[0] for line in Path(begun).read_text().splitlines()]
+        with open(told, "a") as file:  # Ray prints as well
+            file.write(json.dumps([kind, summary.result().exit_code, units]) + "\\n")
     ray.shutdown()
     for node in nodes.list_all_nodes():
         nodes.remove_node(node, allow_graceful=False)
-    sys.exit(code)
 """)
 
 
-def test_a_node_that_is_lost_with_units_at_work_costs_no_row_and_no_byte(
-    source: Path, calm: dict[str, Any], tmp_path: Path
-) -> None:
-    recipe, begun = tmp_path / "recipe.json", tmp_path / "begun"
-    recipe.write_text(json.dumps(recipe_data(source, tmp_path / "out", engine="ray", workers=2)))
+@dataclass(frozen=True)
+class Survived:
+    """A run in which a node was lost."""
+
+    out: Path
+    undisturbed: dict[str, Any]
+    exit_code: int
+    units: list[str]  # as they were begun
+
+
+@pytest.fixture(scope="module")
+def survived(source: Path, s3_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Survived]]:
+    """By kind of place: a run each, one after the other on one cluster of two nodes, since that takes long to start."""
+    folder = tmp_path_factory.mktemp("nodes")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     temporary = Path(os.environ.get("TMPDIR", "/tmp")) / f"shardedit-{secrets.token_hex(4)}"  # short: holds sockets
     environment |= {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(temporary)}
-    temporary.mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-c", NODE_LOSS, str(recipe), str(begun)], env=environment, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        _, said = process.communicate(timeout=300)
-    finally:
-        end_with_children(process)
-        shutil.rmtree(temporary, ignore_errors=True)
-    assert process.returncode == 3, said
-    units = [line.split()[0] for line in begun.read_text().splitlines()]
-    assert len(set(units)) == 12
-    assert len(units) > 12, "no unit was at work on the lost node"
-    assert contents(tmp_path / "out") == calm
-    assert results(tmp_path / "out") == asked(shards=SHARDS, rows=ROWS)
+    with s3_place(s3_server) as bucket:
+        places = {place.kind: place for place in (local_place(folder), bucket)}
+        undisturbed = {}
+        for kind, place in places.items():
+            shutil.copytree(source, place.root / "in")
+            recipe = place.recipe("in", "undisturbed")
+            cluster.run(recipe, progress="off")
+            undisturbed[kind] = contents(place.folder(recipe))
+        recipes = {kind: place.recipe_data("in", "out", engine="ray", workers=2) for kind, place in places.items()}
+        temporary.mkdir()
+        process = subprocess.Popen(
+            [sys.executable, "-c", SETTLE_QUICKLY + NODE_LOSS, str(folder / "begun"), str(folder / "told")],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            _, said = process.communicate(json.dumps(recipes), timeout=500)
+        finally:
+            end_with_children(process)
+            shutil.rmtree(temporary, ignore_errors=True)
+        assert process.returncode == 0, said
+        yield {
+            kind: Survived(places[kind].root / "out", undisturbed[kind], code, units)
+            for kind, code, units in map(json.loads, (folder / "told").read_text().splitlines())
+        }
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_a_node_that_is_lost_with_units_at_work_costs_no_row_and_no_byte(
+    survived: dict[str, Survived], kind: str
+) -> None:
+    run = survived[kind]
+    assert run.exit_code == 3
+    assert len(set(run.units)) == 12
+    assert len(run.units) > 12, "no unit was at work on the lost node"
+    assert contents(run.out) == run.undisturbed
+    assert results(run.out) == asked(shards=SHARDS, rows=ROWS)
 
 
 def end_with_children(process: subprocess.Popen[Any]) -> None:

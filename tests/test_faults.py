@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,98 +16,118 @@ from pipeline.errors import ShardeditError, SinkError
 from pipeline.evaluation.report import write_report
 from pipeline.evaluation.results import RunFolder
 from pipeline.reading import storage
-from pipeline.recipe import Recipe, recipe_from
+from pipeline.recipe import recipe_from
 from pipeline.writing import commit as commit_module
 from pipeline.writing.commit import committed_units
 from tests.faulty import faulty_proxy
-from tests.runs import asked, contents, recipe_data, results, write_shards
+from tests.places import Place, only_on_s3
+from tests.runs import asked, contents, recipe_data, results, rows, write_shards
 
-pytestmark = pytest.mark.timeout(300)  # botocore waits long between its attempts
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("faults") / "in", shards=2, rows=4)
+pytestmark = pytest.mark.timeout(300)
+# Without botocore's own attempts, which wait for seconds and would keep most faults from our own.
+UNAIDED = {"config_kwargs": {"retries": {"max_attempts": 0}}}
 
 
 @pytest.fixture(scope="module")
-def calm(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("calm")
-    cluster.run(recipe_from(recipe_data(source, out, engine="local")), progress="off")
-    return contents(out)
+def calm(place: Place) -> dict[str, Any]:
+    write_shards(place.root / "in", shards=2, rows=4)
+    recipe = place.recipe("in", "calm")
+    cluster.run(recipe, progress="off")
+    return contents(place.folder(recipe))
+
+
+@contextlib.contextmanager
+def full_after_two(place: Place, at: str) -> Iterator[Place]:
+    """The place, with no room for a third file whose path holds `at`.
+
+    A file is put to S3 from memory, so that no disk of this machine can be full: there the store says that it is.
+    """
+    fitted: list[str] = []
+
+    def is_full(path: str) -> bool:
+        if at in path and path not in fitted:
+            if len(fitted) == 2:
+                return True
+            fitted.append(path)
+        return False
+
+    if place.kind == "s3":
+        with faulty_proxy(place.endpoint, full=is_full) as (endpoint, counts):
+            yield place.through(endpoint)
+        assert counts["full"]
+        return
+    put: Callable[[Path, bytes], None] = commit_module._put_local
+
+    def full(path: Path, data: bytes) -> None:
+        if is_full(str(path)):
+            raise OSError(28, "No space left on device")
+        put(path, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commit_module, "_put_local", full)
+        yield place
 
 
 @pytest.mark.parametrize("at", ["/data/", "/_units/", "/_attempts/"])
-def test_a_full_disk_ends_the_run_and_the_rerun_with_room_completes_it(
-    source: Path, calm: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
-) -> None:
-    put: Callable[[Path, bytes], None] = commit_module._put_local
-    recipe = recipe_from(recipe_data(source, tmp_path / "out", engine="local"))
-    written: list[str] = []
-
-    def full(path: Path, data: bytes) -> None:
-        if at in str(path):
-            if len(written) == 2:
-                raise OSError(28, "No space left on device")
-            written.append(path.name)
-        put(path, data)
-
-    monkeypatch.setattr(commit_module, "_put_local", full)
-    with pytest.raises(SinkError, match="No space left"):
-        cluster.run(recipe, progress="off")
-    assert 1 <= len(list(committed_units(recipe.sink))) <= 3
-    monkeypatch.undo()
-    assert cluster.run(recipe, progress="off").complete
-    assert contents(tmp_path / "out") == calm
-    assert results(tmp_path / "out") == asked(shards=2, rows=4)
-
-
-def on_s3(server: Any, folder: str, **options: Any) -> Recipe:
-    data = recipe_data("s3://faults-in", f"s3://faults-out/{folder}", engine="local")
-    data["source"]["storage_options"] = data["sink"]["storage_options"] = {**server.storage_options, **options}
-    return recipe_from(data)
-
-
-def test_refused_requests_and_cut_bodies_change_no_byte(
-    source: Path, s3_server: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_full_store_ends_the_run_and_the_rerun_with_room_completes_it(
+    place: Place, calm: dict[str, Any], at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "FIRST_WAIT", 0.02)
-    for shard in source.iterdir():
-        (s3_server.bucket("faults-in") / shard.name).write_bytes(shard.read_bytes())
-    out = s3_server.bucket("faults-out")
-    cluster.run(on_s3(s3_server, "calm"), progress="off")
-    with faulty_proxy(s3_server.endpoint, refuse=0.2, cut=0.5) as (endpoint, counts):
-        recipe = on_s3(s3_server, "run", client_kwargs={"endpoint_url": endpoint})
+    recipe = place.recipe("in", place.new())
+    out = place.folder(recipe)
+    with full_after_two(place, at) as cramped, pytest.raises(SinkError, match="No space left"):
+        cluster.run(cramped.recipe("in", out.name), progress="off")
+    committed = len(list(committed_units(recipe.sink)))  # those whose files are there
+    assert 1 <= committed <= 3
+    assert len(list(out.glob("_units/*/*.json"))) == committed, "a manifest came before its files"
+    assert contents(out).items() <= calm.items(), "a file is there and not whole"
+    assert cluster.run(recipe, progress="off").complete
+    assert contents(out) == calm
+    assert results(out) == asked(shards=2, rows=4)
+
+
+@only_on_s3
+def test_refused_requests_and_cut_bodies_change_no_byte_and_leave_the_rows_of_local_files(
+    place: Place, calm: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.02)
+    cluster.run(recipe_from(recipe_data(place.root / "in", tmp_path / "out", engine="local")), progress="off")
+    with faulty_proxy(place.endpoint, refuse=0.2, cut=0.5) as (endpoint, counts):
+        recipe = place.through(endpoint, **UNAIDED).recipe("in", "run")
         for _ in range(10):  # a body that is cut five times in a row ends a run; the same command goes on
             with contextlib.suppress(ShardeditError):
                 if cluster.run(recipe, progress="off").complete:
                     break
         assert counts["refused"] > 10
         assert counts["cut"] > 5
-    assert contents(out / "run") == contents(out / "calm")
-    assert results(out / "run") == asked(shards=2, rows=4)
+    out = place.folder(recipe)
+    assert contents(out) == calm
+    assert rows(out) == rows(tmp_path / "out")
+    assert results(out) == asked(shards=2, rows=4)
 
 
+@only_on_s3
+@pytest.mark.usefixtures("calm")
 def test_a_report_is_written_from_a_store_that_refuses_requests_and_cuts_bodies(
-    source: Path, s3_server: Any, monkeypatch: pytest.MonkeyPatch
+    place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "FIRST_WAIT", 0.02)
     monkeypatch.setattr(storage, "ATTEMPTS", 12)  # with such a share of faults five would now and then not do
-    for shard in source.iterdir():
-        (s3_server.bucket("faults-in") / shard.name).write_bytes(shard.read_bytes())
-    out = s3_server.bucket("faults-out") / "reported"
-    cluster.run(on_s3(s3_server, "reported"), progress="off")
-    wanted = (out / "report.html").read_bytes()
-    (out / "report.html").unlink()
-    with faulty_proxy(s3_server.endpoint, refuse=0.2, cut=0.3) as (endpoint, counts):
-        write_report(on_s3(s3_server, "reported", client_kwargs={"endpoint_url": endpoint}).sink)
+    recipe = place.recipe("in", "reported")
+    cluster.run(recipe, progress="off")
+    report = place.folder(recipe) / "report.html"
+    wanted = report.read_bytes()
+    report.unlink()
+    with faulty_proxy(place.endpoint, refuse=0.2, cut=0.3) as (endpoint, counts):
+        write_report(place.through(endpoint).sink("reported"))
         assert min(counts["refused"], counts["cut"]) > 1
-    assert (out / "report.html").read_bytes() == wanted
+    assert report.read_bytes() == wanted
 
 
 def test_a_store_that_answers_no_more_is_an_error_that_names_the_file(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    source = write_shards(tmp_path / "in", shards=2, rows=4)
     recipe = recipe_from(recipe_data(source, tmp_path / "out", engine="local"))
     cluster.run(recipe, progress="off")
     opened: list[str] = []
@@ -123,10 +144,11 @@ def test_a_store_that_answers_no_more_is_an_error_that_names_the_file(
     assert len(opened) == storage.ATTEMPTS
 
 
-def test_a_wrong_secret_is_a_short_error_and_nothing_is_written(s3_server: Any) -> None:
-    s3_server.bucket("faults-out")
-    recipe = on_s3(s3_server, "denied", secret="wrong-secret")
+@only_on_s3
+@pytest.mark.usefixtures("calm")
+def test_a_wrong_secret_is_a_short_error_and_nothing_is_written(place: Place) -> None:
+    stranger = replace(place, storage_options={**place.storage_options, "secret": "wrong-secret"})
     with pytest.raises(ShardeditError, match=r"(?i)denied|refused|forbidden|signature") as caught:
-        cluster.run(recipe, progress="off")
+        cluster.run(stranger.recipe("in", "denied"), progress="off")
     assert "wrong-secret" not in str(caught.value)
-    assert not (s3_server.bucket("faults-out") / "denied").exists()
+    assert not (place.root / "denied").exists()

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
+import tracemalloc
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import planning, probe
 from pipeline.errors import SourceError
 from pipeline.models.demo.shards import write_demo_shards
 from pipeline.planning import RowCounter, plan
+from pipeline.reading.shards import Shard, shard_slug, unit_id
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.records import EditRequest
+from pipeline.todo import Todo, find_todo
+from pipeline.writing.folding import folded_bytes
+from pipeline.writing.manifest import Counts, Manifest, Measured, manifest_path, shard_path
+from pipeline.writing.run_record import run_record, write_run_record
+from tests.places import Place
+from tests.writing.making import MODEL
 
 STEPS = 6
 HAT = {"concepts": [{"prompt": "a hat"}]}
@@ -141,3 +153,62 @@ def test_a_slow_model_is_cut_off_and_still_gives_an_estimate(faces, monkeypatch)
 def test_nothing_to_read_is_an_error(tmp_path):
     with pytest.raises(SourceError):
         plan(a_recipe(tmp_path), probe=False)
+
+
+SHARDS, UNITS = 200, 100  # twenty thousand units of one row each, without an image in it
+
+
+def manifest_of(shard: Shard, chunk: int, recipe: Recipe) -> Manifest:
+    """Of a unit that is committed, and in which nothing came out."""
+    return Manifest(
+        unit=unit_id(shard.path, chunk), shard=shard.path, chunk=chunk, start=chunk, stop=chunk + 1,
+        is_last=chunk == UNITS - 1, shard_size=shard.size, shard_etag=shard.etag, recipe_hash=recipe.hash,
+        code_version="0", model_digest=MODEL.digest, call_size=8, files=(),
+        counts=Counts(images=1, asked=0, ok=0, failed=0, failed_by_stage={}, failed_by_class={}),
+        measured=Measured(worker_seconds=1.0, workers=1, unet_rows=1),
+    )  # fmt: skip
+
+
+def test_twenty_thousand_units_are_planned_and_found_again_within_a_minute_and_in_bounded_memory(place: Place) -> None:
+    """Found again: all of finished shards, which were folded but for one, and a part of the last shard's."""
+    left = 70
+    (place.root / "many").mkdir()
+    table = pa.table({"image": [b""] * UNITS, "id": [f"im{number}" for number in range(UNITS)]})
+    pq.write_table(table, place.root / "many" / "000.parquet", row_group_size=1)
+    for number in range(1, SHARDS):
+        shutil.copy(place.root / "many" / "000.parquet", place.root / "many" / f"{number:03d}.parquet")
+    place.settle()
+    recipe = place.recipe("many", place.new(), unit_size=1)
+    out = place.folder(recipe)
+
+    def planned() -> Todo:
+        tracemalloc.start()
+        started = time.monotonic()
+        todo = find_todo(recipe)
+        seconds, (_, peak) = time.monotonic() - started, tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert seconds < 60
+        assert peak < 48 << 20  # 14 to 31 MiB were used; every manifest at once takes 64
+        return todo
+
+    fresh = planned()
+    assert (len(fresh.tasks), fresh.units_before, fresh.units_known) == (SHARDS * UNITS, 0, SHARDS * UNITS)
+
+    write_run_record(run_record(recipe, fresh.shards, MODEL, 8, 1), recipe.sink)
+    (out / "_shards").mkdir()
+    *folded, finished, last = fresh.shards
+    for shard in folded:
+        manifests = [manifest_of(shard, chunk, recipe) for chunk in range(UNITS)]
+        (out / shard_path(shard_slug(shard.path))).write_bytes(folded_bytes(manifests))
+    for shard, first in ((finished, 0), (last, left)):
+        (out / "_units" / shard_slug(shard.path)).mkdir(parents=True)
+        for chunk in range(first, UNITS):
+            manifest = manifest_of(shard, chunk, recipe)
+            (out / manifest_path(manifest.unit)).write_bytes(manifest.to_bytes())
+    place.settle()
+
+    again = planned()
+    assert [(task.shard.path, task.start, task.stop) for task in again.tasks] == [
+        (last.path, chunk, chunk + 1) for chunk in range(left)
+    ]
+    assert (again.units_before, again.shards_before) == (SHARDS * UNITS - left, SHARDS - 1)
