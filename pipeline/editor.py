@@ -27,6 +27,8 @@ from pipeline.models.loading import load_backbone
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.records import Concept, Edited, EditRequest, Rejected, Sample
 
+COMPILED_CALL_SIZE = 8  # rows of a compiled UNet call, where nothing is said
+
 AnyImage = str | Path | bytes | np.ndarray | Image.Image
 
 
@@ -75,15 +77,16 @@ class Editor:
 
         Args:
             model: "demo", a folder in diffusers format, or a hub id.
-            call_size: rows of every UNet call; None for calls as small as what is asked.
-            settings: more of the recipe's model section: revision, variant, dtype.
+            call_size: rows of every UNet call; None for calls as small as what is asked, or, with `compile=True`,
+                for calls of 8: every other size would be compiled anew.
+            settings: more of the recipe's model section: revision, variant, dtype, compile.
 
         Raises:
             RecipeError: a setting is not one of the section's.
             ModelError: the checkpoint is missing, unsafe or of an unknown kind.
         """
         config = _recipe({"model": {"name": model, **settings}}).model
-        return cls(load_backbone(config), call_size=call_size)
+        return cls(load_backbone(config), call_size=call_size or (COMPILED_CALL_SIZE if config.compile else None))
 
     def edit(
         self,

@@ -78,6 +78,7 @@ def test_four_edits_of_one_image_share_one_inversion() -> None:
     results = editor.edit_many(PICTURE, recipe)
     assert [result.edit for result in results] == ["scale2", "scale3", "scale4", "scale5"]
     assert editor.engine.stats.unet_rows == 5 + 4 * 5 * 2
+    assert editor.engine.stats.shared_rows == 3 * 2  # of the first step, the same in all four
     assert len({result.image.tobytes() for result in results}) == 4
     assert len({result.seed for result in results}) == 1
 

@@ -26,7 +26,7 @@ from pipeline.engine.calls import (
     TextConditioning,
     UNetAnswer,
 )
-from pipeline.engine.packing import Batch, Pending, RowQueue, rows_per_call
+from pipeline.engine.packing import Batch, Pending, Row, RowQueue, rows_per_call
 from pipeline.errors import EditError
 from pipeline.models.backbone import Backbone
 
@@ -39,6 +39,7 @@ class EngineStats:
 
     unet_calls: int = 0
     unet_rows: int = 0  # rows that somebody asked for
+    shared_rows: int = 0  # of these, rows that another row's answer served
     padded_rows: int = 0  # rows that only filled a call up
     prompts_encoded: int = 0
     images_encoded: int = 0
@@ -272,7 +273,8 @@ class Engine:
         size = rows_per_call(batch.kind, self.call_size) if self.pad else len(batch.rows)
         answer = self.backbone.denoise(batch.as_call(size))
         self.stats.unet_calls += 1
-        self.stats.unet_rows += len(batch.rows)
+        self.stats.unet_rows += batch.asked_for
+        self.stats.shared_rows += batch.asked_for - len(batch.rows)
         self.stats.padded_rows += size - len(batch.rows)
         # Methods compute on the CPU in float32: cheap beside a UNet, and the same bits on every kind of GPU.
         return UNetAnswer(
@@ -290,7 +292,7 @@ class Engine:
         """Out of memory: halve the call size for good, and try the same rows again; give up at one row."""
         torch.cuda.empty_cache()
         if self.call_size == 1:
-            self._fail(batch.rows[0][0], error)
+            self._fail_askers(batch.rows[0], error)
             return
         self.call_size //= 2
         self._queue.put_back(batch)
@@ -300,15 +302,20 @@ class Engine:
     def _isolate(self, batch: Batch) -> None:
         """A call failed: repeat its groups one by one, so that only whoever is to blame fails."""
         for group in batch.groups:
-            if group[0][0].missing < 0:
+            if all(pending.missing < 0 for pending, _ in group[0].askers):
                 continue  # another row of the same call has failed already
             single = Batch(group)
             try:
                 answer = self._call(single)
             except Exception as error:
-                self._fail(group[0][0], error)
+                self._fail_askers(group[0], error)
                 continue
             self._deliver(single, answer)
+
+    def _fail_askers(self, row: Row, error: Exception) -> None:
+        for pending in dict.fromkeys(pending for pending, _ in row.askers):
+            if pending.missing >= 0:  # it may have failed with another of its rows
+                self._fail(pending, error)
 
     def _fail(self, pending: Pending, error: Exception) -> None:
         pending.missing = -1

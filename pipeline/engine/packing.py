@@ -17,7 +17,8 @@ from torch import Tensor
 from pipeline.engine.calls import Denoise, Denoised, UNetAnswer, UNetCall
 
 Kind = tuple[Any, ...]
-"""What the rows of one UNet call have in common: shapes, size of their groups, whether gradients are wanted."""
+"""What the rows of one UNet call have in common: shapes, whether a control acts on them and gradients are wanted, and
+the size of their groups."""
 
 GRADIENT_SHARE = 4  # a call that keeps its activations has this fraction of a plain call's rows
 
@@ -53,6 +54,7 @@ class Pending:
             *self.call.latents.shape[1:],
             *self.call.conditioning[0].embedding.shape,
             self.call.inpaint is not None,
+            self.call.control is not None,
             self.call.cotangent is not None,
             self.group,
         )
@@ -74,7 +76,45 @@ class Pending:
         return Denoised(noise_preds, attention, self.seen, grads)
 
 
-Row = tuple[Pending, int]
+@dataclass(slots=True, eq=False)
+class Row:
+    """One row of a UNet call, and everyone who asked for it: a `Denoise` call and the place of the row in it."""
+
+    askers: list[tuple[Pending, int]]
+
+    @property
+    def pending(self) -> Pending:
+        """The first call that asked for it."""
+        return self.askers[0][0]
+
+    @property
+    def at(self) -> int:
+        """Its place in that call."""
+        return self.askers[0][1]
+
+    @property
+    def sameness(self) -> tuple[Any, ...] | None:
+        """Equal for rows that are the same computation; None for a row that is nobody else's.
+
+        Several edits of one image ask for the same predictions at the first step that they act in: of views of the
+        trajectory's latents, under prompts that were encoded once. Told by where these lie, so that nothing is compared
+        number by number.
+        """
+        call, at = self.pending.call, self.at
+        if call.control is not None or call.inpaint is not None or call.cotangent is not None:
+            return None
+        return (
+            *self.pending.kind,
+            _place_of(call.latents[at]),
+            call.timesteps[at],
+            id(call.conditioning[at]),
+            () if call.watch is None else tuple(call.watch[at]),
+        )
+
+
+def _place_of(latents: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies. While it is held, no other numbers lie there."""
+    return latents.data_ptr(), latents.stride()
 
 
 def rows_per_call(kind: Kind, call_size: int) -> int:
@@ -94,26 +134,32 @@ class Batch:
     @property
     def kind(self) -> Kind:
         """What its rows have in common."""
-        return self.rows[0][0].kind
+        return self.rows[0].pending.kind
+
+    @property
+    def asked_for(self) -> int:
+        """Rows that were asked for: one row of the call may answer several."""
+        return sum(len(row.askers) for row in self.rows)
 
     @property
     def groups(self) -> list[list[Row]]:
         """Its rows by group."""
-        size = self.rows[0][0].group
+        size = self.rows[0].pending.group
         return [self.rows[start : start + size] for start in range(0, len(self.rows), size)]
 
     def as_call(self, size: int) -> UNetCall:
         """The call of `size` rows, filled up with copies of its first ones."""
-        controls = [(start, group[0][0].call.control) for start, group in self._starts()]
+        controls = [(start, group[0].pending.call.control) for start, group in self._starts()]
+        rows = [(row.pending.call, row.at) for row in self.rows]
         return UNetCall(
-            latents=torch.stack(self._padded([pending.call.latents[at] for pending, at in self.rows], size)),
-            timesteps=self._padded([pending.call.timesteps[at] for pending, at in self.rows], size),
-            embeddings=self._padded([pending.call.conditioning[at].embedding for pending, at in self.rows], size),
+            latents=torch.stack(self._padded([call.latents[at] for call, at in rows], size)),
+            timesteps=self._padded([call.timesteps[at] for call, at in rows], size),
+            embeddings=self._padded([call.conditioning[at].embedding for call, at in rows], size),
             watch=self._watch(size),
             first_alike=self._first_alike(size),
             inpaint=self._inpaint(size),
             controls=tuple(
-                (slice(start, start + self.rows[0][0].group), control) for start, control in controls if control
+                (slice(start, start + self.rows[0].pending.group), control) for start, control in controls if control
             ),
             cotangents=self._cotangents(size),
         )
@@ -127,45 +173,49 @@ class Batch:
     def _first_alike(self, size: int) -> list[int]:
         """Rows are told to be alike by where their latents lie: a method that asks for several prompts at one point
         gives views of one tensor. Rows that only fill the call up are copies of the first."""
-        first: dict[tuple[int, int], int] = {}
+        first: dict[tuple[Any, ...], int] = {}
         alike = []
-        for row, (pending, at) in enumerate(self.rows):
-            latents = pending.call.latents[at]
-            alike.append(first.setdefault((latents.data_ptr(), pending.call.timesteps[at]), row))
+        for number, row in enumerate(self.rows):
+            call = row.pending.call
+            place = (*_place_of(call.latents[row.at]), call.timesteps[row.at])
+            alike.append(first.setdefault(place, number))
         return self._padded(alike, size)
 
     def _watch(self, size: int) -> Tensor | None:
-        wanted = [pending.call.watch[at] if pending.call.watch is not None else () for pending, at in self.rows]
+        calls = [(row.pending.call, row.at) for row in self.rows]
+        wanted = [call.watch[at] if call.watch is not None else () for call, at in calls]
         if not any(len(tokens) for tokens in wanted):
             return None
-        pending, at = self.rows[0]
-        weights = torch.zeros((size, pending.call.conditioning[at].embedding.shape[0]))
-        for row, tokens in enumerate(wanted):
-            weights[row, list(tokens)] = 1.0
+        call, at = calls[0]
+        weights = torch.zeros((size, call.conditioning[at].embedding.shape[0]))
+        for number, tokens in enumerate(wanted):
+            weights[number, list(tokens)] = 1.0
         return weights
 
     def _inpaint(self, size: int) -> Tensor | None:
-        given = [pending.call.inpaint[at] for pending, at in self.rows if pending.call.inpaint is not None]
+        calls = [(row.pending.call, row.at) for row in self.rows]
+        given = [call.inpaint[at] for call, at in calls if call.inpaint is not None]
         return torch.stack(self._padded(given, size)) if given else None
 
     def _cotangents(self, size: int) -> tuple[Callable[[Tensor], Tensor], ...] | None:
-        given = [pending.call.cotangent for pending, _ in self.rows if pending.call.cotangent is not None]
+        given = [row.pending.call.cotangent for row in self.rows if row.pending.call.cotangent is not None]
         return tuple(self._padded(given, size)) if given else None
 
     def deliver(self, answer: UNetAnswer) -> Iterator[Pending]:
         """Hand out the answers of a call; yields the calls that have all theirs."""
         seen = iter(answer.seen)
-        for row, (pending, at) in enumerate(self.rows):
-            pending.noise_preds[at] = answer.noise_preds[row]
-            if answer.attention is not None and pending.call.watch is not None:
-                pending.attention[at] = answer.attention[row]
-            if answer.embedding_grads is not None:
-                pending.embedding_grads[at] = answer.embedding_grads[row]
-            if pending.call.control is not None and at == 0:
-                pending.seen = next(seen)
-            pending.missing -= 1
-            if pending.missing == 0:
-                yield pending
+        for number, row in enumerate(self.rows):
+            for pending, at in row.askers:
+                pending.noise_preds[at] = answer.noise_preds[number]
+                if answer.attention is not None and pending.call.watch is not None:
+                    pending.attention[at] = answer.attention[number]
+                if answer.embedding_grads is not None:
+                    pending.embedding_grads[at] = answer.embedding_grads[number]
+                if pending.call.control is not None and at == 0:
+                    pending.seen = next(seen)
+                pending.missing -= 1
+                if pending.missing == 0:
+                    yield pending
 
     @staticmethod
     def _padded(items: Sequence[Any], size: int) -> list[Any]:
@@ -174,10 +224,12 @@ class Batch:
 
 
 class RowQueue:
-    """Rows that wait for a UNet call, oldest first, by kind."""
+    """Rows that wait for a UNet call, oldest first, by kind. A row that is asked for again while it waits is computed
+    once."""
 
     def __init__(self) -> None:
         self._by_kind: OrderedDict[Kind, deque[Row]] = OrderedDict()
+        self._waiting: dict[tuple[Any, ...], Row] = {}  # by sameness
 
     def __len__(self) -> int:
         return sum(len(rows) for rows in self._by_kind.values())
@@ -185,7 +237,14 @@ class RowQueue:
     def push(self, pending: Pending) -> None:
         """Queue all rows of a call."""
         rows = self._by_kind.setdefault(pending.kind, deque())
-        rows.extend((pending, at) for at in range(len(pending.call.timesteps)))
+        for at in range(len(pending.call.timesteps)):
+            row = Row([(pending, at)])
+            if (sameness := row.sameness) is not None:
+                waiting = self._waiting.setdefault(sameness, row)
+                if waiting is not row:
+                    waiting.askers += row.askers
+                    continue
+            rows.append(row)
 
     def has_full(self, call_size: int) -> bool:
         """Whether some kind fills a call."""
@@ -200,6 +259,8 @@ class RowQueue:
         kind = max(self._by_kind, key=filled)
         rows = self._by_kind[kind]
         batch = Batch([rows.popleft() for _ in range(min(rows_per_call(kind, call_size), len(rows)))])
+        for row in batch.rows:
+            self._forget(row)
         if not rows:
             del self._by_kind[kind]
         return batch
@@ -211,16 +272,23 @@ class RowQueue:
     def too_large(self, call_size: int) -> list[Pending]:
         """Calls whose group does not fit into a UNet call, once each."""
         found = [
-            pending
-            for kind, rows in self._by_kind.items()
-            if rows_per_call(kind, call_size) == 0
-            for pending, _ in rows
+            row.pending for kind, rows in self._by_kind.items() if rows_per_call(kind, call_size) == 0 for row in rows
         ]
         return list(dict.fromkeys(found))
 
     def drop(self, pending: Pending) -> None:
-        """Forget the rows of a call that failed."""
+        """Forget the rows of a call that failed, but for those that others asked for, too."""
         for kind, rows in list(self._by_kind.items()):
-            self._by_kind[kind] = deque(row for row in rows if row[0] is not pending)
+            for row in rows:
+                if any(asker is pending for asker, _ in row.askers):
+                    self._forget(row)
+                    row.askers = [(asker, at) for asker, at in row.askers if asker is not pending]
+            self._by_kind[kind] = deque(row for row in rows if row.askers)
             if not self._by_kind[kind]:
                 del self._by_kind[kind]
+
+    def _forget(self, row: Row) -> None:
+        """No later asker may join a row."""
+        sameness = row.sameness
+        if sameness is not None and self._waiting.get(sameness) is row:
+            del self._waiting[sameness]

@@ -36,20 +36,21 @@ class CallControl:
 
     token_weights: Tensor | None
     hooks: Sequence[tuple[slice, Hook]] = ()
-    same_inputs: tuple[Tensor, Tensor] | None = None  # rows that differ, and for each of the R rows its place in these
+    first_alike: Tensor | None = None  # (R,), for each row the first one that is the same before the text is read
     seen: list[Tensor] = field(default_factory=list)
 
-    def mean(self, height: int, width: int) -> Tensor:
-        """Mean over the watched layers, (R, height, width)."""
-        return torch.stack(self.seen).mean(dim=0).unflatten(1, (height, width))
+    def mean(self, height: int, width: int) -> Tensor | None:
+        """Mean over the watched layers, (R, h/4, w/4) for latents of (height, width); None where nothing is watched."""
+        if not self.seen:
+            return None
+        return torch.stack(self.seen).mean(dim=0).unflatten(1, (height // WATCHED_FACTOR, width // WATCHED_FACTOR))
 
     def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float) -> Tensor:
         """Fused attention (R, heads, N, d), with every hook's routes before it and its changes after it."""
-        if layer.index == 0 and layer.kind == "self" and self.same_inputs is not None and not self.hooks:
+        if layer.index == 0 and layer.kind == "self" and self.first_alike is not None and not self.hooks:
             # Nothing has read the text yet: rows of the same latents and timestep are still the same.
-            distinct, row_of = self.same_inputs
-            attended = fused_attention(query[distinct], key[distinct], value[distinct], None, scale)
-            return attended[row_of]
+            attended: Tensor = attention_of_distinct_rows(query, key, value, self.first_alike, scale)
+            return attended
         attended = fused_attention(*self._routed(layer, (query, key, value)), mask, scale)
         for rows, hook in self.hooks:
             own = attended[rows]
@@ -102,6 +103,26 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     query, key, value = (pad(states, (0, VECTOR_WIDTH - width)) for states in (query, key, value))
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)[..., :width]
+
+
+@torch.library.custom_op(
+    "shardedit::attention_of_distinct_rows",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor first_alike, float scale) -> Tensor",
+)
+def attention_of_distinct_rows(query: Tensor, key: Tensor, value: Tensor, first_alike: Tensor, scale: float) -> Tensor:
+    """Fused attention (R, heads, N, d) of rows of which row r has the inputs of row `first_alike[r]`.
+
+    An operator of its own, opaque to the compiler: how many rows differ changes from call to call, and every other
+    shape stays the same.
+    """
+    distinct, place = first_alike.unique(return_inverse=True)
+    return fused_attention(query[distinct], key[distinct], value[distinct], None, scale)[place].contiguous()
+
+
+@attention_of_distinct_rows.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, first_alike: Tensor, scale: float) -> Tensor:
+    return query.new_empty(query.shape)
 
 
 class ControlledAttention:

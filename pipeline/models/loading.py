@@ -19,6 +19,7 @@ from pipeline.errors import ModelError
 from pipeline.models.allocator import keep_freed_memory
 from pipeline.models.analytic import AnalyticBackbone
 from pipeline.models.backbone import Backbone, ModelRecord
+from pipeline.models.compiling import check_compiler
 from pipeline.models.stable_diffusion import StableDiffusion
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def load_backbone(
     _refuse_what_is_unsafe(folder, config)
     if place.type == "cpu":
         keep_freed_memory()
+    if config.compile:
+        check_compiler(place)
     return _load(folder, config, revision, precision, place)
 
 
@@ -179,6 +182,7 @@ def _load(folder: Path, config: ModelConfig, revision: str, dtype: torch.dtype, 
             device=device.type,
         ),
         device=device,
+        compile_unet=config.compile,
     )
 
 

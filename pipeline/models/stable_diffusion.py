@@ -21,6 +21,7 @@ from pipeline.models.attention import (
     open_decoder_blocks,
 )
 from pipeline.models.backbone import ModelRecord
+from pipeline.models.compiling import compiled
 
 
 class StableDiffusion:
@@ -37,6 +38,7 @@ class StableDiffusion:
         schedule: NoiseSchedule,
         record: ModelRecord,
         device: torch.device,
+        compile_unet: bool = False,
     ) -> None:
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.schedule, self.record, self.device = schedule, record, device
@@ -53,6 +55,7 @@ class StableDiffusion:
         open_attention(unet)
         open_decoder_blocks(unet)
         unet.requires_grad_(False)
+        self._compiled = compiled(self._predict) if compile_unet else None
 
     @torch.no_grad()
     def encode_text(self, prompt: str) -> TextConditioning:
@@ -88,7 +91,7 @@ class StableDiffusion:
 
     def check_watchable(self, height: int, width: int) -> None:
         """See `Backbone`."""
-        if WATCHED_FACTOR not in self._watched_factors or height % WATCHED_FACTOR or width % WATCHED_FACTOR:
+        if not self._is_watchable(height, width):
             grids = ", ".join(f"{-(-height // f)}x{-(-width // f)}" for f in self._watched_factors) or "none"
             raise EditError(
                 f"attention masks are read at a quarter of the latents' side, {height / 4:g}x{width / 4:g} here, and "
@@ -96,35 +99,41 @@ class StableDiffusion:
                 f"{self.multiple} pixels, or another checkpoint"
             )
 
+    def _is_watchable(self, height: int, width: int) -> bool:
+        return WATCHED_FACTOR in self._watched_factors and not height % WATCHED_FACTOR and not width % WATCHED_FACTOR
+
     def denoise(self, call: UNetCall) -> UNetAnswer:
         """See `Backbone`."""
         with torch.set_grad_enabled(call.cotangents is not None):
             return self._denoise(call)
 
     def _denoise(self, call: UNetCall) -> UNetAnswer:
-        dtype, (height, width) = self._dtype, call.latents.shape[-2:]
+        dtype = self._dtype
         times = torch.tensor(call.timesteps, device=self.device)
-        latents = call.latents.to(self.device, dtype)
+        inputs = self._with_inpainting(call.latents.to(self.device, dtype), call.inpaint)
         embeddings = torch.stack([embedding.to(self.device) for embedding in call.embeddings])
+        watch = None if call.watch is None else call.watch.to(self.device)
+        if not call.controls and call.cotangents is None:
+            first_alike = self._first_alike(call)
+            if self._compiled is not None and watch is None and self._is_watchable(*inputs.shape[-2:]):
+                # One graph for calls that watch and calls that do not: in two, a row's last bits could differ.
+                watch = torch.zeros(embeddings.shape[:2], device=self.device)
+            output, attention = (self._compiled or self._predict)(
+                inputs, times, embeddings.to(dtype), watch, first_alike
+            )
+            noise_preds = self._noise_preds(output, call.latents, times)
+            return UNetAnswer(noise_preds=noise_preds, attention=None if call.watch is None else attention)
         if call.cotangents is not None:
             embeddings = embeddings.detach().requires_grad_()
-        control = None
-        same_inputs = self._same_inputs(call)
-        if call.watch is not None or call.controls or same_inputs is not None:
-            hooks = [(rows, control.hook(height, width, self.device)) for rows, control in call.controls]
-            control = CallControl(None if call.watch is None else call.watch.to(self.device), hooks, same_inputs)
-        self.unet.shardedit_control = control
+        height, width = inputs.shape[-2:]
+        hooks = [(rows, control.hook(height, width, self.device)) for rows, control in call.controls]
+        own = CallControl(watch, hooks)
+        self.unet.shardedit_control = own
         try:
-            output = self.unet(
-                self._with_inpainting(latents, call.inpaint),
-                times,
-                encoder_hidden_states=embeddings.to(dtype),
-                cross_attention_kwargs=None if control is None else {"control": control},
-                return_dict=False,
-            )[0].to(self._outside)
+            output = self._unet(inputs, times, embeddings.to(dtype), own)
         finally:
             self.unet.shardedit_control = None
-        noise_preds = self.schedule.to_noise_pred(output, call.latents.to(output), times)
+        noise_preds = self._noise_preds(output, call.latents, times)
         grads = None
         if call.cotangents is not None:
             rows = zip(call.cotangents, noise_preds.detach().cpu(), strict=True)
@@ -132,26 +141,46 @@ class StableDiffusion:
             (grads,) = torch.autograd.grad(noise_preds, embeddings, torch.stack(cotangents).to(noise_preds))
         return UNetAnswer(
             noise_preds=noise_preds.detach(),
-            attention=None
-            if call.watch is None or control is None
-            else control.mean(height // WATCHED_FACTOR, width // WATCHED_FACTOR),
-            seen=() if control is None else tuple(hook.answer() for _, hook in control.hooks),
+            attention=own.mean(height, width),
+            seen=tuple(hook.answer() for _, hook in hooks),
             embedding_grads=grads,
         )
 
-    def _same_inputs(self, call: UNetCall) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Which rows differ before the text is read, and which of these each row is; None where that saves nothing.
+    def _predict(
+        self, inputs: Tensor, times: Tensor, embeddings: Tensor, watch: Tensor | None, first_alike: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The UNet's output and the watched attention. What is compiled, where that is asked for: tensors alone go in
+        and come out, and their shapes are one call's."""
+        control = CallControl(watch, (), first_alike)
+        output = self._unet(inputs, times, embeddings, control)
+        return output, control.mean(*inputs.shape[-2:])
+
+    def _unet(self, inputs: Tensor, times: Tensor, embeddings: Tensor, control: CallControl) -> Tensor:
+        output: Tensor = self.unet(
+            inputs,
+            times,
+            encoder_hidden_states=embeddings,
+            cross_attention_kwargs={"control": control},
+            return_dict=False,
+        )[0]
+        return output
+
+    def _noise_preds(self, output: Tensor, latents: Tensor, times: Tensor) -> Tensor:
+        output = output.to(self._outside)
+        return self.schedule.to_noise_pred(output, latents.to(output), times)
+
+    def _first_alike(self, call: UNetCall) -> Tensor | None:
+        """For each row the first of those that are the same until the text is read; None where it is not used.
 
         Only on a CPU: there a slice's fused attention has the same bits in batches of any size, as the rows of two
         calls with different numbers of distinct rows must.
         """
-        if self.device.type != "cpu" or call.first_alike is None or call.cotangents is not None:
+        if self.device.type != "cpu" or call.inpaint is not None:
             return None
-        distinct = sorted(set(call.first_alike))
-        if len(distinct) == len(call.first_alike) or call.inpaint is not None:
-            return None
-        places = {row: place for place, row in enumerate(distinct)}
-        return torch.tensor(distinct), torch.tensor([places[row] for row in call.first_alike])
+        rows = range(len(call.timesteps))
+        alike = list(call.first_alike or rows)
+        # A compiled graph is the same one whether rows are alike or not.
+        return None if self._compiled is None and alike == list(rows) else torch.tensor(alike)
 
     def _with_inpainting(self, latents: Tensor, inpaint: Tensor | None) -> Tensor:
         """The UNet's input: latents alone, or latents, mask and masked image."""

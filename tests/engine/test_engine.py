@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from pipeline.editing.cfg import ClassifierFreeGuidance
+from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.editing.reconstruct import Reconstruct
-from pipeline.engine.calls import Denoise, EncodeText, Fork, Steps, UNetAnswer, UNetCall
+from pipeline.engine.calls import Denoise, Denoised, EncodeText, Fork, Steps, UNetAnswer, UNetCall
 from pipeline.engine.engine import Engine
 from pipeline.errors import EditError
 from pipeline.inversion.ddim import DDIMInversion
+from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.models.analytic import AnalyticBackbone
 from pipeline.records import Concept, EditRequest
 from tests.methods import BACKBONES, analytic, invert_and_edit, source, sunglasses_and_hat, tiny_sd
@@ -129,7 +131,7 @@ def asks_for(rows: int) -> Steps[int]:
     backbone = analytic()
     latents = source(backbone, 1).latents
     (prompt,) = yield EncodeText(("hat",))
-    denoised = yield Denoise(latents.expand(rows, -1, -1, -1), [401] * rows, [prompt] * rows)
+    denoised = yield Denoise(latents.expand(rows, -1, -1, -1), range(401, 401 + rows), [prompt] * rows)
     return int(denoised.noise_preds.shape[0])
 
 
@@ -155,6 +157,72 @@ def test_without_padding_no_row_is_computed_that_nobody_asked_for() -> None:
     engine = Engine(analytic(), call_size=16, pad=False)
     assert engine.run_one(asks_for(3)) == 3
     assert (engine.stats.unet_rows, engine.stats.padded_rows) == (3, 0)
+
+
+def asks_of(
+    latents: Tensor, words: Sequence[str], watch: Sequence[Sequence[int]] | None = None, timestep: int = 401
+) -> Steps[Denoised]:
+    prompts = yield EncodeText(tuple(words))
+    rows = latents.expand(len(words), -1, -1, -1)
+    return (yield Denoise(rows, [timestep] * len(words), prompts, watch))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_row_that_several_ask_for_is_computed_once_and_has_the_bits_of_each_alone(name: str) -> None:
+    backbone = BACKBONES[name]()
+    latents = source(backbone, 1).latents
+    asked: list[tuple[Sequence[str], Sequence[Sequence[int]] | None]] = [
+        (("", "hat", "dog"), ((), (1,), (1,))),
+        (("", "hat", "snow"), ((), (1,), (1,))),
+        (("", "hat"), None),  # the same predictions, but nothing watched: another row where the first watches
+        (("hat", "hat"), ((1,), (1,))),
+    ]
+
+    def all_asked() -> list[Steps[Denoised]]:
+        return [asks_of(latents, words, watch) for words, watch in asked]
+
+    together = Engine(backbone, call_size=CALL_SIZE)
+    found = {finished.index: finished.value for finished in together.run(all_asked())}
+    assert (together.stats.unet_rows, together.stats.shared_rows) == (10, 5)
+    assert together.stats.unet_calls == 1
+    for place, generator in enumerate(all_asked()):
+        alone: Denoised = Engine(backbone, call_size=CALL_SIZE).run_one(generator)
+        assert torch.equal(found[place].noise_preds, alone.noise_preds)
+        if alone.attention is None:
+            assert found[place].attention is None
+        else:
+            assert torch.equal(found[place].attention, alone.attention)
+
+
+def test_rows_that_differ_in_anything_are_not_shared() -> None:
+    latents, other = source(analytic(), 1).latents, source(analytic(), 1).latents
+    engine = Engine(analytic(), call_size=CALL_SIZE)
+    engine.run_one(asks_of(latents, ["hat", "dog"]))
+    list(engine.run([asks_of(latents, ["hat"]), asks_of(other, ["hat"])]))  # equal numbers, but not told to be
+    list(engine.run([asks_of(latents, ["hat"]), asks_of(latents, ["hat"], timestep=402)]))
+    list(engine.run([asks_of(latents, ["hat"]), asks_of(latents.transpose(-1, -2), ["hat"])]))
+    assert (engine.stats.unet_rows, engine.stats.shared_rows) == (8, 0)
+
+
+def test_four_edits_of_one_image_share_the_first_step_that_they_act_in() -> None:
+    backbone, engine = tiny_sd(), Engine(tiny_sd(), call_size=CALL_SIZE)
+    requests = [
+        EditRequest(concepts=(Concept(prompt="hat", guidance_scale=scale, warmup_steps=1), Concept(prompt="dog")))
+        for scale in (2.0, 3.0, 4.0, 5.0)
+    ]
+
+    def four() -> Steps[list[Any]]:
+        trajectory = yield from DDPMInversion(num_steps=4).invert(source(backbone, 1))
+        edits = yield Fork(tuple(LEditsPP().edit(trajectory, request) for request in requests))
+        return [trajectory, *edits]
+
+    trajectory, *edits = engine.run_one(four())
+    assert engine.stats.unet_rows == 4 + 4 * (2 + 3 * 3)
+    assert engine.stats.shared_rows == 3 * 2
+    for request, edited in zip(requests, edits, strict=True):
+        alone = Engine(backbone, call_size=CALL_SIZE).run_one(LEditsPP().edit(trajectory, request))
+        assert torch.equal(edited.latents, alone.latents)
+        assert torch.equal(edited.masks, alone.masks)
 
 
 def test_a_prompt_is_encoded_once_per_worker() -> None:
@@ -227,6 +295,23 @@ def test_a_row_that_breaks_a_call_fails_alone() -> None:
     results = list(Engine(Poisoned(bad_timestep=5), call_size=4).run(asks_at(t) for t in (4, 5, 6)))
     assert {finished.index: str(finished.error) for finished in results if finished.error} == {1: "pretended fault"}
     assert len(results) == 3
+
+
+def test_a_shared_row_that_breaks_its_call_fails_all_who_asked_and_nobody_else() -> None:
+    latents = source(analytic(), 1).latents
+
+    def both() -> Steps[int]:
+        (prompt,) = yield EncodeText(("hat",))
+        return len((yield Denoise(latents.expand(2, -1, -1, -1), [5, 6], [prompt] * 2)).noise_preds)
+
+    def asked() -> list[Steps[Any]]:
+        return [both(), asks_of(latents, ["hat"], timestep=5), asks_of(latents, ["hat"], timestep=6), both()]
+
+    for size in (1, 4):  # in calls of one row, later rows of a call that failed are still in the queue
+        results = list(Engine(Poisoned(bad_timestep=5), call_size=size).run(asked()))
+        assert sorted(finished.index for finished in results) == [0, 1, 2, 3]
+        errors = {finished.index: str(finished.error) for finished in results if finished.error}
+        assert errors == dict.fromkeys((0, 1, 3), "pretended fault")
 
 
 def test_out_of_memory_halves_the_call_until_it_fits_and_loses_no_row() -> None:
