@@ -28,6 +28,7 @@ from diffusers import (
 )
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging
 
 from pipeline.engine.engine import Engine, EngineStats
 from pipeline.errors import ModelError
@@ -183,6 +184,7 @@ class Theirs:
 
     def __init__(self, case: Case) -> None:
         warnings.simplefilter("ignore")
+        logging.disable_progress_bar()  # of a second of reading; it tears the tables
         self.case, self.pipe = case, theirs(TINY_SD, wide_unet() if case.wide else None)
         self.pictures = photographs(case.images, SIZE)
 

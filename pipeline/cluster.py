@@ -175,7 +175,7 @@ class _OnRay:
         # On the driver's own node, with which it lives and dies.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._tally = ray.remote(num_cpus=0, scheduling_strategy=here)(Tally).remote(recipe.run)
-        return pool.line()
+        return pool.line(compiles=recipe.model.compile)
 
     def _describe_model(self, call_size: int | None) -> tuple[ModelRecord, int]:
         """What workers will load, from where they will load it."""

@@ -1,6 +1,7 @@
 """The demonstration: draw a small dataset, edit it with the bundled model by the real job, and show what came out.
 
 OUTPUT/input/*.tar      drawn faces, as WebDataset shards; some bring an edit of their own
+OUTPUT/face.png         one of them, for the README's lines of Python
 OUTPUT/data/*.parquet   the results, and beside them run.json, summary.json, report.html
 OUTPUT/overview.png     input, mask and edit of a few images
 """
@@ -17,7 +18,7 @@ from pipeline.errors import SinkError
 from pipeline.evaluation.report import concept_chip
 from pipeline.evaluation.results import Result, ResultRef, RunFolder
 from pipeline.evaluation.thumbnails import SheetEntry, contact_sheet, load_mask, load_rgb
-from pipeline.models.demo.shards import write_demo_shards
+from pipeline.models.demo.shards import demo_sample, write_demo_shards
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.writing.commit import put
 from pipeline.writing.summary import Summary
@@ -76,6 +77,7 @@ def draw_input(output: Path, images: int) -> None:
     folder = output / "input"
     if not (output / "run.json").exists():
         write_demo_shards(folder, images, shard_size=SHARD_SIZE)
+        (output / "face.png").write_bytes(demo_sample(0)["png"])
         return
     there = sum(_captions_in(path) for path in folder.glob("*.tar"))
     if there != images:

@@ -67,7 +67,7 @@ class Here:
             call_size=before.call_size if before else call_size_for(recipe, backbone), threads=threads, workers=1
         )
         self._worker = Worker(recipe, self.settings, backbone)
-        return pool.line()
+        return pool.line(compiles=recipe.model.compile)
 
     def edit(self, todo: Todo, claim: Claim) -> None:
         """See `Place`."""

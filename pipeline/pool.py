@@ -41,11 +41,14 @@ class Pool:
     cpus_per_worker: float
     threads: int
 
-    def line(self) -> str:
-        """What runs without a GPU says so."""
-        if self.gpus_per_worker:
-            return ""
-        return f"no GPU in use: {self.workers} worker(s) on CPU in float32, {self.threads} thread(s) each"
+    def line(self, *, compiles: bool = False) -> str:
+        """What runs without a GPU says so, and what seems to stand still at first."""
+        said = []
+        if not self.gpus_per_worker:
+            said.append(f"no GPU in use: {self.workers} worker(s) on CPU in float32, {self.threads} thread(s) each")
+        if compiles:
+            said.append("UNet calls are compiled first (model.compile), which takes a minute or more")
+        return "; ".join(said)
 
 
 def plan_pool(run: RunConfig, have: Resources) -> Pool:

@@ -149,6 +149,7 @@ def test_the_pool_takes_what_the_cluster_has_or_can_have(
     pool = plan_pool(RunConfig(**wish), have)
     assert (pool.workers, pool.gpus_per_worker) == (workers, gpus)
     assert bool(pool.line()) == (gpus == 0)
+    assert "compiled first" in pool.line(compiles=True)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pipeline import planning, probe
+from pipeline.engine.calls import UNetCall
 from pipeline.errors import SourceError
+from pipeline.models.analytic import AnalyticBackbone
 from pipeline.models.demo.shards import write_demo_shards
 from pipeline.planning import RowCounter, plan
 from pipeline.reading.shards import Shard, shard_slug, unit_id
@@ -148,6 +151,19 @@ def test_a_slow_model_is_cut_off_and_still_gives_an_estimate(faces, monkeypatch)
     assert made.seconds > 0
     assert made.bytes_out is None
     assert any("of an image" in note for note in made.notes)
+
+
+def test_the_call_that_compiles_is_no_measure_of_a_models_speed():
+    backbone = AnalyticBackbone()
+    timed = probe.TimedBackbone(backbone, 0.0, compiles=True)
+    prompt = backbone.encode_text("hat").embedding
+    call = UNetCall(torch.zeros((1, backbone.latent_channels, 8, 8)), [401], [prompt])
+    timed.denoise(call)
+    assert timed.seconds["denoise"] == []
+    timed.denoise(call)
+    assert len(timed.seconds["denoise"]) == 1
+    with pytest.raises(probe.TimeIsUp):
+        timed.denoise(call)
 
 
 def test_nothing_to_read_is_an_error(tmp_path):
