@@ -37,7 +37,7 @@ class CallControl:
 
     token_weights: Tensor | None
     hooks: Sequence[tuple[slice, Hook]] = ()
-    first_alike: Tensor | None = None  # (R,), for each row the first one that is the same before the text is read
+    first_alike: Tensor | None = None  # (R,), the first row that is the same before the text is read; not with hooks
     seen: list[Tensor] = field(default_factory=list)
 
     def mean(self, height: int, width: int) -> Tensor | None:
@@ -48,7 +48,7 @@ class CallControl:
 
     def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float) -> Tensor:
         """Fused attention (R, heads, N, d), with every hook's routes before it and its changes after it."""
-        if layer.index == 0 and layer.kind == "self" and self.first_alike is not None and not self.hooks:
+        if layer.index == 0 and layer.kind == "self" and self.first_alike is not None:
             # Nothing has read the text yet: rows of the same latents and timestep are still the same.
             attended: Tensor = attention_of_distinct_rows(query, key, value, self.first_alike, scale)
             return attended
