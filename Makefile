@@ -9,7 +9,7 @@ IMAGES ?= 24
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench demo-score faults methods-table clean
+.PHONY: help demo test test-slow lint bench demo-score faults methods-table clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ demo: $(STAMP) ## draw a small dataset, edit it with the bundled model, write de
 # A few workers: the suite waits on subprocesses and on Ray as much as it computes. One thread each, or they fight.
 test: $(STAMP) ## run the tests (WORKERS=1 for one process)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-slow: $(STAMP) ## run the tests that take long or repeat another: before a release, not before every change
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
 
 lint: $(STAMP) ## ruff (rules and layout) and mypy
 	$(BIN)/ruff check .
