@@ -16,7 +16,7 @@ LAYERS = [
     {"engine"},
     {"models"},
     {"inversion", "editing"},
-    {"recipe"},
+    {"recipe", "explain"},
     {"reading", "evaluation.metrics"},
     {"flow"},
     {"writing"},
