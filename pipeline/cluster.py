@@ -80,6 +80,7 @@ def run(recipe: Recipe, *, progress: Display = "auto", retry_failed: bool = Fals
 def _run(recipe: Recipe, place: Place, lock: DriverLock, progress: Display, retry_failed: bool) -> Summary:
     settle_replacements(recipe.sink)
     todo = find_todo(recipe, retry_failed=retry_failed)
+    _say(todo.left_out, progress)
     clean(recipe.sink, todo.committed)
     if not todo.tasks:
         return _summary(recipe, todo, Seen())

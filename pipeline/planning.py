@@ -26,9 +26,10 @@ from pipeline.errors import RowError
 from pipeline.flow import asked_without, edit_prepared
 from pipeline.models.backbone import ModelRecord
 from pipeline.probe import PROBE_SECONDS, Probe, probe_model
+from pipeline.reading.listing import list_source
 from pipeline.reading.prepare import requests_of
 from pipeline.reading.shards import ReadTask, Shard
-from pipeline.reading.units import count_rows, list_shards, plan_reads, read_units
+from pipeline.reading.units import count_rows, plan_reads, read_units
 from pipeline.recipe import Recipe
 from pipeline.records import EditRequest, Placement, Prepared, Sample, Unreadable
 
@@ -72,13 +73,14 @@ def plan(recipe: Recipe, *, probe: bool = True) -> Plan:
         SourceError: there is nothing to read.
         ModelError: the model cannot be loaded.
     """
-    shards = list_shards(recipe.source)
+    source = list_source(recipe.source)
+    shards = source.shards
     images, images_note = count_images(shards, recipe)
     rows, complete = first_rows(shards, recipe, images)
     cost = cost_of(rows, recipe)
     scale = 1.0 if complete else images / max(len(rows), 1)
     results, unet_rows = round(cost.results * scale), round(cost.unet_rows * scale)
-    notes = [images_note, cost.note(len(rows), complete)]
+    notes = [source.note(), images_note, cost.note(len(rows), complete)]
     workers = recipe.run.workers if isinstance(recipe.run.workers, int) else max(torch.cuda.device_count(), 1)
     measured = None
     if probe:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.models.backbone import ModelRecord
+from pipeline.reading.listing import list_source
 from pipeline.reading.shards import ReadTask, Shard, shard_slug
-from pipeline.reading.units import list_shards, plan_reads
+from pipeline.reading.units import plan_reads
 from pipeline.recipe import Recipe
 from pipeline.writing.commit import Committed, committed_units
 from pipeline.writing.run_record import RunRecord, check_same_run, read_run_record, run_record
@@ -17,6 +18,7 @@ class Todo:
     """A run that is about to start, or to go on."""
 
     shards: list[Shard]
+    left_out: str  # what the source holds beside them, in a line; "" for nothing
     before: RunRecord | None  # of the run that is being continued
     committed: Committed
     units_before: int
@@ -42,7 +44,8 @@ def find_todo(recipe: Recipe, *, retry_failed: bool = False) -> Todo:
         SinkError: the sink cannot be read, or belongs to another run; lists the differences.
     """
     before = read_run_record(recipe.sink)
-    shards = list_shards(recipe.source)
+    source = list_source(recipe.source)
+    shards = source.shards
     if before is not None:
         # What the model is shows only once it is loaded: `cluster.run` looks at that later.
         same_model = ModelRecord(**before.model)
@@ -66,6 +69,7 @@ def find_todo(recipe: Recipe, *, retry_failed: bool = False) -> Todo:
     known = None if None in rows else sum(-(-count // size) for count in rows if count is not None)
     return Todo(
         shards=shards,
+        left_out=source.note(),
         before=before,
         committed=committed,
         units_before=units,

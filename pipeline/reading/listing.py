@@ -1,8 +1,13 @@
-"""List a source's shards: globs, `{0000..0099}` ranges, folders, prefixes and single files of any fsspec storage."""
+"""List a source's shards: globs, `{0000..0099}` ranges, folders, prefixes and single files of any fsspec storage.
+
+Nothing is passed over in silence: what a source holds beside its shards is counted in `Listed.left_out`, and a link to
+nothing is an error. Symbolic links are followed, so that a hub's cache (links to blobs) is a source like any other.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import posixpath
 import re
 from collections import Counter
@@ -12,10 +17,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from braceexpand import braceexpand
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import SourceError
 from pipeline.reading import parquet
 from pipeline.reading.folder import group_files
+from pipeline.reading.local import find_local, glob_local
 from pipeline.reading.rows import IMAGE_EXTENSIONS, extension, listed, readable
 from pipeline.reading.shards import Format, Shard
 from pipeline.reading.storage import open_fs, public_url, retrying, storage_errors
@@ -43,66 +50,118 @@ class _Listing:
     base: str  # URL of the folder that relative paths start from
     files: tuple[_File, ...]
     whole: bool  # whether everything below `base` is meant, not only what a wildcard or a name picks
+    left_out: Mapping[str, int]  # what for: how many
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """What a source holds."""
+
+    shards: list[Shard]  # sorted by path
+    left_out: Mapping[str, int]  # files and folders that are no part of any shard: what they are, how many
+
+    def note(self) -> str:
+        """One line about what was left out; "" where that is nothing."""
+        what = listed(f"{count:,} {kind}" for kind, count in sorted(self.left_out.items()))
+        return f"not read: {what}" if self.left_out else ""
 
 
 def list_shards(source: SourceConfig) -> list[Shard]:
-    """All shards of a source, sorted by path.
+    """All shards of a source, as `list_source` finds them."""
+    return list_source(source).shards
+
+
+def list_source(source: SourceConfig) -> Listed:
+    """All shards of a source, and what it holds beside them.
 
     A path is relative to the folder that its URL names (of a glob: the folder before the first wildcard). Where two
     URLs have equal relative paths, the folders' own names are put in front. With `format: auto` tars are taken; where
     there is none, Parquet files; else images.
 
     Raises:
-        SourceError: a bucket or folder does not exist, access is refused, or no shard is found; says what was found.
+        SourceError: a bucket or folder does not exist, access is refused, a link leads nowhere, or no shard is found;
+            says what was found.
     """
     listings = [_list_url(url, source) for url in source.shards]
     kind = _format_of(listings, source)
+    left_out = sum((Counter(listing.left_out) for listing in listings), Counter[str]())
     if kind == "folder":
-        shards = _folder_shards(listings, source)
+        shards, unused = _folder_shards(listings, source)
+        left_out.update(unused)
     else:
+        left_out.update(_others(listings, SUFFIXES[kind], "no shard"))
         shards = [
             Shard(path=readable(path), url=file.url, format=kind, size=file.size, etag=file.etag)
             for path, file in _named(listings, SUFFIXES[kind])
         ]
     if kind == "parquet":
         shards = _with_footers(shards, source)
-    return sorted(shards, key=lambda shard: shard.path)
+    return Listed(shards=sorted(shards, key=lambda shard: shard.path), left_out=dict(+left_out))
+
+
+def _others(listings: list[_Listing], suffixes: tuple[str, ...], what: str) -> Counter[str]:
+    """Files of other kinds, once each: "no shard (.json)"."""
+    urls = {file.url: file for listing in listings for file in listing.files if not _matches(file, suffixes)}
+    return Counter(f"{what} ({_suffix(file)})" for file in urls.values())
+
+
+def _suffix(file: _File) -> str:
+    return posixpath.splitext(file.relative)[1].lower() or "no extension"
 
 
 def _list_url(url: str, source: SourceConfig) -> _Listing:
+    fs, path = open_fs(url, source.storage_options)
+    literal = isinstance(fs, LocalFileSystem) and os.path.lexists(path)  # "{", "[", "*" may stand in a file's name
     try:
-        urls = list(braceexpand(url)) if "{" in url else [url]
+        urls = list(braceexpand(url)) if "{" in url and not literal else [url]
     except ValueError as error:
         raise SourceError(f"{public_url(url)} has braces that do not match. Write ranges as {{0000..0099}}") from error
-    fs, _ = open_fs(url, source.storage_options)
     paths = [open_fs(one, source.storage_options)[1] for one in urls]
-    bases, infos = [], {}
+    bases: list[str] = []
+    infos: dict[str, Any] = {}
     whole = True
     fs.invalidate_cache()  # s3fs keeps listings, and this one must be of now
     for path in paths:
         with storage_errors(fs.unstrip_protocol(path)):
-            base, found, is_whole = _list_path(fs, path)
+            base, found, is_whole = _list_path(fs, path, literal)
         bases.append(base)
         infos.update(found)
         whole = whole and is_whole and len(paths) == 1
     base = bases[0] if len(bases) == 1 else posixpath.commonpath(bases)
-    files = [_file(fs, base, path, infos[path]) for path in sorted(infos)]
-    return _Listing(url, fs.unstrip_protocol(base), tuple(file for file in files if _is_visible(file)), whole)
+    left_out = Counter[str]()
+    files = []
+    for path in sorted(infos):
+        kind = infos[path].get("type", "file")
+        if kind == "directory":  # a wildcard picks it; where it picks what is inside as well, nothing is left out
+            left_out["folder that a wildcard picks"] += not any(other.startswith(f"{path}/") for other in infos)
+            continue
+        if kind != "file":
+            left_out[kind] += 1
+            continue
+        file = _file(fs, base, path, infos[path])
+        if _is_hidden(file):
+            left_out["hidden file"] += 1
+        else:
+            files.append(file)
+    return _Listing(url, fs.unstrip_protocol(base), tuple(files), whole, left_out)
 
 
-def _list_path(fs: Any, path: str) -> tuple[str, dict[str, Any], bool]:
+def _list_path(fs: Any, path: str, literal: bool) -> tuple[str, dict[str, Any], bool]:
     """Base folder of a path, everything that it stands for, and whether that is all there is below the base."""
+    is_local = isinstance(fs, LocalFileSystem)
     for attempt in retrying():
         with attempt:
-            if wildcard := re.search(r"[*?\[]", path):
+            wildcard = None if literal else re.search(r"[*?\[]", path)
+            if wildcard and not (_is_web(fs) and wildcard.group() == "?"):  # there it begins a query
                 base = path[: wildcard.start()].rpartition("/")[0]
-                if not (found := fs.glob(path, detail=True)):
+                found = glob_local(path) if is_local else fs.glob(path, detail=True)
+                if not found:
                     fs.info(base)  # tells a folder that does not exist, or may not be read, from one without matches
                 return base, found, False
             info = fs.info(path)
             if info["type"] == "file":
                 return path.rpartition("/")[0], {path: info}, False
-            return path, fs.find(path, detail=True), True
+            return path, find_local(path) if is_local else fs.find(path, detail=True), True
     raise AssertionError("retrying ends with a result or an error")
 
 
@@ -110,14 +169,19 @@ def _file(fs: Any, base: str, path: str, info: Mapping[str, Any]) -> _File:
     etag = str(info.get("ETag") or info.get("etag") or "").strip('"')
     if not etag and "mtime" in info:  # a local file's version is when it was written
         etag = f"mtime {info['mtime']:.6f}"
-    relative = path.removeprefix(base).lstrip("/")
-    is_file = info.get("type", "file") == "file"
-    return _File(relative if is_file else "", fs.unstrip_protocol(path), int(info.get("size") or 0), etag)
+    # A signature in a web address is a credential, and no part of a shard's name.
+    relative = (path.partition("?")[0] if _is_web(fs) else path).removeprefix(base).lstrip("/")
+    return _File(relative, fs.unstrip_protocol(path), int(info.get("size") or 0), etag)
 
 
-def _is_visible(file: _File) -> bool:
-    """Whether it is a file, and neither it nor a folder on its way is hidden."""
-    return bool(file.relative) and not any(part.startswith(".") for part in file.relative.split("/"))
+def _is_web(fs: Any) -> bool:
+    protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
+    return protocol in ("http", "https")
+
+
+def _is_hidden(file: _File) -> bool:
+    """Whether it or a folder on its way below the source is hidden."""
+    return any(part.startswith(".") for part in file.relative.split("/"))
 
 
 def _matches(file: _File, suffixes: tuple[str, ...]) -> bool:
@@ -141,7 +205,7 @@ def _format_of(listings: list[_Listing], source: SourceConfig) -> Format:
     if not files:
         raise SourceError(f"{where}: no file is there. Check source.shards, or put shards there")
     looked_for = "; ".join(f"{kind}: {', '.join(suffixes[kind])}" for kind in kinds)
-    found = Counter(posixpath.splitext(file.relative)[1].lower() or "no extension" for file in files)
+    found = Counter(_suffix(file) for file in files)
     counts = listed(f"{count} x {name}" for name, count in found.most_common())
     raise SourceError(
         f"{where}: none of {len(files)} file(s) is a shard (looked for {looked_for}); found: {counts}. "
@@ -172,8 +236,8 @@ def _labels(bases: list[str]) -> list[str]:
     return ["/".join(one[common:]) for one in parts]
 
 
-def _folder_shards(listings: list[_Listing], source: SourceConfig) -> list[Shard]:
-    """One shard per base folder."""
+def _folder_shards(listings: list[_Listing], source: SourceConfig) -> tuple[list[Shard], Counter[str]]:
+    """One shard per base folder; and what belongs to no image."""
     picked: dict[str, dict[str, _File]] = {}
     around: dict[str, dict[str, _File]] = {}
     for listing in listings:
@@ -184,10 +248,13 @@ def _folder_shards(listings: list[_Listing], source: SourceConfig) -> list[Shard
             beside = _list_url(listing.base, source)
             around[listing.base].update({file.relative: file for file in beside.files})
     shards = []
+    left_out = Counter[str]()
     for base, label in zip(picked, _labels(list(picked)), strict=True):
         known = around[base]
         rows = [row for row in group_files(known, source) if row.image in picked[base]]
         used = [known[name] for row in rows for name in (row.image, row.caption, row.edit, row.mask) if name]
+        unused = picked[base].keys() - {file.relative for file in used}
+        left_out.update(f"beside no image ({_suffix(picked[base][name])})" for name in unused)
         versions = "\n".join(f"{file.relative}\t{file.size}\t{file.etag}" for file in used)
         if rows:
             shards.append(
@@ -204,7 +271,7 @@ def _folder_shards(listings: list[_Listing], source: SourceConfig) -> list[Shard
     if not shards:
         where = ", ".join(public_url(url) for url in source.shards)
         raise SourceError(f"{where}: no image is there but masks. Check source.shards, source.image and source.mask")
-    return shards
+    return shards, left_out
 
 
 def _with_footers(shards: list[Shard], source: SourceConfig) -> list[Shard]:

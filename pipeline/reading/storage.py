@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -50,6 +51,11 @@ def open_fs(url: str, storage_options: Mapping[str, Any]) -> tuple[fsspec.Abstra
         SourceError: no such kind of storage, or its package is not installed.
     """
     options = dict(storage_options)
+    scheme, separator, path = url.partition("://")
+    if not separator or scheme in ("file", "local"):
+        # Not by its URL: in a path of this machine "::" is no chain of file systems.
+        local = fsspec.filesystem("file", **options)
+        return local, os.path.abspath(os.path.expanduser(path if separator else url)).rstrip("/") or "/"
     if url.startswith(("s3://", "s3a://")):
         # Newer botocore adds checksums that not every store of this protocol knows: some refuse puts with them, some
         # answer a range with the checksum of the whole object. Manifests carry their own.

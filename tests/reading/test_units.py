@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.errors import SourceError
 from pipeline.reading import units as units_module
+from pipeline.reading.listing import list_source
 from pipeline.reading.units import ReadTask, Shard, count_rows, list_shards, plan_reads, read_units, unit_id
 from pipeline.recipe import SourceConfig
 from pipeline.records import Sample
@@ -266,3 +267,78 @@ def test_reading_twice_gives_equal_units(folder, read_all):
     first, second = read_all(source(folder)), read_all(source(folder))
     assert first == second
     assert all(isinstance(row, Sample) for unit in first for row in unit.rows)
+
+
+def left_out(*urls, **settings):
+    return dict(list_source(source(*urls, **settings)).left_out)
+
+
+def test_links_are_followed_as_in_the_cache_of_a_hub(tmp_path, folder):
+    snapshot = tmp_path / "cache" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (snapshot / "0001.tar").symlink_to("../../../a/0001.tar")
+    (snapshot / "more").symlink_to(folder / "b")
+    (snapshot / "again").symlink_to(snapshot)  # a folder inside itself ends
+    (tmp_path / "linked").symlink_to(snapshot)
+    whole = ["0001.tar", "more/0001.tar", "more/deep/x.tar"]
+    assert paths(snapshot) == paths(tmp_path / "linked") == whole
+    assert paths(snapshot / "*.tar") == ["0001.tar"]
+    assert paths(snapshot / "*" / "*.tar") == ["more/0001.tar"]
+    assert paths(tmp_path / "linked" / "0001.tar") == ["0001.tar"]
+    one = source(snapshot / "more")
+    (shard, _) = list_shards(one)
+    assert shard.size == (folder / "b" / "0001.tar").stat().st_size
+    assert count_rows(shard, one) == 3
+
+
+def test_a_link_to_nothing_is_refused_by_name(folder):
+    (folder / "a" / "0003.tar").symlink_to(folder / "gone.tar")
+    for url in (folder, folder / "a" / "*.tar", folder / "*" / "0003.tar"):
+        with pytest.raises(SourceError, match=r"a/0003\.tar is a link to .*gone\.tar, which does not exist"):
+            list_shards(source(url))
+    assert paths(folder / "b") == ["0001.tar", "deep/x.tar"]
+
+
+def test_what_stands_beside_shards_is_counted(folder):
+    (folder / "a" / "0001_stats.json").write_text("{}")
+    (folder / "a" / "t.parquet").write_bytes(b"x")
+    (folder / "a" / ".hidden.tar").write_bytes(b"x")
+    (folder / "a" / ".git").mkdir()
+    os.mkfifo(folder / "a" / "pipe.tar")
+    assert left_out(folder / "b") == {}
+    assert left_out(folder / "a", folder / "b") == {
+        "no shard (.json)": 1,
+        "no shard (.parquet)": 1,
+        "hidden file": 1,
+        "hidden folder": 1,
+        "neither file nor folder": 1,
+    }
+    assert left_out(folder / "b" / "*") == {"folder that a wildcard picks": 1}
+    assert left_out(folder / "b" / "**") == {}
+    listed = list_source(source(folder / "b" / "*"))
+    assert listed.note() == "not read: 1 folder that a wildcard picks"
+
+
+def test_names_with_the_letters_of_wildcards_are_names_where_such_a_file_is(tmp_path, tar_bytes, samples):
+    for name in ("a[1].tar", "b*.tar", "c{1..2}.tar", "d?.tar", "e::f.tar"):
+        (tmp_path / "odd {x} [y]").mkdir(exist_ok=True)
+        (tmp_path / "odd {x} [y]" / name).write_bytes(tar_bytes(samples(2)))
+    names = ["a[1].tar", "b*.tar", "c{1..2}.tar", "d?.tar", "e::f.tar"]
+    assert paths(tmp_path / "odd {x} [y]") == names
+    for name in names:
+        one = source(tmp_path / "odd {x} [y]" / name)
+        (shard,) = list_shards(one)
+        assert (shard.path, count_rows(shard, one)) == (name, 2)
+
+
+def test_images_of_a_folder_and_their_sidecars_may_be_links_and_what_belongs_to_none_is_counted(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "in").mkdir()
+    for name in ("cat.png", "cat.txt"):
+        (tmp_path / "blobs" / name).write_bytes(b"x")
+        (tmp_path / "in" / name).symlink_to(f"../blobs/{name}")
+    (tmp_path / "in" / "dog.txt").write_bytes(b"x")
+    listed = list_source(source(tmp_path / "in"))
+    (shard,) = listed.shards
+    assert [(row.image, row.caption) for row in shard.files] == [("cat.png", "cat.txt")]
+    assert listed.left_out == {"beside no image (.txt)": 1}

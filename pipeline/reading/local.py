@@ -1,0 +1,79 @@
+"""Files of this machine, listed with symbolic links followed; fsspec's own listing passes over them."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from typing import Any
+
+from fsspec.utils import glob_translate
+
+from pipeline.errors import SourceError
+
+
+def find_local(root: str) -> dict[str, dict[str, Any]]:
+    """What stands below a folder but folders, {path: type, size, mtime}, as `fsspec` tells it; links are followed.
+
+    A hidden folder stands for all that is in it.
+
+    Raises:
+        OSError: a folder cannot be listed.
+        SourceError: a link leads nowhere.
+    """
+    return {path: info for path, info in _walk(root, None) if info["type"] != "directory"}
+
+
+def glob_local(pattern: str) -> dict[str, dict[str, Any]]:
+    """What a pattern picks, files and folders, in the same form. `**` stands for any number of folders.
+
+    Raises:
+        OSError: a folder cannot be listed.
+        SourceError: a link that the pattern picks leads nowhere.
+    """
+    wildcard = re.search(r"[*?\[]", pattern)
+    assert wildcard, "a pattern has a wildcard"
+    root = pattern[: wildcard.start()].rpartition("/")[0]
+    if not os.path.isdir(root or "/"):
+        return {}
+    matches = re.compile(glob_translate(pattern)).match
+    depth = None if "**" in pattern else pattern[len(root) :].rstrip("/").count("/")
+    return dict(_walk(root or "/", depth, matches))
+
+
+def _walk(root: str, depth: int | None, matches: Any = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Files and folders at most `depth` levels below `root`. A folder that is inside itself, by a link, is left."""
+    pending = [(root.rstrip("/"), depth, frozenset({_identity(os.stat(root))}))]
+    while pending:
+        folder, left, above = pending.pop()
+        with os.scandir(folder or "/") as entries:
+            for entry in entries:
+                path = f"{folder}/{entry.name}"
+                picked = matches is None or matches(path)
+                try:
+                    found = entry.stat()  # of what a link leads to
+                except FileNotFoundError as error:
+                    if not entry.is_symlink():
+                        continue  # removed while the folder was listed
+                    if picked and not entry.name.startswith("."):
+                        raise SourceError(
+                            f"{path} is a link to {os.readlink(path)}, which does not exist. Restore what it leads to, "
+                            "or remove the link"
+                        ) from error
+                    continue
+                kind = _kind(entry.name, found.st_mode)
+                if picked:
+                    yield path, {"name": path, "type": kind, "size": found.st_size, "mtime": found.st_mtime}
+                if kind == "directory" and _identity(found) not in above and (left is None or left > 1):
+                    pending.append((path, None if left is None else left - 1, above | {_identity(found)}))
+
+
+def _kind(name: str, mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "hidden folder" if name.startswith(".") else "directory"
+    return "file" if stat.S_ISREG(mode) else "neither file nor folder"
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
