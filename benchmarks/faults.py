@@ -432,7 +432,7 @@ def disturb(bench: Bench, name: str, place: str, faults: tuple[str, ...], rng: r
         "findings": [f"{finding.kind}: {finding.path}" for finding in verdict.findings],
         "verified": verdict.clean,
     }
-    if first is None or second != 3:
+    if first is None or second != 0:
         row["log"] = (run.notes / "log").read_text(errors="replace")[-4000:]
     shutil.rmtree(run.out, ignore_errors=True)
     return row
@@ -456,7 +456,7 @@ def calm_run(bench: Bench, place: str) -> None:
     started = time.monotonic()
     code = finish(run.start(), [])
     bench.calm_seconds[place] = time.monotonic() - started
-    if code != 3 or results(run.out) != asked(shards=SHARDS, rows=ROWS):
+    if code != 0 or results(run.out) != asked(shards=SHARDS, rows=ROWS):
         raise SystemExit(f"the undisturbed run on {place} failed ({code}):\n{(run.notes / 'log').read_text()}")
     written = contents(run.out)
     if bench.calm.setdefault(storage_of(place), written) != written:
@@ -486,8 +486,8 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
             kind,
             place,
             str(len(ours)),
-            str(sum(row["first_exit"] == 3 for row in ours)),
-            str(sum(row["rerun_exit"] == 3 and row["bytes_equal"] and row["verified"] for row in ours)),
+            str(sum(row["first_exit"] == 0 for row in ours)),
+            str(sum(row["rerun_exit"] == 0 and row["bytes_equal"] and row["verified"] for row in ours)),
             str(sum(row["lost"] for row in ours)),
             str(sum(row["doubled"] for row in ours)),
             f"{sum(row['recomputed'] for row in ours) / len(ours):.1f} of {SHARDS * ROWS}",

@@ -1,7 +1,8 @@
 """The command `shardedit`. Parses, calls, prints, and turns errors into exit codes; the work is done elsewhere.
 
 Torch and Ray take seconds to import: what needs them is imported by the command that does, so that help is instant.
-Exit codes: 0 clean, 1 failed or stopped early, 2 a recipe that cannot work, 3 done with failed rows, 130 interrupted.
+Exit codes: 0 done, 1 failed or stopped early, 2 a recipe that cannot work, 3 done with failed results under --strict,
+130 interrupted. docs/commands.md says them all.
 """
 
 from __future__ import annotations
@@ -117,6 +118,9 @@ def edit(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Edit units with failed results again; good rows keep their bytes.")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="End with exit code 3 where any result failed, not only too many.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Edit every image of a dataset. The same command goes on where an earlier one stopped."""
@@ -127,8 +131,8 @@ def edit(
         # Only a recipe that can work pays for starting Ray.
         from pipeline.cluster import run
 
-        summary = run(recipe, retry_failed=retry_failed)
-        show_summary(summary, recipe.sink)
+        summary = run(recipe, retry_failed=retry_failed, strict=strict)
+        show_summary(summary, recipe)
         raise typer.Exit(summary.exit_code)
 
 
@@ -244,7 +248,7 @@ def demo(
         summary = run_demo(output, images)
         if summary.units_now == 0:
             out.print("Nothing left to do: everything that the demo asks for is there.")
-        show_summary(summary, demo_recipe(output).sink)
+        show_summary(summary, demo_recipe(output))
         out.print(f"Open {output / 'report.html'} in a browser, or look at {output / 'overview.png'}.", markup=False)
         raise typer.Exit(summary.exit_code)
 

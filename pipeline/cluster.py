@@ -30,7 +30,7 @@ from pipeline.errors import ClusterError, RunAborted, ShardeditError, SinkError
 from pipeline.local import Here, Place
 from pipeline.models.backbone import ModelRecord
 from pipeline.pool import IO_CPUS, Resources, WorkerSettings, plan_pool
-from pipeline.progress import Display, Seen, Tally, Watch
+from pipeline.progress import Display, Seen, Tally, Watch, over_budget
 from pipeline.reading.shards import ReadTask, shard_slug
 from pipeline.reading.storage import describe
 from pipeline.reading.units import read_units
@@ -57,33 +57,39 @@ RESTARTS = 20
 STALLED_AFTER_S = 2 * 3600.0  # nothing moved: GPU nodes may take long to come, and a first model to download
 
 
-def run(recipe: Recipe, *, progress: Display = "auto", retry_failed: bool = False) -> Summary:
+def run(recipe: Recipe, *, progress: Display = "auto", retry_failed: bool = False, strict: bool = False) -> Summary:
     """Edit everything that the recipe asks for and that is not committed yet; then write summary.json and report.html.
 
     Args:
         recipe: the run. `run.engine` decides between one process and Ray; both write the same bytes.
         progress: a bar, lines, neither, or what fits the terminal.
         retry_failed: edit units with failures again as well; what comes out replaces their earlier commits.
+        strict: failed results within the error budget give the summary's exit code 3 instead of 0.
 
     Raises:
         SourceError: there is nothing to read.
         SinkError: nothing can be written, or the folder belongs to another run.
         ModelError: the checkpoint cannot be used.
         ClusterError: the cluster lacks what the recipe asks for, or failed.
-        RunAborted: an error budget was spent; what is committed stays.
+        RunAborted: an error budget was spent, on the way or in the end; what is committed stays.
     """
     place: Place = Here(recipe) if recipe.run.engine == "local" else _OnRay(recipe)
     with DriverLock(recipe.sink, on_lost=place.stop, notify=lambda text: _say(text, progress)) as lock:
-        return _run(recipe, place, lock, progress, retry_failed)
+        summary = _run(recipe, place, lock, progress, retry_failed, strict)
+    if summary.outcome == "over the error budget":  # too few units to be judged on the way, or a lower budget since
+        raise RunAborted(over_budget(recipe.run, summary.planned, summary.failed))
+    return summary
 
 
-def _run(recipe: Recipe, place: Place, lock: DriverLock, progress: Display, retry_failed: bool) -> Summary:
+def _run(
+    recipe: Recipe, place: Place, lock: DriverLock, progress: Display, retry_failed: bool, strict: bool
+) -> Summary:
     settle_replacements(recipe.sink)
     todo = find_todo(recipe, retry_failed=retry_failed)
     _say(todo.left_out, progress)
     clean(recipe.sink, todo.committed)
     if not todo.tasks:
-        return _summary(recipe, todo, Seen())
+        return _summary(recipe, todo, Seen(), strict)
     try:
         _say(place.open(todo.before), progress)
         _record(recipe, todo, place)
@@ -102,11 +108,11 @@ def _run(recipe: Recipe, place: Place, lock: DriverLock, progress: Display, retr
             except BaseException:  # Ctrl-C as well: what is committed by then is worth its summary
                 try:
                     if not lock.lost:
-                        _summary(recipe, todo, place.seen())
+                        _summary(recipe, todo, place.seen(), strict)
                 except SinkError as error:  # most likely what ended the run
                     log.warning("no summary was written: %s", error)
                 raise
-        return _summary(recipe, todo, place.seen())
+        return _summary(recipe, todo, place.seen(), strict)
     finally:
         place.close()
 
@@ -128,11 +134,17 @@ def _record(recipe: Recipe, todo: Todo, place: Place) -> None:
         log.warning("other versions than the run began with, bits may differ: %s", difference)
 
 
-def _summary(recipe: Recipe, todo: Todo, seen: Seen) -> Summary:
+def _summary(recipe: Recipe, todo: Todo, seen: Seen, strict: bool) -> Summary:
     from pipeline.evaluation.report import write_report
 
     fold_finished_shards(recipe.sink)
-    summary = summarise(committed_units(recipe.sink), todo.shards, units_now=seen.units)
+    summary = summarise(
+        committed_units(recipe.sink),
+        todo.shards,
+        units_now=seen.units,
+        max_failed_fraction=recipe.run.max_failed_fraction,
+        strict=strict,
+    )
     write_summary(summary, recipe.sink)
     write_report(recipe.sink)
     return summary

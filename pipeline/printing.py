@@ -12,7 +12,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from pipeline.planning import Plan
-    from pipeline.recipe import SinkConfig
+    from pipeline.recipe import Recipe
     from pipeline.status import Status
     from pipeline.verify import Verdict
     from pipeline.writing.summary import Summary
@@ -27,17 +27,19 @@ def say_error(text: str) -> None:
     err.print(text, markup=False)
 
 
-def show_summary(summary: Summary, sink: SinkConfig) -> None:
+def show_summary(summary: Summary, recipe: Recipe) -> None:
     """The end of a run, as a person reads it."""
     from pipeline.evaluation.report import count, size_text
     from pipeline.reading.storage import public_url
 
-    folder = public_url(sink.folder).rstrip("/")
+    folder = public_url(recipe.sink.folder).rstrip("/")
     rows = {
         "done": f"{summary.done:,} of {count(summary.planned, 'result')} from {count(summary.images, 'image')}",
-        "failed": f"{summary.failed:,}" if summary.failed else "none",
+        "failed": "none",
     }
     if summary.failed:
+        budget = f"run.max_failed_fraction {recipe.run.max_failed_fraction:g}"
+        rows["failed"] = f"{summary.failed:,} of {summary.planned:,}, within the error budget ({budget})"
         rows["  by stage"] = counted(summary.failed_by_stage)
         rows["  by reason"] = counted(summary.failed_by_class)
         rows["  kept in"] = f"{folder}/quarantine"

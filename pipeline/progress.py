@@ -80,16 +80,21 @@ class Tally:
                 "run.max_consecutive_failed_units sets how many may"
             )
         if units >= run.max_consecutive_failed_units and failed > run.max_failed_fraction * asked:
-            return (
-                f"{failed} of {asked} results failed, more than run.max_failed_fraction {run.max_failed_fraction:g}. "
-                "Look at stage and message in quarantine/, and raise the fraction if that is as it should be"
-            )
+            return over_budget(run, asked, failed)
         return ""
 
     def seen(self) -> Seen:
         """The counts so far."""
         with self._lock:
             return self._seen
+
+
+def over_budget(run: RunConfig, asked: int, failed: int) -> str:
+    """Why too large a share of failed results is an error."""
+    return (
+        f"{failed} of {asked} results failed, more than run.max_failed_fraction {run.max_failed_fraction:g}. "
+        "Look at stage and message in quarantine/, and raise the fraction if that is as it should be"
+    )
 
 
 class Watch:

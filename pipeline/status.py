@@ -68,7 +68,9 @@ def status(sink: SinkConfig, record: RunRecord) -> Status:
         shards_done=len(whole),
         planned=totals.asked if complete else _estimate(record, whole, asked),
         planned_is_estimate=not complete,
-        so_far=totals.summary(complete=complete, units_now=0),
+        so_far=totals.summary(
+            complete=complete, units_now=0, max_failed_fraction=record.recipe["run"]["max_failed_fraction"]
+        ),
         worst_shards=tuple((shard, count, first_file[shard]) for shard, count in worst),
         failures=tuple(_failures(sink, [first_file[shard] for shard, _ in worst])),
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 from pipeline.reading.shards import Shard, shard_slug
 from pipeline.reading.storage import open_fs
@@ -14,6 +15,14 @@ from pipeline.writing.commit import Committed, put
 from pipeline.writing.manifest import Manifest
 
 SUMMARY_FILE = "summary.json"
+Outcome = Literal["complete", "complete with failures", "over the error budget", "stopped early"]
+EXIT_CODES: dict[Outcome, int] = {
+    "complete": 0,
+    "complete with failures": 0,  # within the budget: schedulers call a job with any other code a failed one
+    "over the error budget": 1,
+    "stopped early": 1,
+}
+STRICT_EXIT_CODE = 3  # of "complete with failures", where the caller asked for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,40 +46,37 @@ class Summary:
     worker_seconds: float
     unet_rows: int
     output_bytes: int  # of data/ and quarantine/
-    failed_by_stage: dict[str, int] = field(default_factory=dict)
-    failed_by_class: dict[str, int] = field(default_factory=dict)
-    exit_code: int = 0  # 0 clean, 3 done with failures, 1 stopped early
-
-    def lines(self) -> list[str]:
-        """The summary as a person reads it."""
-        rate = f"{self.images_per_second:.2f} images/s" if self.images_per_second else "no rate"
-        text = [
-            f"{self.done} of {self.planned} results done, {self.failed} failed; {self.images} images in "
-            f"{self.units} units ({self.units_now} now)",
-            f"{rate}, {self.unet_rows} UNet rows, {self.output_bytes / 1e6:.1f} MB written",
-        ]
-        if self.failed:
-            kinds = [*self.failed_by_stage.items(), *self.failed_by_class.items()]
-            text.append("failed: " + ", ".join(f"{name} {count}" for name, count in kinds) + " (see quarantine/)")
-        if not self.complete:
-            text.append("stopped early: the same command goes on from here")
-        return text
+    failed_by_stage: dict[str, int]
+    failed_by_class: dict[str, int]
+    outcome: Outcome
+    exit_code: int  # of the command
 
 
-def summarise(manifests: Iterable[Manifest], shards: Iterable[Shard], *, units_now: int) -> Summary:
+def summarise(
+    manifests: Iterable[Manifest],
+    shards: Iterable[Shard],
+    *,
+    units_now: int,
+    max_failed_fraction: float,
+    strict: bool = False,
+) -> Summary:
     """Add manifests up.
 
     Args:
         manifests: of all committed units; drawn once, none is kept.
         shards: the input. The run is complete where each has all of its units committed.
         units_now: units that this run of the command has committed.
+        max_failed_fraction: of all results asked for; more is over the error budget.
+        strict: any failed result gives another exit code than 0.
     """
     committed, totals = Committed(), Totals()
     for manifest in manifests:
         committed.add(manifest)
         totals.add(manifest)
     complete = all(committed.has_whole_shard(shard_slug(shard.path)) for shard in shards)
-    return totals.summary(complete=complete, units_now=units_now)
+    return totals.summary(
+        complete=complete, units_now=units_now, max_failed_fraction=max_failed_fraction, strict=strict
+    )
 
 
 class Totals:
@@ -104,9 +110,14 @@ class Totals:
         self._worker_seconds += measured.worker_seconds
         self._seconds += measured.worker_seconds / measured.workers
 
-    def summary(self, *, complete: bool, units_now: int) -> Summary:
+    def summary(self, *, complete: bool, units_now: int, max_failed_fraction: float, strict: bool = False) -> Summary:
         """What was added, as a summary."""
         sums, seconds = self._sums, self._seconds
+        outcome: Outcome = "complete with failures" if sums["failed"] else "complete"
+        if sums["failed"] > max_failed_fraction * sums["asked"]:
+            outcome = "over the error budget"
+        if not complete:
+            outcome = "stopped early"
         return Summary(
             planned=sums["asked"],
             done=sums["ok"],
@@ -123,7 +134,8 @@ class Totals:
             output_bytes=sums["bytes"],
             failed_by_stage=dict(sorted(self._stages.items())),
             failed_by_class=dict(sorted(self._classes.items())),
-            exit_code=1 if not complete else 3 if sums["failed"] else 0,
+            outcome=outcome,
+            exit_code=STRICT_EXIT_CODE if strict and outcome == "complete with failures" else EXIT_CODES[outcome],
         )
 
 
