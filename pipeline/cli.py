@@ -8,6 +8,7 @@ Exit codes: 0 done, 1 failed or stopped early, 2 a recipe that cannot work, 3 do
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from rich.table import Table
 
 import pipeline
 from pipeline.errors import ShardeditError
-from pipeline.printing import out, say_error, show_plan, show_status, show_summary, show_verdict
+from pipeline.printing import PlainFormatter, out, say_error, show_plan, show_status, show_summary, show_verdict
 
 INTERRUPTED = 130  # what shells expect of a command that Ctrl-C ended
 
@@ -77,7 +78,7 @@ def reported(debug: bool) -> Iterator[None]:
 
 def shown_traceback() -> str:
     """The traceback of the error at hand; addresses in it carry no credentials."""
-    from pipeline.reading.storage import without_credentials
+    from pipeline.showing import without_credentials
 
     return without_credentials(traceback.format_exc())
 
@@ -297,6 +298,8 @@ def defaults_of(method: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
+    if logging.lastResort is not None:  # prints warnings where nobody has set up logging
+        logging.lastResort.setFormatter(PlainFormatter())
     app(args=None if arguments is None else list(arguments))
 
 

@@ -32,9 +32,9 @@ from pipeline.models.backbone import ModelRecord
 from pipeline.pool import IO_CPUS, Resources, WorkerSettings, plan_pool
 from pipeline.progress import Display, Seen, Tally, Watch, over_budget
 from pipeline.reading.shards import ReadTask, shard_slug
-from pipeline.reading.storage import describe
 from pipeline.reading.units import read_units
 from pipeline.recipe import Recipe, SinkConfig, SourceConfig
+from pipeline.showing import describe, printable
 from pipeline.todo import Todo, find_todo
 from pipeline.writing.cleaning import clean
 from pipeline.writing.commit import Committed, commit, committed_units
@@ -119,7 +119,7 @@ def _run(
 
 def _say(text: str, progress: Display) -> None:
     if text and progress != "off":
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def _record(recipe: Recipe, todo: Todo, place: Place) -> None:

@@ -5,10 +5,14 @@ Torch and Ray take seconds to import: what needs them is imported in the functio
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from pipeline.showing import printable, without_credentials
 
 if TYPE_CHECKING:
     from pipeline.planning import Plan
@@ -17,9 +21,26 @@ if TYPE_CHECKING:
     from pipeline.verify import Verdict
     from pipeline.writing.summary import Summary
 
+
+class PlainConsole(Console):
+    """A console that shows strangers' control characters as escapes, wherever a text comes from."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A text as it is to be shown."""
+        return super().render_str(printable(text), **options)
+
+
+class PlainFormatter(logging.Formatter):
+    """The same for what is logged, tracebacks included; addresses in it carry no credentials."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A record as it is to be shown."""
+        return printable(without_credentials(super().format(record)))
+
+
 # Addresses and paths are copied from the terminal: nothing is wrapped or coloured inside a line of them.
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = PlainConsole(highlight=False, soft_wrap=True)
+err = PlainConsole(stderr=True, highlight=False, soft_wrap=True)
 
 
 def say_error(text: str) -> None:
@@ -30,7 +51,7 @@ def say_error(text: str) -> None:
 def show_summary(summary: Summary, recipe: Recipe) -> None:
     """The end of a run, as a person reads it."""
     from pipeline.evaluation.report import count, size_text
-    from pipeline.reading.storage import public_url
+    from pipeline.showing import public_url
 
     folder = public_url(recipe.sink.folder).rstrip("/")
     rows = {

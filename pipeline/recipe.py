@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import or_
@@ -41,6 +42,7 @@ from pipeline.inversion import INVERSIONS
 from pipeline.inversion.base import Inversion
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.records import EditRequest
+from pipeline.showing import public_url
 
 if TYPE_CHECKING:
     AnyInversion = Inversion
@@ -198,6 +200,8 @@ class Recipe(Section):
     def result_settings(self) -> dict[str, Any]:
         """The settings that decide what a run writes: a rerun with others is another run."""
         data = json.loads(self.canonical_json())
+        # A presigned address is another one tomorrow; the run is the same.
+        data["source"]["shards"] = [public_url(url) for url in data["source"]["shards"]]
         for section, keys in {
             "sink": ("folder",),
             "run": ("engine", "workers", "gpus_per_worker", "images_in_flight", "max_failed_fraction"),
@@ -292,8 +296,6 @@ def _one_edit(value: Any, name: str, where: str) -> EditRequest:
 
 
 def _checked_name(name: Any, where: str) -> str:
-    import re
-
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_+-]{0,63}", name):
         raise PrepareError(
             f"{where} has the key {name!r}, which is neither a field of an edit request "
@@ -339,22 +341,30 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except OSError as error:
         raise RecipeError(where, [("recipe", f"cannot be read: {error.strerror}. Check the path")]) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(where, [("recipe", f"is not YAML: {error}")]) from error
+        raise RecipeError(where, [("recipe", f"is not YAML{yaml_problem(error)}")]) from None
     if not isinstance(data, dict):
         data = {} if data is None else data
-    for override in overrides:
-        _apply(data, override, where)
+    for number, override in enumerate(overrides, 1):
+        _apply(data, override, number, where)
     return recipe_from(data, where)
 
 
-def _apply(data: Any, override: str, where: str) -> None:
+def yaml_problem(error: Exception) -> str:
+    """Where a text stops being YAML, and why. The line itself is not repeated: it may hold a secret."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or type(error).__name__
+    at = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+    without_quotes = re.sub(r"'[^']{2,}'", "...", problem)
+    return f"{at}: {without_quotes}"
+
+
+def _apply(data: Any, override: str, number: int, where: str) -> None:
     path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise RecipeError(where, [(override, "an override is written section.key=value")])
+    if not equals or not path:  # what was typed may be a secret on its own
+        raise RecipeError(where, [(f"override {number}", "is not written section.key=value")])
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(where, [(path, f"the override's value is not YAML: {error}")]) from error
+        raise RecipeError(where, [(path, f"the override's value is not YAML{yaml_problem(error)}")]) from None
     *parents, last = path.split(".")
     node = data
     for part in parents:

@@ -21,11 +21,12 @@ from pipeline.evaluation.results import tar_samples
 from pipeline.flow import edit_rows, outcome_of
 from pipeline.models.loading import load_backbone
 from pipeline.reading.shards import Shard
-from pipeline.reading.storage import open_fs, public_url
+from pipeline.reading.storage import open_fs
 from pipeline.reading.units import list_shards, plan_reads, read_units
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.records import Decoded, Rejected, Sample, Unreadable
 from pipeline.runs import Run
+from pipeline.showing import public_url
 from pipeline.writing.commit import committed_units, get
 from pipeline.writing.manifest import Manifest
 from pipeline.writing.parquet import render_parquet

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import SinkError
-from pipeline.reading.storage import public_url
 from pipeline.recipe import SinkConfig, load_recipe
+from pipeline.showing import public_url
 from pipeline.writing.run_record import RunRecord, read_run_record
 
 

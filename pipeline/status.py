@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.reading.shards import shard_slug
-from pipeline.reading.storage import open_fs, public_url
+from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
+from pipeline.showing import public_url
 from pipeline.writing.commit import Committed, committed_units, read_part
 from pipeline.writing.manifest import Manifest
 from pipeline.writing.run_record import RunRecord

@@ -25,8 +25,9 @@ from PIL import Image
 
 from pipeline.evaluation.results import tar_samples
 from pipeline.reading.shards import shard_slug
-from pipeline.reading.storage import describe, open_fs, retrying
+from pipeline.reading.storage import open_fs, retrying
 from pipeline.recipe import SinkConfig
+from pipeline.showing import describe
 from pipeline.writing.commit import Committed, committed_units, get, is_temporary, remove
 from pipeline.writing.lock import DriverLock
 from pipeline.writing.manifest import FileRecord, Manifest, manifest_path, shard_path, split_unit_id

@@ -11,8 +11,11 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import urllib.parse
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,9 @@ import yaml
 from pipeline import cluster
 from pipeline.errors import RecipeError
 from pipeline.models.loading import load_backbone
-from pipeline.reading.storage import describe, public_url, source_error
+from pipeline.reading.storage import source_error
 from pipeline.recipe import ModelConfig, load_recipe, recipe_from
+from pipeline.showing import describe, public_url
 from tests.checkpoints import change, refused
 from tests.runs import png, recipe_data, write_shards
 
@@ -322,6 +326,26 @@ def test_credentials_in_an_address_are_printed_by_no_error(tmp_path: Path, url: 
     code, printed = command(tmp_path / "run", recipe_data(address, tmp_path / "out", engine="local"), "edit")
     assert code == 1, printed
     assert_no_trace(printed, tmp_path / "run" / "temporary")
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+def test_a_presigned_address_is_read_and_its_signature_stands_nowhere(tmp_path: Path) -> None:
+    write_shards(tmp_path / "in", shards=2, rows=2)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path / "in"))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        names = sorted(path.name for path in (tmp_path / "in").iterdir())
+        signed = [f"http://127.0.0.1:{server.server_port}/{name}?X-Amz-Signature=PLANTED-token-4713" for name in names]
+        data = recipe_data("", tmp_path / "out", engine="local")
+        data["source"]["shards"] = signed
+        code, printed = command(tmp_path / "run", data, "edit")
+        server.shutdown()
+    assert code in (0, 3), printed
+    assert_no_trace(printed, tmp_path / "out", tmp_path / "run" / "temporary")
+    assert [path for path, *_ in json.loads((tmp_path / "out" / "run.json").read_text())["input"]] == names
 
 
 def test_a_misspelt_recipe_does_not_repeat_its_storage_options(tmp_path: Path) -> None:

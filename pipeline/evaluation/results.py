@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import SinkError
 from pipeline.evaluation.metrics import NAMES
-from pipeline.reading.storage import open_fs, public_url
+from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
+from pipeline.showing import public_url
 from pipeline.writing.commit import committed_units, get, read_part
 from pipeline.writing.manifest import Manifest
 

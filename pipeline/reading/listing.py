@@ -25,8 +25,9 @@ from pipeline.reading.folder import group_files
 from pipeline.reading.local import find_local, glob_local
 from pipeline.reading.rows import IMAGE_EXTENSIONS, extension, listed, readable
 from pipeline.reading.shards import Format, Shard
-from pipeline.reading.storage import open_fs, public_url, retrying, storage_errors
+from pipeline.reading.storage import open_fs, retrying, storage_errors
 from pipeline.recipe import SourceConfig
+from pipeline.showing import public_url
 
 SUFFIXES: dict[Format, tuple[str, ...]] = {"webdataset": (".tar", ".tar.gz", ".tgz"), "parquet": (".parquet",)}
 FOOTER_READERS = 16  # Parquet footers that are read at a time
@@ -224,7 +225,11 @@ def _named(listings: list[_Listing], suffixes: tuple[str, ...]) -> list[tuple[st
     relatives = Counter(file.relative for _, file in distinct.values())
     if max(relatives.values()) == 1:
         return [(file.relative, file) for _, file in distinct.values()]
-    return [(posixpath.join(label, file.relative), file) for label, file in distinct.values()]
+    named = [(posixpath.join(label, file.relative), file) for label, file in distinct.values()]
+    path, count = Counter(path for path, _ in named).most_common(1)[0]
+    if count > 1:  # web addresses that differ in their queries alone
+        raise SourceError(f"{count} addresses in source.shards have the name {path}. Name each file once")
+    return named
 
 
 def _labels(bases: list[str]) -> list[str]:

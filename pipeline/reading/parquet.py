@@ -27,9 +27,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.reading.rows import Names, RowProblemError, damaged_row, listed, split_edits, unreadable
-from pipeline.reading.storage import describe
 from pipeline.recipe import SourceConfig
 from pipeline.records import Sample, Unreadable
+from pipeline.showing import describe
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "img", "image_bytes", "input_image", "input")
 KEY_COLUMNS = ("__key__", "id", "key")

@@ -1,9 +1,8 @@
-"""Open storage by URL, retry what may pass, and name errors without giving away credentials."""
+"""Open storage by URL, retry what may pass, and say what a store's error means to the user."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,10 +11,13 @@ import fsspec
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from pipeline.errors import ShardeditError, SourceError
+from pipeline.showing import describe, has_password, public_url
 
 ATTEMPTS = 5
 FIRST_WAIT = 0.5  # seconds; doubles with every attempt, plus up to a second of jitter
 LONGEST_WAIT = 20.0  # seconds
+
+WITH_PASSWORD = ("ftp://", "sftp://", "ssh://", "http://", "https://", "smb://", "webdav")  # may stand in the address
 
 # No second attempt changes these: nothing is there, access is refused, or the disk is full.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
@@ -50,6 +52,12 @@ def open_fs(url: str, storage_options: Mapping[str, Any]) -> tuple[fsspec.Abstra
     Raises:
         SourceError: no such kind of storage, or its package is not installed.
     """
+    if has_password(url) and not url.startswith(WITH_PASSWORD):
+        raise SourceError(
+            f"the address {public_url(url)} was given with a user and a password, which this kind of storage does not "
+            "read from there. Put them into the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or into "
+            "storage_options"
+        )
     options = dict(storage_options)
     scheme, separator, path = url.partition("://")
     if not separator or scheme in ("file", "local"):
@@ -69,26 +77,6 @@ def open_fs(url: str, storage_options: Mapping[str, Any]) -> tuple[fsspec.Abstra
     except (ValueError, ImportError) as error:
         raise SourceError(f"{public_url(url)} cannot be opened: {describe(error)}") from error
     return fs, root.rstrip("/") or root
-
-
-def public_url(url: str) -> str:
-    """The URL without user, password and web query, which may hold credentials or a signature."""
-    url = re.sub(r"//[^/@\s]*@", "//", url)
-    # In a path of another kind of storage a question mark is a glob's.
-    return url.partition("?")[0] if url.startswith(("http://", "https://")) else url
-
-
-def describe(error: BaseException) -> str:
-    """An error in one line, without credentials, queries or memory addresses."""
-    text = without_credentials(" ".join(str(error).split()))
-    text = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>|0x[0-9a-fA-F]{6,}", "(object)", text)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def without_credentials(text: str) -> str:
-    """A text whose addresses have neither user, password nor web query."""
-    text = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\")]*", r"\1", text)
-    return re.sub(r"//[^/@\s]+@", "//", text)
 
 
 def is_transient(error: BaseException) -> bool:

@@ -17,9 +17,10 @@ from pipeline.errors import SourceError
 from pipeline.reading import folder, parquet, webdataset
 from pipeline.reading.listing import list_shards
 from pipeline.reading.shards import ReadTask, Shard, shard_slug, unit_id, unit_of
-from pipeline.reading.storage import open_fs, public_url, retrying, storage_errors
+from pipeline.reading.storage import open_fs, retrying, storage_errors
 from pipeline.recipe import SourceConfig
 from pipeline.records import Sample, UnitInput, Unreadable
+from pipeline.showing import public_url
 
 Row = Sample | Unreadable
 BUFFER = 4 << 20  # bytes fetched from an object store at a time
@@ -158,7 +159,7 @@ def _rows(
     else:
         with _open(shard, source, block_size=buffer, cache_type="readahead") as file:
             yield from webdataset.read_rows(
-                file, shard=shard.path, url=shard.url, size=shard.size, source=source, wants=wants
+                file, shard=shard.path, url=public_url(shard.url), size=shard.size, source=source, wants=wants
             )
 
 

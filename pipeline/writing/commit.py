@@ -26,8 +26,9 @@ from fsspec.implementations.local import LocalFileSystem
 from pydantic import ValidationError
 
 from pipeline.errors import SinkError
-from pipeline.reading.storage import describe, open_fs, public_url, retrying
+from pipeline.reading.storage import open_fs, retrying
 from pipeline.recipe import SinkConfig
+from pipeline.showing import describe, public_url
 from pipeline.writing.manifest import (
     FileRecord,
     Manifest,

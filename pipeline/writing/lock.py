@@ -33,8 +33,9 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import RunAborted, SinkError
-from pipeline.reading.storage import describe, open_fs, public_url, retrying
+from pipeline.reading.storage import open_fs, retrying
 from pipeline.recipe import SinkConfig
+from pipeline.showing import describe, public_url
 from pipeline.writing.commit import get, list_folder, put, remove
 
 log = logging.getLogger(__name__)

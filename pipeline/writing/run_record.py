@@ -21,8 +21,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import pipeline
 from pipeline.errors import SinkError
 from pipeline.models.backbone import ModelRecord
-from pipeline.reading.storage import open_fs, public_url, retrying
+from pipeline.reading.storage import open_fs, retrying
 from pipeline.recipe import Recipe, SinkConfig
+from pipeline.showing import public_url
 from pipeline.writing.commit import get, put
 
 if TYPE_CHECKING:

@@ -1,0 +1,61 @@
+"""What may be shown: addresses and errors without credentials, and strangers' text without control characters."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+# User and password before a host. With a colon (and no port behind it) the secret may hold slashes: up to the last "@";
+# where there is none, all of it is taken for a secret.
+_USER = r"//[^/\s:@'\"\[]*:(?!\d+(?:[/\s?]|$))"
+_USERINFO = re.compile(rf"{_USER}[^\s'\"?]*@|//[^/\s@?]*@|{_USER}[^\s'\"]*")
+_WEB_QUERY = re.compile(r"(https?://[^\s?'\"]*)\?[^\s'\")]*")
+# In a path of another kind of storage a lone question mark is a glob's.
+_QUERY = re.compile(r"(\w[\w+.-]*://[^\s?'\"]*(?:\?(?![\w.%-]+=)[^\s?'\"]*)*)\?[\w.%-]+=[^\s'\")]*")
+
+
+def public_url(url: str) -> str:
+    """The URL without user, password and query, which may hold credentials or a signature."""
+    url = _USERINFO.sub("//", url)
+    if url.startswith(("http://", "https://")):
+        return url.partition("?")[0]
+    return _QUERY.sub(r"\1", url)
+
+
+def without_credentials(text: str) -> str:
+    """A text whose addresses have neither user, password nor query."""
+    return _QUERY.sub(r"\1", _WEB_QUERY.sub(r"\1", _USERINFO.sub("//", text)))
+
+
+def has_password(url: str) -> bool:
+    """Whether an address has a user and a password before its host."""
+    found = _USERINFO.search(url)
+    return found is not None and ":" in found.group()
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line, without credentials, queries or memory addresses."""
+    text = without_credentials(" ".join(str(error).split()))
+    text = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>|0x[0-9a-fA-F]{6,}", "(object)", text)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """A text that moves no cursor, rings no bell and turns no line round: what would is shown as an escape.
+
+    Newlines and tabs stay. Keys, captions and names of files come from strangers, and a terminal obeys what it is sent.
+    """
+    return "".join(char if char in "\n\t" or not _commands(char) else _escape(char) for char in text)
+
+
+def _commands(char: str) -> bool:
+    """Whether it is a control or format character, half of a surrogate pair, or a line or paragraph separator.
+
+    The joiners are no commands: words of several scripts, and emoji, are written with them.
+    """
+    return unicodedata.category(char) in {"Cc", "Cf", "Cs", "Zl", "Zp"} and char not in "\u200c\u200d\u00ad"
+
+
+def _escape(char: str) -> str:
+    code = ord(char)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
