@@ -48,7 +48,7 @@ UNITS = SHARDS * ROWS // UNIT_SIZE
 PROCESSES = multiprocessing.get_context("forkserver")
 PRELOADED = [
     "benchmarks.faults",
-    "pipeline.cluster",
+    "pipeline.on_ray",
     "pipeline.worker",
     "pipeline.evaluation.report",
     "s3fs",
@@ -89,9 +89,9 @@ def witness(notes: str, seconds_per_unit: float) -> Callable[[], None]:
         import os
         import time
 
-        import pipeline.cluster
+        import pipeline.on_ray
 
-        edit, fsync = pipeline.cluster.EditWorker.__call__, os.fsync
+        edit, fsync = pipeline.on_ray.EditWorker.__call__, os.fsync
 
         def begin(unit: str) -> None:
             with open(f"{notes}/events", "a") as file:
@@ -107,9 +107,9 @@ def witness(notes: str, seconds_per_unit: float) -> Callable[[], None]:
                 raise OSError(28, "No space left on device")
             fsync(file)
 
-        pipeline.cluster.EditWorker.__call__ = noted_edit  # type: ignore[method-assign]
+        pipeline.on_ray.EditWorker.__call__ = noted_edit  # type: ignore[method-assign]
         os.fsync = full_fsync
-        pipeline.cluster.begin_unit = begin  # type: ignore[attr-defined]
+        pipeline.on_ray.begin_unit = begin  # type: ignore[attr-defined]
 
     return install
 
@@ -125,6 +125,7 @@ def drive(notes: Path, place: str) -> None:
 def edit(notes: Path, place: str) -> int:
     """Edit; returns the exit code."""
     import pipeline.cluster
+    import pipeline.on_ray
     from pipeline.recipe import load_recipe
 
     recipe = load_recipe(notes / "recipe.json")
@@ -136,7 +137,7 @@ def edit(notes: Path, place: str) -> int:
         finish = Worker.finish
 
         def noted_finish(self: Any, unit_input: Any, *args: Any) -> Any:
-            pipeline.cluster.begin_unit(unit_input.unit.id)  # type: ignore[attr-defined]
+            pipeline.on_ray.begin_unit(unit_input.unit.id)  # type: ignore[attr-defined]
             return finish(self, unit_input, *args)
 
         Worker.finish = noted_finish  # type: ignore[method-assign]

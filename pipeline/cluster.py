@@ -1,60 +1,28 @@
-"""A whole run: find what is left to do, edit it here or on Ray Data, add up what is committed. The only `import ray`.
+"""A whole run: find what is left to do, edit it here or on Ray, add up what is committed.
 
-    read task > pool of workers, one model each > datasink
-
-Ray carries units (blocks.py) and restarts what dies. That nothing is lost or done twice rests on the units' names and
-manifests (writing/commit.py), never on Ray.
+That nothing is lost or done twice rests on the units' names and manifests (writing/commit.py), never on the place.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
-import os
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
 
-import pyarrow as pa
-import ray
-import ray.data
-from ray.data.block import BlockMetadata
-from ray.data.datasource import Datasink, Datasource
-from ray.data.datasource import ReadTask as RayReadTask
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-from pipeline.blocks import pack_finished, pack_input, unpack_finished, unpack_input
-from pipeline.errors import ClusterError, RunAborted, ShardeditError, SinkError
+from pipeline.errors import ClusterError, RunAborted, SinkError
 from pipeline.local import Here, Place
-from pipeline.models.backbone import ModelRecord
-from pipeline.pool import IO_CPUS, Resources, WorkerSettings, plan_pool
-from pipeline.progress import Display, Seen, Tally, Watch, over_budget
-from pipeline.reading.shards import ReadTask, shard_slug
-from pipeline.reading.units import read_units
-from pipeline.recipe import Recipe, SinkConfig, SourceConfig
-from pipeline.showing import describe, printable
+from pipeline.progress import Display, Seen, Watch, over_budget
+from pipeline.recipe import Recipe
+from pipeline.showing import printable
 from pipeline.todo import Todo, find_todo
 from pipeline.writing.cleaning import clean
-from pipeline.writing.commit import Committed, commit, committed_units
+from pipeline.writing.commit import committed_units
 from pipeline.writing.folding import fold_finished_shards
-from pipeline.writing.lock import Claim, DriverLock
-from pipeline.writing.replace import replace, settle_replacements
-from pipeline.writing.run_record import RunRecord, check_same_run, run_record, versions_that_differ, write_run_record
+from pipeline.writing.lock import DriverLock
+from pipeline.writing.replace import settle_replacements
+from pipeline.writing.run_record import check_same_run, run_record, versions_that_differ, write_run_record
 from pipeline.writing.summary import Summary, summarise, write_summary
 
-# Read and write tasks import this module and need neither model nor engine: those are imported in the functions that
-# use them, which halves the start of a process.
-
 log = logging.getLogger(__name__)
-
-UNITS_AT_ONCE = 2  # per worker: the tail of one unit and the head of the next share UNet calls
-UNITS_PER_WORKER = 3  # at work or fetched; with those in the sink, what a kill may cost
-# Of a worker or task; Ray's default is without end. A row that kills its process costs three (writing/attempts.py), so
-# a worker outlives half a dozen of them; after that the job fails, and the same command goes on.
-RESTARTS = 20
-STALLED_AFTER_S = 2 * 3600.0  # nothing moved: GPU nodes may take long to come, and a first model to download
 
 
 def run(recipe: Recipe, *, progress: Display = "auto", retry_failed: bool = False, strict: bool = False) -> Summary:
@@ -73,12 +41,27 @@ def run(recipe: Recipe, *, progress: Display = "auto", retry_failed: bool = Fals
         ClusterError: the cluster lacks what the recipe asks for, or failed.
         RunAborted: an error budget was spent, on the way or in the end; what is committed stays.
     """
-    place: Place = Here(recipe) if recipe.run.engine == "local" else _OnRay(recipe)
+    place = _place_of(recipe)
     with DriverLock(recipe.sink, on_lost=place.stop, notify=lambda text: _say(text, progress)) as lock:
         summary = _run(recipe, place, lock, progress, retry_failed, strict)
     if summary.outcome == "over the error budget":  # too few units to be judged on the way, or a lower budget since
         raise RunAborted(over_budget(recipe.run, summary.planned, summary.failed))
     return summary
+
+
+def _place_of(recipe: Recipe) -> Place:
+    if recipe.run.engine == "local":
+        return Here(recipe)
+    try:
+        from pipeline.on_ray import OnRay
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "ray":
+            raise
+        raise ClusterError(
+            "run.engine is ray, and Ray is not installed. Install it (pip install 'shardedit[cluster]'), or set "
+            "run.engine=local to work in one process"
+        ) from error
+    return OnRay(recipe)
 
 
 def _run(
@@ -148,269 +131,3 @@ def _summary(recipe: Recipe, todo: Todo, seen: Seen, strict: bool) -> Summary:
     write_summary(summary, recipe.sink)
     write_report(recipe.sink)
     return summary
-
-
-def resources_of_cluster() -> Resources:
-    """Of the Ray cluster that this process is connected to."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    have = ray.cluster_resources()
-    gpus = have.get("GPU", 0.0)
-    # Internal to Ray, and what its own libraries ask for this; without an autoscaler it is None.
-    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    return Resources(
-        cpus=have.get("CPU", 0.0),
-        gpus=gpus,
-        max_gpus=max(gpus, float(limits.get("GPU", 0))),
-        node_cpus=max((node.get("CPU", 0.0) for node in nodes), default=0.0),
-        node_gpus=max((node.get("GPU", 0.0) for node in nodes), default=0.0),
-    )
-
-
-class _OnRay:
-    """Ray Data, on a cluster of its own on this machine or on the one that RAY_ADDRESS names."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
-        self._ours = False
-        self._last_seen = Seen()
-        self._tally: Any = None
-
-    def open(self, before: RunRecord | None) -> str:
-        recipe = self._recipe
-        self._ours = connect()
-        self.pool = pool = plan_pool(recipe.run, resources_of_cluster())
-        self.model, call_size = self._describe_model(before.call_size if before else None)
-        self.settings = WorkerSettings(
-            call_size=call_size,
-            threads=before.threads if before else pool.threads,
-            workers=pool.workers,
-        )
-        # On the driver's own node, with which it lives and dies.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._tally = ray.remote(num_cpus=0, scheduling_strategy=here)(Tally).remote(recipe.run)
-        return pool.line(compiles=recipe.model.compile)
-
-    def _describe_model(self, call_size: int | None) -> tuple[ModelRecord, int]:
-        """What workers will load, from where they will load it."""
-        if self._ours and not self.pool.gpus_per_worker:
-            return describe_model(self._recipe, call_size)  # the same machine: saves the start of a process
-        options = {"num_gpus": self.pool.gpus_per_worker, "num_cpus": self.pool.cpus_per_worker}
-        try:
-            described: tuple[ModelRecord, int] = ray.get(
-                ray.remote(**options)(describe_model).remote(self._recipe, call_size)
-            )
-        except ray.exceptions.RayError as error:
-            raise named(error) from error
-        return described
-
-    def edit(self, todo: Todo, claim: Claim) -> None:
-        recipe, pool = self._recipe, self.pool
-        with _data_context():
-            units = ray.data.read_datasource(
-                UnitSource(todo.tasks, recipe.source, recipe.run.unit_size, todo.committed),
-                num_cpus=IO_CPUS,
-                concurrency=pool.workers,
-                override_num_blocks=len(todo.tasks),
-            )
-            finished = units.map_batches(
-                EditWorker,
-                fn_constructor_args=(recipe, self.settings),
-                batch_size=1,
-                batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(
-                    size=pool.workers,
-                    max_tasks_in_flight_per_actor=UNITS_PER_WORKER,
-                    max_concurrent_calls_per_actor=UNITS_AT_ONCE,
-                    enable_true_multi_threading=True,
-                ),
-                num_gpus=pool.gpus_per_worker or None,
-                num_cpus=pool.cpus_per_worker or None,
-                max_restarts=RESTARTS,
-                max_task_retries=RESTARTS,
-            )
-            try:
-                finished.write_datasink(
-                    UnitSink(recipe.sink, self._tally, claim if todo.retry_failed else None),
-                    ray_remote_args={"num_cpus": IO_CPUS},
-                    concurrency=pool.workers,
-                )
-            except Exception as error:
-                if verdict := self.seen().verdict:
-                    raise RunAborted(verdict) from error
-                raise named(error) from error
-
-    def seen(self) -> Seen:
-        if self._tally is not None and ray.is_initialized():
-            try:
-                self._last_seen = ray.get(self._tally.seen.remote())
-            except ray.exceptions.RayError as error:
-                log.debug("progress is not known: %s", describe(error))  # the job itself will say what is wrong
-        return self._last_seen
-
-    def stop(self, reason: str) -> None:
-        if self._tally is not None:
-            self._tally.stop.remote(reason)
-
-    def close(self) -> None:
-        if self._ours:
-            ray.shutdown()
-
-
-def connect() -> bool:
-    """Join the cluster of RAY_ADDRESS (set inside a Ray job), or start one on this machine; whether that was needed.
-
-    A cluster that happens to run on this machine is not joined unasked: it may be somebody's private one. On a head
-    node, `RAY_ADDRESS=auto` asks for it.
-
-    Raises:
-        ClusterError: no cluster can be reached or started.
-    """
-    if ray.is_initialized():
-        return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # "Token authentication is enabled", on every start: news to operators of a cluster, not to users of a private one.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    try:
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(logging_level=logging.WARNING)
-        else:
-            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
-    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise ClusterError(
-            f"Ray cannot be {'reached' if os.environ.get('RAY_ADDRESS') else 'started'} ({describe(error)}). Check "
-            "RAY_ADDRESS and the token (RAY_AUTH_TOKEN), or set run.engine=local to work in one process"
-        ) from error
-    return True
-
-
-def describe_model(recipe: Recipe, call_size: int | None) -> tuple[ModelRecord, int]:
-    """Load a model to say what it is, and its call size where no earlier run has decided that."""
-    from pipeline.models.loading import load_backbone
-    from pipeline.worker import call_size_for
-
-    backbone = load_backbone(recipe.model)
-    return backbone.record, call_size or call_size_for(recipe, backbone)
-
-
-class EditWorker:
-    """One per GPU: the model is loaded in __init__, once, and used for every unit."""
-
-    def __init__(self, recipe: Recipe, settings: WorkerSettings) -> None:
-        from pipeline.worker import Worker
-
-        self._worker = Worker(recipe, settings)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """One unit in, one out; called from `UNITS_AT_ONCE` threads."""
-        return pack_finished(self._worker.finish(unpack_input(batch)))
-
-
-class UnitSource(Datasource):
-    """Ray Data's side of reading: one task per shard or part of one, one block per unit as soon as it is read.
-
-    Ray's own readers are no choice: a damaged tar header ends a shard without an error, and keys with dots merge.
-    """
-
-    def __init__(self, tasks: Sequence[ReadTask], source: SourceConfig, unit_size: int, committed: Committed) -> None:
-        super().__init__()
-        self._tasks, self._source, self._unit_size, self._committed = tasks, source, unit_size, committed
-
-    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[RayReadTask]:
-        """The plan's tasks; Ray's wish for parallelism changes nothing."""
-        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [
-            RayReadTask(
-                functools.partial(
-                    _blocks, task, self._source, self._unit_size, self._committed.of_shard(shard_slug(task.shard.path))
-                ),
-                unknown,
-            )
-            for task in self._tasks
-        ]
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown: an estimate would make Ray split tasks."""
-        return None
-
-
-def _blocks(task: ReadTask, source: SourceConfig, unit_size: int, committed: Committed) -> Iterator[pa.Table]:
-    for unit_input in read_units(task, source, unit_size, committed.has):
-        yield pack_input(unit_input)
-
-
-class UnitSink(Datasink[None]):
-    """Ray Data's side of writing. A unit may come twice, after a lost node: committing again leaves the same files.
-
-    Args:
-        sink: where to.
-        tally: the actor that counts.
-        replacing: the driver's claim on the folder, where units replace earlier commits.
-    """
-
-    def __init__(self, sink: SinkConfig, tally: Any, replacing: Claim | None) -> None:
-        self._sink, self._tally, self._replacing = sink, tally, replacing
-
-    def write(self, blocks: Any, ctx: Any) -> None:
-        """Commit the units of some blocks.
-
-        Raises:
-            RunAborted: an error budget is spent, or another driver has taken over.
-        """
-        for block in blocks:
-            for finished in unpack_finished(block):
-                if self._replacing:
-                    manifest = replace(finished, self._sink, self._replacing.check)
-                else:
-                    manifest = commit(finished, self._sink)
-                if verdict := ray.get(self._tally.add.remote(manifest)):
-                    raise RunAborted(verdict)
-
-
-@contextmanager
-def _data_context() -> Iterator[None]:
-    """Ray Data's settings for our jobs; the process's own come back afterwards."""
-    context = ray.data.DataContext.get_current()
-    ours = {
-        # Bytes at which an output block closes: 1 makes every unit a block of its own as soon as it is there, and so
-        # durable. At the default of 128 MiB a whole run may be one block.
-        "target_max_block_size": 1,
-        "max_errored_blocks": 0,  # more would drop whole units silently
-        "enable_progress_bars": False,  # ours counts what is committed
-        "print_on_execution_start": False,
-        "execution_no_progress_timeout_s": STALLED_AFTER_S,
-        "actor_init_retry_on_errors": False,
-    }
-    before = {name: getattr(context, name) for name in ours}
-    loggers = [logging.getLogger(name) for name in ("ray.data", "ray.data.dataset")]
-    levels = [logger.level for logger in loggers]
-    for name, value in ours.items():
-        setattr(context, name, value)
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # `max_restarts` has no named argument yet in Ray 2.60; the warning asks for one.
-            warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
-            yield
-    finally:
-        for name, value in before.items():
-            setattr(context, name, value)
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def named(error: BaseException) -> ShardeditError:
-    """The error of ours that Ray wrapped in its own, or a short one of the cluster."""
-    at: BaseException | None = error
-    while at is not None:
-        cause = getattr(at, "cause", at)  # a RayTaskError poses as its cause, and carries it
-        if isinstance(cause, ShardeditError):
-            return cause
-        at = at.__cause__
-    last = (str(error).strip().splitlines() or [""])[-1][:300]
-    node = ray._private.worker.global_worker.node
-    logs = f" Ray's logs: {node.get_session_dir_path()}/logs" if node is not None else ""
-    return ClusterError(
-        f"the job failed on Ray ({type(error).__name__}: {last}). What is committed stays: the same command goes on "
-        f"from there.{logs}"
-    )

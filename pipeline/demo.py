@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import io
 import tarfile
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.cluster import run
 from pipeline.errors import SinkError
@@ -47,13 +48,14 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def demo_recipe(output: Path) -> Recipe:
-    """The demonstration's recipe, into a folder."""
+def demo_recipe(output: Path, engine: Literal["ray", "local"] = "ray") -> Recipe:
+    """The demonstration's recipe, into a folder; both engines write the same bytes."""
     return recipe_from(
         {
             **SETTINGS,
             "source": {"shards": str(output / "input" / "*.tar")},
             "sink": {"folder": str(output)},
+            "run": {**SETTINGS["run"], "engine": engine},
         },
         "demo",
     )
@@ -66,7 +68,7 @@ def run_demo(output: Path, images: int) -> Summary:
         SinkError: the folder holds a demonstration with another number of images, or something else.
     """
     draw_input(output, images)
-    recipe = demo_recipe(output)
+    recipe = demo_recipe(output, engine="ray" if find_spec("ray") else "local")
     summary = run(recipe)
     write_overview(recipe)
     return summary

@@ -20,7 +20,7 @@ from pipeline.writing.replace import replace
 from pipeline.writing.run_record import RunRecord
 
 if TYPE_CHECKING:
-    from pipeline.worker import Worker  # the model's libraries are imported by whoever loads one: see cluster.py
+    from pipeline.worker import Worker  # the model's libraries are imported by whoever loads one: see on_ray.py
 
 
 class Place(Protocol):

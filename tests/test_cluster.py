@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from ray.exceptions import RayTaskError
 
-from pipeline import cluster
+from pipeline import cluster, on_ray
 from pipeline.errors import ClusterError, RunAborted, SinkError, SourceError
 from pipeline.pool import Resources, cpu_threads, plan_pool
 from pipeline.progress import Tally
@@ -191,8 +191,8 @@ def test_an_error_of_ours_comes_out_of_rays_wrapping_and_others_become_short() -
     outer = RuntimeError("hundreds of lines")
     outer.__cause__ = wrapped
     for error in (wrapped, outer):
-        assert (type(cluster.named(error)), str(cluster.named(error))) == (SinkError, "no space")
-    other = cluster.named(RuntimeError("first\n" + "x" * 5000))
+        assert (type(on_ray.named(error)), str(on_ray.named(error))) == (SinkError, "no space")
+    other = on_ray.named(RuntimeError("first\n" + "x" * 5000))
     assert type(other) is ClusterError
     assert len(str(other)) < 600
     assert "the same command goes on" in str(other)

@@ -33,6 +33,7 @@ import ray
 
 from pipeline import cluster
 from pipeline.errors import ClusterError, EncodeError, RunAborted
+from pipeline.on_ray import UNITS_AT_ONCE
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.writing.attempts import ALONE_FROM
 from pipeline.writing.summary import Summary
@@ -48,9 +49,9 @@ def witness(notes: Path) -> Callable[[], None]:
     last_shard = f"s{SHARDS - 1}.tar"
 
     def install() -> None:  # nested, so that it travels by value: workers cannot import this module
-        import pipeline.cluster
+        import pipeline.on_ray
 
-        read, edit = pipeline.cluster.read_units, pipeline.cluster.EditWorker.__call__
+        read, edit = pipeline.on_ray.read_units, pipeline.on_ray.EditWorker.__call__
 
         def note(event: str, unit: str) -> None:
             with open(notes / "events", "a") as file:
@@ -91,8 +92,8 @@ def witness(notes: Path) -> Callable[[], None]:
             note("end", unit)
             return finished
 
-        pipeline.cluster.read_units = patient_read
-        pipeline.cluster.EditWorker.__call__ = noted_edit
+        pipeline.on_ray.read_units = patient_read
+        pipeline.on_ray.EditWorker.__call__ = noted_edit
 
     return install
 
@@ -226,7 +227,7 @@ def test_two_units_are_in_flight_on_one_worker(on_ray: Run) -> None:
         elif event.kind == "end":
             inside.remove(event.unit)
         most = max(most, len(inside))
-    assert most == cluster.UNITS_AT_ONCE
+    assert most == UNITS_AT_ONCE
     assert len({event.pid for event in on_ray.events if event.kind == "begin"}) == 1
 
 
@@ -300,8 +301,8 @@ NODE_LOSS = textwrap.dedent("""
     def witness():
         import json, time
         import ray
-        import pipeline.cluster
-        edit = pipeline.cluster.EditWorker.__call__
+        import pipeline.on_ray
+        edit = pipeline.on_ray.EditWorker.__call__
 
         def slow(self, batch):
             unit = json.loads(batch["unit"][0].as_py())["unit"]["id"]
@@ -310,7 +311,7 @@ NODE_LOSS = textwrap.dedent("""
             time.sleep(0.5)
             return edit(self, batch)
 
-        pipeline.cluster.EditWorker.__call__ = slow
+        pipeline.on_ray.EditWorker.__call__ = slow
 
     # Loopback, but not 127.0.0.1, for which Ray would put the machine's outer address.
     common = {"num_gpus": 0, "node_ip_address": "127.0.0.2", "include_dashboard": False}

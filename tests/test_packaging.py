@@ -1,0 +1,81 @@
+"""What pip installs: a front door that needs no extra, and declared dependencies that are those in use."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+WITH_RAY = ROOT / "pipeline" / "on_ray.py"
+# Needed by what others do for us: weights are read by transformers and diffusers.
+INDIRECT = {"safetensors"}
+COMES_ALONG = {"tokenizers"}  # with transformers
+
+WITHOUT_EXTRAS = """
+import sys
+for name in ("ray", "s3fs", "aiobotocore", "botocore"):
+    sys.modules[name] = None  # any import of these fails from here on
+
+import io
+from pathlib import Path
+from PIL import Image
+from pipeline import Editor, run
+from pipeline.demo import demo_recipe, draw_input, run_demo
+from pipeline.errors import ClusterError
+
+folder = Path(sys.argv[1])
+draw_input(folder, 1)
+concept = {"prompt": "sunglasses", "threshold": 0.85}
+result = Editor.load("demo").edit(folder / "face.png", [concept], inversion={"method": "ddpm", "num_steps": 2})
+assert result.image.size == (128, 128)
+try:
+    run(demo_recipe(folder), progress="off")
+except ClusterError as error:
+    print(error)
+print(run_demo(folder, 1).done, "done")
+"""
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {re.match(r"[A-Za-z0-9_.-]+", requirement)[0].lower() for requirement in requirements}  # type: ignore[index]
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level packages that a file imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name.partition(".")[0] for name in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def test_without_extras_an_image_is_edited_and_a_run_works_in_one_process(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    refused, made = done.stdout.splitlines()
+    assert "pip install 'shardedit[cluster]'" in refused
+    assert "run.engine=local" in refused
+    assert made == "2 done"
+
+
+def test_what_the_package_imports_is_what_it_depends_on() -> None:
+    owners = packages_distributions()
+    files = [path for folder in ("pipeline", "jobs") for path in (ROOT / folder).rglob("*.py") if path != WITH_RAY]
+    used = set().union(*map(imported, files)) - set(sys.stdlib_module_names) - {"pipeline", "jobs"} - COMES_ALONG
+    wanted = {owner.lower().replace("_", "-") for name in used for owner in owners[name]}
+    assert wanted == names(PROJECT["dependencies"]) - INDIRECT
