@@ -19,16 +19,13 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
-    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -42,6 +39,7 @@ from pipeline.inversion import INVERSIONS
 from pipeline.inversion.base import Inversion
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.records import EditRequest
+from pipeline.sections import ModelConfig, RunConfig, Section, SinkConfig, SourceConfig
 from pipeline.showing import public_url
 
 if TYPE_CHECKING:
@@ -51,105 +49,15 @@ else:  # what pydantic reads: the registries as tagged unions
     AnyInversion = Annotated[reduce(or_, INVERSIONS.values()), Field(discriminator="method")]
     AnyEditor = Annotated[reduce(or_, EDITORS.values()), Field(discriminator="method")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_+-]{0,63}$")]
-StorageOptions = dict[str, Any]
-OneOrMany = Annotated[  # the schema says what may be written, the type what is made of it
-    tuple[str, ...],
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
-]
-
-
-class Section(BaseModel):
-    """Base of the recipe's sections: immutable, and no key is unknown."""
-
-    # A misplaced secret must not stand in an error's traceback.
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-
-class SourceConfig(Section):
-    """Where the images are, and which parts of a row hold what."""
-
-    shards: OneOrMany = Field(min_length=1)  # fsspec URLs, globs allowed; a folder or prefix means all below it
-    format: Literal["auto", "webdataset", "parquet", "folder"] = "auto"  # auto: by the names found
-    image: str | None = None  # member extension or column with the image; none: the first that holds one
-    caption: str = "txt"  # member extension or column with the caption; rows without one have ""
-    caption_is_source_prompt: bool = False  # take the caption for the source prompt of edits that have none
-    mask: str | None = None  # member extension ("mask.png") or column with the user's mask
-    edit: str = "edit"  # key of the json member, or column, with the row's own edit request
-    storage_options: StorageOptions = Field(default_factory=dict, repr=False)  # for fsspec; secrets: the environment
-    max_pixels: int = Field(default=64_000_000, ge=1)  # larger images are quarantined before they are decoded
-    max_member_bytes: int = Field(default=256 * 2**20, ge=1)  # larger members are quarantined unread
-    max_row_concepts: int = Field(default=256, ge=1)  # concepts of a row's own edits together; each costs UNet rows
-
-    @field_validator("shards", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-
-class ModelConfig(Section):
-    """Which checkpoint, at which size and precision."""
-
-    name: str = Field(default="demo", min_length=1)  # "demo", "analytic", a local folder, or a hub id
-    revision: str | None = None  # of a hub id: branch, tag or commit
-    variant: str | None = None  # of the weight files, e.g. "fp16"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU, float32 elsewhere
-    size: int | None = Field(
-        default=None, ge=32, le=4096
-    )  # side (crop, pad, stretch) in pixels; none: the checkpoint's
-    fit: Literal["crop", "pad", "stretch", "bucket"] = "pad"  # how an image of another shape is brought to the model
-    compile: bool = False  # torch.compile of the UNet: faster calls, a minute or more at the start. Fixes the bits
-
-    @model_validator(mode="after")
-    def _something_to_compile(self) -> ModelConfig:
-        if self.compile and self.name == "analytic":
-            raise ValueError("the closed-form model has no networks to compile. Leave compile out")
-        return self
 
 
 class Method(Section):
     """One way to edit: an inversion and an editor that reads what it records."""
 
     inversion: AnyInversion = Field(default_factory=DDPMInversion)
+    """How an image becomes a trajectory."""
     editing: AnyEditor = Field(default_factory=LEditsPP)
-
-
-class SinkConfig(Section):
-    """Where results go, and what a result holds."""
-
-    folder: str = Field(min_length=1)  # fsspec URL; created where missing
-    format: Literal["parquet", "webdataset"] = "parquet"
-    include_input: bool = False  # keep the input image beside the edited one
-    image_format: Literal["png", "jpg", "webp"] = "png"  # of the edited image; masks are always lossless
-    quality: int = Field(default=95, ge=1, le=100)  # of jpg and webp
-    storage_options: StorageOptions = Field(default_factory=dict, repr=False)
-
-
-class RunConfig(Section):
-    """Seed, units of work, workers, error budgets."""
-
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    unit_size: int = Field(default=32, ge=1, le=4096)  # images that are committed together; also the loss of a kill
-    call_size: int | Literal["auto"] = "auto"  # rows of a UNet call; auto: probed on a GPU, 16 on CPU. Fixes the bits
-    images_in_flight: int | Literal["auto"] = "auto"  # per worker; auto: what keeps calls full. Bounds memory
-    engine: Literal["ray", "local"] = "ray"  # local: one process, for small runs and debugging; the same bytes
-    workers: int | Literal["auto"] = "auto"  # engines with a model each; auto: one per GPU, one on CPU
-    gpus_per_worker: float | Literal["auto"] = "auto"  # auto: 1 where the cluster has GPUs, else 0
-    max_failed_fraction: float = Field(default=0.5, ge=0, le=1)  # of results asked for; more ends the run
-    max_consecutive_failed_units: int = Field(default=5, ge=1)
-
-    @field_validator("call_size", "images_in_flight", "workers")
-    @classmethod
-    def _positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("should be 'auto' or at least 1")
-        return value
-
-    @field_validator("gpus_per_worker")
-    @classmethod
-    def _not_negative(cls, value: float | str) -> float | str:
-        if isinstance(value, float) and value < 0:
-            raise ValueError("should be 'auto' or at least 0")
-        return value
+    """How a trajectory becomes an edit."""
 
 
 def _or_one_edit(schema: dict[str, Any]) -> None:
@@ -157,20 +65,28 @@ def _or_one_edit(schema: dict[str, Any]) -> None:
     named = dict(schema)
     schema.clear()
     (request,) = named.get("patternProperties", {"": named.get("additionalProperties")}).values()
-    schema["anyOf"] = [dict(request), named]
+    schema |= {"description": named.pop("description"), "anyOf": [dict(request), named]}
 
 
 class Recipe(Section):
     """A whole run. Build it with `load_recipe`, or from keyword arguments."""
 
     source: SourceConfig
+    """Where the images are."""
     edits: dict[Name, EditRequest] = Field(default_factory=dict, json_schema_extra=_or_one_edit)
+    """What to change, for rows that bring no edit of their own: one request, or several by name."""
     model: ModelConfig = Field(default_factory=ModelConfig)
+    """Which checkpoint edits, at which size and precision."""
     inversion: AnyInversion = Field(default_factory=DDPMInversion)
+    """How an image becomes a trajectory."""
     editing: AnyEditor = Field(default_factory=LEditsPP)
+    """How a trajectory becomes an edit."""
     methods: dict[Name, Method] = Field(default_factory=dict)
+    """Instead of inversion and editing: several named pairs, each of which edits every image."""
     sink: SinkConfig
+    """Where results go."""
     run: RunConfig = Field(default_factory=RunConfig)
+    """How the work is done: seed, units of work, workers, error budgets."""
 
     @field_validator("edits", mode="before")
     @classmethod

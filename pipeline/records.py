@@ -27,15 +27,22 @@ NonEmptyPrompt = Annotated[str, StringConstraints(strip_whitespace=True, min_len
 class Concept(BaseModel):
     """One thing to add to an image or to take out of it (LEDITS++, arXiv 2311.16711)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    prompt: NonEmptyPrompt  # what to add or remove, in a few words; any text, known to the model or not
-    guidance_scale: float = Field(default=5.0, allow_inf_nan=False)  # strength; typical 3..15, negative turns round
-    threshold: float = Field(default=0.9, ge=0, lt=1)  # share of the area left out; 0.6-0.8 large, 0.9-0.98 small
+    prompt: NonEmptyPrompt
+    """What to add or remove, in a few words; any text, known to the model or not."""
+    guidance_scale: float = Field(default=5.0, allow_inf_nan=False)
+    """Strength; typical 3 to 15, 0: none, negative turns the direction round."""
+    threshold: float = Field(default=0.9, ge=0, lt=1)
+    """Share of the image's area that is left out; 0.6 to 0.8 for large things, 0.9 to 0.98 for small ones."""
     direction: Literal["add", "remove"] = "add"
-    warmup_steps: int = Field(default=0, ge=0)  # steps without guidance at the start; more keeps more layout
-    cooldown_steps: int | None = Field(default=None, ge=0)  # step at which guidance ends; none: never
-    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)  # share of the masked direction that is used
+    """Whether to bring the concept into the image or to take it out."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps at the start without guidance; more keeps more of the layout."""
+    cooldown_steps: int | None = Field(default=None, ge=0)
+    """Step at which guidance ends, from 0; none: never. After warmup_steps."""
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Factor of the masked direction where concepts are summed; 0: the concept does not act."""
 
     @model_validator(mode="after")
     def _window_is_not_empty(self) -> Concept:
@@ -54,26 +61,37 @@ Window = tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0,
 class WordPair(BaseModel):
     """Words of the two prompts that name the same place in the image: "cat" and "dog"."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    source: tuple[NonEmptyPrompt, ...] = ()  # words of the source prompt
-    target: tuple[NonEmptyPrompt, ...] = ()  # words of the target prompt
+    source: tuple[NonEmptyPrompt, ...] = ()
+    """Words of the source prompt."""
+    target: tuple[NonEmptyPrompt, ...] = ()
+    """Words of the target prompt."""
 
 
 class EditRequest(BaseModel):
     """What to change in one image. How to change it stands in the recipe."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    source_prompt: Prompt = ""  # what the image shows
-    target_prompt: Prompt = ""  # what it shall show, for methods that think in two prompts
-    negative_prompt: Prompt = ""  # what it shall not show
-    concepts: tuple[Concept, ...] = ()  # for methods that think in directions
-    # For methods that read the attention of words (Prompt-to-Prompt and its kin, MasaCtrl's automatic masks):
-    blend_words: WordPair | None = None  # what changes: everything outside of where these attend stays as it is
-    subtract_words: WordPair | None = None  # what stays even inside
-    equalizer: dict[NonEmptyPrompt, float] = Field(default_factory=dict)  # word of the target prompt: its factor
-    cross_replace_steps: dict[NonEmptyPrompt, Window] = Field(default_factory=dict)  # word of the target: its window
+    source_prompt: Prompt = ""
+    """What the image shows."""
+    target_prompt: Prompt = ""
+    """What it shall show, for methods that think in two prompts: all but ledits_pp and reconstruct."""
+    negative_prompt: Prompt = ""
+    """What it shall not show."""
+    concepts: tuple[Concept, ...] = ()
+    """What to add or remove, for methods that think in directions: ledits_pp."""
+    blend_words: WordPair | None = None
+    """What changes. prompt_to_prompt and proxedit keep everything outside of where these words attend; masactrl with
+    mask auto takes it for the foreground; diffedit and fast_diffedit compare these texts instead of the prompts."""
+    subtract_words: WordPair | None = None
+    """What stays even inside of where blend_words attend. For prompt_to_prompt and proxedit."""
+    equalizer: dict[NonEmptyPrompt, float] = Field(default_factory=dict)
+    """Factor of a word's attention, by word of the target prompt; 1: unchanged. For prompt_to_prompt and proxedit."""
+    cross_replace_steps: dict[NonEmptyPrompt, Window] = Field(default_factory=dict)
+    """Window of the steps in which a word's cross-attention is overwritten, by word of the target prompt; others have
+    the editor's. For prompt_to_prompt and proxedit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ LAYERS = [
     {"engine"},
     {"models"},
     {"inversion", "editing"},
-    {"recipe", "explain"},
+    {"recipe", "sections", "explain"},
     {"reading", "evaluation.metrics"},
     {"flow"},
     {"writing"},

@@ -206,6 +206,14 @@ def test_the_canonical_json_is_a_recipe_again():
     assert recipe_from(json.loads(recipe.canonical_json())) == recipe
 
 
+def test_every_key_of_the_recipe_has_a_description():
+    schema = Recipe.model_json_schema()
+    sections = {"Recipe": schema, **schema["$defs"]}
+    keys = [(section, key, value) for section in sections for key, value in sections[section]["properties"].items()]
+    assert len(keys) > 100
+    assert [f"{section}.{key}" for section, key, value in keys if not value.get("description", "").endswith(".")] == []
+
+
 def test_the_schema_accepts_what_the_recipe_accepts_and_knows_every_method():
     schema = Recipe.model_json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)

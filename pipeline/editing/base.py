@@ -16,7 +16,7 @@ from pipeline.records import EditedLatents, EditRequest, Trajectory
 class Editor(BaseModel, ABC):
     """Turns a trajectory and a request into edited latents. Fields are its settings; a subclass is final."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     method: str  # its name in EDITORS; a subclass says which
 

@@ -27,8 +27,11 @@ class ClassifierFreeGuidance(Editor):
     paper: ClassVar = "Classifier-Free Diffusion Guidance, arXiv 2207.12598"
 
     method: Literal["cfg"] = "cfg"
-    guidance_scale: float = Field(default=7.5, allow_inf_nan=False)  # 1: the prompt alone; typical 3..15
-    start_step: int = Field(default=0, ge=0)  # steps left out at the noisy end; more keeps more of the image
+    """Sampling under the target prompt by classifier-free guidance."""
+    guidance_scale: float = Field(default=7.5, allow_inf_nan=False)
+    """Classifier-free guidance of the target prompt against the negative one; 1: the prompt alone; typical 3 to 15."""
+    start_step: int = Field(default=0, ge=0)
+    """Steps left out at the noisy end; more keeps more of the image."""
 
     def check(self, request: EditRequest, num_steps: int) -> None:
         """See `Editor`."""

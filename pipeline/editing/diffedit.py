@@ -35,16 +35,22 @@ class DiffEdit(Editor):
     paper: ClassVar = "DiffEdit: Diffusion-based semantic image editing with mask guidance, arXiv 2210.11427"
 
     method: Literal["diffedit"] = "diffedit"
+    """DiffEdit: an edit inside a mask that the difference of two texts gives."""
     guidance_scale: float = Field(default=7.5, allow_inf_nan=False)
-    num_maps: int = Field(default=10, ge=1)  # K: draws of noise that the mask is averaged over
-    mask_encode_strength: float = Field(default=0.5, gt=0, le=1)  # share of the schedule that the mask's noise has
-    # Inside is what differs by more than half of this times the mean difference; larger: smaller masks. 3 as in the
-    # paper's implementation; 2, all above the mean, is what normalising by mean and deviation gives.
+    """Classifier-free guidance of the target text inside the mask; 1: none."""
+    num_maps: int = Field(default=10, ge=1)
+    """K: draws of noise that the mask is averaged over."""
+    mask_encode_strength: float = Field(default=0.5, gt=0, le=1)
+    """Share of the schedule whose noise is put on the image for the mask; 1: noise alone."""
     mask_thresholding_ratio: float = Field(default=3.0, gt=0, allow_inf_nan=False)
-    dilate: int = Field(default=0, ge=0)  # 3 x 3 dilations of a computed mask
-    # What stands outside of the mask after a step: the trajectory at the level that the step leads to, hence the image
-    # itself at the end; or one level noisier, as in the maintained implementation, hence never quite the image.
+    """Inside is what differs by more than half of this times the mean difference; larger: smaller masks. 3 as in the
+    paper's implementation; 2, all above the mean, is what normalising by mean and deviation gives."""
+    dilate: int = Field(default=0, ge=0)
+    """How often a computed mask is dilated by a square of 3 x 3 latent pixels."""
     background: Literal["aligned", "reference"] = "aligned"
+    """What stands outside the mask after a step. aligned: the trajectory at the level that the step leads to, hence the
+    image itself at the end; reference: one level noisier, as in the maintained implementation, hence never quite the
+    image."""
 
     def check(self, request: EditRequest, num_steps: int) -> None:
         """See `Editor`."""

@@ -31,10 +31,14 @@ class FastDiffEdit(DiffEdit):
     inversions: ClassVar = frozenset({"ddim", "direct", "noise"})
 
     method: Literal["fast_diffedit"] = "fast_diffedit"  # type: ignore[assignment]  # tag of the union
+    """Fast DiffEdit: DiffEdit with more draws, a dilated mask, and inpainting."""
     num_maps: int = Field(default=20, ge=1)
+    """K: draws of noise that the mask is averaged over."""
     dilate: int = Field(default=1, ge=0)
-    # Who fills the mask: the plain model, or an inpainting checkpoint, whose UNet is also given mask and masked image.
+    """How often a computed mask is dilated by a square of 3 x 3 latent pixels."""
     backend: Literal["masked", "inpaint"] = "masked"
+    """Who fills the mask: the plain model, or an inpainting checkpoint, whose UNet is also given mask and masked
+    image."""
 
     def pair_problem(self, inversion: Inversion) -> str | None:
         """See `Editor`. An inpainting UNet cannot invert: it is given a region to repaint, and there is none yet."""

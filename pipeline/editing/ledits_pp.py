@@ -76,16 +76,17 @@ class LEditsPP(Editor):
     paper: ClassVar = "LEDITS++: Limitless Image Editing using Text-to-Image Models, arXiv 2311.16711"
 
     method: Literal["ledits_pp"] = "ledits_pp"
-    mask: Literal["intersect", "attention", "noise"] = (
-        "intersect"  # which of M1 (attention) and M2 (noise) bound an edit
-    )
-    # At timesteps above this one an intersected mask is the attention mask alone, as in the Stable Diffusion pipeline
-    # of the maintained implementation: so early, directions are too diffuse to say where.
+    """LEDITS++: several concepts at once, each in a mask of its own."""
+    mask: Literal["intersect", "attention", "noise"] = "intersect"
+    """What bounds a concept: its cross-attention (M1), the largest entries of its noise direction (M2), or both."""
     intersect_from_timestep: int = Field(default=800, ge=0)
-    # Not in the paper, where masks bound the guidance alone: what is guided in one place moves the prediction in
-    # others, so a background drifts. Taking it from the source at every step is the blending of Blended Latent
-    # Diffusion (Avrahami et al., arXiv 2206.02779) and of Prompt-to-Prompt, under this method's own masks.
+    """At timesteps above this one an intersected mask is the attention mask alone, as in the Stable Diffusion pipeline
+    of the maintained implementation: so early, directions are too diffuse to say where. A timestep, 0 to 999."""
     keep_background: bool = False
+    """Take the latents outside all masks from the source at every step. Not in the paper, where masks bound the
+    guidance alone: what is guided in one place moves the prediction in others, so a background drifts. This is the
+    blending of Blended Latent Diffusion (Avrahami et al., arXiv 2206.02779) and of Prompt-to-Prompt, under this
+    method's own masks."""
 
     def check(self, request: EditRequest, num_steps: int) -> None:
         """See `Editor`. No concept at all is allowed: the image comes back unedited."""

@@ -43,12 +43,16 @@ class MutualSelfAttention(Editor):
     """What the editors of this kind share: when and where the target reads the source."""
 
     guidance_scale: float = Field(default=7.5, allow_inf_nan=False)
-    start_step: int = Field(default=4, ge=0)  # first controlled step; earlier ones lay the target's layout
-    # First controlled layer, by transformer block in order of execution. None: the decoder's layers of maps up to half
-    # as fine as the latents; in Stable Diffusion 1.x that is 10.
+    """Classifier-free guidance of the prompts; 1: none."""
+    start_step: int = Field(default=4, ge=0)
+    """First controlled step, from 0; earlier ones lay the target's layout."""
     start_layer: int | None = Field(default=None, ge=0)
-    step_idx: tuple[Index, ...] | None = None  # the controlled steps, one by one; start_step is then not read
-    layer_idx: tuple[Index, ...] | None = None  # the controlled layers, one by one; start_layer is then not read
+    """First controlled layer, from 0, by transformer block in order of execution. None: the decoder's layers of maps up
+    to half as fine as the latents; in Stable Diffusion 1.x that is 10."""
+    step_idx: tuple[Index, ...] | None = None
+    """The controlled steps, one by one; start_step is then not read. None: start_step counts."""
+    layer_idx: tuple[Index, ...] | None = None
+    """The controlled layers, one by one; start_layer is then not read. None: start_layer counts."""
 
     def check(self, request: EditRequest, num_steps: int) -> None:
         """See `Editor`."""
@@ -93,15 +97,20 @@ class MasaCtrl(MutualSelfAttention):
     paper: ClassVar = "MasaCtrl: Tuning-Free Mutual Self-Attention Control, arXiv 2304.08465"
 
     method: Literal["masactrl"] = "masactrl"
-    # Whose keys and values the target reads: the source's, or the source's beside its own.
+    """MasaCtrl: the target's self-attention reads the source's keys and values."""
     keys: Literal["source", "union"] = "source"
-    # Separate lookups of foreground and background. auto: where blend_words attend; given: the row's own mask, for both
-    # branches.
+    """Whose keys and values the target reads: the source's, or the source's beside its own (union)."""
     mask: Literal["none", "given", "auto"] = "none"
-    thres: float = Field(default=0.1, ge=0, le=1)  # auto: share of a map's range from which on it is foreground
-    # auto: positions of tokens, the start token being 0, in the source and the target prompt, instead of blend_words
+    """Separate lookups of foreground and background. auto: foreground is where blend_words attend; given: the row's own
+    mask, for both branches; none: no separation."""
+    thres: float = Field(default=0.1, ge=0, le=1)
+    """Share of an attention map's range from which on it is foreground; read with mask auto."""
     ref_token_idx: tuple[Index, ...] | None = None
+    """With mask auto, instead of blend_words: positions of the foreground's tokens in the source prompt; the start
+    token is 0."""
     cur_token_idx: tuple[Index, ...] | None = None
+    """With mask auto, instead of blend_words: positions of the foreground's tokens in the target prompt; the start
+    token is 0."""
 
     @model_validator(mode="after")
     def _masks_have_one_source(self) -> MasaCtrl:

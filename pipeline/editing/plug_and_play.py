@@ -42,14 +42,20 @@ class PlugAndPlay(Editor):
     paper: ClassVar = "Plug-and-Play Diffusion Features for Text-Driven Image-to-Image Translation, arXiv 2211.12572"
 
     method: Literal["plug_and_play"] = "plug_and_play"
+    """Plug-and-Play: the source's features and self-attention under the target prompt."""
     guidance_scale: float = Field(default=7.5, allow_inf_nan=False)
-    # Shares of the steps, from the first on; more keeps more of the layout, 0 turns one off.
+    """Classifier-free guidance of the target prompt against the negative one; 1: none."""
     feature_steps: float = Field(default=0.8, ge=0, le=1)
+    """Share of the schedule's steps, from its noisy end on, that take the source's features; more keeps more of the
+    layout, 0: none."""
     attention_steps: float = Field(default=0.5, ge=0, le=1)
-    negative_prompt: str = "ugly, blurry, black, low res, unrealistic"  # for edits that bring none of their own
-    # Source latents one step less noisy than the row's timestep, and the target's start, too: what the published
-    # comparison of `ddim` with `direct` does. Parity only.
+    """Share of the schedule's steps, from its noisy end on, that take the source's self-attention; more keeps more of
+    the layout, 0: none."""
+    negative_prompt: str = "ugly, blurry, black, low res, unrealistic"
+    """For edits that bring none of their own."""
     compat_shift: bool = False
+    """Source latents one step less noisy than the row's timestep, and the target's start, too: what the published
+    comparison of `ddim` with `direct` does. For parity only."""
 
     def check(self, request: EditRequest, num_steps: int) -> None:
         """See `Editor`."""

@@ -45,18 +45,24 @@ class PromptToPrompt(Editor):
     paper: ClassVar = "Prompt-to-Prompt Image Editing with Cross-Attention Control, arXiv 2208.01626"
 
     method: Literal["prompt_to_prompt"] = "prompt_to_prompt"
+    """Prompt-to-Prompt: the target's attention maps are overwritten by the source's."""
     guidance_scale: float = Field(default=7.5, allow_inf_nan=False)
-    # How target tokens find their source tokens. refine: any two prompts, by alignment; replace: word by word, for
-    # prompts of as many words; reweight: the prompts' tokens as they stand, for an equalizer alone.
+    """Classifier-free guidance of both prompts; 1: none."""
     kind: Literal["refine", "replace", "reweight"] = "refine"
-    cross_replace_steps: Window = (0.0, 0.4)  # when cross-attention maps are overwritten; an edit may say more by word
-    self_replace_steps: Window = (0.0, 0.6)  # when self-attention maps are
-    start_blend: float = Field(default=0.2, ge=0, le=1)  # share of the steps before LocalBlend begins
-    blend_threshold: float = Field(default=0.3, ge=0, le=1)  # share of the field's maximum; higher: smaller regions
+    """How target tokens find their source tokens. refine: any two prompts, by alignment; replace: word by word, for
+    prompts of as many words; reweight: the prompts' tokens as they stand, for an equalizer alone."""
+    cross_replace_steps: Window = (0.0, 0.4)
+    """When cross-attention maps are overwritten: from and to, as shares of the steps. An edit may say more by word."""
+    self_replace_steps: Window = (0.0, 0.6)
+    """When self-attention maps are overwritten: from and to, as shares of the steps."""
+    start_blend: float = Field(default=0.2, ge=0, le=1)
+    """Share of the steps before LocalBlend begins; read with blend_words."""
+    blend_threshold: float = Field(default=0.3, ge=0, le=1)
+    """Share of its maximum from which on the attention of blend_words is inside; higher: smaller regions."""
     subtract_threshold: float = Field(default=0.3, ge=0, le=1)
-    aligned_tail: bool = (
-        False  # replace: keep words behind a change of token count together; the published code does not
-    )
+    """Share of its maximum from which on the attention of subtract_words is left out; higher: smaller regions."""
+    aligned_tail: bool = False
+    """With kind replace: keep words behind a change of token count together; the published code does not."""
 
     def check(self, request: EditRequest, num_steps: int) -> None:
         """See `Editor`. What needs the prompts' tokens is checked when these are known."""

@@ -31,14 +31,23 @@ class ProxMasaCtrl(MutualSelfAttention):
     paper: ClassVar = "ProxEdit: Improving Tuning-Free Real Image Editing with Proximal Guidance, arXiv 2306.05414"
 
     method: Literal["prox_masactrl"] = "prox_masactrl"
+    """MasaCtrl under proximal guidance (ProxEdit)."""
     prox: Prox = "soft"
-    # Share of the target's direction that the threshold lies above; up to 0 it is the threshold itself, negated.
+    """How small entries of a direction are dropped. soft: every entry shrinks by the threshold; hard: those up to it
+    are dropped; none: all are kept; l1_compat: a double shrinking that turns the sign of some, for parity only. l0 and
+    l1 are the published code's names for soft and l1_compat."""
     quantile: float = Field(default=0.7, ge=-100, le=1)
-    prox_step: int = Field(default=0, ge=0)  # first step whose direction is thresholded
-    # Whose keys and values the halves of guidance read: the source's, both branches' side by side, or their own.
+    """Share of the target's direction that the threshold lies above; up to 0 it is the threshold itself, negated."""
+    prox_step: int = Field(default=0, ge=0)
+    """First step whose direction is thresholded, from 0."""
     inject_uncond: Literal["src", "joint", "none"] = "src"
+    """Whose keys and values the unconditional half of guidance reads: the source's, both branches' side by side
+    (joint), or its own (none)."""
     inject_cond: Literal["src", "joint", "none"] = "src"
-    npi_step: int = Field(default=0, ge=0)  # steps at the start whose unconditional prompt is the empty one
+    """Whose keys and values the conditional half of guidance reads: the source's, both branches' side by side (joint),
+    or its own (none)."""
+    npi_step: int = Field(default=0, ge=0)
+    """Steps at the start whose unconditional prompt is the empty one."""
 
     @model_validator(mode="after")
     def _has_direction(self) -> ProxMasaCtrl:

@@ -83,18 +83,25 @@ class ProxEdit(PromptToPrompt):
     paper: ClassVar = "ProxEdit: Improving Tuning-Free Real Image Editing with Proximal Guidance, arXiv 2306.05414"
 
     method: Literal["proxedit"] = "proxedit"  # type: ignore[assignment]  # the tag of the union that recipes are parsed by
+    """ProxEdit: Prompt-to-Prompt under proximal guidance."""
     prox: Prox = "soft"
-    # Share of the direction's entries, source's and target's together, that the threshold lies above; typical 0.6 to
-    # 0.9. Up to 0 it is the threshold itself, negated. The source's entries are zeros after negative_prompt and direct:
-    # 0.7 is then the target's own 0.4.
+    """How small entries of a direction are dropped. soft: every entry shrinks by the threshold; hard: those up to it
+    are dropped; none: all are kept; l1_compat: a double shrinking that turns the sign of some, for parity only. l0 and
+    l1 are the published code's names for soft and l1_compat."""
     quantile: float = Field(default=0.7, ge=-100, le=1)
-    use_inversion_guidance: bool = False  # pull latents back to the trajectory where no direction is left
-    use_reconstruction_guidance: bool = False  # pull the predicted image back to the image there
-    recon_lr: float = Field(default=0.1, gt=0, le=1)  # how far; 1: all the way
-    recon_t: int = Field(
-        default=400, ge=-1000, le=1000
-    )  # pulls at timesteps below it; negative: at those above -recon_t
-    dilate_mask: int = Field(default=1, ge=0)  # latent pixels around what is left that are not pulled back
+    """Share of the direction's entries, source's and target's together, that the threshold lies above; typical 0.6 to
+    0.9. Up to 0 it is the threshold itself, negated. The source's entries are zeros after negative_prompt and direct:
+    0.7 is then the target's own 0.4."""
+    use_inversion_guidance: bool = False
+    """Pull latents back to the trajectory where no direction is left."""
+    use_reconstruction_guidance: bool = False
+    """Pull the predicted image back to the image where no direction is left."""
+    recon_lr: float = Field(default=0.1, gt=0, le=1)
+    """How far latents or image are pulled back; 1: all the way."""
+    recon_t: int = Field(default=400, ge=-1000, le=1000)
+    """Pulls at timesteps below this one; negative: at those above its absolute value."""
+    dilate_mask: int = Field(default=1, ge=0)
+    """Latent pixels around what is left of a direction that are not pulled back either."""
 
     @model_validator(mode="after")
     def _settings_fit(self) -> ProxEdit:

@@ -26,6 +26,7 @@ class Reconstruct(Editor):
     paper: ClassVar = "the replay step of any inversion"
 
     method: Literal["reconstruct"] = "reconstruct"
+    """No edit: the trajectory is replayed."""
 
     def check(self, request: EditRequest, num_steps: int) -> None:
         """See `Editor`: every request will do, what it wants changed is not read."""

@@ -21,7 +21,7 @@ def draw_from(seed: int, shape: tuple[int, ...], dtype: torch.dtype = torch.floa
 class Inversion(BaseModel, ABC):
     """Turns an image into a trajectory. Fields are its settings in the recipe; a subclass is final."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     method: str  # its name in INVERSIONS; a subclass says which
     num_steps: int  # N: steps of its trajectory

@@ -25,11 +25,14 @@ class DDIMInversion(Inversion):
     paper: ClassVar = "Denoising Diffusion Implicit Models, arXiv 2010.02502"
 
     method: Literal["ddim"] = "ddim"
-    num_steps: int = Field(default=50, ge=1, le=1000)  # N: steps up, and down again
-    # Steps of the schedule left out at its noisy end, as `ddpm` counts them: the schedule has num_steps + skip_steps.
-    # A strength of 0.8 of 50 steps is num_steps 40 with skip_steps 10; more left out stays closer to the image.
+    """DDIM inversion: the deterministic sampler, walked upwards."""
+    num_steps: int = Field(default=50, ge=1, le=1000)
+    """N: steps up, and down again."""
     skip_steps: int = Field(default=0, ge=0)
-    guidance_scale: float = Field(default=1.0, allow_inf_nan=False)  # of the source prompt; other than 1 is unstable
+    """Steps of the schedule left out at its noisy end, as `ddpm` counts them: the schedule has num_steps + skip_steps.
+    A strength of 0.8 of 50 steps is num_steps 40 with skip_steps 10; more left out stays closer to the image."""
+    guidance_scale: float = Field(default=1.0, allow_inf_nan=False)
+    """Classifier-free guidance of the source prompt on the way up; 1: none. Other values are unstable."""
 
     @model_validator(mode="after")
     def _schedule_is_possible(self) -> Self:

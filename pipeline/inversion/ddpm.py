@@ -28,17 +28,26 @@ class DDPMInversion(Inversion):
     paper: ClassVar = "An Edit Friendly DDPM Noise Space, arXiv 2304.06140; LEDITS++, arXiv 2311.16711"
 
     method: Literal["ddpm"] = "ddpm"
+    """Edit-friendly DDPM inversion: noisy latents drawn independently, a noise map for each step."""
     solver: Literal["sde-dpmsolver++", "ddim"] = "sde-dpmsolver++"
-    num_steps: int = Field(default=30, ge=1, le=999)  # N: kept steps, what an edit walks
-    # The schedule has int(N * (1 + skip)) steps, of which the N least noisy are kept (LEDITS++): larger stays closer
-    # to the image. The edit-friendly paper counts the steps left out instead: "36 of 100" is num_steps 64 with
-    # skip_steps 36, and then skip is not read.
+    """Sampler whose steps are inverted: SDE DPM-Solver++ of second order, or DDIM with the variance of `eta`."""
+    num_steps: int = Field(default=30, ge=1, le=999)
+    """N: kept steps, what an edit walks."""
     skip: float = Field(default=0.15, ge=0)
+    """The schedule has int(N * (1 + skip)) steps, of which the N least noisy are kept (LEDITS++): larger stays closer
+    to the image."""
     skip_steps: int | None = Field(default=None, ge=0)
-    eta: float = Field(default=1.0, gt=0, le=1)  # variance of the ddim solver; sde-dpmsolver++ has none to choose
-    exact_last_step: bool = True  # false: the last step adds no noise map, as the published implementations have it
-    source_guidance_scale: float = Field(default=3.5, allow_inf_nan=False)  # acts only with a source prompt
-    eta_form: Literal["standard", "authors"] = "standard"  # authors: eta instead of its square, parity only
+    """Number of steps left out at the noisy end, as the edit-friendly paper counts them, in place of `skip`, which is
+    then not read: "36 of 100" is num_steps 64 with skip_steps 36. None: `skip` counts."""
+    eta: float = Field(default=1.0, gt=0, le=1)
+    """Share of DDPM's noise in a step of the ddim solver; 1: DDPM. The solver sde-dpmsolver++ has none to choose."""
+    exact_last_step: bool = True
+    """Whether the last step has a noise map too, and so ends at the image exactly. False: it has none, as the published
+    implementations have it."""
+    source_guidance_scale: float = Field(default=3.5, allow_inf_nan=False)
+    """Classifier-free guidance of the source prompt; 1: none. Acts only with a source prompt."""
+    eta_form: Literal["standard", "authors"] = "standard"
+    """How `eta` enters the variance: its square, or, for parity with the authors' code only, itself."""
 
     @model_validator(mode="after")
     def _one_skip(self) -> DDPMInversion:

@@ -26,9 +26,11 @@ class DirectInversion(DDIMInversion):
     paper: ClassVar = "Direct Inversion: Boosting Diffusion-based Editing with 3 Lines of Code, arXiv 2310.01506"
 
     method: Literal["direct"] = "direct"  # type: ignore[assignment]  # the tag of the union that recipes are parsed by
-    # The paper's ablations. At 0 this is `ddim`.
-    offset_scale: float = Field(default=1.0, ge=0, le=1)  # share of the difference that is put back
-    interval: int = Field(default=1, ge=1)  # it is put back after every so many steps, the first included
+    """Direct (PnP) inversion: DDIM inversion, with the source branch put back on its trajectory."""
+    offset_scale: float = Field(default=1.0, ge=0, le=1)
+    """Share of the source branch's difference from its trajectory that is put back. At 0 this is `ddim`."""
+    interval: int = Field(default=1, ge=1)
+    """The difference is put back after every so many steps, the first included; 1: after each."""
 
     def invert(self, source: Source) -> Steps[Trajectory]:
         """See `Inversion`."""

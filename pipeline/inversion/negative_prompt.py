@@ -28,8 +28,11 @@ class NegativePromptInversion(DDIMInversion):
     paper: ClassVar = "Negative-prompt Inversion, arXiv 2305.16807; interpolation: ProxEdit, arXiv 2306.05414"
 
     method: Literal["negative_prompt"] = "negative_prompt"  # type: ignore[assignment]  # tag of the union
-    npi_interp: float = Field(default=0.0, ge=0, le=1)  # 0: the source prompt's embedding, 1: the empty prompt's
-    pin_source: bool = False  # also keep the source branch on its trajectory, as `direct` does; not in the paper
+    """Negative-prompt inversion: DDIM inversion, with the source prompt's embedding as the unconditional one."""
+    npi_interp: float = Field(default=0.0, ge=0, le=1)
+    """Where the unconditional embedding stands between two; 0: the source prompt's, 1: the empty prompt's."""
+    pin_source: bool = False
+    """Also keep the source branch on its trajectory, as `direct` does; not in the paper."""
 
     def invert(self, source: Source) -> Steps[Trajectory]:
         """See `Inversion`."""

@@ -24,8 +24,11 @@ class NoiseStart(Inversion):
     paper: ClassVar = "SDEdit, arXiv 2108.01073"
 
     method: Literal["noise"] = "noise"
+    """No inversion: noise over the image, as SDEdit has it, or noise alone at the first step."""
     num_steps: int = Field(default=50, ge=1, le=1000)
-    eta: float = Field(default=0.0, ge=0, le=1)  # fresh noise while sampling: 0 none, 1 DDPM-like
+    """N: steps of the sampler."""
+    eta: float = Field(default=0.0, ge=0, le=1)
+    """Share of DDPM's fresh noise while sampling; 0: none, 1: as DDPM."""
 
     def invert(self, source: Source) -> Steps[Trajectory]:
         """See `Inversion`. The start is drawn first, then one noise map per step where eta is above 0."""

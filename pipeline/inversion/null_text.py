@@ -32,14 +32,20 @@ class NullTextInversion(DDIMInversion):
     paper: ClassVar = "Null-text Inversion for Editing Real Images using Guided Diffusion Models, arXiv 2211.09794"
 
     method: Literal["null_text"] = "null_text"  # type: ignore[assignment]  # tag of the union
-    edit_guidance_scale: float = Field(default=7.5, allow_inf_nan=False)  # of the editor that will use the embeddings
-    num_inner_steps: int = Field(default=10, ge=0)  # J: updates per step, at most
-    early_stop_epsilon: float = Field(default=1e-5, ge=0)  # loss at which a step is done; plus 2e-5 per step before
+    """Null-text inversion: DDIM inversion, and one optimised unconditional embedding per step."""
+    edit_guidance_scale: float = Field(default=7.5, allow_inf_nan=False)
+    """Guidance scale of the editor that will use the embeddings."""
+    num_inner_steps: int = Field(default=10, ge=0)
+    """J: updates of the embedding per step, at most; 0: none."""
+    early_stop_epsilon: float = Field(default=1e-5, ge=0)
+    """Mean squared error of latents at which a step is done; 2e-5 more at every later step."""
     learning_rate: float = Field(default=1e-2, gt=0)
-    # Over how many steps the learning rate would fall to zero. The published code has 100 whatever the number of steps;
-    # twice the number of steps is the same at its 50.
+    """Learning rate of Adam at the first step."""
     learning_rate_steps: int | None = Field(default=None, ge=1)
-    uncond_scope: Literal["all", "source"] = "all"  # which branches of an editor take the embeddings
+    """Over how many steps the learning rate would fall to zero. None: twice num_steps. The published code has 100
+    whatever the number of steps, which is the same at its 50."""
+    uncond_scope: Literal["all", "source"] = "all"
+    """Which branches of an editor take the embeddings: all, or the source branch alone."""
 
     def invert(self, source: Source) -> Steps[Trajectory]:
         """See `Inversion`."""

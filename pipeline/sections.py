@@ -1,0 +1,138 @@
+"""The recipe's sections other than inversion and editing: source, model, sink, run. No key is unknown in any.
+
+A key's docstring is its description: in `shardedit schema`, in docs/recipe.md, in an editor that knows the schema.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
+
+StorageOptions = dict[str, Any]
+Count = Annotated[int, Field(ge=1)]
+OneOrMany = Annotated[  # the schema says what may be written, the type what is made of it
+    tuple[str, ...],
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
+]
+
+
+class Section(BaseModel):
+    """Base of the recipe's sections: immutable, and no key is unknown."""
+
+    # A misplaced secret must not stand in an error's traceback.
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
+
+
+class SourceConfig(Section):
+    """Where the images are, and which parts of a row hold what."""
+
+    shards: OneOrMany = Field(min_length=1)
+    """One or several fsspec URLs, globs allowed; a folder or prefix means all below it."""
+    format: Literal["auto", "webdataset", "parquet", "folder"] = "auto"
+    """How the shards are read; auto: by the names found."""
+    image: str | None = None
+    """Member extension or column with the image; none: the first that holds one."""
+    caption: str = "txt"
+    """Member extension or column with the caption; rows without one have ""."""
+    caption_is_source_prompt: bool = False
+    """Take the caption for the source prompt of edits that have none."""
+    mask: str | None = None
+    """Member extension or column with the user's mask: white is where an edit may act. None: mask.png, or a column
+    named mask."""
+    edit: str = "edit"
+    """Key of the json member, or column, with the row's own edit request; "edits" is always tried too."""
+    storage_options: StorageOptions = Field(default_factory=dict, repr=False)
+    """Options for the fsspec file system. Secrets belong into the environment."""
+    max_pixels: int = Field(default=64_000_000, ge=1)
+    """Pixels of an image; larger ones are quarantined before they are decoded."""
+    max_member_bytes: int = Field(default=256 * 2**20, ge=1)
+    """Bytes of a member; larger ones are quarantined unread."""
+    max_row_concepts: int = Field(default=256, ge=1)
+    """Concepts that a row's own edits may have together; each costs UNet rows."""
+
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class ModelConfig(Section):
+    """Which checkpoint, at which size and precision."""
+
+    name: str = Field(default="demo", min_length=1)
+    """The bundled "demo", the closed-form "analytic", a local folder, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; none: its main branch."""
+    variant: str | None = None
+    """Of the weight files, such as fp16; none: the plain ones."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the networks; auto: bfloat16 on a GPU, float32 elsewhere."""
+    size: int | None = Field(default=None, ge=32, le=4096)
+    """Side of the model's square (crop, pad, stretch), or of the square with a bucket's area, in pixels; none: the
+    checkpoint's."""
+    fit: Literal["crop", "pad", "stretch", "bucket"] = "pad"
+    """How an image of another shape is brought to the model. crop: the centred square; pad: scaled to fit, edges
+    replicated; stretch: scaled, whatever the shape; bucket: the image's own shape at about that area."""
+    compile: bool = False
+    """Compile the UNet with torch: faster calls, a minute or more at the start. Changes how results are rounded."""
+
+    @model_validator(mode="after")
+    def _something_to_compile(self) -> ModelConfig:
+        if self.compile and self.name == "analytic":
+            raise ValueError("the closed-form model has no networks to compile. Leave compile out")
+        return self
+
+
+class SinkConfig(Section):
+    """Where results go, and what a result holds."""
+
+    folder: str = Field(min_length=1)
+    """fsspec URL of the output; created where missing."""
+    format: Literal["parquet", "webdataset"] = "parquet"
+    """What results are written as."""
+    include_input: bool = False
+    """Keep the input image beside the edited one."""
+    image_format: Literal["png", "jpg", "webp"] = "png"
+    """Format of the edited image; masks are always lossless."""
+    quality: int = Field(default=95, ge=1, le=100)
+    """Quality of jpg and webp; 100: best."""
+    storage_options: StorageOptions = Field(default_factory=dict, repr=False)
+    """Options for the fsspec file system. Secrets belong into the environment."""
+
+
+class RunConfig(Section):
+    """Seed, units of work, workers, error budgets."""
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the run; an image's noise derives from it and from the image's id."""
+    unit_size: int = Field(default=32, ge=1, le=4096)
+    """Images that are committed together; also what a kill loses at most, per worker."""
+    call_size: Count | Literal["auto"] = "auto"
+    """Rows of a UNet call; auto: probed on a GPU, 16 on CPU. Changes how results are rounded."""
+    images_in_flight: Count | Literal["auto"] = "auto"
+    """Images at work at once, per worker; auto: what keeps calls full. Bounds memory."""
+    engine: Literal["ray", "local"] = "ray"
+    """Where the work runs; local: one process, for small runs and debugging, with the same bytes."""
+    workers: Count | Literal["auto"] = "auto"
+    """Engines with a model each; auto: one per GPU, one on CPU."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """GPUs that a worker reserves, or a share of one; auto: 1 where the cluster has GPUs, else 0."""
+    max_failed_fraction: float = Field(default=0.5, ge=0, le=1)
+    """Share of the results asked for that may fail; more ends the run."""
+    max_consecutive_failed_units: int = Field(default=5, ge=1)
+    """Units in a row without a single result that end the run; before so many, max_failed_fraction is not judged."""
+
+    @field_validator("call_size", "images_in_flight", "workers", mode="before")
+    @classmethod
+    def _positive(cls, value: Any) -> Any:
+        if isinstance(value, int) and value < 1:  # one message, where the union would give one for each of its types
+            raise ValueError("should be 'auto' or at least 1")
+        return value
+
+    @field_validator("gpus_per_worker", mode="before")
+    @classmethod
+    def _not_negative(cls, value: Any) -> Any:
+        if isinstance(value, (int, float)) and value < 0:
+            raise ValueError("should be 'auto' or at least 0")
+        return value
