@@ -92,9 +92,7 @@ class Recipe(Section):
     @classmethod
     def _one_unnamed_edit(cls, value: Any) -> Any:
         """`edits: {concepts: [...]}` is one edit, named "edit"."""
-        if isinstance(value, Mapping) and value and set(value) <= set(EditRequest.model_fields):
-            return {"edit": value}
-        return value
+        return {"edit": value} if _is_one_request(value) else value
 
     @model_validator(mode="before")
     @classmethod
@@ -165,6 +163,15 @@ class Recipe(Section):
         return self
 
 
+def _is_one_request(value: Any) -> bool:
+    """Whether this is meant as one edit request, and not as several by name. A misspelt field does not change that."""
+    if not isinstance(value, Mapping) or not value:
+        return False
+    fields = set(EditRequest.model_fields)
+    plain = {name for name, item in value.items() if not isinstance(item, (Mapping, EditRequest))}
+    return set(value) <= fields or bool(plain & fields) or plain == set(value)
+
+
 def parse_edits(value: Any, where: str, most: int = 256) -> dict[str, EditRequest]:
     """A row's own edit request(s): one request, or a mapping of names to requests; JSON text is parsed.
 
@@ -183,7 +190,7 @@ def parse_edits(value: Any, where: str, most: int = 256) -> dict[str, EditReques
             raise PrepareError(f"{where} is not JSON: {error}") from error
     if not isinstance(value, Mapping) or not value:
         raise PrepareError(f"{where} holds no edit request but {type(value).__name__}. Give an object with concepts")
-    named = value if not set(value) <= set(EditRequest.model_fields) else {"edit": value}
+    named = {"edit": value} if _is_one_request(value) else value
     if (count := sum(map(_weight, named.values()))) > most:
         raise PrepareError(
             f"{where} asks for {count} concepts, more than source.max_row_concepts ({most}) allows. Split the row, or "
@@ -207,7 +214,7 @@ def _one_edit(value: Any, name: str, where: str) -> EditRequest:
     try:
         return EditRequest.model_validate(_without_none(value))
     except ValidationError as error:
-        problems = "; ".join(f"{path}: {text}" for path, text in describe(error))
+        problems = "; ".join(f"{path}: {text}" for path, text in describe(error, EditRequest))
         raise PrepareError(f"{where} is no edit request: {problems}") from error
 
 
@@ -240,9 +247,19 @@ def recipe_from(data: Any, where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(where, describe(error)) from error
+        raise RecipeError(where, _as_written(describe(error, Recipe), data)) from error
     except RecipeError as error:
-        raise RecipeError(where, error.problems) from error
+        raise RecipeError(where, _as_written(error.problems, data)) from error
+
+
+def _as_written(problems: list[tuple[str, str]], data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Paths without the name that an unnamed edit was given."""
+    if not _is_one_request(data.get("edits")):
+        return problems
+    return [
+        ("edits" + path.removeprefix("edits.edit") if path.startswith("edits.edit") else path, text)
+        for path, text in problems
+    ]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
