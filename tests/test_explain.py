@@ -40,11 +40,15 @@ def problems_of(**sections: Any) -> dict[str, str]:
         ({"run": {"seed": "abc"}}, "run.seed", "should be a whole number of at least 0, is the text 'abc'"),
         ({"run": {"seed": 1.5}}, "run.seed", "should be a whole number of at least 0, is 1.5"),
         ({"run": {"unit_size": None}}, "run.unit_size", "should be a whole number from 1 to 4096, is empty"),
-        ({"run": {"call_size": "x"}}, "run.call_size", "should be a whole number or 'auto', is the text 'x'"),
+        (
+            {"run": {"call_size": "x"}},
+            "run.call_size",
+            "should be a whole number of at least 1 or 'auto', is the text 'x'",
+        ),
         (
             {"run": {"workers": "atuo"}},
             "run.workers",
-            "should be a whole number or 'auto', is the text 'atuo'. Did you mean 'auto'?",
+            "should be a whole number of at least 1 or 'auto', is the text 'atuo'. Did you mean 'auto'?",
         ),
         ({"run": {"engine": "spark"}}, "run.engine", "should be 'ray' or 'local', is the text 'spark'"),
         ({"run": {"max_failed_fraction": 2}}, "run.max_failed_fraction", "should be a number from 0 to 1, is 2"),
