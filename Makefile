@@ -9,10 +9,10 @@ IMAGES ?= 24
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench demo-score faults methods-table clean
+.PHONY: help demo test test-slow lint bench demo-score faults methods-table recipe-reference clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## draw a small dataset, edit it with the bundled model, write demo-output/report.html
 	$(BIN)/shardedit demo --output demo-output --images $(IMAGES)
@@ -40,6 +40,9 @@ faults: $(STAMP) ## kill, cut and fill up runs at random moments, compare, write
 
 methods-table: $(STAMP) ## compare all methods on drawn scenes, write docs/methods/table.md and build/methods.json
 	$(BIN)/python -m jobs.methods_table
+
+recipe-reference: $(STAMP) ## write the tables of docs/recipe.md from the code
+	$(BIN)/python -m jobs.recipe_reference
 
 clean: ## remove the environment and everything that was made
 	rm -rf $(VENV) build dist demo-output *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

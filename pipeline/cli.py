@@ -255,8 +255,15 @@ def demo(
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON schema of a recipe, for editors that complete and check YAML."""
+def schema(
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="As tables for people: docs/recipe.md.")] = False,
+) -> None:
+    """Print the JSON schema of a recipe, for editors that complete and check YAML; every key with its description."""
+    if as_markdown:
+        from pipeline.reference import markdown
+
+        print(markdown())
+        return
     from pipeline.recipe import Recipe
 
     print(json.dumps(Recipe.model_json_schema(), indent=1))

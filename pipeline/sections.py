@@ -43,7 +43,7 @@ class SourceConfig(Section):
     edit: str = "edit"
     """Key of the json member, or column, with the row's own edit request; "edits" is always tried too."""
     storage_options: StorageOptions = Field(default_factory=dict, repr=False)
-    """Options for the fsspec file system. Secrets belong into the environment."""
+    """Options for the fsspec file system. Secrets belong in the environment."""
     max_pixels: int = Field(default=64_000_000, ge=1)
     """Pixels of an image; larger ones are quarantined before they are decoded."""
     max_member_bytes: int = Field(default=256 * 2**20, ge=1)
@@ -98,7 +98,7 @@ class SinkConfig(Section):
     quality: int = Field(default=95, ge=1, le=100)
     """Quality of jpg and webp; 100: best."""
     storage_options: StorageOptions = Field(default_factory=dict, repr=False)
-    """Options for the fsspec file system. Secrets belong into the environment."""
+    """Options for the fsspec file system. Secrets belong in the environment."""
 
 
 class RunConfig(Section):
@@ -119,7 +119,7 @@ class RunConfig(Section):
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """GPUs that a worker reserves, or a share of one; auto: 1 where the cluster has GPUs, else 0."""
     max_failed_fraction: float = Field(default=0.5, ge=0, le=1)
-    """Share of the results asked for that may fail; more ends the run."""
+    """Share of the results asked for that may fail; more ends the run, or fails it where it is over by then."""
     max_consecutive_failed_units: int = Field(default=5, ge=1)
     """Units in a row without a single result that end the run; before so many, max_failed_fraction is not judged."""
 

@@ -250,6 +250,11 @@ def test_schema_is_a_json_schema_of_the_recipe(config):
     jsonschema.validate(yaml.safe_load(config.read_text()), schema)
 
 
+def test_schema_as_markdown_is_what_the_recipes_page_ends_with():
+    page = (Path(__file__).parents[1] / "docs" / "recipe.md").read_text(encoding="utf-8")
+    assert page.endswith(f"-->\n\n{shardedit('schema', '--markdown').stdout.rstrip()}\n")
+
+
 def test_methods_lists_every_one_with_its_settings():
     text = shardedit("methods").stdout
     for registry in (INVERSIONS, EDITORS):
