@@ -152,14 +152,15 @@ def test_a_driver_that_lost_the_folder_stops_before_the_manifest_and_the_other_o
     before = rows(out)
     put = replace.put
 
-    def paused_put(fs: Any, path: str, data: bytes) -> None:
-        put(fs, path, data)
+    def paused_put(fs: Any, path: str, data: bytes, **options: Any) -> None:
+        put(fs, path, data, **options)
         if "/data/" in path:  # meanwhile another driver takes over, settles as it starts, and is still at work
             monkeypatch.setattr(replace, "put", put)
             replace.settle_replacements(failed.sink)
             root = path.partition("/data/")[0]
-            lock.create(fs, lock.lock_path(root, 2), b"{}")
-            commit.remove(fs, lock.lock_path(root, 1))
+            (mine,) = lock.flags(fs, root)
+            put(fs, f"{root}/_lock/{lock.generation(mine) + 1:08d}-{'0' * 16}.json", b"{}")
+            commit.remove(fs, f"{root}/_lock/{mine}")
 
     monkeypatch.setattr(replace, "put", paused_put)
     with pytest.raises(RunAborted, match="was taken over by another driver"):
@@ -167,7 +168,8 @@ def test_a_driver_that_lost_the_folder_stops_before_the_manifest_and_the_other_o
     assert rows(out) == before
     assert verdict_on(failed).clean
     fs, root = open_fs(failed.sink.folder, failed.sink.storage_options)
-    commit.remove(fs, lock.lock_path(root, 2))
+    (other,) = lock.flags(fs, root)
+    commit.remove(fs, f"{root}/_lock/{other}")
     cluster.run(failed, progress="off", retry_failed=True)
     assert rows(out) == rows(place.folder(calm))
 

@@ -77,15 +77,21 @@ def commit(finished: FinishedUnit, sink: SinkConfig) -> Manifest:
     return finished.manifest
 
 
-def put(fs: AbstractFileSystem, path: str, data: bytes) -> None:
+def put(fs: AbstractFileSystem, path: str, data: bytes, *, durable: bool = True) -> None:
     """Write a whole file or none of it: no reader, and no kill, meets a part.
+
+    Args:
+        fs: where to.
+        path: in it.
+        data: the content.
+        durable: whether a local file is to outlive a crash of the machine.
 
     Raises:
         SinkError: says which file, and why not.
     """
     try:
         if isinstance(fs, LocalFileSystem):
-            _put_local(Path(path), data)
+            _put_local(Path(path), data, durable)
         else:
             # One upload is atomic on an object store. Never rename there: that is a copy and a delete. A large file
             # goes up in parts, which are no object before the last call completes them: what a killed upload leaves
@@ -97,19 +103,22 @@ def put(fs: AbstractFileSystem, path: str, data: bytes) -> None:
         ) from error
 
 
-def _put_local(path: Path, data: bytes) -> None:
+def _put_local(path: Path, data: bytes, durable: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same directory, since only there a rename is atomic; the dot hides it from `data/*.parquet`.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    if not durable:
+        return
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)  # or a crash of the machine may forget the new name

@@ -1,25 +1,29 @@
-"""One driver per run's folder: a lock object, kept alive by a heartbeat.
+"""One driver per run's folder: every driver raises a flag of its own, then looks who else has.
 
-    _lock/<generation>.json      the newest generation holds; a takeover is the creation of the next one
+    _lock/<generation>-<owner>.json      the holder is alone with the highest generation; nobody else is alive beside it
 
-Where the store creates conditionally (local files, S3 with `If-None-Match`), two drivers cannot both create a
-generation. Where it ignores the condition, which a probe finds out, the last writer wins, and a driver that reads
-another's name after a settling time yields: there the lock is a lease that a badly delayed request may break. Even then
-nothing is lost or doubled, since units have fixed names and are committed again to the same bytes (writing/commit.py).
+To get in, a driver lists the flags, sees that every holder is dead or has released, raises its own with the next
+generation, *and looks again*. Of two that raise theirs at once at least one then sees the other, whatever the order of
+their requests: it takes its flag down, and tries again. This needs nothing of a store but that a listing shows what was
+put before it began, as with local files, S3 and its like; where listings lag, `SETTLE_S` lets them catch up. No
+conditional put is needed, and no clock. A released flag stays until the next holder removes it, so that generations
+only grow: a driver that was paused, taken over, and wakes up finds a higher one, and stops.
 
 A dead holder is known at once on its own machine, elsewhere by a heart that has not beaten for `EXPIRY_S`. That is
-watched, not computed from timestamps: clocks of two machines may differ.
+watched, not computed from timestamps: clocks of two machines may differ. A driver that is stopped for longer than that,
+and elsewhere, is taken over though it lives. What it still writes between its last look at the lock and its next is
+no row lost or doubled: units have fixed names, and are committed to the same bytes (writing/commit.py).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
 import platform
 import posixpath
+import re
 import secrets
 import sys
 import threading
@@ -28,12 +32,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import RunAborted, SinkError
-from pipeline.reading.storage import open_fs, retrying
+from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
 from pipeline.showing import describe, public_url
 from pipeline.writing.commit import get, list_folder, put, remove
@@ -43,14 +48,17 @@ log = logging.getLogger(__name__)
 FOLDER = "_lock"
 BEAT_S = 5.0
 EXPIRY_S = 30.0  # several beats: one slow request is no death
-SETTLE_S = 2.0  # longer than a put takes to show, where puts cannot be conditional
+SETTLE_S = 2.0  # on other stores than local files: longer than a put takes to show in a listing
+PAUSE_S = 0.002
+LOOKS = 10  # at others that raised their flags at the same time, before a driver takes its own down and begins anew
+FLAG = re.compile(r"(\d{8,})-[0-9a-f]{16}\.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Holder:
-    """Who holds a lock. The host is a hash: names of machines do not belong into shared folders."""
+class Flag:
+    """What a driver says of itself. The host is a hash: names of machines do not belong into shared folders."""
 
-    owner: str  # random
+    state: Literal["trying", "holding", "released"]
     host: str
     pid: int
     started: str  # of the process, in ticks since boot: a pid may be given out again
@@ -72,6 +80,9 @@ class DriverLock:
         beat_s: seconds between heartbeats.
         expiry_s: seconds without one after which a lock may be taken over.
         settle_s: see `SETTLE_S`.
+
+    Raises:
+        SinkError: on entering, another driver is at work, or the folder cannot be read or written.
     """
 
     def __init__(
@@ -86,24 +97,20 @@ class DriverLock:
     ) -> None:
         self._sink, self._on_lost, self._notify = sink, on_lost, notify
         self._beat_s, self._expiry_s, self._settle_s = beat_s, expiry_s, settle_s
-        self._me = Holder(
-            owner=secrets.token_hex(8), host=this_host(), pid=os.getpid(), started=started_at(os.getpid()) or ""
-        )
-        self._generation = 0
+        self._owner = secrets.token_hex(8)
+        self._me = Flag(state="trying", host=this_host(), pid=os.getpid(), started=started_at(os.getpid()) or "")
+        self._name = ""
+        self._dead: set[str] = set()  # flags on other machines whose hearts were watched, and did not beat
         self._lost = ""
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._beat_until_stopped, name="driver-lock", daemon=True)
 
     def __enter__(self) -> DriverLock:
         self._fs, self._root = open_fs(self._sink.folder, self._sink.storage_options)
-        self._new_folder = isinstance(self._fs, LocalFileSystem) and not Path(self._root).exists()
-        self._conditional = creates_conditionally(self._fs, f"{self._root}/{FOLDER}/probe-{self._me.owner}")
-        try:
-            while not self._acquired():
-                time.sleep(self._settle_s * (0.5 + secrets.randbelow(100) / 100))  # another driver was quicker
-        except BaseException:
-            self._remove_empty_folders()
-            raise
+        if isinstance(self._fs, LocalFileSystem):
+            self._settle_s = 0.0
+        while not self._acquired():
+            time.sleep((self._settle_s or PAUSE_S) * (0.5 + secrets.randbelow(100) / 50))  # another one is quicker
         self._heart.start()
         return self
 
@@ -113,16 +120,15 @@ class DriverLock:
         self._stop.set()
         self._heart.join()
         try:
-            if self._is_mine():
-                remove(self._fs, self._path(self._generation))
+            if self.claim.holds():
+                self._put("released")
         except SinkError as failed:  # the next driver on this machine sees the dead process, others wait
-            log.warning("the lock of %s was not removed: %s", public_url(self._sink.folder), describe(failed))
-        self._remove_empty_folders()
+            log.warning("the lock of %s was not released: %s", public_url(self._sink.folder), describe(failed))
 
     @property
     def claim(self) -> Claim:
         """For workers, who cannot hear the heartbeat's thread."""
-        return Claim(self._sink, self._generation, self._me.owner)
+        return Claim(self._sink, self._name)
 
     @property
     def lost(self) -> str:
@@ -138,81 +144,126 @@ class DriverLock:
         if self._lost:
             raise RunAborted(self._lost)
 
-    def _path(self, generation: int) -> str:
-        return lock_path(self._root, generation)
-
-    def _generations(self) -> list[int]:
-        return generations(self._fs, self._root)
-
     def _acquired(self) -> bool:
-        """Take the lock, if need be over; false where another driver was quicker.
+        """Take the lock, if need be over; false where another driver is about to.
 
         Raises:
             SinkError: another driver is at work.
         """
-        dead = self._generations()
-        if dead:
-            self._wait_for_death(dead[-1])
-        generation = dead[-1] + 1 if dead else 1
-        if not self._created(generation):
+        highest = self._highest_when_over()
+        if highest is None:
             return False
-        if set(self._generations()) - set(dead) != {generation}:  # taken over, by another, while we looked
-            remove(self._fs, self._path(generation))
-            return False
-        self._generation = generation
-        for old in dead:
-            remove(self._fs, self._path(old))
-        return True
+        self._name = f"{highest + 1:08d}-{self._owner}.json"
+        self._put("trying")
+        try:
+            if self._is_alone():
+                self._put("holding")
+                for name in flags(self._fs, self._root):
+                    if generation(name) < generation(self._name):  # over, or it would not be lower
+                        remove(self._fs, self._path(name))
+                return True
+        except BaseException:
+            remove(self._fs, self._path(self._name))
+            raise
+        remove(self._fs, self._path(self._name))  # it was never held: no generation is lost with it
+        return False
 
-    def _created(self, generation: int) -> bool:
-        me = replace(self._me, beat_at=time.time()).to_bytes()
-        if self._conditional:
-            return create(self._fs, self._path(generation), me)
-        put(self._fs, self._path(generation), me)
-        time.sleep(self._settle_s)
-        return get(self._fs, self._path(generation)) == me
+    def _is_alone(self) -> bool:
+        """Whether, with our flag up, nobody else is alive, and no other generation is as high."""
+        for _ in range(LOOKS):
+            time.sleep(self._settle_s)
+            states = {name: self._state(name, data) for name, data in self._there().items() if name != self._name}
+            if any(
+                state == "holding"
+                or (state == "trying" and name > self._name)  # of two that try, the other sees ours and gives way
+                or (state == "over" and generation(name) >= generation(self._name))  # came and went: ours is not new
+                for name, state in states.items()
+            ):
+                return False
+            if "trying" not in states.values():
+                return True
+            time.sleep(PAUSE_S)
+        return False
 
-    def _wait_for_death(self, generation: int) -> None:
-        """Return once the holder is known to be dead.
+    def _there(self) -> dict[str, bytes]:
+        """Every flag that is up, by name. One that is taken down while they are read is left out: it was never held."""
+        read = {name: get(self._fs, self._path(name)) for name in flags(self._fs, self._root)}
+        return {name: data for name, data in read.items() if data is not None}
+
+    def _state(self, name: str, data: bytes) -> Literal["trying", "holding", "over"]:
+        """Of a flag at this moment. One of another machine is over where it is released, or has been watched."""
+        flag = parsed(data)
+        if name in self._dead or flag is None or flag.state == "released":
+            return "over"
+        if flag.host == self._me.host and started_at(flag.pid) != flag.started:
+            return "over"
+        return flag.state
+
+    def _highest_when_over(self) -> int | None:
+        """The highest generation, once every flag is over; None where another driver is about to take the lock.
 
         Raises:
-            SinkError: it is alive.
+            SinkError: a holder is alive.
         """
-        where = public_url(self._sink.folder)
-        first = get(self._fs, self._path(generation))
-        holder = parsed(first)
-        if holder is not None and holder.host == self._me.host:
-            if started_at(holder.pid) != holder.started:
-                return
-            raise self._refusal(holder, f"process {holder.pid} on this machine")
+        there = self._there()
+        watched: dict[str, bytes] = {}
+        for name, data in there.items():
+            flag = parsed(data)
+            if flag is None or (state := self._state(name, data)) == "over":
+                continue
+            if flag.host != self._me.host:
+                watched[name] = data
+            elif state == "holding":
+                raise self._refusal(name, flag, f"process {flag.pid} on this machine")
+            else:
+                return None
+        if watched and not self._watched_to_death(watched):
+            return None
+        return max(map(generation, there), default=0)
+
+    def _watched_to_death(self, watched: dict[str, bytes]) -> bool:
+        """Whether no heart beat on another machine until it can be taken for dead; false where the flags have changed.
+
+        Raises:
+            SinkError: a holder is alive.
+        """
         self._notify(
-            f"{where} is locked by a driver elsewhere. Watching its heartbeat for up to {self._expiry_s:.0f} s"
+            f"{public_url(self._sink.folder)} is locked by a driver elsewhere. Watching its heartbeat for up to "
+            f"{self._expiry_s:.0f} s"
         )
         until = time.monotonic() + self._expiry_s
         while time.monotonic() < until:
             time.sleep(min(1.0, self._beat_s))
-            now = get(self._fs, self._path(generation))
-            if now is None:
-                return  # it has just ended
-            if now != first and (live := parsed(now)) is not None:
-                raise self._refusal(live, "on another machine")
+            for name, first in watched.items():
+                now = get(self._fs, self._path(name))
+                if now == first:
+                    continue
+                if (flag := parsed(now)) is not None and flag.state == "holding":
+                    raise self._refusal(name, flag, "on another machine")
+                return False
+        self._dead.update(watched)
+        return True
 
-    def _refusal(self, holder: Holder, where: str) -> SinkError:
-        age = max(0.0, time.time() - holder.beat_at)
+    def _refusal(self, name: str, flag: Flag, where: str) -> SinkError:
+        age = max(0.0, time.time() - flag.beat_at)
         return SinkError(
-            f"{public_url(self._sink.folder)} is being written by another driver ({where}, owner {holder.owner}, last "
+            f"{public_url(self._sink.folder)} is being written by another driver ({where}, owner {owner(name)}, last "
             f"heartbeat {age:.0f} s ago). Wait until it ends, or end it: the same command then goes on from what is "
             "committed. Nothing needs to be removed by hand"
         )
 
-    def _is_mine(self) -> bool:
-        return self.claim.holds()
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{FOLDER}/{name}"
+
+    def _put(self, state: Literal["trying", "holding", "released"], beat: int = 0) -> None:
+        data = replace(self._me, state=state, beat=beat, beat_at=time.time()).to_bytes()
+        put(self._fs, self._path(self._name), data, durable=False)
 
     def _beat_until_stopped(self) -> None:
         beat = 0
         while not self._stop.wait(self._beat_s):
             try:
-                if not self._is_mine():
+                if not self.claim.holds():
                     self._lost = (
                         f"{public_url(self._sink.folder)} was taken over by another driver, since this one could not "
                         f"be seen for {self._expiry_s:.0f} s. What is committed stays, and the other goes on"
@@ -220,18 +271,9 @@ class DriverLock:
                     self._on_lost(self._lost)
                     return
                 beat += 1
-                me = replace(self._me, beat=beat, beat_at=time.time())
-                put(self._fs, self._path(self._generation), me.to_bytes())
+                self._put("holding", beat)
             except SinkError as error:  # tried again with the next beat; a takeover shows as soon as the store answers
                 log.warning("no heartbeat: %s", error)
-
-    def _remove_empty_folders(self) -> None:
-        """A run that was refused before it wrote anything leaves nothing behind."""
-        if isinstance(self._fs, LocalFileSystem):
-            with contextlib.suppress(OSError):
-                os.rmdir(Path(self._root, FOLDER))
-                if self._new_folder:
-                    os.rmdir(self._root)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,18 +281,22 @@ class Claim:
     """What a driver holds, in a form that travels to where its units are written."""
 
     sink: SinkConfig
-    generation: int
-    owner: str
+    name: str  # of its flag
+
+    @property
+    def generation(self) -> int:
+        """Higher than that of every driver that held the folder before."""
+        return generation(self.name)
 
     def holds(self) -> bool:
-        """Whether the lock is still that driver's. Two requests to an object store.
+        """Whether the lock is still that driver's. One request to an object store.
 
         Raises:
             SinkError: it cannot be read.
         """
         fs, root = open_fs(self.sink.folder, self.sink.storage_options)
-        holder = parsed(get(fs, lock_path(root, self.generation)))
-        return holder is not None and holder.owner == self.owner and generations(fs, root)[-1:] == [self.generation]
+        there = flags(fs, root)
+        return self.name in there and max(map(generation, there)) == self.generation
 
     def check(self) -> None:
         """See that it is, now and not as of the last heartbeat.
@@ -266,66 +312,31 @@ class Claim:
             )
 
 
-def lock_path(root: str, generation: int) -> str:
-    """Where a generation's holder stands."""
-    return f"{root}/{FOLDER}/{generation:08d}.json"
-
-
-def generations(fs: AbstractFileSystem, root: str) -> list[int]:
-    """Every generation that is there, ascending.
+def flags(fs: AbstractFileSystem, root: str) -> list[str]:
+    """Names of all flags that are up, ascending.
 
     Raises:
         SinkError: the folder cannot be listed.
     """
     fs.invalidate_cache()  # s3fs remembers listings
-    stems = (posixpath.splitext(posixpath.basename(path)) for path in list_folder(fs, f"{root}/{FOLDER}"))
-    return sorted(int(stem) for stem, suffix in stems if suffix == ".json" and stem.isdigit())
+    names = (posixpath.basename(path) for path in list_folder(fs, f"{root}/{FOLDER}"))
+    return sorted(name for name in names if FLAG.fullmatch(name))
 
 
-def create(fs: AbstractFileSystem, path: str, data: bytes) -> bool:
-    """Write a file that must not exist yet; false where it does. Stores without conditions overwrite it.
+def generation(name: str) -> int:
+    """Of a flag, by its name."""
+    return int(name.partition("-")[0])
 
-    Raises:
-        SinkError: the file cannot be written.
-    """
-    if isinstance(fs, LocalFileSystem):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+def owner(name: str) -> str:
+    """Of a flag, by its name."""
+    return name.partition("-")[2].removesuffix(".json")
+
+
+def parsed(data: bytes | None) -> Flag | None:
+    """A flag as stored; None where it is absent or none."""
     try:
-        retrying()(fs.pipe_file, path, data, mode="create")
-        return True
-    except Exception as error:
-        # A retried put may meet what its own first attempt wrote; the caller reads back who holds.
-        if isinstance(error, FileExistsError) or _condition_failed(error):
-            return get(fs, path) == data
-        raise SinkError(
-            f"{public_url(path)} cannot be written: {describe(error)}. Check sink.folder and its permissions"
-        ) from error
-
-
-def _condition_failed(error: Exception) -> bool:
-    """S3-like servers differ in how they answer a failed condition; s3fs names only one way FileExistsError."""
-    response = getattr(error.__cause__, "response", None) or {}
-    return response.get("Error", {}).get("Code") in {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
-
-
-def creates_conditionally(fs: AbstractFileSystem, path: str) -> bool:
-    """Whether the store refuses to create what is there: tried on a file of its own, which is removed."""
-    try:
-        create(fs, path, b"first")
-        return not create(fs, path, b"second")
-    except SinkError as error:
-        if isinstance(error.__cause__, TypeError):  # no such argument: a store that knows no conditions
-            return False
-        raise
-    finally:
-        with contextlib.suppress(Exception):
-            fs.rm_file(path)
-
-
-def parsed(data: bytes | None) -> Holder | None:
-    """A holder as stored; None where it is absent or half written."""
-    try:
-        return Holder(**json.loads(data or b""))
+        return Flag(**json.loads(data or b""))
     except (ValueError, TypeError):
         return None
 

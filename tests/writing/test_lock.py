@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import signal
 import subprocess
@@ -14,11 +15,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.lock import hold_many
 from pipeline.errors import RunAborted, SinkError
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
 from pipeline.writing import lock as lock_module
-from pipeline.writing.lock import DriverLock, creates_conditionally, started_at, this_host
+from pipeline.writing.lock import DriverLock, flags, generation, started_at, this_host
 
 pytestmark = pytest.mark.timeout(400)  # moto is installed once
 QUICK = {"beat_s": 0.2, "expiry_s": 1.5, "settle_s": 0.3}
@@ -49,16 +51,14 @@ def driver(sink: SinkConfig, on_lost: Callable[[str], None] = lambda _: None, **
     return DriverLock(sink, on_lost, notify=lambda _: None, **{**QUICK, **settings})
 
 
-def locks(sink: SinkConfig) -> list[str]:
-    fs, root = open_fs(sink.folder, sink.storage_options)
-    fs.invalidate_cache()
-    return [path.rpartition("/")[2] for path in fs.find(f"{root}/_lock")]
+def generations(sink: SinkConfig) -> list[int]:
+    """Of the flags that are up."""
+    return [generation(name) for name in flags(*open_fs(sink.folder, sink.storage_options))]
 
 
-def test_which_stores_know_conditions_is_found_out(sink: SinkConfig, request: pytest.FixtureRequest) -> None:
+def states(sink: SinkConfig) -> list[str]:
     fs, root = open_fs(sink.folder, sink.storage_options)
-    assert creates_conditionally(fs, f"{root}/_lock/probe") == ("rclone" not in request.node.name)
-    assert locks(sink) == []
+    return [json.loads(fs.cat_file(f"{root}/_lock/{name}"))["state"] for name in flags(fs, root)]
 
 
 def test_a_second_driver_is_refused_and_told_who_holds_and_what_to_do(sink: SinkConfig) -> None:
@@ -67,8 +67,10 @@ def test_a_second_driver_is_refused_and_told_who_holds_and_what_to_do(sink: Sink
         with pytest.raises(SinkError, match=r"another driver \(process \d+ on this machine, owner [0-9a-f]{16}, last"):
             driver(sink).__enter__()
         assert time.monotonic() - started < 10
-        assert locks(sink) == ["00000001.json"]
-    assert locks(sink) == []
+        assert (generations(sink), states(sink)) == ([1], ["holding"])
+    assert (generations(sink), states(sink)) == ([1], ["released"])
+    with driver(sink):
+        assert (generations(sink), states(sink)) == ([2], ["holding"])
 
 
 @pytest.mark.usefixtures("many_hosts")
@@ -115,7 +117,8 @@ def test_a_driver_elsewhere_whose_heart_stopped_is_taken_over_and_stops_once_it_
         with pytest.raises(RunAborted, match="was taken over by another driver"):
             paused.check()
     assert reasons == [paused.lost]
-    assert locks(sink) == []
+    assert states(sink) == ["released"]
+    assert not paused.claim.holds()
 
 
 @pytest.fixture
@@ -135,12 +138,12 @@ def killed(here: SinkConfig) -> int:
 
 
 def test_a_killed_driver_of_this_machine_is_taken_over_at_once(here: SinkConfig, killed: int) -> None:
-    assert locks(here) == ["00000001.json"]
+    assert generations(here) == [1]
     started = time.monotonic()
     with DriverLock(here, pytest.fail):  # with the settings of a run
-        assert locks(here) == ["00000002.json"]
+        assert generations(here) == [2]
     assert time.monotonic() - started < lock_module.BEAT_S
-    assert locks(here) == []
+    assert states(here) == ["released"]
 
 
 def test_a_process_id_that_was_given_out_again_is_no_holder(here: SinkConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,23 +151,71 @@ def test_a_process_id_that_was_given_out_again_is_no_holder(here: SinkConfig, mo
         mine = lock_module.started_at
         monkeypatch.setattr(lock_module, "started_at", lambda pid: f"{mine(pid)}0")
         with driver(here):
-            assert locks(here) == ["00000002.json"]
+            assert generations(here) == [2]
 
 
-def test_a_lock_that_was_half_written_when_its_driver_died_expires(here: SinkConfig) -> None:
+def test_what_is_no_flag_of_a_driver_is_no_obstacle_and_stays(here: SinkConfig) -> None:
     (Path(here.folder) / "_lock").mkdir(parents=True)
-    (Path(here.folder) / "_lock" / "00000007.json").write_bytes(b'{"owner": "12')
+    strange = Path(here.folder) / "_lock" / "notes.json"
+    strange.write_bytes(b"{}")
     with driver(here):
-        assert locks(here) == ["00000008.json"]
+        assert generations(here) == [1]
+    assert strange.exists()
 
 
-def test_an_error_releases_the_lock_and_a_folder_that_was_only_locked_is_gone(here: SinkConfig) -> None:
+def test_an_error_releases_the_lock_and_a_folder_that_was_only_locked_holds_nothing_else(here: SinkConfig) -> None:
     with pytest.raises(ValueError, match="of the run"), driver(here):
         raise ValueError("of the run")
-    assert not Path(here.folder).exists()
+    assert [path.name for path in Path(here.folder).iterdir()] == ["_lock"]
+    assert states(here) == ["released"]
     with driver(here):
-        (Path(here.folder) / "run.json").touch()
-    assert [path.name for path in Path(here.folder).iterdir()] == ["run.json"]
+        assert generations(here) == [2]
+
+
+def test_a_driver_that_raised_its_flag_while_this_one_looked_is_seen(here: SinkConfig) -> None:
+    """The other one is quicker between the first look and our own flag."""
+    late, look = driver(here), lock_module.flags
+
+    def slow_look(fs: Any, root: str) -> list[str]:
+        seen = look(fs, root)
+        if not quick:
+            quick.append(driver(here))
+            quick[0].__enter__()
+        return seen
+
+    quick: list[DriverLock] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lock_module, "flags", slow_look)
+        with pytest.raises(SinkError, match="another driver"):
+            late.__enter__()
+    quick[0].check()
+    assert quick[0].claim.holds()
+    quick[0].__exit__(None, None, None)
+    assert states(here) == ["released"]
+
+
+def test_a_generation_that_came_and_went_in_the_meantime_is_not_used_again(here: SinkConfig) -> None:
+    late, look = driver(here), lock_module.flags
+    passed: list[int] = []
+
+    def slow_look(fs: Any, root: str) -> list[str]:
+        seen = look(fs, root)
+        if not passed:
+            passed.append(0)
+            with driver(here) as other:
+                passed[0] = other.claim.generation
+        return seen
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lock_module, "flags", slow_look)
+        with late:
+            assert late.claim.generation > passed[0] > 0
+            assert late.claim.holds()
+
+
+def test_of_many_processes_one_is_inside_at_a_time(here: SinkConfig) -> None:
+    found = hold_many(Path(here.folder), processes=3, holds=60)
+    assert found == {"holds": 60, "two_inside": 0, "errors": 0}
 
 
 def test_a_process_is_told_from_dead_ones() -> None:
