@@ -2,42 +2,68 @@
 
 from pipeline import Editor
 
-editor = Editor.load("demo")
-result = editor.edit("face.png", concepts=["sunglasses"])
+with Editor.load("demo") as editor:
+    result = editor.edit("face.png", "sunglasses")
 result.image.save("edited.png")
 """
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import hashlib
-import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from types import TracebackType
+from typing import Any, Literal, Self, TypedDict, Unpack
 
 import numpy as np
+import torch
 from PIL import Image
 
+from pipeline.engine.calls import Steps
 from pipeline.engine.engine import Engine
-from pipeline.errors import RowError
-from pipeline.flow import edit_row, restored
+from pipeline.errors import ModelError, RecipeError
+from pipeline.flow import edit_prepared, restored
 from pipeline.models.backbone import Backbone
 from pipeline.models.loading import load_backbone
+from pipeline.reading.pictures import AnyImage, picture
+from pipeline.reading.prepare import prepare_picture
 from pipeline.recipe import Recipe, recipe_from
-from pipeline.records import Concept, Edited, EditRequest, Rejected, Sample
+from pipeline.records import Concept, Decoded, Edited, EditRequest, Prepared, Rejected, Sample, WordPair
 
 COMPILED_CALL_SIZE = 8  # rows of a compiled UNet call, where nothing is said
 
-AnyImage = str | Path | bytes | np.ndarray | Image.Image
+OneConcept = str | Mapping[str, Any] | Concept
+Concepts = OneConcept | Sequence[OneConcept]
+Fit = Literal["crop", "pad", "stretch", "bucket"]
+OnProgress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class EditSettings(TypedDict, total=False):
+    """What `Editor.edit` takes beside the image, its mask and name, and the concepts."""
+
+    target_prompt: str
+    negative_prompt: str
+    source_prompt: str
+    inversion: Mapping[str, Any] | None
+    editing: Mapping[str, Any] | None
+    size: int | None
+    fit: Fit
+    seed: int
+    blend_words: Mapping[str, Any] | WordPair
+    subtract_words: Mapping[str, Any] | WordPair
+    equalizer: Mapping[str, float]
+    cross_replace_steps: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One edit of one image."""
+    """One edit of one image. A notebook shows input, mask and edit side by side."""
 
     edit: str
     method: str
+    input: Image.Image  # upright, RGB
     image: Image.Image  # edited, at the input's size
     mask: Image.Image  # mode "1", at the input's size: union of the concepts' masks
     masks: tuple[Image.Image, ...]  # mode "1", one per concept
@@ -51,6 +77,7 @@ class Result:
         return cls(
             edit=edited.edit,
             method=edited.method,
+            input=Image.fromarray(edited.original),
             image=Image.fromarray(edited.image),
             mask=Image.fromarray(edited.mask),
             masks=tuple(Image.fromarray(mask) for mask in edited.masks),
@@ -59,39 +86,87 @@ class Result:
             figures=edited.figures,
         )
 
+    def _repr_html_(self) -> str:
+        from pipeline.evaluation.side_by_side import html  # its Parquet is needed nowhere else here
+
+        return html(self.input, self.mask, self.image, self.request)
+
 
 class Editor:
-    """A loaded model, ready to edit images one at a time.
+    """A loaded model, ready to edit images.
 
-    Its UNet calls are as small as one image needs, so that nothing is wasted; a job's are of one fixed size. Results
-    agree to rounding; for the bits of a job, load with the job's call size.
+    Its UNet calls are as small as what is asked needs, so that nothing is wasted; a job's are of one fixed size.
+    Results agree to rounding; for the bits of a job, load with the job's call size. `close` it, or use it in a `with`,
+    to free the model's memory.
     """
 
     def __init__(self, backbone: Backbone, *, call_size: int | None = None) -> None:
-        self.backbone = backbone
-        self.engine = Engine(backbone, call_size=call_size or 16, pad=call_size is not None)
+        self._engine: Engine | None = Engine(backbone, call_size=call_size or 16, pad=call_size is not None)
 
     @classmethod
-    def load(cls, model: str = "demo", *, call_size: int | None = None, **settings: Any) -> Editor:
+    def load(
+        cls,
+        model: str = "demo",
+        *,
+        device: str | torch.device | None = None,
+        call_size: int | None = None,
+        **settings: Any,
+    ) -> Editor:
         """Load a model.
 
         Args:
-            model: "demo", a folder in diffusers format, or a hub id.
+            model: "demo", the bundled model, which knows drawn faces only; a folder in diffusers format; or a hub id.
+            device: "cpu", "cuda", "cuda:1", ...; None for the GPU where there is one.
             call_size: rows of every UNet call; None for calls as small as what is asked, or, with `compile=True`,
                 for calls of 8: every other size would be compiled anew.
             settings: more of the recipe's model section: revision, variant, dtype, compile.
 
         Raises:
             RecipeError: a setting is not one of the section's.
-            ModelError: the checkpoint is missing, unsafe or of an unknown kind.
+            ModelError: the checkpoint is missing, unsafe or of an unknown kind, or there is no such device.
         """
         config = _recipe({"model": {"name": model, **settings}}).model
-        return cls(load_backbone(config), call_size=call_size or (COMPILED_CALL_SIZE if config.compile else None))
+        backbone = load_backbone(config, device=None if device is None else _device(device, model))
+        return cls(backbone, call_size=call_size or (COMPILED_CALL_SIZE if config.compile else None))
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the edits.
+
+        Raises:
+            RuntimeError: this editor is closed.
+        """
+        if self._engine is None:
+            raise RuntimeError("this editor is closed. Load another")
+        return self._engine
+
+    @property
+    def backbone(self) -> Backbone:
+        """The loaded model."""
+        return self.engine.backbone
+
+    def close(self) -> None:
+        """Let go of the model and its memory; results stay. A closed editor edits no more."""
+        if self._engine is None:
+            return
+        on_gpu = self._engine.backbone.device.type == "cuda"
+        self._engine = None
+        gc.collect()  # networks hold themselves in circles
+        if on_gpu:
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     def edit(
         self,
         image: AnyImage,
-        concepts: Sequence[str | Mapping[str, Any] | Concept] = (),
+        concepts: Concepts = (),
         *,
         target_prompt: str = "",
         negative_prompt: str = "",
@@ -100,7 +175,7 @@ class Editor:
         editing: Mapping[str, Any] | None = None,
         mask: AnyImage | None = None,
         size: int | None = None,
-        fit: Literal["crop", "pad", "stretch", "bucket"] = "pad",
+        fit: Fit = "pad",
         seed: int = 0,
         name: str | None = None,
         **more: Any,
@@ -108,65 +183,188 @@ class Editor:
         """Edit one image by one method; LEDITS++ after edit-friendly inversion unless told otherwise.
 
         Args:
-            image: path, encoded bytes, PIL image, or (H, W, 3) uint8.
-            concepts: what to add or remove, as prompts or with settings (`Concept`).
+            image: path, encoded bytes, Pillow image of any mode, or array (`reading/pictures.py`). Turned upright by
+                its EXIF orientation.
+            concepts: what to add or remove: one or several, as prompts or with settings (`Concept`).
             target_prompt, negative_prompt, source_prompt: for methods that think in prompts.
             inversion, editing: the recipe's sections of these names.
             mask: where the edit may act, white for everywhere; of the image's size.
             size, fit: model size in pixels, and how the image is brought to it.
             seed: of the run; the image's own seed derives from it and from `name`.
-            name: the image's id; its content's hash where none is given.
+            name: the image's id. Where none is given it derives from the pixels: the same picture as a file, an array
+                or a Pillow image has the same seed.
             more: other fields of the edit request (`EditRequest`): blend_words, subtract_words, equalizer,
                 cross_replace_steps.
 
         Raises:
-            RecipeError: settings that cannot work; lists every problem.
+            RecipeError: settings that cannot work, or no edit is asked; lists every problem.
             RowError: this image cannot be edited; a subclass names the stage.
+            OSError: the file cannot be read.
+            Exception: what else went wrong inside, as it was raised.
         """
-        request = {
-            "concepts": [{"prompt": concept} if isinstance(concept, str) else _plain(concept) for concept in concepts],
+        settings: dict[str, Any] = {
             "target_prompt": target_prompt,
             "negative_prompt": negative_prompt,
             "source_prompt": source_prompt,
-            **more,
+            "inversion": inversion,
+            "editing": editing,
+            "size": size,
+            "fit": fit,
+            "seed": seed,
         }
-        settings: dict[str, Any] = {
-            "edits": {"edit": request},
-            "model": {"size": size, "fit": fit},
-            "run": {"seed": seed},
-        }
-        if inversion is not None:
-            settings["inversion"] = dict(inversion)
-        if editing is not None:
-            settings["editing"] = dict(editing)
-        (result,) = self.edit_many(image, _recipe(settings), mask=mask, name=name)
+        (result,) = self.edit_many(image, _one_edit(concepts, **settings, **more), mask=mask, name=name)
         return result
+
+    def edit_all(
+        self,
+        images: Iterable[AnyImage],
+        concepts: Concepts = (),
+        *,
+        masks: Sequence[AnyImage | None] | None = None,
+        names: Sequence[str] | None = None,
+        on_progress: OnProgress | None = None,
+        errors: Literal["return", "raise"] = "return",
+        **settings: Unpack[EditSettings],
+    ) -> list[Result | Exception]:
+        """Make the same edit of many images, which share UNet calls: on a GPU faster than one after the other.
+
+        Args:
+            images: each as `edit` takes it.
+            concepts: as of `edit`.
+            masks: one per image; None for everywhere.
+            names: one per image; see `edit`.
+            on_progress: called with (images done, all images) after each image.
+            errors: what an image that cannot be edited leads to. "return": its exception stands in its place in the
+                list, and the others are edited. "raise": the first one ends everything.
+            settings: what else `edit` takes.
+
+        Returns:
+            A result per image, in their order, or its exception.
+
+        Raises:
+            RecipeError: settings that cannot work, for any image.
+            ValueError: not as many masks or names as images.
+            Exception: with `errors="raise"`, what `edit` would raise.
+        """
+        recipe = _one_edit(concepts, **settings)
+        given = list(images)
+        for what, values in (("masks", masks), ("names", names)):
+            if values is not None and len(values) != len(given):
+                raise ValueError(f"{len(values)} {what} for {len(given)} images. Give one per image")
+        edits = (
+            self._edit(image, masks[at] if masks else None, names[at] if names else None, recipe)
+            for at, image in enumerate(given)
+        )
+        results: dict[int, Result | Exception] = {}
+        with closing(self.engine.run(edits)) as running:
+            for finished in running:
+                (outcome,) = finished.value if finished.error is None else (finished.error,)
+                made = _result(outcome)
+                if isinstance(made, Exception) and errors == "raise":
+                    raise made
+                results[finished.index] = made
+                if on_progress is not None:
+                    on_progress(len(results), len(given))
+        return [results[at] for at in range(len(given))]
 
     def edit_many(
         self, image: AnyImage, recipe: Recipe, *, mask: AnyImage | None = None, name: str | None = None
     ) -> list[Result]:
         """Every edit of a recipe by every method of it, from one inversion where the inversion's settings agree.
 
-        The recipe's source, model name, sink and workers are not read.
+        The recipe's model name, sink and workers are not read, nor its source but for `max_pixels`.
+
+        Returns:
+            In the order of the recipe: its first edit by all its methods, then its second.
 
         Raises:
-            RowError: one of the results cannot be made.
+            RecipeError: the recipe has no edits.
+            Exception: one of the results cannot be made: what `edit` would raise for the first such.
         """
-        data = _encoded(image)
-        sample = Sample(
-            id=name or hashlib.sha256(data).hexdigest()[:16],
-            shard="",
-            key=name or "image",
-            index=0,
-            image=data,
-            mask=None if mask is None else _encoded(mask),
+        if not recipe.edits:
+            raise RecipeError("recipe", [("edits", "no edit is asked. Say what to change")])
+        outcomes = self.engine.run_one(self._edit(image, mask, name, recipe))
+        order = [(edit, method) for edit in recipe.edits for method in recipe.all_methods]
+        results = []
+        for outcome in sorted(outcomes, key=lambda outcome: order.index(_place(outcome))):
+            made = _result(outcome)
+            if isinstance(made, Exception):
+                if len(order) > 1:
+                    made.add_note(f"This was edit '{outcome.edit}' by method '{outcome.method}'.")
+                raise made
+            results.append(made)
+        return results
+
+    def _edit(
+        self, image: AnyImage, mask: AnyImage | None, name: str | None, recipe: Recipe
+    ) -> Steps[list[Decoded | Rejected]]:
+        """All edits of an image; raises what keeps it from being read."""
+        prepared = self._prepared(image, mask, name, recipe)
+        return (yield from edit_prepared(prepared, recipe.all_methods, recipe.run.seed, self.backbone))
+
+    def _prepared(self, image: AnyImage, mask: AnyImage | None, name: str | None, recipe: Recipe) -> Prepared:
+        prepared = prepare_picture(
+            Sample(id=name or "", shard="", key=name or "image", index=0, image=b""),
+            picture(image),
+            None if mask is None else picture(mask, "mask"),
+            recipe,
+            size=recipe.model.size or self.backbone.image_size,
+            multiple=self.backbone.multiple,
         )
-        results = self.engine.run_one(edit_row(sample, recipe, self.backbone))
-        order = {edit: place for place, edit in enumerate(recipe.edits)}
-        for result in results:
-            if isinstance(result, Rejected):
-                raise _error_of(result)
-        return [Result.of(restored(result)) for result in sorted(results, key=lambda result: order[result.edit])]
+        if name is not None:
+            return prepared
+        sample = dataclasses.replace(prepared.sample, id=_id_of(prepared.original))
+        return dataclasses.replace(prepared, sample=sample)
+
+
+def _id_of(pixels: np.ndarray) -> str:
+    """The id of an image without a name: equal for equal pictures, however they are stored."""
+    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()[:16]
+
+
+def _place(outcome: Decoded | Rejected) -> tuple[str, str]:
+    return outcome.edit, outcome.method
+
+
+def _result(outcome: Decoded | Rejected | Exception) -> Result | Exception:
+    """What the user gets for an outcome."""
+    if isinstance(outcome, Exception):
+        return outcome
+    if isinstance(outcome, Rejected):
+        assert outcome.error is not None, "what is rejected here has just been raised"
+        return outcome.error
+    return Result.of(restored(outcome))
+
+
+def _one_edit(
+    concepts: Concepts,
+    *,
+    inversion: Mapping[str, Any] | None = None,
+    editing: Mapping[str, Any] | None = None,
+    size: int | None = None,
+    fit: Fit = "pad",
+    seed: int = 0,
+    **request: Any,
+) -> Recipe:
+    """The recipe of `Editor.edit`."""
+    sections: dict[str, Any] = {
+        "edits": {"edit": {"concepts": [_concept(concept) for concept in _several(concepts)], **request}},
+        "model": {"size": size, "fit": fit},
+        "run": {"seed": seed},
+    }
+    if inversion is not None:
+        sections["inversion"] = dict(inversion)
+    if editing is not None:
+        sections["editing"] = dict(editing)
+    return _recipe(sections)
+
+
+def _several(concepts: Concepts) -> Sequence[OneConcept]:
+    return (concepts,) if isinstance(concepts, (str, Mapping, Concept)) else concepts
+
+
+def _concept(concept: OneConcept) -> Any:
+    return {"prompt": concept} if isinstance(concept, str) else concept
 
 
 def _recipe(settings: Mapping[str, Any]) -> Recipe:
@@ -175,28 +373,19 @@ def _recipe(settings: Mapping[str, Any]) -> Recipe:
     return recipe_from({**settings, "model": model, "source": {"shards": "-"}, "sink": {"folder": "-"}}, "edit")
 
 
-def _plain(concept: Mapping[str, Any] | Concept) -> Mapping[str, Any]:
-    return concept.model_dump() if isinstance(concept, Concept) else concept
+def _device(device: str | torch.device, model: str) -> torch.device:
+    """The device, if it is there."""
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # what torch raises of an unknown name, and without that backend
+        reason = next(iter(str(error).splitlines()), "")
+        raise ModelError(
+            f"there is no device {str(device)!r} here ({reason}). Leave device out, or try 'cpu'"
+        ) from error
+    if model == "analytic" and chosen.type != "cpu":
+        raise ModelError(f"the closed-form model computes on the CPU, not on {chosen}. Leave device out")
+    return chosen
 
 
-def _encoded(image: AnyImage) -> bytes:
-    """Encoded bytes of whatever holds an image, without loss."""
-    if isinstance(image, bytes):
-        return image
-    if isinstance(image, (str, Path)):
-        return Path(image).read_bytes()
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def _error_of(outcome: Rejected) -> RowError:
-    """The exception that an outcome records, of its stage's class."""
-    for cls in RowError.__subclasses__():
-        if cls.stage == outcome.stage:
-            return cls(outcome.message)
-    return RowError(f"{outcome.error_class}: {outcome.message}")
-
-
-__all__ = ["Editor", "Result"]
+__all__ = ["AnyImage", "Editor", "Result"]

@@ -266,6 +266,7 @@ def rejected(sample: Sample, edit: str, method: str, stage: Stage, error: Except
         stage=error.stage if isinstance(error, RowError) else stage,
         error_class=type(error).__name__,
         message=str(error),
+        error=error,
     )
 
 

@@ -295,6 +295,8 @@ class Rejected:
     error_class: str
     message: str
     attempt: int = 1
+    # What was raised, for who asked in Python. Its traceback holds every array of its frames: jobs let go of it.
+    error: Exception | None = field(default=None, compare=False, repr=False)
 
 
 Outcome = Edited | Rejected

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import traceback
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline import Concept, Editor
-from pipeline.errors import DecodeError, PrepareError, RecipeError
+from pipeline.editor import Result
+from pipeline.errors import BlackImageError, DecodeError, InvertError, ModelError, PrepareError, RecipeError
+from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.recipe import recipe_from
 
+QUICK: dict[str, Any] = {"inversion": {"method": "ddpm", "num_steps": 2}}
 PICTURE = (np.random.default_rng(0).random((40, 56, 3)) * 255).astype(np.uint8)
 
 
@@ -38,16 +45,19 @@ def test_every_spelling_of_an_image_gives_the_same_edit(editor: Editor, tmp_path
     Image.fromarray(PICTURE).save(buffer, "PNG")
     path = tmp_path / "picture.png"
     path.write_bytes(buffer.getvalue())
-    results = [
-        np.asarray(editor.edit(image, ["hat"], name="one").image)
-        for image in (PICTURE, Image.fromarray(PICTURE), buffer.getvalue(), path, str(path))
-    ]
-    assert all(np.array_equal(result, results[0]) for result in results)
+    slow = io.BytesIO()
+    Image.fromarray(PICTURE).save(slow, "PNG", compress_level=0)
+    rgba = np.dstack([PICTURE, np.full((40, 56), 255, np.uint8)])
+    spellings = (PICTURE, Image.fromarray(PICTURE), buffer.getvalue(), slow.getvalue(), path, str(path), rgba)
+    results = [editor.edit(image, ["hat"], **QUICK) for image in spellings]
+    assert len({result.seed for result in results}) == 1
+    assert len({result.image.tobytes() for result in results}) == 1
+    assert editor.edit(PICTURE[:, ::-1], ["hat"], **QUICK).seed != results[0].seed
 
 
-def test_no_concept_returns_the_vae_round_trip(editor: Editor) -> None:
+def test_reconstruction_returns_the_vae_round_trip(editor: Editor) -> None:
     smooth = np.linspace(0, 255, 40 * 56 * 3).reshape(40, 56, 3).astype(np.uint8)
-    result = editor.edit(smooth)
+    result = editor.edit(smooth, editing={"method": "reconstruct"})
     difference = np.abs(np.asarray(result.image).astype(int) - smooth.astype(int))
     assert result.masks == ()
     assert difference.mean() < 2  # the analytic model's VAE loses nothing; scaling to 64 pixels and back does
@@ -106,3 +116,230 @@ def test_an_image_that_cannot_be_opened_is_a_decode_error(editor: Editor) -> Non
 def test_a_concept_that_would_never_act_is_refused(editor: Editor) -> None:
     with pytest.raises((PrepareError, RecipeError), match="would never act"):
         editor.edit(PICTURE, [{"prompt": "hat", "warmup_steps": 99}])
+
+
+def test_one_concept_may_stand_alone(editor: Editor) -> None:
+    spellings: tuple[Any, ...] = ("hat", ["hat"], {"prompt": "hat"}, Concept(prompt="hat"), (Concept(prompt="hat"),))
+    results = [editor.edit(PICTURE, concepts, **QUICK) for concepts in spellings]
+    assert {result.request.concepts for result in results} == {(Concept(prompt="hat"),)}
+    assert len({result.image.tobytes() for result in results}) == 1
+
+
+def test_no_edit_asked_is_refused(editor: Editor) -> None:
+    with pytest.raises(RecipeError, match="nothing is asked"):
+        editor.edit(PICTURE)
+    empty = recipe_from({"source": {"shards": "-"}, "sink": {"folder": "-"}})
+    with pytest.raises(RecipeError, match="no edit is asked"):
+        editor.edit_many(PICTURE, empty)
+
+
+def test_an_image_is_turned_upright_however_it_is_given(editor: Editor, tmp_path: Path) -> None:
+    lying = tmp_path / "lying.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to see it upright
+    Image.fromarray(PICTURE).save(lying, exif=exif)
+    opened = Image.open(lying)
+    upright = ImageOps.exif_transpose(opened)
+    spellings = (lying, opened, upright, np.asarray(upright), lying.read_bytes())
+    results = [editor.edit(image, "hat", **QUICK) for image in spellings]
+    assert {result.image.size for result in results} == {(40, 56)}
+    assert len({result.seed for result in results}) == 1
+    assert len({result.image.tobytes() for result in results}) == 1
+    assert np.array_equal(np.asarray(results[0].input), np.rot90(PICTURE, -1))
+
+
+MODES = (
+    *("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "F"),
+    *("I;16", "I;16B", "I;16L"),
+)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_pillow_image_of_every_mode_is_edited(editor: Editor, mode: str) -> None:
+    light = {"I": 65535, "F": 1.0, "I;16": 65535, "I;16B": 65535, "I;16L": 65535, "LAB": (255, 128, 128)}
+    via = {"La": "LA", "RGBa": "RGBA", "PA": "LA"}.get(mode, "RGB")
+    picture = (
+        Image.new(mode, (56, 40), light[mode]) if mode in light else Image.new(via, (56, 40), "white").convert(mode)
+    )
+    assert picture.mode == mode
+    result = editor.edit(picture, "hat", **QUICK)
+    assert np.asarray(result.input).min() > 250, "white stays white"
+    assert result.image.size == (56, 40)
+
+
+LIGHT = np.linspace(0, 1, 40 * 56 * 3).reshape(40, 56, 3)
+BYTES = np.rint(LIGHT * 255).astype(np.uint8)
+ARRAYS = {
+    "float64": LIGHT,
+    "float32": LIGHT.astype(np.float32),
+    "float to 255": BYTES.astype(np.float64),
+    "uint16": BYTES.astype(np.uint16) * 257,
+    "rgba": np.dstack([BYTES, np.full((40, 56), 255, np.uint8)]),
+    "a view": BYTES[::-1].copy()[::-1],
+}
+
+
+@pytest.mark.parametrize("array", ARRAYS.values(), ids=list(ARRAYS))
+def test_arrays_of_equal_brightness_are_the_same_image(editor: Editor, array: np.ndarray) -> None:
+    assert np.array_equal(np.asarray(editor.edit(array, "hat", **QUICK).input), BYTES)
+
+
+@pytest.mark.parametrize("shape", [(40, 56), (40, 56, 1), (40, 56, 2)])
+def test_gray_arrays_are_images(editor: Editor, shape: tuple[int, ...]) -> None:
+    gray = np.full(shape, 255, np.uint8)
+    gray[:20, :, ...] = 100
+    if len(shape) == 3:
+        gray[..., -1] = 255 if shape[2] == 2 else gray[..., -1]
+    result = np.asarray(editor.edit(gray, "hat", **QUICK).input)
+    assert (result[:20] == 100).all()
+    assert (result[20:] == 255).all()
+
+
+def test_an_array_of_booleans_is_black_and_white(editor: Editor) -> None:
+    assert np.array_equal(
+        np.asarray(editor.edit(BYTES[..., 0] > 99, "hat", **QUICK).input)[..., 0] > 0, BYTES[..., 0] > 99
+    )
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "int64": (BYTES.astype(np.int64), "int64.*without a known scale"),
+    "negative": (LIGHT * 2 - 1, r"float64.*-1\.0 to 1\.0"),
+    "bright": (LIGHT * 1000, "float64.*up to 1000"),
+    "turned": (LIGHT.transpose(2, 0, 1), r"\(3, 40, 56\).*channels come last"),
+    "batch": (BYTES[None], r"\(1, 40, 56, 3\)"),
+    "empty": (BYTES[:0], "no pixels"),
+    "complex": (LIGHT.astype(complex), "complex128"),
+    "nan": (np.full((4, 4), np.nan), "nan"),
+    "list": ([[0, 1], [2, 3]], "a list"),
+    "None": (None, "NoneType"),
+    "Pillow, empty": (Image.new("RGB", (0, 4)), "no pixels"),
+}
+
+
+@pytest.mark.parametrize(("image", "says"), REFUSED.values(), ids=list(REFUSED))
+def test_what_is_no_image_is_refused_by_name(editor: Editor, image: Any, says: str) -> None:
+    with pytest.raises(DecodeError, match=says):
+        editor.edit(image, "hat", **QUICK)
+
+
+def test_a_file_that_is_not_there_is_the_systems_own_error(editor: Editor, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        editor.edit(tmp_path / "gone.png", "hat")
+
+
+def test_results_stand_in_the_recipes_order_whichever_finishes_first(editor: Editor) -> None:
+    slow = {"inversion": {"method": "ddpm", "num_steps": 6}, "editing": {"method": "reconstruct"}}
+    quick = {"inversion": {"method": "ddpm", "num_steps": 2}, "editing": {"method": "ledits_pp"}}
+    recipe = recipe_from(
+        {
+            "source": {"shards": "-"},
+            "edits": {"second": {"concepts": [{"prompt": "hat"}]}, "first": {"concepts": [{"prompt": "dog"}]}},
+            "methods": {"slow": slow, "quick": quick, "a": slow},
+            "sink": {"folder": "-"},
+        }
+    )
+    asked = [(edit, method) for edit in ("second", "first") for method in ("slow", "quick", "a")]
+    assert [(result.edit, result.method) for result in editor.edit_many(PICTURE, recipe)] == asked
+
+
+class MethodOfTheirOwnError(ValueError):
+    """An error that a method of the user's own raises."""
+
+
+@pytest.mark.parametrize("error", [InvertError("no"), MethodOfTheirOwnError("no"), KeyError("word")], ids=repr)
+def test_what_went_wrong_is_raised_as_it_was(editor: Editor, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    cause = OSError("the cause")
+
+    def broken(self: DDPMInversion, source: Any) -> Any:
+        yield from ()
+        raise error from cause
+
+    monkeypatch.setattr(DDPMInversion, "invert", broken)
+    with pytest.raises(type(error)) as caught:
+        editor.edit(PICTURE, "hat")
+    assert caught.value is error
+    assert caught.value.__cause__ is cause
+    assert "broken" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+
+
+def test_a_black_result_is_raised_as_one(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(editor.backbone), "decode_latents", lambda self, latents: np.zeros((64, 64, 3), np.uint8))
+    with pytest.raises(BlackImageError):
+        editor.edit(PICTURE, "hat", **QUICK)
+
+
+def test_many_images_give_a_list_in_their_order_and_one_that_fails_loses_no_other(editor: Editor) -> None:
+    images: list[Any] = [PICTURE, b"not an image", PICTURE[::-1], Image.fromarray(PICTURE[:, ::-1])]
+    seen: list[tuple[int, int]] = []
+    results = editor.edit_all(images, "hat", on_progress=lambda *at: seen.append(at), **QUICK)
+    assert isinstance(results[1], DecodeError)
+    for at in (0, 2, 3):
+        alone = editor.edit(images[at], "hat", **QUICK)
+        together = results[at]
+        assert not isinstance(together, Exception)
+        assert together.seed == alone.seed
+        assert np.abs(np.asarray(together.image).astype(int) - np.asarray(alone.image)).max() <= 1
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_many_images_share_unet_calls() -> None:
+    editor = Editor.load("analytic")
+    editor.edit_all([PICTURE] * 4, "hat", names=list("abcd"), **QUICK)
+    together = editor.engine.stats.unet_calls
+    editor.edit(PICTURE, "hat", **QUICK)
+    assert together <= editor.engine.stats.unet_calls - together
+
+
+def test_each_image_has_its_own_mask_and_name(editor: Editor) -> None:
+    left = np.zeros((40, 56), dtype=np.uint8)
+    left[:, :28] = 255
+    large = [{"prompt": "hat", "threshold": 0.3}]
+    by_noise: dict[str, Any] = {"editing": {"method": "ledits_pp", "mask": "noise"}, **QUICK}
+    several: dict[str, Any] = {"masks": [None, None, left], "names": ["a", "b", "a"]}
+    free, other, bound = editor.edit_all([PICTURE] * 3, large, **several, **by_noise)
+    assert isinstance(free, Result)
+    assert isinstance(other, Result)
+    assert isinstance(bound, Result)
+    assert free.seed == bound.seed != other.seed
+    same = np.asarray(free.image) == np.asarray(bound.image)
+    assert not same.all(), "a mask changes the edit"
+    assert np.array_equal(editor.edit(PICTURE, large, name="a", mask=left, **by_noise).image, bound.image)
+    with pytest.raises(ValueError, match="1 masks for 2 images"):
+        editor.edit_all([PICTURE, PICTURE], large, masks=[left])
+
+
+def test_asked_to_raise_the_first_failure_ends_it_and_leaves_nothing_in_the_engine() -> None:
+    editor = Editor.load("analytic")
+    with pytest.raises(DecodeError):
+        editor.edit_all([PICTURE, b"not an image", PICTURE], "hat", errors="raise")
+    before = editor.engine.stats.unet_rows
+    editor.edit(PICTURE, "hat", **QUICK)
+    assert editor.engine.stats.unet_rows - before == 2 + 2 * 2
+
+
+def test_a_closed_editor_frees_its_model_and_keeps_its_results() -> None:
+    with Editor.load("analytic") as editor:
+        result = editor.edit(PICTURE, "hat", **QUICK)
+        model = weakref.ref(editor.backbone)
+    gc.collect()
+    assert model() is None
+    assert result.image.size == (56, 40)
+    editor.close()  # twice is no error
+    with pytest.raises(RuntimeError, match="closed"):
+        editor.edit(PICTURE, "hat")
+
+
+def test_a_device_that_is_not_there_is_refused_by_name() -> None:
+    for device in ("cuda:7", "nonsense"):
+        with pytest.raises(ModelError, match=device):
+            Editor.load("demo", device=device)
+    with pytest.raises(ModelError, match="computes on the CPU"):
+        Editor.load("analytic", device="meta")
+    assert str(Editor.load("demo", device="cpu").backbone.device) == "cpu"
+
+
+def test_a_notebook_shows_input_mask_and_edit(editor: Editor) -> None:
+    html = editor.edit(PICTURE, {"prompt": "<b>hat", "direction": "remove"}, **QUICK)._repr_html_()
+    assert html.count("data:image/webp;base64,") == 3
+    assert [part in html for part in (">input<", ">mask<", ">edit<", "− &lt;b&gt;hat")] == [True] * 4
+    assert "<b>" not in html

@@ -79,3 +79,38 @@ def test_what_the_package_imports_is_what_it_depends_on() -> None:
     used = set().union(*map(imported, files)) - set(sys.stdlib_module_names) - {"pipeline", "jobs"} - COMES_ALONG
     wanted = {owner.lower().replace("_", "-") for name in used for owner in owners[name]}
     assert wanted == names(PROJECT["dependencies"]) - INDIRECT
+
+
+IMPORT = """
+import logging, os, sys, warnings
+import numpy, PIL.ImageFile, torch  # what these do to a process is theirs
+
+def state():
+    return {
+        "truncated": PIL.ImageFile.LOAD_TRUNCATED_IMAGES,
+        "pixels": PIL.Image.MAX_IMAGE_PIXELS,
+        "environment": dict(os.environ),
+        "warnings": list(warnings.filters),
+        "handlers": list(logging.root.handlers),
+        "level": logging.root.level,
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "grad": torch.is_grad_enabled(),
+        "generator": torch.random.get_rng_state().tolist(),
+        "errors": numpy.geterr(),
+        "hook": (sys.excepthook, sys.displayhook),
+    }
+
+PIL.ImageFile.LOAD_TRUNCATED_IMAGES = True  # somebody else's choice
+before = state()
+import pipeline
+assert not {"ray", "diffusers", "transformers", "pyarrow"} & set(sys.modules), "slow imports"
+from pipeline import Concept, Editor, EditRequest, Recipe, load_recipe, run
+assert not {"ray", "diffusers", "transformers"} & set(sys.modules), "slow imports"
+print([name for name, value in state().items() if value != before[name]])
+"""
+
+
+def test_an_import_changes_nothing_of_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=False, timeout=100)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr

@@ -89,11 +89,12 @@ class LEditsPP(Editor):
     method's own masks."""
 
     def check(self, request: EditRequest, num_steps: int) -> None:
-        """See `Editor`. No concept at all is allowed: the image comes back unedited."""
-        if request.target_prompt and not request.concepts:
+        """See `Editor`."""
+        if not request.concepts:
+            instead = "has a target_prompt but no concepts" if request.target_prompt else "has none: nothing is asked"
             raise PrepareError(
-                "ledits_pp edits by concepts, and this edit has a target_prompt but no concepts. Name what to change "
-                "under concepts, or use editing.method cfg"
+                f"ledits_pp edits by concepts, and this edit {instead}. Name what to change under concepts, or use "
+                f"editing.method {'cfg' if request.target_prompt else 'reconstruct, which changes nothing'}"
             )
         for number, concept in enumerate(request.concepts):
             if concept.warmup_steps >= num_steps:

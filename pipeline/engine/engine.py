@@ -110,7 +110,7 @@ class Engine:
         self._sessions: list[_Session] = []
         self._lock = threading.Lock()
 
-    def run(self, generators: Iterable[Steps[Any]]) -> Iterator[Finished]:
+    def run(self, generators: Iterable[Steps[Any]]) -> Generator[Finished]:
         """Run generators to their end, and yield each as it finishes, in whatever order.
 
         The iterable is drawn from as places become free. A generator that raises ends alone, with its exception in
@@ -131,6 +131,8 @@ class Engine:
         finally:
             with self._lock:
                 self._sessions.remove(session)
+                if session.running:
+                    self._abandon(session)
 
     def run_one(self, generator: Steps[Any]) -> Any:
         """Run one generator and return its value, or raise what it raised."""
@@ -138,6 +140,13 @@ class Engine:
         if finished.error is not None:
             raise finished.error
         return finished.value
+
+    def _abandon(self, session: _Session) -> None:
+        """Its caller has gone, by Ctrl-C or an error of its own: what it asked for would cost the next one's time."""
+        self._ready = deque(item for item in self._ready if item[0].session is not session)
+        for pending in self._queue.calls():
+            if pending.owner.session is session:
+                self._queue.drop(pending)
 
     def _advance(self) -> None:
         """One unit of progress: resume whoever has an answer, let images in, then make one UNet call."""

@@ -269,6 +269,11 @@ class RowQueue:
         """Return the rows of a call that was not made to the head of their queue, in their order."""
         self._by_kind.setdefault(batch.kind, deque()).extendleft(reversed(batch.rows))
 
+    def calls(self) -> list[Pending]:
+        """Calls that wait for answers, once each."""
+        rows = (row for waiting in self._by_kind.values() for row in waiting)
+        return list(dict.fromkeys(asker for row in rows for asker, _ in row.askers))
+
     def too_large(self, call_size: int) -> list[Pending]:
         """Calls whose group does not fit into a UNet call, once each."""
         found = [

@@ -7,6 +7,9 @@ decoded, and modes that `convert("RGB")` would get wrong (transparency, 16 bit, 
 from __future__ import annotations
 
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 
 import numpy as np
@@ -14,24 +17,23 @@ from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from pipeline.errors import DecodeError
 
-# Another package may have asked Pillow to fill what is missing of a cut file with gray.
-ImageFile.LOAD_TRUNCATED_IMAGES = False
 # Pillow registers its rarer formats at the first failure to open; naming one before that is a KeyError.
 Image.init()
 
 # Formats that hold one picture and are decoded by libraries made for bytes of strangers. Not among them: EPS and PDF,
 # which are programs; and everything that no image dataset holds.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+Picture = bytes | Image.Image  # encoded, as a dataset holds it, or opened, as a Python user may hold it
 _MAX_16_BIT = 65535
 _ORIENTATION_TAG = 0x0112
 _SWAPPING = (5, 6, 7, 8)  # orientations that exchange height and width
 
 
-def decode(data: bytes, max_pixels: int) -> tuple[np.ndarray, int]:
+def decode(picture: Picture, max_pixels: int) -> tuple[np.ndarray, int]:
     """Decode an image.
 
     Args:
-        data: the encoded image.
+        picture: the image, encoded or opened.
         max_pixels: larger images are refused before they are decoded.
 
     Returns:
@@ -40,15 +42,15 @@ def decode(data: bytes, max_pixels: int) -> tuple[np.ndarray, int]:
     Raises:
         DecodeError: the bytes are no image, are cut, hold several pictures, or more pixels than allowed.
     """
-    image, orientation = _open(data, max_pixels, "image")
+    image, orientation = _open(picture, max_pixels, "image")
     return _guard("image", lambda: np.array(_to_rgb(image), dtype=np.uint8)), orientation
 
 
-def decode_mask(data: bytes, max_pixels: int, image_orientation: int, image_size: tuple[int, int]) -> np.ndarray:
+def decode_mask(picture: Picture, max_pixels: int, image_orientation: int, image_size: tuple[int, int]) -> np.ndarray:
     """Decode a user's mask: white where the edit may act.
 
     Args:
-        data: the encoded mask, of any mode; transparency counts as black.
+        picture: the mask, encoded or opened, of any mode; transparency counts as black.
         max_pixels: larger masks are refused before they are decoded.
         image_orientation: EXIF orientation of the image, which the mask follows where it was drawn on the unturned
             image, i.e. has its height and width exchanged.
@@ -60,7 +62,7 @@ def decode_mask(data: bytes, max_pixels: int, image_orientation: int, image_size
     Raises:
         DecodeError: the bytes are no image.
     """
-    image, _ = _open(data, max_pixels, "mask")
+    image, _ = _open(picture, max_pixels, "mask")
     mask = _guard("mask", lambda: _to_gray(image))
     is_unturned = mask.shape != image_size and mask.shape == image_size[::-1] and image_orientation in _SWAPPING
     return upright(mask, image_orientation) if is_unturned else mask
@@ -77,26 +79,55 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _open(data: bytes, max_pixels: int, what: str) -> tuple[Image.Image, int]:
+_whole_files = threading.Lock()
+_readers = 0  # inside `_cut_files_fail`
+_others_choice = False
+
+
+@contextmanager
+def _cut_files_fail() -> Iterator[None]:
+    """Pillow's global switch, which another package may have set, fills what is missing of a cut file with gray: off
+    while this package decodes, and then as it was."""
+    global _readers, _others_choice
+    with _whole_files:
+        if _readers == 0:
+            _others_choice, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        _readers += 1
+    try:
+        yield
+    finally:
+        with _whole_files:
+            _readers -= 1
+            if _readers == 0:
+                ImageFile.LOAD_TRUNCATED_IMAGES = _others_choice
+
+
+def _open(picture: Picture, max_pixels: int, what: str) -> tuple[Image.Image, int]:
     """A loaded, upright image in its own mode, and its EXIF orientation."""
+    with _cut_files_fail():
+        image = picture if isinstance(picture, Image.Image) else _identify(picture, what)
+        width, height = image.size
+        if width < 1 or height < 1:
+            raise DecodeError(f"the {what} has no pixels: its size is {width} x {height}")
+        if width * height > max_pixels:
+            raise DecodeError(
+                f"the {what} has {width} x {height} = {width * height} pixels, more than source.max_pixels "
+                f"({max_pixels})"
+            )
+        return _guard(what, lambda: _load(image, what))
+
+
+def _identify(data: bytes, what: str) -> Image.Image:
     if not data:
         raise DecodeError(f"the {what} has no bytes")
     try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
+        return Image.open(BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
         raise DecodeError(f"the {what} is of no known format (known: {', '.join(FORMATS)}), or damaged") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DecodeError(f"the {what} has more pixels than Pillow opens") from error
     except Exception as error:
         raise _decode_error(what, error) from error
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise DecodeError(f"the {what} has no pixels: its size is {width} x {height}")
-    if width * height > max_pixels:
-        raise DecodeError(
-            f"the {what} has {width} x {height} = {width * height} pixels, more than source.max_pixels ({max_pixels})"
-        )
-    return _guard(what, lambda: _load(image, what))
 
 
 def _load(image: Image.Image, what: str) -> tuple[Image.Image, int]:
@@ -115,7 +146,7 @@ def _load(image: Image.Image, what: str) -> tuple[Image.Image, int]:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return Image.fromarray(_to_8_bit(image)).convert("RGB")
+        return Image.fromarray(to_8_bit(np.asarray(image), f"{image.mode} image")).convert("RGB")
     if image.mode == "CMYK":
         return _from_cmyk(image)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
@@ -129,7 +160,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _to_gray(image: Image.Image) -> np.ndarray:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _to_8_bit(image)
+        return to_8_bit(np.asarray(image), f"{image.mode} image")
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         layer = image.convert("RGBA")
         black = Image.new("RGBA", layer.size, (0, 0, 0, 255))
@@ -137,19 +168,27 @@ def _to_gray(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB").convert("L"), dtype=np.uint8)
 
 
-def _to_8_bit(image: Image.Image) -> np.ndarray:
-    """Gray of more than 8 bits. The scale is the mode's, never the picture's own: equal values stay equal."""
-    values = np.array(image, dtype=np.float64)
+def to_8_bit(pixels: np.ndarray, name: str) -> np.ndarray:
+    """Pixels of more than 8 bits. The scale is the type's, never the picture's own: equal values stay equal.
+
+    Args:
+        pixels: of any shape. Floats are 0..1, or 0..255 where one is above 1; integers 0..65535.
+        name: of the picture, for errors.
+
+    Raises:
+        DecodeError: a value has no meaning on that scale.
+    """
+    values = pixels.astype(np.float64)
     low, high = float(values.min()), float(values.max())
     if not np.isfinite(values).all() or low < 0:
-        raise DecodeError(f"the {image.mode} image has values without a meaning as gray: {low} to {high}")
-    if image.mode == "F":
+        raise DecodeError(f"the {name} has values without a meaning as brightness: {low} to {high}")
+    if pixels.dtype.kind == "f":
         if high > 255:
-            raise DecodeError(f"the float image has values up to {high}. Store 0..1 or 0..255")
+            raise DecodeError(f"the {name} has values up to {high}. Store 0..1 or 0..255")
         scale = 255.0 if high <= 1 else 1.0
     else:
         if high > _MAX_16_BIT:
-            raise DecodeError(f"the {image.mode} image has values up to {high:.0f}. Store 8 or 16 bits")
+            raise DecodeError(f"the {name} has values up to {high:.0f}. Store 8 or 16 bits")
         scale = 255.0 / _MAX_16_BIT
     return np.rint(values * scale).astype(np.uint8)
 

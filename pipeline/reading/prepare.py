@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from pipeline.errors import DecodeError, PrepareError
-from pipeline.reading.decode import decode, decode_mask
+from pipeline.reading.decode import Picture, decode, decode_mask
 from pipeline.recipe import Recipe, parse_edits
 from pipeline.records import EditRequest, Placement, Prepared, Sample
 
@@ -41,18 +41,25 @@ def prepare(sample: Sample, recipe: Recipe, *, size: int, multiple: int) -> Prep
         DecodeError: the bytes are no image that may be opened.
         PrepareError: no usable edit, a mask of another shape, or a size that the model cannot take.
     """
+    return prepare_picture(sample, sample.image, sample.mask, recipe, size=size, multiple=multiple)
+
+
+def prepare_picture(
+    sample: Sample, image: Picture, mask: Picture | None, recipe: Recipe, *, size: int, multiple: int
+) -> Prepared:
+    """`prepare` for an image and a mask that do not stand in the sample as bytes."""
     requests = requests_of(sample, recipe)
-    original, orientation = decode(sample.image, recipe.source.max_pixels)
+    original, orientation = decode(image, recipe.source.max_pixels)
     placement = place((original.shape[0], original.shape[1]), recipe.model.fit, size=size, multiple=multiple)
-    mask = None
-    if sample.mask is not None:
-        mask = _canvas_mask(sample.mask, recipe.source.max_pixels, orientation, placement)
+    canvas_mask = None
+    if mask is not None:
+        canvas_mask = _canvas_mask(mask, recipe.source.max_pixels, orientation, placement)
     return Prepared(
         sample=sample,
         original=original,
         pixels=apply(original, placement),
         placement=placement,
-        mask=mask,
+        mask=canvas_mask,
         requests=requests,
     )
 
@@ -150,11 +157,11 @@ def restore_mask(mask: Bool[np.ndarray, "h w"], placement: Placement) -> Bool[np
     return result
 
 
-def _canvas_mask(data: bytes, max_pixels: int, orientation: int, placement: Placement) -> Float[np.ndarray, "h w"]:
+def _canvas_mask(picture: Picture, max_pixels: int, orientation: int, placement: Placement) -> Float[np.ndarray, "h w"]:
     """The user's mask on the canvas, in [0, 1]; zero in the padding, where nobody asked for an edit."""
     size = placement.original
     try:
-        mask = decode_mask(data, max_pixels, orientation, size)
+        mask = decode_mask(picture, max_pixels, orientation, size)
     except DecodeError as error:
         raise PrepareError(f"{error}") from error
     if mask.shape != size:

@@ -6,6 +6,7 @@ The same result gives the same bytes: no time, no host, fixed compression.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -89,7 +90,7 @@ def encode_outcome(outcome: Outcome, recipe: Recipe, model: ModelRecord, call_si
         call_size: rows of a UNet call; bits are equal within one.
     """
     if isinstance(outcome, Rejected):
-        return outcome
+        return dataclasses.replace(outcome, error=None)
     try:
         return _row(outcome, recipe, model, call_size)
     except Exception as error:

@@ -239,3 +239,11 @@ def test_a_mask_drawn_on_the_unturned_image_is_turned_with_it():
     np.testing.assert_array_equal(turned, upright(values, 6))
     drawn_upright = decode_mask(saved(Image.fromarray(values)), LIMIT, 6, (7, 5))
     np.testing.assert_array_equal(drawn_upright, values)
+
+
+def test_a_cut_file_fails_whatever_another_package_asked_pillow_for_and_that_choice_stays(monkeypatch):
+    cut = saved(Image.fromarray(rgb(200, 200)), "jpeg")[:-2000]
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(DecodeError, match="damaged or cut"):
+        decode(cut, LIMIT)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES

@@ -246,7 +246,8 @@ def test_a_row_without_any_edit_is_refused_with_the_way_out(make_recipe):
 
 
 def test_a_caption_fills_an_empty_source_prompt_where_the_recipe_says_so(make_recipe):
-    edits = {"none": {"concepts": []}, "own": {"source_prompt": "mine", "concepts": []}}
+    hat = [{"prompt": "a hat"}]
+    edits = {"none": {"concepts": hat}, "own": {"source_prompt": "mine", "concepts": hat}}
     row = sample(b"", caption="  a cat ")
     filled = requests_of(row, make_recipe(edits=edits, source={"caption_is_source_prompt": True}))
     assert (filled["none"].source_prompt, filled["own"].source_prompt) == ("a cat", "mine")

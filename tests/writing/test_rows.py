@@ -85,8 +85,11 @@ def test_an_image_too_wide_for_webp_is_rejected_with_its_size(recipe_for: Recipe
 
 
 def test_what_was_rejected_before_stays_as_it_is(recipe_for: RecipeFor) -> None:
-    rejected = make_rejected()
-    assert encode_outcome(rejected, recipe_for(), MODEL, 8) is rejected
+    rejected = make_rejected(error=ValueError("its traceback holds every array of its frames"))
+    kept = encode_outcome(rejected, recipe_for(), MODEL, 8)
+    assert kept == rejected
+    assert isinstance(kept, Rejected)
+    assert kept.error is None
 
 
 def test_text_that_utf8_cannot_hold_does_not_fail_a_row(recipe_for: RecipeFor) -> None:

@@ -272,7 +272,8 @@ def oracle_accuracy(editor: Editor, scenes: Sequence[Scene]) -> dict[str, float]
 def reconstruction_psnr(editor: Editor, scenes: Sequence[Scene]) -> float:
     """Mean PSNR of inversion and replay without an edit, against the autoencoder's round trip, dB (100 for equal)."""
     references = round_trips(editor, [draw(scene, IMAGE_SIZE) for scene in scenes])
-    unedited: dict[str, Any] = {"edit": {"concepts": []}}  # LEDITS++ without a concept replays the trajectory
+    # A concept without weight asks for no row of its own: LEDITS++ replays the trajectory.
+    unedited: dict[str, Any] = {"edit": {"concepts": [{"prompt": "nothing", "guidance_scale": 0.0}]}}
     recipe = recipe_from({"source": {"shards": "-"}, "edits": unedited, "sink": {"folder": "-"}}, "reconstruction")
     results = run_edits(editor, scenes, recipe)
     return float(np.mean([psnr(one, other.image) for one, other in zip(references, results, strict=True)]))
