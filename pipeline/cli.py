@@ -270,6 +270,22 @@ def schema(
 
 
 @app.command()
+def config(
+    name: Annotated[str | None, typer.Argument(help="Which recipe; none: list them.", show_default=False)] = None,
+    debug: Debug = False,
+) -> None:
+    """Print a recipe to start from: `shardedit config demo > recipe.yaml`. Without a name: list the recipes."""
+    with reported(debug):
+        from pipeline import shipped
+
+        if name is not None:
+            print(shipped.text(name), end="")
+            return
+        for known in shipped.names():
+            out.print(f"{known}: {shipped.summary(known)}", markup=False)
+
+
+@app.command()
 def methods() -> None:
     """List inversions and editors: where they come from, which fit together, their settings."""
     from pipeline.editing import EDITORS

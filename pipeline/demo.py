@@ -14,6 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
+from pipeline import shipped
 from pipeline.cluster import run
 from pipeline.errors import SinkError
 from pipeline.evaluation.report import concept_chip
@@ -26,30 +29,11 @@ from pipeline.writing.summary import Summary
 
 SHARD_SIZE = 12  # images per tar: a small demonstration still has more than one
 OVERVIEW_ENTRIES = 6
-
-# The same settings as configs/demo.yaml, which explains them; a test holds the two together. The package carries them
-# in code, since nothing stands beside it once it is installed.
-SETTINGS: dict[str, Any] = {
-    "source": {"shards": "demo-output/input/*.tar"},
-    "edits": {
-        "sunglasses": {"concepts": [{"prompt": "sunglasses", "guidance_scale": 8.0, "threshold": 0.88}]},
-        "surprised": {
-            "concepts": [
-                {"prompt": "sunglasses", "guidance_scale": 8.0, "threshold": 0.88},
-                {"prompt": "an open mouth", "guidance_scale": 8.0, "threshold": 0.94},
-            ]
-        },
-    },
-    "model": {"name": "demo"},
-    "inversion": {"method": "ddpm", "num_steps": 20, "skip": 0.25},
-    "editing": {"method": "ledits_pp", "intersect_from_timestep": 1000, "keep_background": True},
-    "sink": {"folder": "demo-output"},
-    "run": {"seed": 0, "unit_size": 6, "call_size": 8},
-}
+SETTINGS: dict[str, Any] = yaml.safe_load(shipped.text("demo"))
 
 
 def demo_recipe(output: Path, engine: Literal["ray", "local"] = "ray") -> Recipe:
-    """The demonstration's recipe, into a folder; both engines write the same bytes."""
+    """The demonstration's recipe, configs/demo.yaml, into a folder; both engines write the same bytes."""
     return recipe_from(
         {
             **SETTINGS,

@@ -10,7 +10,14 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
+from setuptools import Distribution
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+
 ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 WITH_RAY = ROOT / "pipeline" / "on_ray.py"
 # Needed by what others do for us: weights are read by transformers and diffusers.
@@ -114,3 +121,34 @@ print([name for name, value in state().items() if value != before[name]])
 def test_an_import_changes_nothing_of_the_process() -> None:
     done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=False, timeout=100)
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
+def test_the_wheel_holds_weights_templates_recipes_and_the_mark_of_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    distribution = Distribution({"script_name": "setup.py"})
+    distribution.parse_config_files(["pyproject.toml"])
+    build = distribution.get_command_obj("build_py")
+    build.ensure_finalized()
+    inside = {Path(path).relative_to(build.build_lib).as_posix() for path in build.get_outputs()}
+    recipes = {f"pipeline/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
+    weights = ROOT / "pipeline" / "models" / "demo" / "weights"
+    parts = {path.relative_to(ROOT).as_posix() for path in weights.rglob("*") if path.is_file()}
+    assert len(recipes) > 10
+    assert len(parts) > 10
+    assert recipes | parts | {"pipeline/py.typed", "pipeline/evaluation/report.html.j2", "jobs/edit.py"} <= inside
+    assert not [path for path in inside if path.startswith(("tests", "benchmarks"))]
+
+
+def test_every_shipped_recipe_can_be_listed_and_printed() -> None:
+    listed = CliRunner().invoke(app, ["config"])
+    assert listed.exit_code == 0
+    lines = dict(line.split(": ", 1) for line in listed.stdout.splitlines())
+    there = {path.relative_to(ROOT / "configs").with_suffix("").as_posix(): path for path in CONFIGS}
+    assert set(lines) == set(there)
+    assert all(10 < len(about) < 200 for about in lines.values())
+    for name, path in there.items():
+        for spelling in (name, f"configs/{name}.yaml"):
+            assert CliRunner().invoke(app, ["config", spelling]).stdout == path.read_text(encoding="utf-8")
+    unknown = CliRunner().invoke(app, ["config", "../pyproject"])
+    assert unknown.exit_code == 2
+    assert "demo_edits/add_hat" in unknown.stderr
