@@ -1,14 +1,17 @@
-"""cluster.yaml and the KubeRay example are checked offline: against Ray's schema, and for what they promise."""
+"""cluster.yaml, the KubeRay example and the Dockerfile, offline: against Ray's schema, and for what they promise."""
 
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import yaml
+
+import pipeline
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,3 +80,51 @@ def test_the_kubernetes_job_runs_the_command_that_operators_type() -> None:
     group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     assert group["minReplicas"] == 0
     assert f"run.workers={group['maxReplicas']}" in job["spec"]["entrypoint"]
+
+
+def instructions() -> list[tuple[str, str]]:
+    """The Dockerfile, an instruction and its arguments at a time."""
+    text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    lines = re.sub(r"\\\n\s*", "", text).splitlines()
+    return [(word, rest) for word, _, rest in (line.partition(" ") for line in lines if line)]
+
+
+def of(wanted: str) -> list[str]:
+    return [rest for word, rest in instructions() if word == wanted]
+
+
+def test_the_image_is_built_on_the_one_that_the_cluster_was_tested_with() -> None:
+    assert of("FROM") == [load("cluster.yaml")["docker"]["image"]]
+    assert "docker build" in (ROOT / "cluster.yaml").read_text(encoding="utf-8")
+    group = load("docs/kuberay-rayjob.yaml")["spec"]["rayClusterSpec"]["headGroupSpec"]
+    (container,) = group["template"]["spec"]["containers"]
+    assert container["image"] == f"registry.example.com/shardedit:{pipeline.__version__}"
+    assert f"docker build -t {container['image']} ." in (ROOT / "Dockerfile").read_text(encoding="utf-8")
+
+
+def test_the_image_holds_what_the_package_is_built_from() -> None:
+    copied = [place for arguments in of("COPY") for place in arguments.split()[1:-1]]
+    assert [place for place in copied if not (ROOT / place).exists()] == []
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    packages = {name.removesuffix("*") for name in project["tool"]["setuptools"]["packages"]["find"]["include"]}
+    files = {"pyproject.toml", "constraints.txt", project["project"]["readme"], *project["project"]["license-files"]}
+    assert {place.rstrip("/") for place in copied} == packages | files | {"configs"}
+    # A COPY of a folder puts what is in it, not itself, at its target.
+    for arguments in of("COPY"):
+        *sources, target = arguments.split()[1:]
+        assert target == "./" or sources == [target]
+
+
+def test_the_image_has_the_tested_versions_and_torch_for_its_gpus() -> None:
+    (index,) = of("ARG")
+    assert re.fullmatch(r"TORCH_INDEX=https://download\.pytorch\.org/whl/cu\d+", index)
+    torch, package = of("RUN")
+    assert "--index-url ${TORCH_INDEX}" in torch
+    assert "\"$(grep '^torch==' constraints.txt)\"" in torch
+    assert len(re.findall(r"^torch==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)) == 1
+    assert "torch.version.cuda" in torch, "a build for CPUs ends the build"
+    assert 'pip install --no-cache-dir -c constraints.txt ".[cluster]"' in package
+    assert "index" not in package, "what is installed beside torch comes from PyPI"
+    words = [word for word, _ in instructions()]
+    # Ray starts its processes with commands of its own, as the base image's user.
+    assert not {"ENTRYPOINT", "CMD", "USER"} & set(words)
