@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import tempfile
 import traceback
@@ -43,7 +44,11 @@ Overrides = Annotated[
 ]
 Where = Annotated[
     str,
-    typer.Argument(metavar="OUT_OR_CONFIG", help="A run's folder (path or URL), or its recipe.", show_default=False),
+    typer.Argument(
+        metavar="OUT_OR_CONFIG",
+        help="A run's folder (path or URL); or its recipe, with settings to change as in `edit`.",
+        show_default=False,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
@@ -68,12 +73,20 @@ def reported(debug: bool) -> Iterator[None]:
         text = shown_traceback()
         if debug:
             sys.stderr.write(text)
-        say_error(
-            f"{type(error).__name__}: {first_line(error)}\nThis is a fault of shardedit, not of your data or recipe."
-        )
+        say_error(f"{type(error).__name__}: {first_line(error)}\n{verdict_on(error)}")
         if not debug:
-            say_error(f"The full traceback is in {keep(text)} (or add --debug).")
+            say_error(kept(text))
         raise typer.Exit(1) from error
+
+
+def verdict_on(error: Exception) -> str:
+    """Whose fault an error is that nobody foresaw: a path that the system refuses is not ours."""
+    from pipeline.showing import about_path
+
+    if isinstance(error, OSError) and (reason := about_path(error)) is not None:
+        where = error.filename or f"a folder that is written to, which may be {tempfile.gettempdir()}"
+        return f"{where}: {reason}. Check the path, its permissions and its space."
+    return "This is a fault of shardedit, not of your data or recipe."
 
 
 def shown_traceback() -> str:
@@ -88,12 +101,15 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "")[:500]
 
 
-def keep(text: str) -> str:
-    """Write a traceback to a file of its own, readable by this user alone."""
-    handle, path = tempfile.mkstemp(prefix="shardedit-", suffix=".log")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    return path
+def kept(text: str) -> str:
+    """Write a traceback to a file of its own, readable by this user alone; says where."""
+    try:
+        handle, path = tempfile.mkstemp(prefix="shardedit-", suffix=".log")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError:  # a full disk may be what went wrong in the first place
+        return "Add --debug for the full traceback."
+    return f"The full traceback is in {path} (or add --debug)."
 
 
 def show_version(wanted: bool) -> None:
@@ -156,16 +172,16 @@ def plan(
         if as_json:
             print(json.dumps(made.as_dict(), indent=1))
         else:
-            show_plan(made, str(config))
+            show_plan(made, shlex.join([str(config), *(overrides or [])]))
 
 
 @app.command()
-def status(where: Where, as_json: AsJson = False, debug: Debug = False) -> None:
+def status(where: Where, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
     """Say how far a run is, what failed and where. Reads the run's manifests; it may be at work meanwhile."""
     with reported(debug):
         from pipeline.runs import find_run
 
-        run = find_run(where)
+        run = find_run(where, overrides or [])
         from pipeline.status import status as look
 
         found = look(run.sink, run.record)
@@ -178,6 +194,7 @@ def status(where: Where, as_json: AsJson = False, debug: Debug = False) -> None:
 @app.command()
 def verify(
     where: Where,
+    overrides: Overrides = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Take back damaged units and remove stray files, for `edit` to make again.")
     ] = False,
@@ -188,14 +205,14 @@ def verify(
     with reported(debug):
         from pipeline.runs import find_run
 
-        run = find_run(where)
+        run = find_run(where, overrides or [])
         from pipeline.verify import verify as check
 
         verdict = check(run.sink, run.record, repair=repair)
         if as_json:
             print(json.dumps(verdict.as_dict(), indent=1))
         else:
-            show_verdict(verdict, where, run.config)
+            show_verdict(verdict, run)
         raise typer.Exit(0 if verdict.clean else 1)
 
 
@@ -203,6 +220,7 @@ def verify(
 def regenerate(
     where: Where,
     key: Annotated[str, typer.Argument(help="Id of a row, or its key where one row has it.", show_default=False)],
+    overrides: Overrides = None,
     edit: Annotated[str | None, typer.Option(help="Which edit, where the row has several.")] = None,
     method: Annotated[str | None, typer.Option(help="Which method, where the recipe has several.")] = None,
     debug: Debug = False,
@@ -211,7 +229,7 @@ def regenerate(
     with reported(debug):
         from pipeline.runs import find_run
 
-        run = find_run(where)
+        run = find_run(where, overrides or [])
         from pipeline.regenerate import regenerate as make
 
         made = make(run, key, edit=edit, method=method)
@@ -225,15 +243,15 @@ def regenerate(
 
 
 @app.command()
-def report(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A run's folder (sink.folder), a path or URL.")],
-    debug: Debug = False,
-) -> None:
+def report(where: Where, overrides: Overrides = None, debug: Debug = False) -> None:
     """Write report.html of a run again, finished or not."""
     with reported(debug):
+        from pipeline.runs import find_run
+
+        run = find_run(where, overrides or [])
         from pipeline.evaluation.report import write_report
 
-        out.print(write_report(folder), markup=False)
+        out.print(write_report(run.sink), markup=False)
 
 
 @app.command()

@@ -24,6 +24,7 @@ from pipeline.evaluation.results import Result, ResultRef, RunFolder
 from pipeline.evaluation.thumbnails import SheetEntry, contact_sheet, load_mask, load_rgb
 from pipeline.models.demo.shards import demo_sample, write_demo_shards
 from pipeline.recipe import Recipe, recipe_from
+from pipeline.showing import about_path, describe
 from pipeline.writing.commit import put
 from pipeline.writing.summary import Summary
 
@@ -49,9 +50,13 @@ def run_demo(output: Path, images: int) -> Summary:
     """Draw, edit, report. Where the output is finished already there is nothing left to do, and that is no error.
 
     Raises:
-        SinkError: the folder holds a demonstration with another number of images, or something else.
+        SinkError: the folder cannot be written, or holds a demonstration with another number of images.
     """
-    draw_input(output, images)
+    try:
+        draw_input(output, images)
+    except (OSError, tarfile.TarError) as error:
+        reason = (about_path(error) if isinstance(error, OSError) else None) or describe(error)
+        raise SinkError(f"{output} cannot hold the demonstration: {reason}. Give another --output") from error
     recipe = demo_recipe(output, engine="ray" if find_spec("ray") else "local")
     summary = run(recipe)
     write_overview(recipe)

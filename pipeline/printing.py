@@ -17,6 +17,7 @@ from pipeline.showing import printable, without_credentials
 if TYPE_CHECKING:
     from pipeline.planning import Plan
     from pipeline.recipe import Recipe
+    from pipeline.runs import Run
     from pipeline.status import Status
     from pipeline.verify import Verdict
     from pipeline.writing.summary import Summary
@@ -110,7 +111,7 @@ def first_words(message: str) -> str:
     return " ".join(message.split())[:160]
 
 
-def show_verdict(verdict: Verdict, where: str, config: str) -> None:
+def show_verdict(verdict: Verdict, run: Run) -> None:
     """What is wrong, where, and what puts it right."""
     from pipeline.evaluation.report import count, size_text
 
@@ -130,8 +131,8 @@ def show_verdict(verdict: Verdict, where: str, config: str) -> None:
         return
     out.print(f"{count(verdict.wrong, 'problem')} in {looked}.")
     # Not "&&": a repair ends with 1 as well, for what it found.
-    steps = [f"shardedit verify {where} --repair; "] if verdict.needs_repair else []
-    out.print(f"To repair: {''.join(steps)}shardedit edit {config}", markup=False)
+    steps = [f"shardedit verify {run.where} --repair; "] if verdict.needs_repair else []
+    out.print(f"To repair: {''.join(steps)}shardedit edit {run.config}", markup=False)
 
 
 def show_plan(made: Plan, config: str) -> None:

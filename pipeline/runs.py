@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from pipeline.errors import SinkError
+from pipeline.errors import RecipeError, SinkError
 from pipeline.recipe import SinkConfig, load_recipe
 from pipeline.showing import public_url
 from pipeline.writing.run_record import RunRecord, read_run_record
@@ -20,26 +21,35 @@ class Run:
     sink: SinkConfig
     record: RunRecord
     source_options: Mapping[str, Any]  # to open the input; run.json holds none, for they may be secret
-    config: str  # how to name its recipe on a command line
+    where: str  # how to name the run on a command line, quoted
+    config: str  # the same of its recipe
 
 
-def find_run(where: str) -> Run:
+def find_run(where: str, overrides: Sequence[str] = ()) -> Run:
     """A run by the place where it stands.
 
     Args:
-        where: a run's folder, a path or URL; or its recipe, a YAML file, which may carry storage options.
+        where: a run's folder, a path or URL; or its recipe, a file, which may carry storage options.
+        overrides: of the recipe, as `load_recipe` takes them.
 
     Raises:
-        RecipeError: the recipe does not describe a possible run.
+        RecipeError: the recipe does not describe a possible run, or a folder was given with overrides.
         SinkError: no run is there.
     """
-    recipe = load_recipe(where) if where.endswith((".yaml", ".yml")) and Path(where).is_file() else None
-    sink = recipe.sink if recipe else SinkConfig(folder=where)
+    options: Mapping[str, Any] = {}
+    if os.path.isfile(where) or (where.endswith((".yaml", ".yml")) and "://" not in where and not os.path.isdir(where)):
+        recipe = load_recipe(where, overrides)
+        sink, options = recipe.sink, recipe.source.storage_options
+        named = config = shlex.join([where, *overrides])
+    elif overrides:
+        problem = f"changes a recipe, and {public_url(where)} is a run's folder. Give the recipe, or the folder alone"
+        raise RecipeError(public_url(where), [(override, problem) for override in overrides])
+    else:
+        sink, named, config = SinkConfig(folder=where), shlex.quote(where), "CONFIG"
     record = read_run_record(sink)
     if record is None:
         raise SinkError(
             f"{public_url(sink.folder)} holds no run: run.json is missing. Give the folder that `shardedit edit` wrote "
             "to (sink.folder), or its recipe"
         )
-    options = recipe.source.storage_options if recipe else {}
-    return Run(sink=sink, record=record, source_options=options, config=where if recipe else "CONFIG")
+    return Run(sink=sink, record=record, source_options=options, where=named, config=config)

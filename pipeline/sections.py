@@ -121,7 +121,8 @@ class RunConfig(Section):
     max_failed_fraction: float = Field(default=0.5, ge=0, le=1)
     """Share of the results asked for that may fail; more ends the run, or fails it where it is over by then."""
     max_consecutive_failed_units: int = Field(default=5, ge=1)
-    """Units in a row without a single result that end the run; before so many, max_failed_fraction is not judged."""
+    """Units in a row without a single result that end the run; before so many, max_failed_fraction is judged in the end
+    alone."""
 
     @field_validator("call_size", "images_in_flight", "workers", mode="before")
     @classmethod

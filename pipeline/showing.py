@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import unicodedata
 
@@ -38,6 +39,26 @@ def describe(error: BaseException) -> str:
     text = without_credentials(" ".join(str(error).split()))
     text = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>|0x[0-9a-fA-F]{6,}", "(object)", text)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+# What a system says of a path, in words that tell what to do about it.
+_PATHS = {
+    errno.ENOENT: "there is no such file or folder",
+    errno.ENOTDIR: "a file stands where a folder is needed",
+    errno.EEXIST: "a file of that name stands there",
+    errno.EISDIR: "a folder stands where a file is needed",
+    errno.EACCES: "access is refused",
+    errno.EPERM: "access is refused",
+    errno.EROFS: "the disk is read-only",
+    errno.ENOSPC: "no space is left",
+    errno.EDQUOT: "the quota of space is used up",
+    errno.ENAMETOOLONG: "a name in it is too long",
+}
+
+
+def about_path(error: OSError) -> str | None:
+    """What is wrong with the path that the system was given, in words; None where the error is no such thing."""
+    return _PATHS.get(error.errno or 0)
 
 
 def printable(text: str) -> str:
