@@ -111,7 +111,7 @@ def entry_of(result: Result) -> SheetEntry:
     chips = [concept_chip(concept) for concept in result.request["concepts"]]
     return SheetEntry(
         original=load_rgb(result.input),
-        mask=load_mask(result.mask),
+        mask=None if result.mask is None else load_mask(result.mask),
         edited=load_rgb(result.image),
         label=", ".join(f"{'−' if chip['minus'] else '+'} {chip['prompt']}" for chip in chips),
     )

@@ -65,8 +65,8 @@ class Result:
     method: str
     input: Image.Image  # upright, RGB
     image: Image.Image  # edited, at the input's size
-    mask: Image.Image  # mode "1", at the input's size: union of the concepts' masks
-    masks: tuple[Image.Image, ...]  # mode "1", one per concept
+    mask: Image.Image | None  # mode "1", at the input's size: where the edit acted. None: it has no region
+    masks: tuple[Image.Image | None, ...]  # mode "1": those that the method found, one per concept or one in all
     request: EditRequest
     seed: int
     figures: Mapping[str, float | None]  # evaluation/metrics.py
@@ -79,8 +79,8 @@ class Result:
             method=edited.method,
             input=Image.fromarray(edited.original),
             image=Image.fromarray(edited.image),
-            mask=Image.fromarray(edited.mask),
-            masks=tuple(Image.fromarray(mask) for mask in edited.masks),
+            mask=None if edited.mask is None else Image.fromarray(edited.mask),
+            masks=tuple(None if mask is None else Image.fromarray(mask) for mask in edited.masks),
             request=edited.request,
             seed=edited.seed,
             figures=edited.figures,

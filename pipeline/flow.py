@@ -216,7 +216,7 @@ def _edit(
         method=name,
         pixels=pixels,
         round_trip=round_trip,
-        masks=tuple(at_image_size(one, pixels) for one in edited.masks),
+        masks=None if edited.masks is None else tuple(at_image_size(one, pixels) for one in edited.masks),
         seed=seed,
     )
 
@@ -234,9 +234,7 @@ def outcome_of(result: Decoded | Rejected) -> Outcome:
 def restored(decoded: Decoded) -> Edited:
     """A result back at its original's size, with its figures. Needs no model: run it beside the engine, not in it."""
     prepared, placement = decoded.prepared, decoded.prepared.placement
-    masks = tuple(restore_mask(mask, placement) for mask in decoded.masks)
-    nowhere = np.zeros(prepared.original.shape[:2], dtype=bool)
-    union = np.logical_or.reduce((nowhere, *masks))
+    masks, union = regions(decoded)
     image = restore(decoded.pixels, placement, prepared.original)
     return Edited(
         sample=prepared.sample,
@@ -255,6 +253,23 @@ def restored(decoded: Decoded) -> Edited:
             mask=union,
         ),
     )
+
+
+def regions(decoded: Decoded) -> tuple[tuple[np.ndarray | None, ...], np.ndarray | None]:
+    """Where an edit acted, at its original's size: the masks that it found, and their union; None where nowhere.
+
+    Cut to the user's mask here, for every method, and after scaling: no rounding lets a pixel out.
+    """
+    prepared = decoded.prepared
+    allowed = prepared.allowed
+    found = decoded.masks
+    if found is None:  # it acted wherever it was let: inside the user's mask, or everywhere, which is no region
+        found = () if allowed is None else (np.ones(prepared.placement.canvas, dtype=bool),)
+    at_original = [restore_mask(mask, prepared.placement) for mask in found]
+    inside = at_original if allowed is None else [mask & allowed for mask in at_original]
+    masks = tuple(mask if mask.any() else None for mask in inside)
+    some = [mask for mask in masks if mask is not None]
+    return masks if decoded.masks is not None else (), np.logical_or.reduce(some) if some else None
 
 
 def rejected(sample: Sample, edit: str, method: str, stage: Stage, error: Exception) -> Rejected:

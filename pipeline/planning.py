@@ -219,6 +219,7 @@ class RowCounter:
             pixels=blank,
             placement=Placement(original=whole, crop=(0, 0, side, side), scaled=whole, offset=(0, 0), canvas=whole),
             mask=np.ones(whole, dtype=np.float32) if masked else None,
+            allowed=np.ones(whole, dtype=bool) if masked else None,
             requests=requests,
         )
         engine = Engine(backbone, call_size=64, pad=False)

@@ -165,7 +165,8 @@ class Prepared:
     original: np.ndarray  # (H, W, 3) uint8, orientation applied, alpha flattened
     pixels: np.ndarray  # (h, w, 3) uint8 at model size; h and w are multiples of what the model needs
     placement: Placement
-    mask: np.ndarray | None  # (h, w) float32 in [0, 1] at model size
+    mask: np.ndarray | None  # the user's, (h, w) float32 in [0, 1] at model size
+    allowed: np.ndarray | None  # (H, W) bool: the user's mask at the original's size, where it is at least half white
     requests: Mapping[str, EditRequest]  # by edit name
 
 
@@ -246,13 +247,15 @@ class EditedLatents:
     """What an editor returns."""
 
     latents: Tensor  # (C, h, w)
-    masks: Tensor  # (E, h, w) bool, one per concept of the request, in its order; E may be 0
+    # (E, h, w) bool: the regions that the edit found for itself, one per concept of the request or one in all. E is 0
+    # where nothing was edited. None: it found no region, and acted wherever it was let.
+    masks: Tensor | None
     history: tuple[StepRecord, ...] = ()
 
     @property
-    def mask(self) -> Tensor:
-        """Union of the concepts' masks, (h, w) bool; all false without concepts."""
-        return self.masks.any(dim=0)
+    def mask(self) -> Tensor | None:
+        """Union of the masks, (h, w) bool; None where there are none."""
+        return None if self.masks is None or len(self.masks) == 0 else self.masks.any(dim=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,7 +267,7 @@ class Decoded:
     method: str
     pixels: np.ndarray  # (h, w, 3) uint8, edited
     round_trip: np.ndarray  # (h, w, 3) uint8, the input through the autoencoder and back
-    masks: tuple[np.ndarray, ...]  # (h, w) bool, one per concept
+    masks: tuple[np.ndarray, ...] | None  # (h, w) bool, as those of `EditedLatents`
     seed: int
 
 
@@ -278,8 +281,9 @@ class Edited:
     request: EditRequest
     image: np.ndarray  # (H, W, 3) uint8 at original size
     original: np.ndarray  # (H, W, 3) uint8, the decoded input
-    masks: tuple[np.ndarray, ...]  # (H, W) bool at original size, one per concept
-    mask: np.ndarray  # (H, W) bool, the union
+    # (H, W) bool at original size, inside the user's mask; no mask is empty. None: there is no such region.
+    masks: tuple[np.ndarray | None, ...]  # those that the method found: one per concept, or one in all
+    mask: np.ndarray | None  # their union; the user's mask where the method found none and acted wherever it was let
     seed: int  # of this image's noise
     figures: Mapping[str, float | None]  # see evaluation/metrics.py
 

@@ -267,7 +267,7 @@ def _read(path: str, data: bytes) -> list[_Key]:
     try:
         for row, pictures in _tar_rows(data) if path.endswith(".tar") else _parquet_rows(data, is_data):
             key = _Key(row["shard"], row["index"], row["id"], row["edit"], row["method"], is_data)
-            _check_pictures(key, pictures)
+            _check_pictures(key, pictures, has_mask=row.get("mask_share") is not None)
             keys.append(key)
     except (pa.ArrowException, tarfile.TarError, OSError, ValueError, KeyError) as error:
         raise _BrokenError(describe(error)) from error
@@ -279,9 +279,9 @@ def _parquet_rows(data: bytes, is_data: bool) -> Iterator[tuple[dict[str, Any], 
     for batch in parquet.iter_batches(batch_size=ROWS_AT_ONCE):
         for row in batch.to_pylist():
             names = [name for name in ("image", "mask", "input", "input_thumbnail") if is_data and name in row]
-            pictures = {name: row[name]["bytes"] for name in names}
-            pictures |= {f"mask.{at}": mask["bytes"] for at, mask in enumerate(row.get("masks", ()))}
-            yield row, pictures
+            stored = {name: row[name] for name in names}
+            stored |= {f"mask.{at}": mask for at, mask in enumerate(row.get("masks", ()))}
+            yield row, {name: picture["bytes"] for name, picture in stored.items() if picture is not None}
 
 
 def _tar_rows(data: bytes) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
@@ -294,16 +294,18 @@ def _tar_rows(data: bytes) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
         yield json.loads(sample["json"]), pictures
 
 
-def _check_pictures(key: _Key, pictures: Mapping[str, bytes]) -> None:
+def _check_pictures(key: _Key, pictures: Mapping[str, bytes], *, has_mask: bool) -> None:
     """Decode every picture of a row.
 
     Raises:
-        _BrokenError: one does not decode, or a mask does not fit its image.
+        _BrokenError: one is not there or does not decode, or a mask does not fit its image.
     """
     if not key.ok:
         return
-    if not {"image", "mask"} <= pictures.keys():
-        raise _BrokenError(f"{key.text()} has no image or no mask")
+    if "image" not in pictures:
+        raise _BrokenError(f"{key.text()} has no image")
+    if ("mask" in pictures) != has_mask:
+        raise _BrokenError(f"{key.text()} has {'no mask' if has_mask else 'a mask'}, which its mask_share contradicts")
     sizes = {}
     for name, data in pictures.items():
         try:

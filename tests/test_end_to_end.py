@@ -134,7 +134,9 @@ def test_sizes_modes_and_per_row_edits_in_one_job_come_out_once_each(mixed: Path
             height, width = SIZES[int(row["key"])]
             assert pixels_of(row).shape == (height, width, 3)
             assert pixels_of(row, "mask").shape == (height, width)
-            assert [np.asarray(Image.open(io.BytesIO(m["bytes"]))).shape for m in row["masks"]] == [(height, width)] * 2
+            found = [mask for mask in row["masks"] if mask is not None]  # null where a concept found no place
+            assert {np.asarray(Image.open(io.BytesIO(mask["bytes"]))).shape for mask in found} == {(height, width)}
+            assert len(row["masks"]) == 2
             assert row["concepts"] == ["sunglasses", "smile"]
     quarantined = [
         row for path in (mixed / "out").glob("quarantine/*.parquet") for row in pq.read_table(path).to_pylist()
@@ -178,4 +180,4 @@ def test_a_parquet_result_opens_as_images_in_datasets(mixed: Path) -> None:
     )
     row = next(row for row in loaded if row["key"] == "1")
     assert row["image"].size == row["input"].size == row["mask"].size == (96, 40)
-    assert [mask.size for mask in row["masks"]] == [(96, 40)] * 2
+    assert {mask.size for mask in row["masks"] if mask is not None} == {(96, 40)}

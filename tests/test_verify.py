@@ -107,6 +107,15 @@ def shrink_a_mask(run: Path) -> None:
     rewrite_rows(run, change, agree=True)
 
 
+def lose_a_mask(run: Path) -> None:
+    def change(table: pa.Table) -> pa.Table:
+        rows = table.to_pylist()
+        rows[0]["mask"] = None
+        return pa.Table.from_pylist(rows, schema=table.schema)
+
+    rewrite_rows(run, change, agree=True)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "deleted data file": (lambda run: first_data(run).unlink(), "missing file", "lists it"),
     "torn file": (lambda run: first_data(run).write_bytes(first_data(run).read_bytes()[:-50]), "wrong size", "bytes"),
@@ -133,6 +142,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     ),
     "image that does not decode": (break_an_image, "does not open", "image of (s0.tar/im00, a, ledits_pp)"),
     "mask of another size": (shrink_a_mask, "does not open", "mask of (s0.tar/im00, b, ledits_pp) is 8 x 8"),
+    "lost mask": (lose_a_mask, "does not open", "(s0.tar/im00, b, ledits_pp) has no mask, which its mask_share"),
     "stray file": (lambda run: shutil.copy(first_data(run), run / "data" / "part-x.parquet"), "stray file", "no manif"),
     "uncommitted unit": (
         lambda run: min((run / "_units").rglob("00001.json")).unlink(),

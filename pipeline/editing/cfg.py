@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.editing.base import Editor
-from pipeline.editing.walk import no_masks, walk
+from pipeline.editing.walk import walk
 from pipeline.engine.calls import Steps
 from pipeline.engine.prompts import GuidedPrompt
 from pipeline.errors import PrepareError
@@ -60,4 +60,4 @@ class ClassifierFreeGuidance(Editor):
             )
         prompt = yield from GuidedPrompt.encode(request.target_prompt, self.guidance_scale, request.negative_prompt)
         latents, history = yield from walk(trajectory, self.start_step, prompt.predict, keep_history=keep_history)
-        return EditedLatents(latents=latents, masks=no_masks(latents), history=history)
+        return EditedLatents(latents=latents, masks=None, history=history)

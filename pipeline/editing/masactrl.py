@@ -5,9 +5,9 @@ the source: textures come from there, places from the prompt. With masks, foregr
 background reads background.
 
 Cost: the rows of `two_branch`. Both halves of guidance read the source's, so that is 4 rows per controlled step, 3
-where the source prompt is empty or its own unconditional prompt. Masks: one with `mask: auto` or `given`; else none.
-Memory: nothing is kept. Masked layers compute an (N, N) mask of the map's N places, automatic masks the 77 columns of
-cross-attention at a quarter of the latents' side.
+where the source prompt is empty or its own unconditional prompt. Masks: one with `mask: auto` or `given`; else
+the user's or none. Memory: nothing is kept. Masked layers compute an (N, N) mask of the map's N places, automatic masks
+the 77 columns of cross-attention at a quarter of the latents' side.
 """
 
 from __future__ import annotations
@@ -220,8 +220,9 @@ class MasaCtrlEdit(MutualEdit):
         self.last_mask: Tensor | None = None
         if settings.mask == "given":
             size = trajectory.latents.shape[-2:]
-            self.last_mask = torch.ones(size, dtype=torch.bool) if user_mask is None else user_mask >= 0.5
-            masks = GivenMasks(self.last_mask, self.last_mask)
+            self.last_mask = None if user_mask is None else user_mask >= 0.5
+            foreground = torch.ones(size, dtype=torch.bool) if self.last_mask is None else self.last_mask
+            masks = GivenMasks(foreground, foreground)
         if settings.mask == "auto":
             words = request.blend_words
             masks = AutoMasks(
@@ -250,8 +251,6 @@ class MasaCtrlEdit(MutualEdit):
 
     def mask(self) -> Tensor | None:
         """See `BranchEdit`."""
-        if self.last_mask is None and isinstance(self.masks, AutoMasks):  # no step was controlled
-            return torch.zeros(self.trajectory.latents.shape[-2:], dtype=torch.bool)
         return self.last_mask
 
 

@@ -6,7 +6,7 @@ has the empty prompt whatever the inversion's was, and its prediction is not use
 
 Cost: per step one row of the source, as long as something is injected, and two of the target (one at guidance 1).
 After `ddim` also one row for each step but the last of those, which resample the source; after `direct` none. Masks:
-none. Memory: nothing is stored, features and attention are recomputed beside the target.
+the user's, else none. Memory: nothing is stored, features and attention are recomputed beside the target.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ its self-attention the source's at coarse resolution; with blend words, everythi
 the source (LocalBlend).
 
 Cost: the rows of `two_branch`; the source's rows end with the last window unless there are blend words. Masks: one,
-with blend words; else none. Memory: no attention map is kept; explicit probabilities exist for the 77 columns of
-cross-attention only, in steps that read them.
+with blend words; else the user's or none. Memory: no attention map is kept; explicit probabilities exist for the 77
+columns of cross-attention only, in steps that read them.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 After `negative_prompt` the source is predicted under its own prompt and never guided; the target is guided away from
 the inversion's embedding, by a direction without its small entries.
 
-Cost: the rows of `two_branch`, 3 per controlled step after `negative_prompt`. Masks: none. Memory: nothing is kept.
+Cost: the rows of `two_branch`, 3 per controlled step after `negative_prompt`. Masks: the user's, else none. Memory:
+nothing is kept.
 """
 
 from __future__ import annotations

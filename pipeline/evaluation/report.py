@@ -255,7 +255,7 @@ def card(result: Result) -> dict[str, Any]:
     """What the page shows of one result."""
     figures = result.ref.figures
     original = thumbnail(load_rgb(result.input))
-    mask = load_mask(result.mask)
+    mask = None if result.mask is None else load_mask(result.mask)
     share = figures["mask_share"]
     return {
         "id": result.ref.id,
@@ -266,8 +266,8 @@ def card(result: Result) -> dict[str, Any]:
         "target_prompt": result.request.get("target_prompt", ""),
         "figures": figures,
         "mask_percent": None if share is None else 100 * share,
-        "grade": grade(figures) if mask.any() else "",
-        "has_mask": bool(mask.any()),
+        "grade": grade(figures),
+        "has_mask": mask is not None,
         "input": data_uri(original),
         "overlay": data_uri(mask_over(original, mask)),
         "edited": data_uri(thumbnail(load_rgb(result.image))),

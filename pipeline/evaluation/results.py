@@ -25,6 +25,7 @@ from pipeline.recipe import SinkConfig
 from pipeline.showing import public_url
 from pipeline.writing.commit import committed_units, get, read_part
 from pipeline.writing.manifest import Manifest
+from pipeline.writing.run_record import check_schema
 
 READERS = 8  # files read side by side
 TEXTS = ("id", "edit", "method", "caption", "request")
@@ -51,7 +52,7 @@ class Result:
     caption: str
     request: dict[str, Any]
     input: bytes  # the whole input where the run kept it, else its thumbnail
-    mask: bytes
+    mask: bytes | None  # None: the result has no region
     image: bytes
 
 
@@ -96,6 +97,7 @@ class RunFolder:
                 f"{public_url(self.sink.folder)} holds no run: run.json is missing. Give the folder that "
                 "`shardedit edit` wrote to (sink.folder)"
             )
+        check_schema(record, public_url(self.sink.folder))
         self.record = record
         self.summary = self._json("summary.json")
         self.totals = Totals()
@@ -182,7 +184,7 @@ class RunFolder:
         for at, sample in enumerate(self._samples(file)):
             source = sample.get("input.png") or sample["thumbnail.jpg"]
             image = next(data for name, data in sample.items() if name.startswith("edited."))
-            yield at, json.loads(sample["json"]) | {"input": source, "mask": sample["mask.png"], "image": image}
+            yield at, json.loads(sample["json"]) | {"input": source, "mask": sample.get("mask.png"), "image": image}
 
     def _samples(self, file: str) -> Iterator[dict[str, bytes]]:
         data = get(self.fs, f"{self.root}/{file}")
@@ -203,7 +205,7 @@ def _rows_of_groups(opened: BinaryIO, wanted: set[int]) -> Iterator[tuple[int, d
             for at in here:
                 (row,) = table.slice(at - start, 1).to_pylist()
                 pictures = {"input": row[source], "mask": row["mask"], "image": row["image"]}
-                yield at, row | {name: picture["bytes"] for name, picture in pictures.items()}
+                yield at, row | {name: picture and picture["bytes"] for name, picture in pictures.items()}
         start = stop
 
 

@@ -40,8 +40,10 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def mask_over(image: Image.Image, mask: Bool[np.ndarray, "H W"]) -> Image.Image:
-    """The image with its masked part tinted and outlined, the rest faded. Without any mask: the image, faded."""
+def mask_over(image: Image.Image, mask: Bool[np.ndarray, "H W"] | None) -> Image.Image:
+    """The image with its masked part tinted and outlined, the rest faded. Without a mask: the image, faded."""
+    if mask is None:
+        mask = np.zeros((image.height, image.width), dtype=bool)
     inside = np.asarray(Image.fromarray(mask).convert("L").resize(image.size, Image.Resampling.BOX)) > 127
     pixels = np.asarray(image).astype(np.float32)
     gray = pixels.mean(axis=2, keepdims=True)
@@ -67,7 +69,7 @@ class SheetEntry:
     """One row of a contact sheet."""
 
     original: Image.Image
-    mask: Bool[np.ndarray, "H W"]
+    mask: Bool[np.ndarray, "H W"] | None
     edited: Image.Image
     label: str
 

@@ -51,15 +51,16 @@ def prepare_picture(
     requests = requests_of(sample, recipe)
     original, orientation = decode(image, recipe.source.max_pixels)
     placement = place((original.shape[0], original.shape[1]), recipe.model.fit, size=size, multiple=multiple)
-    canvas_mask = None
+    user_mask = None
     if mask is not None:
-        canvas_mask = _canvas_mask(mask, recipe.source.max_pixels, orientation, placement)
+        user_mask = _user_mask(mask, recipe.source.max_pixels, orientation, placement.original)
     return Prepared(
         sample=sample,
         original=original,
         pixels=apply(original, placement),
         placement=placement,
-        mask=canvas_mask,
+        mask=None if user_mask is None else _canvas_mask(user_mask, placement),
+        allowed=None if user_mask is None else user_mask >= 128,
         requests=requests,
     )
 
@@ -157,9 +158,8 @@ def restore_mask(mask: Bool[np.ndarray, "h w"], placement: Placement) -> Bool[np
     return result
 
 
-def _canvas_mask(picture: Picture, max_pixels: int, orientation: int, placement: Placement) -> Float[np.ndarray, "h w"]:
-    """The user's mask on the canvas, in [0, 1]; zero in the padding, where nobody asked for an edit."""
-    size = placement.original
+def _user_mask(picture: Picture, max_pixels: int, orientation: int, size: tuple[int, int]) -> UInt8[np.ndarray, "H W"]:
+    """The user's mask at the image's (height, width)."""
     try:
         mask = decode_mask(picture, max_pixels, orientation, size)
     except DecodeError as error:
@@ -173,6 +173,11 @@ def _canvas_mask(picture: Picture, max_pixels: int, orientation: int, placement:
                 "shape. Draw the mask at the image's size"
             )
         mask = _resize(mask, size, Image.Resampling.BOX)
+    return mask
+
+
+def _canvas_mask(mask: UInt8[np.ndarray, "H W"], placement: Placement) -> Float[np.ndarray, "h w"]:
+    """The user's mask on the canvas, in [0, 1]; zero in the padding, where nobody asked for an edit."""
     top, left, height, width = placement.crop
     scaled = _resize(mask[top : top + height, left : left + width], placement.scaled, Image.Resampling.BOX)
     return np.pad(scaled, _padding(placement)).astype(np.float32) / 255.0

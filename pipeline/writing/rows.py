@@ -27,7 +27,7 @@ from pipeline.records import Edited, Outcome, Rejected, Sample
 Row = dict[str, Any]
 """One output row, ready for `schema`: {column: value}."""
 
-FIGURES = ("reconstruction_psnr", "background_psnr", "background_ssim", "mask_share", "change_inside")
+FIGURES = ("reconstruction_psnr", "image_psnr", "background_psnr", "background_ssim", "mask_share", "change_inside")
 PNG_LEVEL = 4  # of zlib, 0..9: a third of the time of the default 6, for 2 % more bytes
 THUMBNAIL_SIDE = 192  # pixels of the longer side: about 6 kB
 MAX_MESSAGE = 2000  # characters of a reason; a decoder may quote what it read
@@ -115,8 +115,8 @@ def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> 
         "edit": edited.edit,
         "method": edited.method,
         "image": _named(encode_image(edited.image, sink), f"{stem}.edited.{sink.image_format}"),
-        "mask": _named(encode_mask(edited.mask), f"{stem}.mask.png"),
-        "masks": [_named(encode_mask(mask), f"{stem}.mask.{at}.png") for at, mask in enumerate(edited.masks)],
+        "mask": _mask(edited.mask, f"{stem}.mask.png"),
+        "masks": [_mask(mask, f"{stem}.mask.{at}.png") for at, mask in enumerate(edited.masks)],
         "concepts": [clean(concept.prompt) for concept in request.concepts],
         "caption": clean(sample.caption),
         "source_prompt": clean(request.source_prompt),
@@ -143,6 +143,10 @@ def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> 
 
 def _named(data: bytes, path: str) -> dict[str, Any]:
     return {"bytes": data, "path": path}
+
+
+def _mask(mask: np.ndarray | None, path: str) -> dict[str, Any] | None:
+    return None if mask is None else _named(encode_mask(mask), path)
 
 
 def encode_image(pixels: np.ndarray, sink: SinkConfig) -> bytes:

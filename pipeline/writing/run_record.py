@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pipeline.reading.units import Shard
 
 RUN_FILE = "run.json"
+SCHEMA_VERSION = 2  # of all that stands in a run's folder; 2: results without a region have no mask, and `image_psnr`
 PACKAGES = ("torch", "diffusers", "transformers", "ray", "pyarrow", "pillow", "numpy", "webdataset")
 SHOWN_DIFFERENCES = 12
 _MISSING = "nothing"
@@ -40,7 +41,7 @@ class RunRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = SCHEMA_VERSION
     recipe_hash: str
     settings: dict[str, Any]  # what decides results: `Recipe.result_settings`, credentials removed
     recipe: dict[str, Any]  # the whole resolved recipe
@@ -112,11 +113,31 @@ def read_run_record(sink: SinkConfig) -> RunRecord | None:
             )
         return None
     try:
+        check_schema(json.loads(data), where)
         return RunRecord.model_validate_json(data)
-    except ValidationError as error:
+    except ValueError as error:
+        what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise SinkError(f"{where}/{RUN_FILE} is no record of a run ({what}). Set another sink.folder") from error
+
+
+def check_schema(record: Any, where: str) -> None:
+    """Refuse a folder that another version of this package wrote, whose files hold other things.
+
+    Args:
+        record: what run.json holds.
+        where: the folder's address.
+
+    Raises:
+        SinkError: says which version wrote it, and the way out.
+    """
+    found = record.get("schema_version") if isinstance(record, dict) else None
+    if isinstance(found, int) and found != SCHEMA_VERSION:
+        version_of = record.get("versions")
+        by = version_of.get("shardedit", "") if isinstance(version_of, dict) else ""
         raise SinkError(
-            f"{where}/{RUN_FILE} is no record of a run ({error.errors()[0]['msg']}). Set another sink.folder"
-        ) from error
+            f"{where} was written by another version of shardedit{f' ({by})' if by else ''}: its schema is {found}, "
+            f"this one's is {SCHEMA_VERSION}. Use that version for this folder, or set another sink.folder"
+        )
 
 
 def _first_stranger(fs: AbstractFileSystem, root: str) -> str | None:

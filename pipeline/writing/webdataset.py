@@ -2,8 +2,9 @@
 
     KEY.edited.png  KEY.mask.png  KEY.mask.0.png ...  KEY.input.png  KEY.thumbnail.jpg  KEY.json  KEY.source.<member>
 
-KEY.json holds every column that is no image. The same rows give the same bytes: owner, mode and time are fixed.
-`datasets` takes the members of the first rows for those of all: where rows have different numbers of concepts, only
+KEY.json holds every column that is no image. A mask that a result lacks has no member. The same rows give the same
+bytes: owner, mode and time are fixed.
+`datasets` takes the members of the first rows for those of all: where rows have different numbers of masks, only
 `webdataset` reads the tar, and Parquet is the format to choose.
 """
 
@@ -39,7 +40,7 @@ def _sample(row: Row) -> dict[str, Any]:
     ]
     # The first dot ends the key, and `rows.stem_of` writes none: what follows it is the member's name.
     sample: dict[str, Any] = {"__key__": row["image"]["path"].partition(".")[0]}
-    sample |= {image["path"].partition(".")[2]: image["bytes"] for image in images}
+    sample |= {image["path"].partition(".")[2]: image["bytes"] for image in images if image is not None}
     for member in row["members"]:
         name = re.sub(r"[^A-Za-z0-9._-]+", "_", member["name"]).strip(".") or "member"
         while f"source.{name}" in sample:

@@ -84,7 +84,8 @@ def test_nothing_to_change_returns_the_encoded_image_without_an_edit_row(
     _, edited = engine.run_one(invert_and_edit(given, request_, DDPMInversion(num_steps=N, solver=solver)))
     assert torch.equal(edited.latents, given.latents)
     assert engine.stats.unet_rows == N
-    assert not edited.mask.any()
+    assert edited.masks.shape == (len(request_.concepts), 12, 12)
+    assert not edited.masks.any()
 
 
 @every_backbone

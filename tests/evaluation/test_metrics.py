@@ -45,16 +45,14 @@ def test_the_similarity_map_is_that_of_torchmetrics(picture):
     np.testing.assert_allclose(ours, expected[0, :, 5:-5, 5:-5].permute(1, 2, 0).numpy(), atol=1e-4)
 
 
-def test_without_a_mask_the_background_is_the_whole_image(picture):
+def test_without_a_mask_there_is_no_background_but_a_figure_of_the_whole_image(picture):
     edited = noisy(picture)
-    found = figures(picture, None, edited, np.zeros(picture.shape[:2], dtype=bool))
+    found = figures(picture, None, edited, None)
     expected = peak_signal_noise_ratio(
         torch.from_numpy(edited.astype(np.float32)), torch.from_numpy(picture.astype(np.float32)), data_range=255.0
     )
-    assert found["background_psnr"] == pytest.approx(float(expected), abs=1e-4)
-    assert found["mask_share"] == 0.0
-    assert found["change_inside"] is None
-    assert found["reconstruction_psnr"] is None
+    assert found["image_psnr"] == pytest.approx(float(expected), abs=1e-4)
+    assert {name for name, value in found.items() if value is not None} == {"image_psnr"}
 
 
 def test_what_happens_inside_the_mask_leaves_the_background_figures_alone(picture, mask):

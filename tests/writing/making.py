@@ -39,9 +39,9 @@ def make_edited(
         "image": pixels,
         "original": 255 - pixels,
         "masks": masks,
-        "mask": np.logical_or.reduce(masks) if masks else np.zeros((24, 32), dtype=bool),
+        "mask": np.logical_or.reduce(masks) if masks else None,
         "seed": 2**62 + index,
-        "figures": {"reconstruction_psnr": 31.5, "background_psnr": None, "mask_share": 0.75},
+        "figures": {"reconstruction_psnr": 31.5, "background_psnr": None, "mask_share": 0.75 if masks else None},
     }
     return Edited(**{**values, **fields})  # type: ignore[arg-type]
 

@@ -282,8 +282,8 @@ def judge(inversion: str, editor: str, tasks: Sequence[Task], outcomes: Sequence
         succeeded.append(all(found[name] == wanted[name] for name in changing))
         stayed += [found[name] == wanted[name] for name in wanted if name not in changing]
         truth = changed_region(task.before, task.after, IMAGE_SIZE)
-        if len(outcome.latents.masks):
-            ious.append(mask_iou(outcome.latents.mask.numpy(), truth))
+        if (region := outcome.latents.mask) is not None:
+            ious.append(mask_iou(region.numpy(), truth))
         noises.append(psnr(task.round_trip[~truth], outcome.pixels[~truth]) or 0.0)
     return Pair(
         inversion=inversion,
@@ -369,8 +369,9 @@ def pictures_by_editor(
     masks: dict[str, Line] = {}
     for (inversion, editor), outcomes in made.items():
         lines.setdefault(editor, []).append((f"after {inversion}", [outcome.pixels for outcome in outcomes]))
-        if all(len(outcome.latents.masks) for outcome in outcomes):
-            masks[editor] = (f"mask\nafter {inversion}", [as_pixels(outcome.latents.mask) for outcome in outcomes])
+        regions = [region for outcome in outcomes if (region := outcome.latents.mask) is not None]
+        if len(regions) == len(outcomes):
+            masks[editor] = (f"mask\nafter {inversion}", [as_pixels(region) for region in regions])
     return {
         editor: block(tasks, [*shown, *([masks[editor]] if editor in masks else [])]).quantize(
             256, dither=Image.Dither.NONE

@@ -199,7 +199,8 @@ def edit_score(editor: Editor, kind: EditKind, recipe: Recipe, scenes: Sequence[
         stayed += [found[name] == wanted[name] for name in wanted if name not in asked(kind)]
         truth = changed_region(start, goal, IMAGE_SIZE)
         cell = IMAGE_SIZE // LATENT_SIZE
-        ious.append(mask_iou(result.mask[::cell, ::cell], truth))
+        region = np.zeros_like(truth) if result.mask is None else result.mask
+        ious.append(mask_iou(region[::cell, ::cell], truth))
         noises.append(psnr(reference[~truth], result.image[~truth]) or 0.0)
     return EditScore(
         success=float(np.mean(succeeded)),

@@ -1,0 +1,142 @@
+"""What is reported as a result's region, whatever the method: inside the user's mask, and never a black picture."""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.editing import EDITORS
+from pipeline.engine.engine import Engine
+from pipeline.flow import edit_row, outcome_of
+from pipeline.recipe import recipe_from
+from pipeline.records import Edited, Outcome, Sample
+from tests.methods import BACKBONES
+from tests.test_every_pair import EDITOR_SETTINGS, PAIRS, REQUEST
+
+SHAPE = (83, 110)  # not the model's shape, and no multiple of a latent cell
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    editor: (editor, EDITOR_SETTINGS.get(editor, {})) for editor in EDITORS
+}
+SETTINGS |= {
+    "diffedit": ("diffedit", {"num_maps": 2}),
+    "fast_diffedit": ("fast_diffedit", {"num_maps": 2}),
+    "masactrl_auto": ("masactrl", {"start_step": 1, "mask": "auto", "thres": 0.5}),
+    "masactrl_given": ("masactrl", {"start_step": 1, "mask": "given"}),
+    "ledits_pp_noise": ("ledits_pp", {"mask": "noise"}),
+    "ledits_pp_attention": ("ledits_pp", {"mask": "attention"}),
+}
+REFUSES_MASKS = {"cfg"}
+FIND_REGIONS = {"ledits_pp", "prompt_to_prompt", "proxedit", "diffedit", "fast_diffedit"}  # REQUEST has blend words
+REPAINT_EVERYTHING = {"plug_and_play", "masactrl", "prox_masactrl"}
+
+
+def png(pixels: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def a_mask(kind: str) -> np.ndarray:
+    """A mask whose edges fall into the middle of latent cells."""
+    rows, columns = np.mgrid[: SHAPE[0], : SHAPE[1]]
+    return {"part": (columns > 2 * rows / 3 + 11) & (columns < 93), "black": np.zeros(SHAPE, dtype=bool)}[kind]
+
+
+@cache
+def outcomes(backbone: str, kind: str | None, fit: str = "pad") -> dict[str, Outcome]:
+    """One image by every editor, by name of its settings."""
+    inversion = {editor: name for name, editor in PAIRS}
+    recipe = recipe_from(
+        {
+            "source": {"shards": "-"},
+            "edits": REQUEST.model_dump(exclude_unset=True),
+            "model": {"size": 128, "fit": fit},
+            "methods": {
+                name: {
+                    "inversion": {
+                        "method": inversion[editor],
+                        "num_steps": 3,
+                        **({"num_inner_steps": 1} if inversion[editor] == "null_text" else {}),
+                    },
+                    "editing": {"method": editor, **settings},
+                }
+                for name, (editor, settings) in SETTINGS.items()
+            },
+            "sink": {"folder": "-"},
+        }
+    )
+    smooth = np.cumsum(np.random.default_rng(3).normal(size=(*SHAPE, 3)), axis=1)
+    pixels = ((smooth - smooth.min()) / np.ptp(smooth) * 255).astype(np.uint8)
+    mask = None if kind is None else png(a_mask(kind))
+    sample = Sample(id="a", shard="", key="a", index=0, image=png(pixels), mask=mask)
+    model = BACKBONES[backbone]()
+    results = Engine(model, call_size=16).run_one(edit_row(sample, recipe, model))
+    return {result.method: outcome_of(result) for result in results}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "fit"), [("tiny_sd", "pad"), ("analytic", "pad"), ("analytic", "crop"), ("analytic", "stretch")]
+)
+@pytest.mark.parametrize("kind", ["part", "black"])
+@pytest.mark.parametrize("method", [name for name, (editor, _) in SETTINGS.items() if editor not in REFUSES_MASKS])
+def test_every_reported_mask_lies_inside_the_users_and_no_mask_is_empty(
+    method: str, kind: str, fit: str, backbone: str
+) -> None:
+    outcome = outcomes(backbone, kind, fit)[method]
+    assert isinstance(outcome, Edited), outcome
+    reported = [mask for mask in (outcome.mask, *outcome.masks) if mask is not None]
+    assert all(mask.any() for mask in reported)
+    assert not any((mask & ~a_mask(kind)).any() for mask in reported)
+    if outcome.masks and outcome.mask is not None:
+        assert np.array_equal(outcome.mask, np.logical_or.reduce([mask for mask in outcome.masks if mask is not None]))
+
+
+@pytest.mark.parametrize("method", list(SETTINGS))
+@pytest.mark.parametrize("kind", [None, "part", "black"])
+def test_figures_of_a_background_are_there_where_a_mask_is(method: str, kind: str | None) -> None:
+    outcome = outcomes("tiny_sd", kind)[method]
+    if not isinstance(outcome, Edited):
+        assert SETTINGS[method][0] in REFUSES_MASKS
+        assert kind is not None
+        return
+    figures = outcome.figures
+    assert figures["image_psnr"] is not None
+    if outcome.mask is None:
+        assert {figures[name] for name in ("background_psnr", "background_ssim", "mask_share", "change_inside")} == {
+            None
+        }
+    else:
+        assert figures["mask_share"] == pytest.approx(outcome.mask.mean())
+        assert figures["change_inside"] is not None
+
+
+@pytest.mark.parametrize("method", sorted(REPAINT_EVERYTHING))
+def test_a_method_that_finds_no_region_has_the_users_or_none(method: str) -> None:
+    for kind, expected in ((None, None), ("part", a_mask("part")), ("black", None)):
+        outcome = outcomes("analytic", kind)[method]
+        assert isinstance(outcome, Edited)
+        assert outcome.masks == ()
+        if expected is None:
+            assert outcome.mask is None
+        else:
+            np.testing.assert_array_equal(outcome.mask, expected)
+
+
+@pytest.mark.parametrize("method", sorted(FIND_REGIONS))
+def test_a_method_that_finds_a_region_reports_that_part_of_it_which_the_user_allows(method: str) -> None:
+    outcome = outcomes("tiny_sd", "part")[method]
+    assert isinstance(outcome, Edited)
+    assert outcome.mask is not None
+    assert len(outcome.masks) == 1
+
+
+def test_nothing_edited_is_no_region_whatever_the_user_allows() -> None:
+    for kind in (None, "part", "black"):
+        outcome = outcomes("analytic", kind)["reconstruct"]
+        assert isinstance(outcome, Edited)
+        assert (outcome.mask, outcome.masks) == (None, ())
