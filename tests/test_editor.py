@@ -60,6 +60,7 @@ def test_reconstruction_returns_the_vae_round_trip(editor: Editor) -> None:
     result = editor.edit(smooth, editing={"method": "reconstruct"})
     difference = np.abs(np.asarray(result.image).astype(int) - smooth.astype(int))
     assert (result.masks, result.mask) == ((), None)
+    assert result._repr_html_().count("<img") == 2  # input and edit
     assert difference.mean() < 2  # the analytic model's VAE loses nothing; scaling to 64 pixels and back does
 
 

@@ -204,8 +204,7 @@ def two_branch(
                 StepRecord(step=step, latents=target, masks=masks, source_latents=source, details=edit.details())
             )
     reported = edit.mask()
-    masks = None if reported is None else reported[None]
-    return EditedLatents(latents=target, masks=masks, history=tuple(history))
+    return EditedLatents(latents=target, masks=None if reported is None else reported[None], history=tuple(history))
 
 
 def _rows(

@@ -13,16 +13,17 @@ from pipeline.records import EditRequest
 SIDE = 256  # pixels, at most, of a picture on the page
 
 
-def html(before: Image.Image, mask: Image.Image, after: Image.Image, request: EditRequest) -> str:
-    """Three pictures in a row, under what was asked.
+def html(before: Image.Image, mask: Image.Image | None, after: Image.Image, request: EditRequest) -> str:
+    """Input, mask and edit in a row, under what was asked.
 
     Args:
         before, after: RGB, of one size.
-        mask: mode "1", of that size; white where the edit acted.
+        mask: mode "1", of that size; white where the edit acted. None: there is no picture of it.
         request: what was asked.
     """
     small, small_after = (_small(image) for image in (before, after))
-    pictures = {"input": small, "mask": mask_over(small, np.asarray(mask)), "edit": small_after}
+    over = {} if mask is None else {"mask": mask_over(small, np.asarray(mask))}
+    pictures = {"input": small, **over, "edit": small_after}
     cells = "".join(
         f'<figure style="margin:0 8px 0 0"><img src="{data_uri(image)}" width="{image.width}" height="{image.height}" '
         f'alt="{name}"><figcaption>{name}</figcaption></figure>'
