@@ -17,6 +17,64 @@ from pipeline.errors import ModelError
 
 PredictionType = Literal["epsilon", "v_prediction"]
 Spacing = Literal["leading", "trailing", "linspace"]
+# Samplers of one and the same diffusion: how they step does not matter here, only the levels that they step along.
+SCHEDULERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "PNDMScheduler",
+    "LMSDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DPMSolverSDEScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+)
+
+
+UNREADABLE = {
+    "rescale_betas_zero_snr": "its noisiest level holds no signal, so that no inversion can divide by it",
+    "thresholding": "it clips what the model predicts, which is wrong for latents and makes inversion inexact",
+    "use_flow_sigmas": "its levels are those of flow matching",
+}
+
+
+def _choice(config: Mapping[str, Any], key: str, known: tuple[str, ...], default: str) -> Any:
+    value = config.get(key, default)
+    if value not in known:
+        raise ModelError(
+            f"the checkpoint's scheduler has {key} '{value}'; known are {', '.join(known)}. Use a checkpoint with one "
+            "of these"
+        )
+    return value
+
+
+def _number(config: Mapping[str, Any], key: str, default: float, least: float, most: float) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise ModelError(
+            f"the checkpoint's scheduler has {key} {value!r}, which is no number from {least:g} to {most:g}. Correct it"
+        )
+    return float(value)
+
+
+def _betas(config: Mapping[str, Any]) -> Tensor:
+    """Noise that each timestep adds, (T,) in float32."""
+    if (trained := config.get("trained_betas")) is not None:
+        if not isinstance(trained, (list, tuple)) or not trained:
+            raise ModelError("the checkpoint's scheduler has trained_betas that are no list of numbers. Correct them")
+        return torch.tensor(
+            [_number({"trained_betas": beta}, "trained_betas", 0.0, 0.0, 1.0) for beta in trained], dtype=torch.float32
+        )
+    num = int(_number(config, "num_train_timesteps", 1000.0, 1.0, 100_000.0))
+    start, end = _number(config, "beta_start", 0.0001, 0.0, 1.0), _number(config, "beta_end", 0.02, 0.0, 1.0)
+    if _choice(config, "beta_schedule", ("linear", "scaled_linear"), "linear") == "linear":
+        return torch.linspace(start, end, num, dtype=torch.float32)
+    return torch.linspace(start**0.5, end**0.5, num, dtype=torch.float32) ** 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,54 +89,33 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """Read a diffusers scheduler configuration.
+        """Read a diffusers scheduler configuration as Stable Diffusion is to be sampled.
 
-        Betas are computed in float32, as diffusers does, so that the levels agree to the last bit.
+        Many checkpoints were saved with a scheduler's own defaults, which are not made for Stable Diffusion; diffusers'
+        pipelines correct `steps_offset` to 1 and `clip_sample` to false when they are built, whatever the file says. So
+        does this. `set_alpha_to_one` counts where it is stated; left out, the last level is timestep 0's.
 
         Raises:
-            ModelError: the configuration asks for something that the methods here cannot follow.
+            ModelError: the configuration asks for something that the methods here cannot follow, or is malformed.
         """
-        num = int(config.get("num_train_timesteps", 1000))
-        start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
-        kind = config.get("beta_schedule", "linear")
-        if config.get("trained_betas") is not None:
-            betas = torch.tensor(config["trained_betas"], dtype=torch.float32)
-        elif kind == "linear":
-            betas = torch.linspace(start, end, num, dtype=torch.float32)
-        elif kind == "scaled_linear":
-            betas = torch.linspace(start**0.5, end**0.5, num, dtype=torch.float32) ** 2
-        else:
+        if (name := config.get("_class_name", SCHEDULERS[0])) not in SCHEDULERS:
             raise ModelError(
-                f"the checkpoint's scheduler has beta_schedule '{kind}'; known are linear, scaled_linear and "
-                "trained_betas. Use a checkpoint with one of these"
+                f"the checkpoint's scheduler is {name}, whose noise levels the methods here cannot follow; known are "
+                f"{', '.join(SCHEDULERS)}. Use a checkpoint that was trained for one of these"
             )
-        prediction_type = config.get("prediction_type", "epsilon")
-        if prediction_type not in get_args(PredictionType):
-            raise ModelError(
-                f"the checkpoint predicts '{prediction_type}'; known are {', '.join(get_args(PredictionType))}"
-            )
-        spacing = config.get("timestep_spacing", "leading")
-        if spacing not in get_args(Spacing):
-            raise ModelError(
-                f"the scheduler's timestep_spacing is '{spacing}'; known are {', '.join(get_args(Spacing))}"
-            )
-        if config.get("rescale_betas_zero_snr", False):
-            raise ModelError(
-                "the scheduler has rescale_betas_zero_snr: its noisiest level holds no signal, so that no inversion "
-                "can divide by it. Use a checkpoint without it"
-            )
-        if config.get("thresholding", False) or config.get("clip_sample", False):
-            raise ModelError(
-                "the scheduler clips its samples (clip_sample or thresholding), which makes inversion inexact and is "
-                "wrong for latents. Set both to false in scheduler_config.json"
-            )
-        alpha_bars = torch.cumprod(1.0 - betas, dim=0).tolist()
+        prediction_type = _choice(config, "prediction_type", get_args(PredictionType), "epsilon")
+        spacing = _choice(config, "timestep_spacing", get_args(Spacing), "leading")
+        for key, reason in UNREADABLE.items():
+            if config.get(key):
+                raise ModelError(f"the checkpoint's scheduler has {key}: {reason}. Use a checkpoint without it")
+        # In float32, as diffusers computes them, so that the levels agree to the last bit.
+        alpha_bars = torch.cumprod(1.0 - _betas(config), dim=0).tolist()
         return cls(
             alpha_bars=tuple(alpha_bars),
-            final_alpha_bar=1.0 if config.get("set_alpha_to_one", True) else alpha_bars[0],
+            final_alpha_bar=1.0 if config.get("set_alpha_to_one", False) else alpha_bars[0],
             prediction_type=prediction_type,
             spacing=spacing,
-            steps_offset=int(config.get("steps_offset", 0)),
+            steps_offset=1,
         )
 
     @property

@@ -7,6 +7,7 @@ Memory: 3 N + 1 latents per image. Stochastic: one seed per image.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar, Literal
 
 import torch
@@ -73,6 +74,8 @@ class DDPMInversion(Inversion):
         """The N kept steps on a checkpoint's schedule; leading spacing, whatever the checkpoint samples with."""
         total = self.schedule_steps
         if self.solver == "ddim":
+            if self.exact_last_step:  # a step to no noise at all has no noise map that could make it exact
+                schedule = dataclasses.replace(schedule, final_alpha_bar=schedule.alpha_bar(0))
             return DDIM.from_schedule(
                 schedule,
                 schedule.ddim_timesteps(total, "leading")[-self.num_steps :],

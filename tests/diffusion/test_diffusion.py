@@ -88,7 +88,11 @@ def test_a_step_undoes_its_inverse() -> None:
         ({"prediction_type": "flow"}, "flow"),
         ({"timestep_spacing": "karras"}, "karras"),
         ({"rescale_betas_zero_snr": True}, "zero_snr"),
-        ({"clip_sample": True}, "clip_sample"),
+        ({"thresholding": True}, "thresholding"),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas"),
+        ({"beta_start": "0.1"}, "beta_start '0.1', which is no number"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps 0"),
+        ({"trained_betas": [0.1, None]}, "trained_betas None"),
     ],
 )
 def test_a_scheduler_that_cannot_be_followed_is_refused_by_name(change: dict[str, Any], message: str) -> None:
