@@ -188,7 +188,7 @@ class Editor:
             concepts: what to add or remove: one or several, as prompts or with settings (`Concept`).
             target_prompt, negative_prompt, source_prompt: for methods that think in prompts.
             inversion, editing: the recipe's sections of these names.
-            mask: where the edit may act, white for everywhere; of the image's size.
+            mask: where the edit may act: white, True, or 1 of the labels 0 and 1. Of the image's size or shape.
             size, fit: model size in pixels, and how the image is brought to it.
             seed: of the run; the image's own seed derives from it and from `name`.
             name: the image's id. Where none is given it derives from the pixels: the same picture as a file, an array

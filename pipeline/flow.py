@@ -129,6 +129,8 @@ def edit_prepared(
         for name, method in methods.items():
             try:
                 method.editing.check(request, method.inversion.num_steps)
+                if prepared.mask is not None:
+                    method.editing.check_mask()
             except Exception as error:
                 outcomes.append(rejected(sample, edit, name, "prepare", error))
                 continue

@@ -38,8 +38,8 @@ class SourceConfig(Section):
     caption_is_source_prompt: bool = False
     """Take the caption for the source prompt of edits that have none."""
     mask: str | None = None
-    """Member extension or column with the user's mask: white is where an edit may act. None: mask.png, or a column
-    named mask."""
+    """Member extension or column with the user's mask: white, or 1 of the labels 0 and 1, is where an edit may act.
+    None: mask.png, or a column named mask."""
     edit: str = "edit"
     """Key of the json member, or column, with the row's own edit request; "edits" is always tried too."""
     storage_options: StorageOptions = Field(default_factory=dict, repr=False)

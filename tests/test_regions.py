@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.editing import EDITORS
 from pipeline.engine.engine import Engine
+from pipeline.errors import PrepareError
 from pipeline.flow import edit_row, outcome_of
+from pipeline.inversion.ddim import DDIMInversion
 from pipeline.recipe import recipe_from
-from pipeline.records import Edited, Outcome, Sample
-from tests.methods import BACKBONES
+from pipeline.records import Edited, Outcome, Rejected, Sample
+from tests.methods import BACKBONES, SIDE, invert_and_edit, source
 from tests.test_every_pair import EDITOR_SETTINGS, PAIRS, REQUEST
 
 SHAPE = (83, 110)  # not the model's shape, and no multiple of a latent cell
@@ -140,3 +143,20 @@ def test_nothing_edited_is_no_region_whatever_the_user_allows() -> None:
         outcome = outcomes("analytic", kind)["reconstruct"]
         assert isinstance(outcome, Edited)
         assert (outcome.mask, outcome.masks) == (None, ())
+
+
+def test_a_method_that_keeps_to_no_mask_refuses_a_row_that_brings_one_before_it_costs_a_row() -> None:
+    outcome = outcomes("analytic", "part")["cfg"]
+    assert isinstance(outcome, Rejected)
+    assert (outcome.stage, outcome.error_class) == ("prepare", "PrepareError")
+    assert "cannot keep to a mask" in outcome.message
+
+
+@pytest.mark.parametrize("editing", [{"method": "diffedit"}, {"method": "masactrl", "mask": "given", "start_step": 1}])
+def test_a_mask_too_thin_for_latents_is_refused_and_never_quietly_no_edit(editing: dict[str, Any]) -> None:
+    backbone, editor = BACKBONES["analytic"](), EDITORS[editing["method"]](**editing)
+    thin = torch.zeros((SIDE, SIDE))
+    thin[3, :] = 0.25
+    generator = invert_and_edit(source(backbone, 1), REQUEST, DDIMInversion(num_steps=2), editor, user_mask=thin)
+    with pytest.raises(PrepareError, match="too thin"):
+        Engine(backbone, call_size=8).run_one(generator)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from pipeline.engine.calls import Steps
+from pipeline.errors import PrepareError
 from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, Trajectory
 
@@ -22,6 +23,7 @@ class Editor(BaseModel, ABC):
 
     inversions: ClassVar[frozenset[str] | None] = None  # names of those it can work with; None: all
     paper: ClassVar[str]
+    keeps_to_masks: ClassVar[bool] = True  # whether it can leave alone what is outside of a user's mask
 
     @classmethod
     def fits(cls, inversion: str) -> bool:
@@ -39,6 +41,18 @@ class Editor(BaseModel, ABC):
         Raises:
             PrepareError: says what is missing and how to give it.
         """
+
+    def check_mask(self) -> None:
+        """Refuse a user's mask that this editor cannot keep to.
+
+        Raises:
+            PrepareError: says what can.
+        """
+        if not self.keeps_to_masks:
+            raise PrepareError(
+                f"{self.method} repaints the whole image and cannot keep to a mask, and the row brings one. Use "
+                "editing.method ledits_pp or prompt_to_prompt, or name a source.mask that no row has"
+            )
 
     @abstractmethod
     def edit(

@@ -26,6 +26,8 @@ class ClassifierFreeGuidance(Editor):
 
     paper: ClassVar = "Classifier-Free Diffusion Guidance, arXiv 2207.12598"
 
+    keeps_to_masks: ClassVar = False
+
     method: Literal["cfg"] = "cfg"
     """Sampling under the target prompt by classifier-free guidance."""
     guidance_scale: float = Field(default=7.5, allow_inf_nan=False)
@@ -54,10 +56,7 @@ class ClassifierFreeGuidance(Editor):
     ) -> Steps[EditedLatents]:
         """See `Editor`."""
         if user_mask is not None:
-            raise PrepareError(
-                "the cfg editor repaints the whole image and cannot keep to a mask. Leave source.mask out, or use "
-                "editing.method ledits_pp"
-            )
+            self.check_mask()
         prompt = yield from GuidedPrompt.encode(request.target_prompt, self.guidance_scale, request.negative_prompt)
         latents, history = yield from walk(trajectory, self.start_step, prompt.predict, keep_history=keep_history)
         return EditedLatents(latents=latents, masks=None, history=history)

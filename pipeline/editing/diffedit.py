@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.diffusion.masks import above_average, dilated
 from pipeline.editing.base import Editor
-from pipeline.editing.walk import start_of, take_step
+from pipeline.editing.walk import inside_of, start_of, take_step
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps
 from pipeline.engine.prompts import GuidedPrompt
 from pipeline.errors import PrepareError
@@ -96,7 +96,7 @@ class DiffEdit(Editor):
             maps = yield from self.difference_maps(trajectory, compared_texts(request))
             mask = dilated(above_average(maps, self.mask_thresholding_ratio).any(dim=0), self.dilate)
         else:
-            mask = user_mask >= 0.5
+            mask = inside_of(user_mask)
         kept = trajectory.latents[1:] if self.background == "aligned" else trajectory.latents[:-1]
         latents, history = kept[-1], []
         if mask.any():

@@ -25,6 +25,7 @@ from pipeline.editing.alignment import token_weights
 from pipeline.editing.base import Editor
 from pipeline.editing.prompt_to_prompt import guidance_problem
 from pipeline.editing.two_branch import BranchEdit, Branches, BranchRows, two_branch
+from pipeline.editing.walk import inside_of
 from pipeline.engine.calls import Steps, TextConditioning
 from pipeline.engine.controls import Control, Hook, Layer, Routes, attention_probabilities
 from pipeline.errors import PrepareError
@@ -220,7 +221,7 @@ class MasaCtrlEdit(MutualEdit):
         self.last_mask: Tensor | None = None
         if settings.mask == "given":
             size = trajectory.latents.shape[-2:]
-            self.last_mask = None if user_mask is None else user_mask >= 0.5
+            self.last_mask = None if user_mask is None else inside_of(user_mask)
             foreground = torch.ones(size, dtype=torch.bool) if self.last_mask is None else self.last_mask
             masks = GivenMasks(foreground, foreground)
         if settings.mask == "auto":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.calls import Steps
+from pipeline.errors import PrepareError
 from pipeline.records import StepRecord, Trajectory
 
 Predict = Callable[[Tensor, int], Steps[Tensor]]
@@ -17,6 +18,21 @@ Predict = Callable[[Tensor, int], Steps[Tensor]]
 def no_masks(latents: Tensor) -> Tensor:
     """(0, h, w) bool: the masks of an editor that has none."""
     return torch.zeros((0, *latents.shape[-2:]), dtype=torch.bool)
+
+
+def inside_of(user_mask: Tensor) -> Tensor:
+    """(h, w) bool: the latents that lie at least half inside a user's mask (h, w) in [0, 1].
+
+    Raises:
+        PrepareError: none does, although the mask is not black: nothing would be edited.
+    """
+    inside = user_mask >= 0.5
+    if user_mask.any() and not inside.any():
+        raise PrepareError(
+            "the mask is too thin for this method: no latent lies at least half inside. Draw it wider, raise "
+            "model.size, or use editing.method ledits_pp"
+        )
+    return inside
 
 
 def take_step(

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from pipeline.errors import DecodeError
+from pipeline.reading.user_masks import MAX_16_BIT, brightness
 
 # Pillow registers its rarer formats at the first failure to open; naming one before that is a KeyError.
 Image.init()
@@ -24,7 +25,6 @@ Image.init()
 # which are programs; and everything that no image dataset holds.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 Picture = bytes | Image.Image  # encoded, as a dataset holds it, or opened, as a Python user may hold it
-_MAX_16_BIT = 65535
 _ORIENTATION_TAG = 0x0112
 _SWAPPING = (5, 6, 7, 8)  # orientations that exchange height and width
 
@@ -47,7 +47,7 @@ def decode(picture: Picture, max_pixels: int) -> tuple[np.ndarray, int]:
 
 
 def decode_mask(picture: Picture, max_pixels: int, image_orientation: int, image_size: tuple[int, int]) -> np.ndarray:
-    """Decode a user's mask: white where the edit may act.
+    """Decode a user's mask: white, or 1 of the labels 0 and 1, where the edit may act (`reading/user_masks.py`).
 
     Args:
         picture: the mask, encoded or opened, of any mode; transparency counts as black.
@@ -60,10 +60,10 @@ def decode_mask(picture: Picture, max_pixels: int, image_orientation: int, image
         (H, W) uint8.
 
     Raises:
-        DecodeError: the bytes are no image.
+        DecodeError: the bytes are no image, or its values are ambiguous.
     """
     image, _ = _open(picture, max_pixels, "mask")
-    mask = _guard("mask", lambda: _to_gray(image))
+    mask = _guard("mask", lambda: brightness(image, low_bytes_lost=_loses_low_bytes(picture)))
     is_unturned = mask.shape != image_size and mask.shape == image_size[::-1] and image_orientation in _SWAPPING
     return upright(mask, image_orientation) if is_unturned else mask
 
@@ -144,6 +144,12 @@ def _load(image: Image.Image, what: str) -> tuple[Image.Image, int]:
         return image, 1
 
 
+def _loses_low_bytes(picture: Picture) -> bool:
+    """Whether it is a PNG of 16 bits and several channels: Pillow reads the upper byte of each."""
+    header = picture[:26] if isinstance(picture, bytes) else b""
+    return header.startswith(b"\x89PNG") and header[24:25] == b"\x10" and header[25:26] in (b"\x02", b"\x04", b"\x06")
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return Image.fromarray(to_8_bit(np.asarray(image), f"{image.mode} image")).convert("RGB")
@@ -156,16 +162,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layer).convert("RGB")
     return image.convert("RGB")
-
-
-def _to_gray(image: Image.Image) -> np.ndarray:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return to_8_bit(np.asarray(image), f"{image.mode} image")
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        black = Image.new("RGBA", layer.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, layer)
-    return np.array(image.convert("RGB").convert("L"), dtype=np.uint8)
 
 
 def to_8_bit(pixels: np.ndarray, name: str) -> np.ndarray:
@@ -187,9 +183,9 @@ def to_8_bit(pixels: np.ndarray, name: str) -> np.ndarray:
             raise DecodeError(f"the {name} has values up to {high}. Store 0..1 or 0..255")
         scale = 255.0 if high <= 1 else 1.0
     else:
-        if high > _MAX_16_BIT:
+        if high > MAX_16_BIT:
             raise DecodeError(f"the {name} has values up to {high:.0f}. Store 8 or 16 bits")
-        scale = 255.0 / _MAX_16_BIT
+        scale = 255.0 / MAX_16_BIT
     return np.rint(values * scale).astype(np.uint8)
 
 

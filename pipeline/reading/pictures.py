@@ -52,8 +52,21 @@ def _from_array(pixels: np.ndarray, what: str) -> Image.Image:
         pixels = pixels[..., 0]
     if pixels.dtype == np.bool_ and pixels.ndim == 2:
         return Image.fromarray(pixels)
+    if what == "mask" and pixels.ndim == 2:
+        pixels = _mask_values(pixels)
+        if pixels.dtype in (np.float32, np.uint16):
+            return Image.fromarray(pixels)  # as they are: what 0 and 1 mean is for `decode_mask` to say
     if pixels.dtype == np.uint16 or pixels.dtype.kind == "f":
         pixels = to_8_bit(pixels, name)
     if pixels.dtype != np.uint8:
         raise DecodeError(f"the {name} is of a type without a known scale. {ARRAYS}")
     return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _mask_values(values: np.ndarray) -> np.ndarray:
+    """A mask's values in a type that Pillow holds: labels come as integers of any size."""
+    if values.dtype.kind == "f":
+        return values.astype(np.float32)
+    if values.dtype.kind in "iu" and values.dtype != np.uint16 and 0 <= values.min() <= values.max() <= 255:
+        return values.astype(np.uint8)
+    return values

@@ -179,7 +179,12 @@ def _user_mask(picture: Picture, max_pixels: int, orientation: int, size: tuple[
 def _canvas_mask(mask: UInt8[np.ndarray, "H W"], placement: Placement) -> Float[np.ndarray, "h w"]:
     """The user's mask on the canvas, in [0, 1]; zero in the padding, where nobody asked for an edit."""
     top, left, height, width = placement.crop
-    scaled = _resize(mask[top : top + height, left : left + width], placement.scaled, Image.Resampling.BOX)
+    kept = mask[top : top + height, left : left + width]
+    if mask.any() and not kept.any():
+        raise PrepareError(
+            "the mask lies outside of the square that model.fit crop keeps, where nothing is edited. Set model.fit: pad"
+        )
+    scaled = _resize(kept, placement.scaled, Image.Resampling.BOX)
     return np.pad(scaled, _padding(placement)).astype(np.float32) / 255.0
 
 

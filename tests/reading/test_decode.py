@@ -222,17 +222,6 @@ def test_damaged_bytes_are_decoded_or_refused_and_nothing_else(kind, seed):
     assert pixels.dtype == np.uint8
 
 
-def test_masks_of_every_mode_are_gray_and_transparent_means_outside():
-    values = rgb()[..., 0]
-    np.testing.assert_array_equal(decode_mask(saved(Image.fromarray(values)), LIMIT, 1, (7, 5)), values)
-    bits = values > 127
-    assert (decode_mask(saved(Image.fromarray(bits)), LIMIT, 1, (7, 5)) == bits * 255).all()
-    wide = (values.astype(np.uint16)) * 257
-    np.testing.assert_array_equal(decode_mask(saved(Image.fromarray(wide)), LIMIT, 1, (7, 5)), values)
-    clear = Image.new("RGBA", (5, 7), (255, 255, 255, 0))
-    assert (decode_mask(saved(clear), LIMIT, 1, (7, 5)) == 0).all()
-
-
 def test_a_mask_drawn_on_the_unturned_image_is_turned_with_it():
     values = rgb(7, 5)[..., 0]
     turned = decode_mask(saved(Image.fromarray(values)), LIMIT, 6, (5, 7))

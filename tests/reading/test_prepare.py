@@ -197,6 +197,15 @@ def test_a_users_mask_follows_its_image_and_is_zero_in_the_padding(make_recipe, 
     assert (white.mask[top : top + height, left : left + width] == 1).all()
 
 
+def test_a_mask_outside_of_what_a_crop_keeps_is_refused_and_a_black_one_is_not(make_recipe):
+    mask = np.zeros((48, 96), np.uint8)
+    prepared = prepare(sample(saved(noise(48, 96)), mask=saved(mask)), make_recipe(fit="crop"), size=64, multiple=8)
+    assert not prepared.mask.any()
+    mask[:, :20] = 255
+    with pytest.raises(PrepareError, match="outside of the square"):
+        prepare(sample(saved(noise(48, 96)), mask=saved(mask)), make_recipe(fit="crop"), size=64, multiple=8)
+
+
 def test_a_mask_of_another_scale_fits_and_one_of_another_shape_does_not(make_recipe):
     image = saved(noise(48, 64))
     half = np.zeros((24, 32), np.uint8)
