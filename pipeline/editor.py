@@ -57,7 +57,7 @@ class EditSettings(TypedDict, total=False):
     cross_replace_steps: Mapping[str, Any]
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Result:
     """One edit of one image. A notebook shows input, mask and edit side by side."""
 
@@ -86,10 +86,33 @@ class Result:
             figures=edited.figures,
         )
 
+    def __repr__(self) -> str:
+        width, height = self.image.size
+        share = self.figures["mask_share"]
+        region = "no region" if share is None or self.mask is None else f"a region of {share:.1%}"
+        return f"<Result of '{self.edit}' by {self.method}, {width} x {height} pixels, {region}>"
+
     def _repr_html_(self) -> str:
         from pipeline.evaluation.side_by_side import html  # its Parquet is needed nowhere else here
 
         return html(self.input, self.mask, self.image, self.request)
+
+
+def sheet(results: Sequence[Result], columns: int = 1) -> Image.Image:
+    """One picture with input, mask and edit of several results, `columns` results to a line."""
+    from pipeline.evaluation.side_by_side import asked
+    from pipeline.evaluation.thumbnails import SheetEntry, contact_sheet
+
+    entries = [
+        SheetEntry(
+            original=result.input,
+            mask=None if result.mask is None else np.asarray(result.mask),
+            edited=result.image,
+            label=f"{asked(result.request)} ({result.method})",
+        )
+        for result in results
+    ]
+    return contact_sheet(entries, columns)
 
 
 class Editor:
@@ -388,4 +411,4 @@ def _device(device: str | torch.device, model: str) -> torch.device:
     return chosen
 
 
-__all__ = ["AnyImage", "Editor", "Result"]
+__all__ = ["AnyImage", "Editor", "Result", "sheet"]

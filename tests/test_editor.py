@@ -344,3 +344,9 @@ def test_a_notebook_shows_input_mask_and_edit(editor: Editor) -> None:
     assert html.count("data:image/webp;base64,") == 3
     assert [part in html for part in (">input<", ">mask<", ">edit<", "− &lt;b&gt;hat")] == [True] * 4
     assert "<b>" not in html
+
+
+def test_a_result_prints_in_a_line(editor: Editor) -> None:
+    result = editor.edit(PICTURE, "hat", **QUICK)
+    share = np.asarray(result.mask).mean()
+    assert repr(result) == f"<Result of 'edit' by ledits_pp, 56 x 40 pixels, a region of {share:.1%}>"

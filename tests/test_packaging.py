@@ -25,9 +25,20 @@ INDIRECT = {"safetensors"}
 COMES_ALONG = {"tokenizers"}  # with transformers
 
 WITHOUT_EXTRAS = """
+import importlib.metadata
 import sys
-for name in ("ray", "s3fs", "aiobotocore", "botocore"):
+
+EXTRAS = ("ray", "s3fs", "aiobotocore", "botocore")
+for name in EXTRAS:
     sys.modules[name] = None  # any import of these fails from here on
+installed = importlib.metadata.Distribution.from_name
+
+def found(name):
+    if name in EXTRAS:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return installed(name)
+
+importlib.metadata.Distribution.from_name = found
 
 import io
 from pathlib import Path

@@ -7,12 +7,13 @@ threads of a CPU worker are decided by the first run and kept by every later one
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
 from fsspec import AbstractFileSystem
@@ -78,9 +79,18 @@ def run_record(recipe: Recipe, shards: Sequence[Shard], model: ModelRecord, call
         versions={
             "shardedit": pipeline.__version__,
             "python": platform.python_version(),
-            **{package: version(package) for package in PACKAGES},
+            **_versions(),
         },
     )
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that are installed: a run in one process needs no Ray."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _version_of(shard: Shard) -> str:
