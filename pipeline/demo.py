@@ -19,7 +19,7 @@ import yaml
 from pipeline import shipped
 from pipeline.cluster import run
 from pipeline.errors import SinkError
-from pipeline.evaluation.report import concept_chip
+from pipeline.evaluation.cards import concept_chip
 from pipeline.evaluation.results import Result, ResultRef, RunFolder
 from pipeline.evaluation.thumbnails import SheetEntry, contact_sheet, load_mask, load_rgb
 from pipeline.models.demo.shards import demo_sample, write_demo_shards

@@ -51,7 +51,7 @@ def say_error(text: str) -> None:
 
 def show_summary(summary: Summary, recipe: Recipe) -> None:
     """The end of a run, as a person reads it."""
-    from pipeline.evaluation.report import count, size_text
+    from pipeline.evaluation.wording import count, size_text
     from pipeline.showing import public_url
 
     folder = public_url(recipe.sink.folder).rstrip("/")
@@ -77,7 +77,7 @@ def show_summary(summary: Summary, recipe: Recipe) -> None:
 
 def show_status(found: Status, config: str) -> None:
     """How far a run is, as a person reads it."""
-    from pipeline.evaluation.report import count, size_text
+    from pipeline.evaluation.wording import count, size_text
 
     so_far = found.so_far
     about = "about " if found.planned_is_estimate else ""
@@ -113,7 +113,7 @@ def first_words(message: str) -> str:
 
 def show_verdict(verdict: Verdict, run: Run) -> None:
     """What is wrong, where, and what puts it right."""
-    from pipeline.evaluation.report import count, size_text
+    from pipeline.evaluation.wording import count, size_text
 
     for finding in verdict.findings:
         out.print(f"{finding.kind}: {finding.path}: {finding.text}", markup=False)
@@ -137,7 +137,7 @@ def show_verdict(verdict: Verdict, run: Run) -> None:
 
 def show_plan(made: Plan, config: str) -> None:
     """A plan, as a person reads it."""
-    from pipeline.evaluation.report import count, size_text
+    from pipeline.evaluation.wording import count, size_text
 
     per_image = made.unet_rows / made.images if made.images else 0.0
     edits = ", ".join(made.edits) if made.edits else "those of the rows"

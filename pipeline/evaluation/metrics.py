@@ -27,8 +27,10 @@ NAMES: tuple[str, ...] = (
     "background_psnr",
     "background_ssim",
     "mask_share",
-    "change_inside",
+    "edit_change",
+    "rest_change",
 )
+STRONGEST = 100  # one pixel in so many is taken for the edit's own: the size of a mouth in a portrait
 
 
 def figures(
@@ -52,21 +54,53 @@ def figures(
         background_psnr: of `edited` against `original` outside the mask, dB.
         background_ssim: structural similarity of the same, -1..1.
         mask_share: share of the image inside the mask, 0..1.
-        change_inside: mean absolute difference inside the mask, 0..255.
+        edit_change: mean absolute difference to `round_trip`, 0..255, over the hundredth of the pixels that changed
+            most, inside the mask or, without one, anywhere. The mean of all pixels would not tell a small edit from the
+            error that an inversion spreads everywhere.
+        rest_change: mean absolute difference to `round_trip` outside the mask, 0..255; without a mask that of the
+            middle pixel, which an edit of less than half of the image does not move.
     """
     whole = {
         "reconstruction_psnr": None if round_trip is None else psnr(original, round_trip),
         "image_psnr": psnr(original, edited),
     }
+    whole |= changes(round_trip, edited, mask)
     if mask is None:
         return dict.fromkeys(NAMES, None) | whole
     background = ~mask
-    return whole | {
+    inside_and_out = {
         "background_psnr": psnr(original[background], edited[background]),
         "background_ssim": background_ssim(original, edited, background),
         "mask_share": float(mask.mean()),
-        "change_inside": mean_change(original[mask], edited[mask]),
     }
+    return dict.fromkeys(NAMES) | whole | inside_and_out
+
+
+def changes(
+    round_trip: UInt8[np.ndarray, "H W 3"] | None,
+    edited: UInt8[np.ndarray, "H W 3"],
+    mask: Bool[np.ndarray, "H W"] | None,
+) -> dict[str, float | None]:
+    """`edit_change` and `rest_change` of `figures`: against the round trip, so that its error counts as no change."""
+    if round_trip is None:
+        return {"edit_change": None, "rest_change": None}
+    # Channel by channel: three planes are summed in half the time of a mean over the last axis.
+    planes = [np.abs(round_trip[..., c].astype(np.int16) - edited[..., c]) for c in range(3)]
+    change = (planes[0] + planes[1] + planes[2]).astype(np.float32) / 3
+    if mask is None:
+        return {"edit_change": mean_of_strongest(change.ravel()), "rest_change": float(np.median(change))}
+    rest = change[~mask]
+    return {
+        "edit_change": mean_of_strongest(change[mask]),
+        "rest_change": float(rest.mean(dtype=np.float64)) if rest.size else None,
+    }
+
+
+def mean_of_strongest(change: Float[np.ndarray, "n"]) -> float:
+    """Mean over the largest hundredth of the values, at least over one."""
+    number = -(-change.size // STRONGEST)
+    strongest = np.partition(change, change.size - number)[change.size - number :]
+    return float(strongest.mean(dtype=np.float64))
 
 
 def psnr(one: UInt8[np.ndarray, "*shape"], other: UInt8[np.ndarray, "*shape"]) -> float | None:
@@ -78,11 +112,6 @@ def psnr(one: UInt8[np.ndarray, "*shape"], other: UInt8[np.ndarray, "*shape"]) -
         return None
     mean_square = float(np.square(one.astype(np.float32) - other).mean(dtype=np.float64))
     return MAX_PSNR if mean_square == 0 else min(10.0 * math.log10(255.0**2 / mean_square), MAX_PSNR)
-
-
-def mean_change(one: UInt8[np.ndarray, "n 3"], other: UInt8[np.ndarray, "n 3"]) -> float | None:
-    """Mean absolute difference, 0..255; None for no pixels."""
-    return float(np.abs(one.astype(np.int16) - other).mean()) if one.size else None
 
 
 def background_ssim(

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.writing.rows import THUMBNAIL_SIDE  # sharp at three to a phone's width, 5 kB as WebP
+from pipeline.writing.rows import THUMBNAIL_SIDE  # sharp at two to a phone's width
 
 TINT = (255, 45, 120)  # the mask's colour; the report's accent is the same, so that the two explain each other
 
@@ -26,9 +26,11 @@ def load_mask(data: bytes) -> Bool[np.ndarray, "H W"]:
     return np.asarray(Image.open(io.BytesIO(data)).convert("L")) > 127
 
 
-def thumbnail(image: Image.Image, side: int = THUMBNAIL_SIDE) -> Image.Image:
-    """The image scaled so that its longer side is `side` pixels; small ones are enlarged."""
+def thumbnail(image: Image.Image, side: int = THUMBNAIL_SIDE, enlarge: bool = False) -> Image.Image:
+    """The image scaled so that its longer side is at most `side` pixels, or just that where small ones are enlarged."""
     scale = side / max(image.size)
+    if scale >= 1 and not enlarge:
+        return image
     size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
     return image.resize(size, Image.Resampling.LANCZOS)
 
@@ -36,8 +38,18 @@ def thumbnail(image: Image.Image, side: int = THUMBNAIL_SIDE) -> Image.Image:
 def data_uri(image: Image.Image) -> str:
     """The image inside a page, as WebP."""
     out = io.BytesIO()
-    image.save(out, "WEBP", quality=80, method=4)
+    image.save(out, "WEBP", quality=65, method=4)
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def mask_uri(mask: Bool[np.ndarray, "H W"], side: int = THUMBNAIL_SIDE) -> str:
+    """The mask inside a page, to be laid over its image: tinted inside, clear outside, one bit per pixel."""
+    small = thumbnail(Image.fromarray(mask).convert("L"), side).point(lambda value: value > 127, "1")
+    tinted = Image.frombytes("P", small.size, small.convert("L").point(lambda value: value > 127).tobytes())
+    tinted.putpalette((*(0, 0, 0), *TINT))
+    out = io.BytesIO()
+    tinted.save(out, "PNG", bits=1, transparency=bytes((0, 150)), optimize=True)
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def mask_over(image: Image.Image, mask: Bool[np.ndarray, "H W"] | None) -> Image.Image:
@@ -87,8 +99,12 @@ def contact_sheet(entries: Sequence[SheetEntry], columns: int = 2, side: int = 1
     for number, entry in enumerate(entries):
         left = margin + (number % columns) * (entry_width + 2 * margin)
         top = margin + head_height + (number // columns) * (entry_height + gap)
-        small = thumbnail(entry.original, side)
-        pictures = {"input": small, "mask": mask_over(small, entry.mask), "edit": thumbnail(entry.edited, side)}
+        small = thumbnail(entry.original, side, enlarge=True)
+        pictures = {
+            "input": small,
+            "mask": mask_over(small, entry.mask),
+            "edit": thumbnail(entry.edited, side, enlarge=True),
+        }
         for place, (name, picture) in enumerate(pictures.items()):
             x = left + place * (side + gap)
             if number < columns:

@@ -27,9 +27,17 @@ from pipeline.records import Edited, Outcome, Rejected, Sample
 Row = dict[str, Any]
 """One output row, ready for `schema`: {column: value}."""
 
-FIGURES = ("reconstruction_psnr", "image_psnr", "background_psnr", "background_ssim", "mask_share", "change_inside")
+FIGURES = (
+    "reconstruction_psnr",
+    "image_psnr",
+    "background_psnr",
+    "background_ssim",
+    "mask_share",
+    "edit_change",
+    "rest_change",
+)
 PNG_LEVEL = 4  # of zlib, 0..9: a third of the time of the default 6, for 2 % more bytes
-THUMBNAIL_SIDE = 192  # pixels of the longer side: about 6 kB
+THUMBNAIL_SIDE = 256  # pixels of the longer side: about 12 kB
 MAX_MESSAGE = 2000  # characters of a reason; a decoder may quote what it read
 
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

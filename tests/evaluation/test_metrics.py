@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from pipeline.evaluation.metrics import MAX_PSNR, NAMES, figures, ssim_map
+from pipeline.evaluation.metrics import MAX_PSNR, NAMES, changes, figures, ssim_map
 
 
 @pytest.fixture
@@ -63,14 +63,17 @@ def test_what_happens_inside_the_mask_leaves_the_background_figures_alone(pictur
     assert found["background_ssim"] == pytest.approx(1.0, abs=1e-6)
     assert found["reconstruction_psnr"] == MAX_PSNR
     assert found["mask_share"] == pytest.approx(20 * 30 / (48 * 61))
-    expected = np.abs(picture[mask].astype(int) - edited[mask]).mean()
-    assert found["change_inside"] == pytest.approx(expected)
+    change = np.sort(np.abs(picture[mask].astype(int) - edited[mask]).mean(axis=1))
+    assert found["edit_change"] == pytest.approx(change[-6:].mean()), "a hundredth of the mask's 600 pixels"
+    assert found["rest_change"] == 0.0
 
 
 def test_a_change_outside_the_mask_lowers_the_background_figures(picture, mask):
     edited = np.where(mask[..., None], picture, noisy(picture))
-    found = figures(picture, None, edited, mask)
-    assert found["change_inside"] == 0.0
+    found = figures(picture, picture, edited, mask)
+    assert found["edit_change"] == 0.0
+    outside = np.abs(picture[~mask].astype(int) - edited[~mask]).mean()
+    assert found["rest_change"] == pytest.approx(outside)
     assert found["background_psnr"] is not None
     assert 30 < found["background_psnr"] < 40
     assert found["background_ssim"] is not None
@@ -78,10 +81,31 @@ def test_a_change_outside_the_mask_lowers_the_background_figures(picture, mask):
 
 
 def test_a_mask_over_everything_leaves_no_background_to_judge(picture):
-    found = figures(picture, None, noisy(picture), np.ones(picture.shape[:2], dtype=bool))
+    found = figures(picture, picture, noisy(picture), np.ones(picture.shape[:2], dtype=bool))
     assert found["background_psnr"] is None
     assert found["background_ssim"] is None
-    assert found["change_inside"] is not None
+    assert found["rest_change"] is None
+    assert found["edit_change"] is not None
+
+
+def test_what_the_autoencoder_loses_is_neither_an_edit_nor_harm(picture, mask):
+    round_trip = noisy(picture)
+    for where in (mask, None):
+        found = changes(round_trip, round_trip, where)
+        assert found == {"edit_change": 0.0, "rest_change": 0.0}
+    assert figures(picture, round_trip, round_trip, mask)["background_psnr"] < 40
+
+
+def test_a_small_edit_stands_out_from_an_error_that_is_spread_everywhere(picture):
+    """Means of all pixels would rank the error above the edit."""
+    error, edit = picture.astype(int), picture.copy()
+    error = np.clip(error + np.where(error > 127, -4, 4), 0, 255).astype(np.uint8)
+    edit[10:18, 10:18] = np.where(edit[10:18, 10:18] > 127, 0, 255)
+    assert np.abs(edit.astype(int) - picture).mean() < np.abs(error.astype(int) - picture).mean()
+    spread, local = changes(picture, error, None), changes(picture, edit, None)
+    assert (spread["edit_change"], spread["rest_change"]) == (4.0, 4.0)
+    assert local["edit_change"] > 50
+    assert local["rest_change"] == 0.0
 
 
 @pytest.mark.parametrize("size", [(1, 1), (10, 40), (40, 10), (11, 11)])

@@ -5,19 +5,19 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.errors import SinkError
+from pipeline.evaluation import report as report_module
 from pipeline.evaluation.metrics import NAMES
-from pipeline.evaluation.report import MAX_CARDS, choose, grade, histogram, write_report
-from pipeline.evaluation.results import ResultRef, RunFolder
-from pipeline.evaluation.thumbnails import TINT, SheetEntry, contact_sheet, mask_over
+from pipeline.evaluation.report import write_report
+from pipeline.evaluation.results import RunFolder
 from pipeline.writing.rows import FIGURES
 
 
@@ -44,6 +44,15 @@ class Page(HTMLParser):
             found for name, found in self.tags if name == tag and (not cls or cls in (found.get("class") or "").split())
         ]
 
+    @property
+    def pictures(self) -> list[dict[str, str | None]]:
+        """Images with a source; those of the zoom get theirs from the script."""
+        return [found for found in self.all("img") if "src" in found]
+
+    @property
+    def results(self) -> list[tuple[str | None, str | None, str | None]]:
+        return [(tile["data-edit"], tile["data-method"], tile["data-outcomes"]) for tile in self.all("figure", "tile")]
+
 
 def report_of(recipe) -> tuple[str, Page]:
     path = Path(write_report(recipe.sink))
@@ -51,27 +60,61 @@ def report_of(recipe) -> tuple[str, Page]:
     return text, Page(text)
 
 
-def a_ref(row: int, psnr: float | None, edit: str = "edit", method: str = "m") -> ResultRef:
-    figures = dict.fromkeys(NAMES, None) | {"background_psnr": psnr}
-    return ResultRef(file="data/a.parquet", row=row, id=f"{row:05d}", edit=edit, method=method, figures=figures)
+TWO_METHODS = {"one": {}, "two": {"editing": {"method": "ledits_pp", "mask": "noise"}}}
 
 
-def test_every_result_shows_its_input_mask_and_edit_the_worst_first(make_run):
-    _, page = report_of(make_run(images=4))
-    cards = page.all("article", "card")
-    assert len(cards) == 8
-    figures = [float(card["data-psnr"]) for card in cards]
-    assert figures == sorted(figures)
-    pictures = [tag["src"] for tag in page.all("img")]
-    assert len(pictures) == 3 * 8
-    for source in pictures:
-        head, _, data = source.partition(",")
-        assert head == "data:image/webp;base64"
-        assert max(Image.open(io.BytesIO(base64.b64decode(data))).size) == 192
+def test_all_edits_and_methods_of_an_image_stand_in_one_row_beside_its_input(make_run):
+    text, page = report_of(make_run(images=3, methods=TWO_METHODS))
+    cards = text.split("<article")[1:]
+    assert len(cards) == 3
+    for card in cards:
+        shown = Page(card)
+        assert [(edit, method) for edit, method, _ in shown.results] == [
+            ("hat", "one"),
+            ("hat", "two"),
+            ("shades", "one"),
+            ("shades", "two"),
+        ]
+        assert len(shown.all("figure", "input")) == 1
+        assert len([image for image in shown.pictures if image["class"] == "mask"]) == 4
+    for picture in page.pictures:
+        head, _, data = picture["src"].partition(",")
+        assert head in ("data:image/webp;base64", "data:image/png;base64")
+        assert max(Image.open(io.BytesIO(base64.b64decode(data))).size) == 128
+
+
+def test_every_picture_says_what_is_seen(make_run):
+    _, page = report_of(make_run(images=1, text="a yellow face"))
+    said = [picture["alt"] for picture in page.pictures]
+    assert said[0] == "input: 0000, a yellow face"
+    assert "edited: a red hat added, a smile removed, 0000" in said
+    assert "edited: sunglasses added, 0000" in said
+    assert sum(alt.startswith("mask: ") and alt.endswith(" % of the picture") for alt in said) == 2
+
+
+def test_images_stand_in_the_order_of_their_worst_score(make_run):
+    text, _ = report_of(make_run(images=4))
+    worst = [
+        min(float(tile["data-score"]) for tile in Page(card).all("figure", "tile"))
+        for card in text.split("<article")[1:]
+    ]
+    assert worst == sorted(worst)
+    assert worst[0] < worst[-1]
+
+
+def test_an_edit_that_did_nothing_is_said_to_have_done_nothing(make_run):
+    # Some of the drawn faces wear sunglasses already: for them the drawn edit is the input again.
+    _, page = report_of(make_run(images=6))
+    by_outcome = {outcome for edit, _, outcome in page.results if edit == "shades"}
+    assert any("nothing-changed" in (found or "") for found in by_outcome)
+    for tile in page.all("figure", "tile"):
+        nothing = "nothing-changed" in (tile["data-outcomes"] or "")
+        assert (float(tile["data-score"]) == 0) == nothing
+        assert (float(tile["data-change"]) < 40) == nothing
 
 
 def test_the_page_needs_nothing_but_itself_and_fits_a_phone(make_run):
-    text, page = report_of(make_run(images=2))
+    text, page = report_of(make_run(images=2, failing=1))
     for tag, attributes in page.tags:
         assert tag not in ("link", "iframe", "object", "embed", "base")
         for name in ("src", "href"):
@@ -80,6 +123,15 @@ def test_the_page_needs_nothing_but_itself_and_fits_a_phone(make_run):
     assert "@import" not in text
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
     assert "prefers-color-scheme: dark" in text
+
+
+def test_without_a_script_every_result_is_there_and_no_control_that_does_nothing(make_run):
+    _, page = report_of(make_run(images=3, failing=1))
+    assert not [card for card in page.all("article") if "hidden" in card]
+    assert len(page.results) == 6
+    for name in ("tools", "state", "pager"):
+        (found,) = [tag for tag in page.all("div") if tag.get("id") == name]
+        assert "hidden" in found
 
 
 @pytest.mark.parametrize("file_format", ["parquet", "webdataset"])
@@ -96,7 +148,7 @@ def test_the_input_is_shown_whether_the_run_kept_it_or_not(make_run, file_format
         assert Image.open(io.BytesIO(result.image)).size == (128, 128)
         assert result.request["concepts"]
     _, page = report_of(recipe)
-    assert len(page.all("img")) == 3 * 4
+    assert len([picture for picture in page.pictures if picture["class"] == "pic"]) == 2 * 3
 
 
 def test_what_data_says_is_text_and_never_a_tag(make_run):
@@ -105,21 +157,36 @@ def test_what_data_says_is_text_and_never_a_tag(make_run):
     text, page = report_of(make_run(images=2, failing=1, text=hostile, edits=edits))
     assert len(page.all("script")) == 1
     assert not page.all("u")
-    assert not page.all("i", "target")
+    assert "<i>target" not in text
     assert "<script>alert" not in text
     assert any("<u>sunglasses</u>" in found for found in page.texts)
     assert any("alert(1)" in found for found in page.texts)
 
 
-def test_failures_are_counted_by_stage_and_reason_with_examples(make_run):
+def test_control_characters_of_captions_are_spelled_out(make_run):
+    text, page = report_of(make_run(images=1, text="red\x1b[2J\u202egnp.exe\u200b, 👩\u200d🎤"))
+    assert not set("\x1b\u202e\u200b") & set(text)
+    assert "red\\x1b[2J\\u202egnp.exe\\u200b, 👩\u200d🎤" in page.texts
+
+
+def test_long_names_may_break_at_their_separators_alone(make_run):
+    text, _ = report_of(make_run(images=1))
+    assert "faces.<wbr>tar/<wbr>0000" in text
+    assert "overflow-wrap: anywhere" not in text
+    assert "word-break" not in text
+
+
+def test_failures_are_counted_by_stage_and_reason_with_examples_and_shown_with_their_image(make_run):
     text, page = report_of(make_run(images=4, units=2, failing=2))
     table = text[text.index('id="failures"') : text.index('id="figures"')]
     assert table.count("<tr>") == 2, "a head, and one line: reasons that differ in a number and an id alone are one"
     assert "DecodeError" in table
-    assert "faces.tar/0000" in table
+    assert "faces.<wbr>tar/<wbr>0000" in table
     assert ">8<" in table
     assert "&amp; &lt;b&gt;is cut" in table
     assert any("8 of 16 results from 8 images." in found for found in page.texts)
+    assert [outcome for _, _, outcome in page.results].count("failed") == 8
+    assert any("faces.tar/0001 ends after 101 bytes" in found for found in page.texts)
 
 
 def test_a_run_without_failures_has_no_table_of_them(make_run):
@@ -128,21 +195,72 @@ def test_a_run_without_failures_has_no_table_of_them(make_run):
     assert "Everything that was asked for is here." in text
 
 
-def test_methods_and_edits_stand_in_a_table_and_can_be_filtered(make_run):
-    methods = {"one": {}, "two": {"editing": {"method": "ledits_pp", "mask": "noise"}}}
-    text, page = report_of(make_run(images=2, methods=methods))
-    assert {card["data-method"] for card in page.all("article")} == {"one", "two"}
-    assert {found.get("id") for found in page.all("select")} == {"method", "edit", "order"}
+def test_methods_and_edits_are_compared_and_filtered(make_run):
+    text, page = report_of(make_run(images=2, methods=TWO_METHODS))
+    assert {method for _, method, _ in page.results} == {"one", "two"}
+    assert {found.get("id") for found in page.all("select")} == {"method", "edit", "concept", "outcome", "order"}
     assert text.count('data-label="Method"') == 4
     assert "mask noise" in text
 
 
-def test_a_long_run_gives_a_small_page(make_run):
-    recipe = make_run(images=40, units=1)
-    text, page = report_of(recipe)
-    assert len(page.all("article")) == MAX_CARDS
-    assert len(text) < 3_000_000
-    assert f"{MAX_CARDS} of 80" in text
+def test_a_run_of_more_than_a_page_goes_on_in_others_and_every_result_is_on_one(make_run, monkeypatch):
+    monkeypatch.setattr(report_module, "PAGE_RESULTS", 5)
+    recipe = make_run(images=5, failing=1)
+    folder = Path(recipe.sink.folder)
+    text, first = report_of(recipe)
+    others = sorted((folder / "report").glob("page-*.html"))
+    pages = [first, *(Page(path.read_text(encoding="utf-8")) for path in others)]
+    assert [path.name for path in others] == ["page-0002.html", "page-0003.html"]
+    assert [len(page.results) for page in pages] == [4, 4, 2]
+    hrefs = [link["href"] for link in first.all("a") if "title" in link]
+    assert hrefs == ["report/page-0002.html", "report/page-0003.html"]
+    assert [link["href"] for link in pages[1].all("a") if "title" in link] == ["../report.html", "page-0003.html"]
+    assert first.all("script")[0]["src"] == "report/index.js"
+    assert pages[1].all("script")[0]["src"] == "index.js"
+    entries = json.loads((folder / "report" / "index.js").read_text().partition("=")[2].rstrip("; \n"))
+    assert [entry[:4] for entry in entries] == [
+        [number, *result] for number, page in enumerate(pages, 1) for result in page.results
+    ]
+    assert 'id="failures"' in text
+    assert not any('id="failures"' in path.read_text(encoding="utf-8") for path in others)
+
+
+def test_pages_of_an_earlier_longer_report_are_removed(make_run, monkeypatch):
+    recipe = make_run(images=4)
+    monkeypatch.setattr(report_module, "PAGE_RESULTS", 2)
+    report_of(recipe)
+    assert len(list(Path(recipe.sink.folder, "report").iterdir())) == 4
+    monkeypatch.setattr(report_module, "PAGE_RESULTS", 100)
+    report_of(recipe)
+    assert not list(Path(recipe.sink.folder, "report").iterdir())
+
+
+def test_a_long_run_gives_a_bounded_report_and_all_of_it_where_all_is_asked_for(make_run, monkeypatch):
+    monkeypatch.setattr(report_module, "MAX_RESULTS", 12)
+    recipe = make_run(images=10)
+    folder = recipe.sink.folder
+    bounded = CliRunner().invoke(app, ["report", folder, "--results", "12"])
+    assert bounded.exit_code == 0, bounded.output
+    page = Page(Path(folder, "report.html").read_text(encoding="utf-8"))
+    assert len(page.results) == 12
+    assert any("12 of 20 results" in found for found in page.texts)
+    assert any("--results all" in found for found in page.texts)
+    assert CliRunner().invoke(app, ["report", folder, "--results", "all"]).exit_code == 0
+    page = Page(Path(folder, "report.html").read_text(encoding="utf-8"))
+    assert len(page.results) == 20
+    assert not any("--results all" in found for found in page.texts)
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "many"])
+def test_a_number_of_results_that_is_none_is_refused(value, tmp_path):
+    refused = CliRunner().invoke(app, ["report", str(tmp_path), "--results", value])
+    assert refused.exit_code == 2
+    assert "above 0, or all" in refused.output
+
+
+def test_a_page_grows_by_few_bytes_per_result(make_run):
+    few, many = (len(report_of(make_run(images=images))[0]) for images in (2, 12))
+    assert (many - few) / 20 < 6_500, "so that 400 results are below 3 MB; photographs take about three times as much"
 
 
 def test_a_run_that_was_cut_short_is_reported_as_far_as_it_got(make_run):
@@ -159,7 +277,7 @@ def test_files_that_no_manifest_names_are_not_looked_at(make_run):
     recipe = make_run(images=2)
     Path(recipe.sink.folder, "data", "part-stray.parquet").write_bytes(b"torn")
     _, page = report_of(recipe)
-    assert len(page.all("article")) == 4
+    assert len(page.results) == 4
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
@@ -173,62 +291,6 @@ def test_two_reports_of_one_run_are_equal_and_hold_no_secret(make_run):
     second, _ = report_of(recipe)
     assert first == second
     assert "hunter2" not in first
-
-
-def test_the_worst_are_shown_and_the_rest_is_sampled():
-    refs = [a_ref(at, 20 + at * 0.01) for at in range(1000)]
-    chosen = choose(refs, 20)
-    rows = [ref.row for ref in chosen]
-    assert len(set(rows)) == 20
-    assert rows[:10] == list(range(10)), "half of the places go to the worst"
-    assert max(rows) > 900
-    assert any(300 < row < 700 for row in rows)
-
-
-def test_every_method_and_edit_gets_its_places():
-    refs = [a_ref(at, 10.0 + at, edit=f"edit{at % 3}") for at in range(300)]
-    refs += [a_ref(1000, None, edit="rare")]
-    chosen = choose(refs, 12)
-    assert {ref.edit for ref in chosen} == {"edit0", "edit1", "edit2", "rare"}
-    assert chosen[-1].edit == "rare", "results without a figure come last"
-    assert len(chosen) == 12
-
-
-def test_few_results_have_no_histogram_and_many_have_one():
-    assert histogram([30.0] * 100) is None
-    assert histogram([30.0, 31.0]) is None
-    drawn = histogram([20.0 + at / 10 for at in range(100)])
-    assert drawn is not None
-    assert (drawn["low"], drawn["high"]) == (20, 30)
-    assert sum(int(re.search(r": (\d+)$", bar["title"])[1]) for bar in drawn["bars"]) == 100
-
-
-def test_a_background_is_graded_against_what_the_autoencoder_allows():
-    def graded(value, best):
-        return grade({"background_psnr": value, "reconstruction_psnr": best})
-
-    assert [graded(value, 30.0) for value in (29.0, 25.0, 20.0, None)] == ["good", "fair", "poor", ""]
-    assert graded(31.0, None) == "good"
-
-
-def test_the_mask_is_tinted_and_the_rest_is_faded():
-    image = Image.new("RGB", (40, 40), (10, 200, 30))
-    mask = np.zeros((80, 80), dtype=bool)
-    mask[20:60, 20:60] = True
-    shown = np.asarray(mask_over(image, mask)).astype(int)
-    assert np.abs(shown[20, 20] - np.array(TINT)).sum() < np.abs(np.array(image.getpixel((20, 20))) - TINT).sum()
-    assert (shown[9, 20] == TINT).all(), "a line runs around the mask"
-    assert shown[2, 2].min() > 60
-
-
-def test_a_contact_sheet_sets_its_entries_side_by_side_and_cuts_long_labels():
-    image = Image.new("RGB", (30, 20), (10, 200, 30))
-    entry = SheetEntry(original=image, mask=np.ones((20, 30), dtype=bool), edited=image, label="+ a hat" * 99)
-    one, four = contact_sheet([entry]), contact_sheet([entry] * 4)
-    assert four.width > 1.9 * one.width
-    assert four.height > 1.6 * one.height
-    right_of_its_pictures = np.asarray(one)[:, -20:]
-    assert (right_of_its_pictures == 255).all()
 
 
 def test_the_written_figures_are_the_computed_ones():
