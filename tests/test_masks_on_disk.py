@@ -24,7 +24,7 @@ from pipeline.writing.webdataset import render_tar
 from tests.runs import recipe_data, write_shards
 from tests.writing.making import MODEL, make_edited
 
-WHOLE_IMAGE = {"reconstruction_psnr", "image_psnr"}
+WHOLE_IMAGE = {"reconstruction_psnr", "image_psnr", "edit_change", "rest_change"}
 
 
 @pytest.fixture(scope="module", params=["parquet", "webdataset"])
@@ -52,10 +52,15 @@ def test_a_result_without_a_region_has_no_mask_and_no_figure_of_a_background(run
 
 
 def test_the_report_shows_it_and_keeps_it_out_of_the_means_of_backgrounds(run: Path) -> None:
-    text = render_report(RunFolder(str(run)))
-    assert text.count("no mask</figcaption>") == 4
-    assert text.count("<dt>whole image</dt>") == 4 + 1  # and the explanation
-    assert text.count("<dt>background</dt>") == 4 + 1
+    text = dict(render_report(RunFolder(str(run))))["report.html"]
+    assert text.count('class="tile"') == 8
+    assert text.count('class="mask" src=') == 4
+    assert text.count("no mask") == 4
+    assert text.count("<dt>background</dt>") == 4
+    lines = [line for line in text.split("<tr>") if 'data-label="Background"' in line]
+    means = {("reconstruct" in line): line.partition('data-label="Background" class="num">')[2] for line in lines}
+    assert means[True].startswith('<span class="none">–')
+    assert means[False][0].isdigit()
 
 
 def test_it_is_whole_and_comes_out_again(run: Path) -> None:

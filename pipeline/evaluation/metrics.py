@@ -60,20 +60,15 @@ def figures(
         rest_change: mean absolute difference to `round_trip` outside the mask, 0..255; without a mask that of the
             middle pixel, which an edit of less than half of the image does not move.
     """
-    whole = {
+    background = None if mask is None else ~mask
+    return {
         "reconstruction_psnr": None if round_trip is None else psnr(original, round_trip),
         "image_psnr": psnr(original, edited),
+        "background_psnr": None if background is None else psnr(original[background], edited[background]),
+        "background_ssim": None if background is None else background_ssim(original, edited, background),
+        "mask_share": None if mask is None else float(mask.mean()),
+        **changes(round_trip, edited, mask),
     }
-    whole |= changes(round_trip, edited, mask)
-    if mask is None:
-        return dict.fromkeys(NAMES, None) | whole
-    background = ~mask
-    inside_and_out = {
-        "background_psnr": psnr(original[background], edited[background]),
-        "background_ssim": background_ssim(original, edited, background),
-        "mask_share": float(mask.mean()),
-    }
-    return dict.fromkeys(NAMES) | whole | inside_and_out
 
 
 def changes(
@@ -96,8 +91,10 @@ def changes(
     }
 
 
-def mean_of_strongest(change: Float[np.ndarray, "n"]) -> float:
-    """Mean over the largest hundredth of the values, at least over one."""
+def mean_of_strongest(change: Float[np.ndarray, "n"]) -> float | None:
+    """Mean over the largest hundredth of the values, at least over one; None for no values."""
+    if not change.size:
+        return None
     number = -(-change.size // STRONGEST)
     strongest = np.partition(change, change.size - number)[change.size - number :]
     return float(strongest.mean(dtype=np.float64))

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-HAPPENED = 40.0  # levels; below, nothing happened that tells itself from an inversion's own error
+HAPPENED = 40.0  # levels; below, nothing happened that could be told from an inversion's own error
 CLEAR = 64.0  # levels; from here on more change is no better edit
 KEPT = 3.0  # levels; a JPEG of quality 75 loses 2.8 of eleven photographs
 DRIFTED = 8.0  # levels; beyond, the rest is another picture

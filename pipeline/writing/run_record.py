@@ -31,9 +31,8 @@ if TYPE_CHECKING:
     from pipeline.reading.units import Shard
 
 RUN_FILE = "run.json"
-SCHEMA_VERSION: Literal[2] = (
-    2  # of all that stands in a run's folder; 2: results without a region have no mask, and `image_psnr`
-)
+# Of all that stands in a run's folder. 2: results without a region have no mask; other figures.
+SCHEMA_VERSION: Literal[2] = 2
 PACKAGES = ("torch", "diffusers", "transformers", "ray", "pyarrow", "pillow", "numpy", "webdataset")
 SHOWN_DIFFERENCES = 12
 _MISSING = "nothing"
