@@ -59,6 +59,10 @@ def load_image_text(name: str) -> ImageTextModel:
     Raises:
         ModelError: it is missing, no CLIP, or has no safetensors.
     """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # it asks for torchvision, which is not needed
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
     folder = located(name)
