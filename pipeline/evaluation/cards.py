@@ -69,7 +69,9 @@ def result_tile(result: Result, verdict: Verdict, gain: float | None, name: str)
         "image": Markup(data_uri(thumbnail(load_rgb(result.image)))),
         "mask": None if result.mask is None else Markup(mask_uri(load_mask(result.mask))),
         "alt": f"edited: {asked(concepts, target) or ref.edit}, {name}",
-        "mask_alt": "" if share is None else f"mask: {100 * share:.0f} % of the picture",
+        "mask_alt": ""
+        if share is None
+        else f"mask: {'less than 1' if share < 0.005 else f'{100 * share:.0f}'} % of the picture",
         "mask_percent": None if share is None else 100 * share,
         "figures": ref.figures,
         "verdict": verdict,

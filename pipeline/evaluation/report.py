@@ -37,7 +37,7 @@ from pipeline.writing.commit import put, remove
 if TYPE_CHECKING:
     from pipeline.models.image_text import ImageTextModel
 
-PAGE_RESULTS = 500  # of one page: up to 3 MB with drawn pictures, 8 MB with photographs
+PAGE_RESULTS = 500  # of one page: 10 MB where each is the one edit of a photograph, less where edits share an input
 MAX_RESULTS = 1000  # with pictures, unless more is asked for
 MAX_FILES = 256  # data files, and quarantine files, that are read unless all is asked for; spread over longer runs
 MAX_SORTED = 10_000  # results; longer reports follow the data, or every page would open every file

@@ -53,7 +53,8 @@ def an_edit(sample: Sample, scene: Scene, recipe: Recipe, edit: str, method: str
     rng = np.random.default_rng(sample.index)
     noise = rng.normal(0, 1 + 2 * rng.random(), original.shape)
     image = np.clip(target + noise, 0, 255).astype(np.uint8)
-    mask = changed_region(scene, after)
+    region = changed_region(scene, after)
+    mask = region if region.any() else None  # a face that wears sunglasses already: nothing is edited
     round_trip = np.clip(original + noise / 2, 0, 255).astype(np.uint8)
     return Edited(
         sample=sample,

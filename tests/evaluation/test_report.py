@@ -76,7 +76,9 @@ def test_all_edits_and_methods_of_an_image_stand_in_one_row_beside_its_input(mak
             ("shades", "two"),
         ]
         assert len(shown.all("figure", "input")) == 1
-        assert len([image for image in shown.pictures if image["class"] == "mask"]) == 4
+        masks = [image for image in shown.pictures if image["class"] == "mask"]
+        assert len(masks) + shown.texts.count("no mask") == 4
+        assert len(masks) in (2, 4), "a face that wears sunglasses already gives its second edit nothing to do"
     for picture in page.pictures:
         head, _, data = picture["src"].partition(",")
         assert head in ("data:image/webp;base64", "data:image/png;base64")
@@ -85,11 +87,12 @@ def test_all_edits_and_methods_of_an_image_stand_in_one_row_beside_its_input(mak
 
 def test_every_picture_says_what_is_seen(make_run):
     _, page = report_of(make_run(images=1, text="a yellow face"))
+    masks = [picture["alt"] for picture in page.pictures if picture["class"] == "mask"]
     said = [picture["alt"] for picture in page.pictures]
     assert said[0] == "input: 0000, a yellow face"
     assert "edited: a red hat added, a smile removed, 0000" in said
     assert "edited: sunglasses added, 0000" in said
-    assert sum(alt.startswith("mask: ") and alt.endswith(" % of the picture") for alt in said) == 2
+    assert masks == ["mask: 1 % of the picture"], "of the mouth; hat and sunglasses were there already"
 
 
 def test_images_stand_in_the_order_of_their_worst_score(make_run):
