@@ -10,9 +10,10 @@ import sys
 
 from pipeline.errors import ClusterError, RunAborted, SinkError
 from pipeline.local import Here, Place
-from pipeline.progress import Display, Seen, Watch, over_budget
+from pipeline.progress import Display, Watch
 from pipeline.recipe import Recipe
 from pipeline.showing import printable
+from pipeline.tally import Seen, over_budget
 from pipeline.todo import Todo, find_todo
 from pipeline.writing.cleaning import clean
 from pipeline.writing.commit import committed_units
@@ -76,14 +77,7 @@ def _run(
     try:
         _say(place.open(todo.before), progress)
         _record(recipe, todo, place)
-        with Watch(
-            place.seen,
-            display=progress,
-            units_before=todo.units_before,
-            units_known=todo.units_known,
-            shards_before=todo.shards_before,
-            shards=len(todo.shards),
-        ):
+        with Watch(place.seen, display=progress):
             try:
                 lock.check()
                 place.edit(todo, lock.claim)

@@ -10,9 +10,9 @@ import torch
 from pipeline.errors import RunAborted
 from pipeline.models.backbone import ModelRecord
 from pipeline.pool import Resources, WorkerSettings, plan_pool
-from pipeline.progress import Seen, Tally
 from pipeline.reading.units import read_units
 from pipeline.recipe import Recipe
+from pipeline.tally import Seen, Tally
 from pipeline.todo import Todo
 from pipeline.writing.commit import commit
 from pipeline.writing.lock import Claim
@@ -66,13 +66,14 @@ class Here:
         self.settings = WorkerSettings(
             call_size=before.call_size if before else call_size_for(recipe, backbone), threads=threads, workers=1
         )
-        self._worker = Worker(recipe, self.settings, backbone)
+        self._worker = Worker(recipe, self.settings, backbone, report=self._tally.advance)
         return pool.line(compiles=recipe.model.compile)
 
     def edit(self, todo: Todo, claim: Claim) -> None:
         """See `Place`."""
         assert self._worker is not None, "open() comes first"
         source, size = self._recipe.source, self._recipe.run.unit_size
+        self._tally.begin(todo.extent)
         for task in todo.tasks:
             for unit_input in read_units(task, source, size, todo.committed.has):
                 finished, sink = self._worker.finish(unit_input), self._recipe.sink

@@ -10,9 +10,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -27,11 +28,12 @@ from pipeline.blocks import pack_finished, pack_input, unpack_finished, unpack_i
 from pipeline.errors import ClusterError, RunAborted, ShardeditError
 from pipeline.models.backbone import ModelRecord
 from pipeline.pool import IO_CPUS, Resources, WorkerSettings, plan_pool
-from pipeline.progress import Seen, Tally
 from pipeline.reading.shards import ReadTask, shard_slug
 from pipeline.reading.units import read_units
 from pipeline.recipe import Recipe, SinkConfig, SourceConfig
 from pipeline.showing import describe
+from pipeline.stderr_filter import without_lines
+from pipeline.tally import InFlight, Seen, Tally
 from pipeline.todo import Todo
 from pipeline.writing.commit import Committed, commit
 from pipeline.writing.lock import Claim
@@ -48,6 +50,10 @@ UNITS_PER_WORKER = 3  # at work or fetched; with those in the sink, what a kill 
 # Of a worker or task; Ray's default is without end. A row that kills its process costs three (writing/attempts.py), so
 # a worker outlives half a dozen of them; after that the job fails, and the same command goes on.
 RESTARTS = 20
+# Ray's core says this, as an error, of every pool of Ray Data's that may restart its workers (ray-project/ray#57733).
+# What it warns of cannot happen here: the arguments stand on the driver's node, with which the run ends.
+RAYS_WARNING = "has constructor arguments in the object store and max_restarts > 0"
+SECONDS_BETWEEN_REPORTS = 0.5  # of a worker, about what it has finished
 STALLED_AFTER_S = 2 * 3600.0  # nothing moved: GPU nodes may take long to come, and a first model to download
 
 
@@ -75,11 +81,13 @@ class OnRay:
         self._ours = False
         self._last_seen = Seen()
         self._tally: Any = None
+        self._until_closed = ExitStack()
 
     def open(self, before: RunRecord | None) -> str:
         """See `Place`."""
         recipe = self._recipe
         self._ours = connect()
+        self._until_closed.enter_context(without_lines(RAYS_WARNING))
         self.pool = pool = plan_pool(recipe.run, resources_of_cluster())
         self.model, call_size = self._describe_model(before.call_size if before else None)
         self.settings = WorkerSettings(
@@ -108,6 +116,7 @@ class OnRay:
     def edit(self, todo: Todo, claim: Claim) -> None:
         """See `Place`."""
         recipe, pool = self._recipe, self.pool
+        ray.get(self._tally.begin.remote(todo.extent))
         with _data_context():
             units = ray.data.read_datasource(
                 UnitSource(todo.tasks, recipe.source, recipe.run.unit_size, todo.committed),
@@ -117,7 +126,7 @@ class OnRay:
             )
             finished = units.map_batches(
                 EditWorker,
-                fn_constructor_args=(recipe, self.settings),
+                fn_constructor_args=(recipe, self.settings, self._tally),
                 batch_size=1,
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(
@@ -158,8 +167,9 @@ class OnRay:
 
     def close(self) -> None:
         """See `Place`."""
-        if self._ours:
-            ray.shutdown()
+        with self._until_closed:
+            if self._ours:
+                ray.shutdown()
 
 
 def connect() -> bool:
@@ -201,10 +211,17 @@ def describe_model(recipe: Recipe, call_size: int | None) -> tuple[ModelRecord, 
 class EditWorker:
     """One per GPU: the model is loaded in __init__, once, and used for every unit."""
 
-    def __init__(self, recipe: Recipe, settings: WorkerSettings) -> None:
+    def __init__(self, recipe: Recipe, settings: WorkerSettings, tally: Any) -> None:
         from pipeline.worker import Worker
 
-        self._worker = Worker(recipe, settings)
+        self._tally, self._told = tally, 0.0
+        self._worker = Worker(recipe, settings, report=self._tell)
+
+    def _tell(self, report: InFlight) -> None:
+        """Pass a report on, once in a while and without waiting: it may get lost, the commit counts."""
+        if (now := time.monotonic()) - self._told >= SECONDS_BETWEEN_REPORTS:
+            self._told = now
+            self._tally.advance.remote(report)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """One unit in, one out; called from `UNITS_AT_ONCE` threads."""

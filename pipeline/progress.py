@@ -1,120 +1,41 @@
-"""How far a run is, and whether its error budget is spent: counted from what units report as they are committed.
-
-A bar on a terminal, elsewhere one line every 30 seconds.
-"""
+"""Shows how far a run is: a bar on a terminal, elsewhere one line every 30 seconds. Either fits into 80 columns."""
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task
+from rich.text import Text
 
-from pipeline.recipe import RunConfig
-from pipeline.writing.manifest import Manifest
+from pipeline.tally import Seen
 
 Display = Literal["auto", "bar", "lines", "off"]
 SECONDS_BETWEEN_LINES = 30.0
 SECONDS_BETWEEN_LOOKS = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
-    """What has been committed since the run was started."""
-
-    units: int = 0
-    shards: int = 0  # finished
-    images: int = 0
-    asked: int = 0
-    failed: int = 0
-    verdict: str = ""  # why the run has to stop; "" as long as it may go on
-
-
-class Tally:
-    """Adds up units, in the order of their commits, and judges the error budgets.
-
-    The share of failed results is judged from the moment that as many units are in as may fail in a row: one bad unit
-    at the start is no verdict on a dataset.
-    """
-
-    def __init__(self, run: RunConfig) -> None:
-        self._run = run
-        self._seen = Seen()
-        self._in_a_row = 0
-        self._lock = threading.Lock()
-
-    def add(self, manifest: Manifest) -> str:
-        """Count a committed unit. Returns why the run has to stop, or ""."""
-        counts = manifest.counts
-        with self._lock:
-            seen = self._seen
-            hopeless = counts.asked > 0 and counts.ok == 0
-            self._in_a_row = self._in_a_row + 1 if hopeless else 0
-            units, asked, failed = seen.units + 1, seen.asked + counts.asked, seen.failed + counts.failed
-            self._seen = Seen(
-                units=units,
-                shards=seen.shards + manifest.is_last,
-                images=seen.images + counts.images,
-                asked=asked,
-                failed=failed,
-                verdict=seen.verdict or self._judge(units, asked, failed),
-            )
-            return self._seen.verdict
-
-    def stop(self, reason: str) -> None:
-        """Let the next commit end the run."""
-        with self._lock:
-            self._seen = replace(self._seen, verdict=self._seen.verdict or reason)
-
-    def _judge(self, units: int, asked: int, failed: int) -> str:
-        run = self._run
-        if self._in_a_row >= run.max_consecutive_failed_units:
-            return (
-                f"{self._in_a_row} units in a row have no result at all. Look at stage and message in quarantine/; "
-                "run.max_consecutive_failed_units sets how many may"
-            )
-        if units >= run.max_consecutive_failed_units and failed > run.max_failed_fraction * asked:
-            return over_budget(run, asked, failed)
-        return ""
-
-    def seen(self) -> Seen:
-        """The counts so far."""
-        with self._lock:
-            return self._seen
-
-
-def over_budget(run: RunConfig, asked: int, failed: int) -> str:
-    """Why too large a share of failed results is an error."""
-    return (
-        f"{failed} of {asked} results failed, more than run.max_failed_fraction {run.max_failed_fraction:g}. "
-        "Look at stage and message in quarantine/, and raise the fraction if that is as it should be"
-    )
+LINE_WIDTH = 79  # columns; the last one of a terminal wraps on some
+BAR_WIDTH = 10
 
 
 class Watch:
-    """Shows progress from a thread of its own, as a context manager. The last state is always shown."""
+    """Shows progress from a thread of its own, as a context manager. A bar shows the last state as well.
 
-    def __init__(
-        self,
-        read: Callable[[], Seen],
-        *,
-        display: Display,
-        units_before: int,
-        units_known: int | None,
-        shards_before: int,
-        shards: int,
-    ) -> None:
+    Args:
+        read: how far the run is.
+        display: a bar, lines, or neither; auto: what fits where standard error goes.
+        console: where to; standard error if none is given.
+    """
+
+    def __init__(self, read: Callable[[], Seen], *, display: Display, console: Console | None = None) -> None:
         self._read = read
-        self._display = _resolved(display)
-        self._units_before, self._units_known = units_before, units_known
-        self._shards_before, self._shards = shards_before, shards
+        self._console = console or Console(stderr=True)
+        self._display = _resolved(display, self._console)
         self._started = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when images were first seen, and how many: models take time
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._bar if self._display == "bar" else self._lines, daemon=True)
 
@@ -130,38 +51,72 @@ class Watch:
         if self._display != "off":
             self._thread.join()
 
-    def line(self, seen: Seen) -> str:
-        """The state of the run in one line."""
-        units = self._units_before + seen.units
-        of_units = "" if self._units_known is None else f" of {self._units_known}"
-        seconds = time.monotonic() - self._started
-        rate = seen.images / seconds if seconds > 0 else 0.0
-        minutes, rest = divmod(int(seconds), 60)
-        return (
-            f"{units}{of_units} units, {self._shards_before + seen.shards} of {self._shards} shards, "
-            f"{seen.images} images now, {rate:.2f} images/s, {seen.failed} results failed, {minutes}:{rest:02d}"
+    def line(self, seen: Seen, width: int = LINE_WIDTH) -> str:
+        """The state of the run in one line of at most so many columns: what matters least is left out first."""
+        now = time.monotonic()
+        rate = self._rate(seen, now)
+        done, left = seen.images_before + seen.images, seen.images_left
+        images = f"{done:,} images"
+        if left is not None:
+            images = f"{done:,} of {'about ' if seen.estimated and left else ''}{round(done + left):,} images"
+        parts = [images, f"{seen.shards:,} of {seen.of_shards:,} shards"]
+        if seen.failed:
+            parts.append(f"{seen.failed:,} failed")
+        parts.append(f"{rate:.2g}/s" if rate < 100 else f"{rate:,.0f}/s")
+        parts.append(
+            f"{clock(left / rate)} left" if left is not None and rate else f"{clock(now - self._started)} so far"
         )
+        for spare in ("/s", "shards", "failed"):
+            if len(", ".join(parts)) > width:
+                parts = [part for part in parts if not part.endswith(spare)]
+        return ", ".join(parts)[:width]
+
+    def _rate(self, seen: Seen, now: float) -> float:
+        """Images per second, from the first that was seen on where there are more."""
+        if seen.images and self._first is None:
+            self._first = (now, seen.images)
+        since, before = self._first or (self._started, 0)
+        if seen.images == before or now - since < SECONDS_BETWEEN_LOOKS:
+            since, before = self._started, 0
+        return (seen.images - before) / max(now - since, 1e-9)
 
     def _lines(self) -> None:
         while not self._stop.wait(SECONDS_BETWEEN_LINES):
-            print(self.line(self._read()), file=sys.stderr, flush=True)
+            # Not through the console, whose width is no business of a log's.
+            print(self.line(self._read()), file=self._console.file, flush=True)
 
     def _bar(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        total = self._units_known or self._shards
-        with Progress(*columns, console=Console(stderr=True)) as bars:
-            bar = bars.add_task("", total=total)
+        columns = (BarColumn(bar_width=BAR_WIDTH), _Line())
+        with Progress(*columns, console=self._console) as bars:
+            bar = bars.add_task("", total=None)
             over = False
             while not over:
                 over = self._stop.wait(SECONDS_BETWEEN_LOOKS)
                 seen = self._read()
-                units, shards = self._units_before + seen.units, self._shards_before + seen.shards
-                bars.update(
-                    bar, description=self.line(seen), completed=units if self._units_known is not None else shards
-                )
+                done = seen.images_before + seen.images
+                total = None if seen.images_left is None else done + seen.images_left
+                text = self.line(seen, min(LINE_WIDTH, self._console.width - 1) - BAR_WIDTH - 1)
+                bars.update(bar, description=text, total=total, completed=done)
 
 
-def _resolved(display: Display) -> Display:
+class _Line(ProgressColumn):
+    """A task's description, never wrapped."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.description, no_wrap=True, overflow="ellipsis")
+
+
+def clock(seconds: float) -> str:
+    """ "1:02:03"; days where there are any."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days} d {hour} h"
+    return f"{hour}:{minute:02d}:{second:02d}" if hour else f"{minute}:{second:02d}"
+
+
+def _resolved(display: Display, console: Console) -> Display:
     if display != "auto":
         return display
-    return "bar" if sys.stderr.isatty() else "lines"
+    return "bar" if console.is_terminal else "lines"

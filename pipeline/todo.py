@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.models.backbone import ModelRecord
@@ -9,6 +11,7 @@ from pipeline.reading.listing import list_source
 from pipeline.reading.shards import ReadTask, Shard, shard_slug
 from pipeline.reading.units import plan_reads
 from pipeline.recipe import Recipe
+from pipeline.tally import Extent
 from pipeline.writing.commit import Committed, committed_units
 from pipeline.writing.run_record import RunRecord, check_same_run, read_run_record, run_record
 
@@ -21,15 +24,9 @@ class Todo:
     left_out: str  # what the source holds beside them, in a line; "" for nothing
     before: RunRecord | None  # of the run that is being continued
     committed: Committed
-    units_before: int
+    extent: Extent
     tasks: list[ReadTask]  # what is left to read; empty where everything is committed
-    units_known: int | None  # units of the whole run; None where only reading can tell, as with tar
     retry_failed: bool = False  # units with failures are among what is left, and replace their earlier commits
-
-    @property
-    def shards_before(self) -> int:
-        """Shards that need no more work."""
-        return sum(self.committed.has_whole_shard(shard_slug(shard.path)) for shard in self.shards)
 
 
 def find_todo(recipe: Recipe, *, retry_failed: bool = False) -> Todo:
@@ -51,29 +48,41 @@ def find_todo(recipe: Recipe, *, retry_failed: bool = False) -> Todo:
         same_model = ModelRecord(**before.model)
         check_same_run(before, run_record(recipe, shards, same_model, before.call_size, before.threads), recipe.sink)
     committed = Committed()
-    units = 0
+    images = Counter[str]()
     if before is not None:
         for manifest in committed_units(recipe.sink):
             if retry_failed and manifest.counts.failed:
                 continue
             committed.add(manifest)
-            units += 1
+            images[shard_slug(manifest.shard)] += manifest.counts.images
     tasks = plan_reads(
         shards,
         recipe.run.unit_size,
         committed.has,
         lambda shard_path: committed.has_whole_shard(shard_slug(shard_path)),
     )
-    rows = [shard.rows for shard in shards]
-    size = recipe.run.unit_size
-    known = None if None in rows else sum(-(-count // size) for count in rows if count is not None)
     return Todo(
         shards=shards,
         left_out=source.note(),
         before=before,
         committed=committed,
-        units_before=units,
+        extent=_extent(shards, committed, images),
         tasks=tasks,
-        units_known=known,
         retry_failed=retry_failed,
+    )
+
+
+def _extent(shards: Sequence[Shard], committed: Committed, images: Counter[str]) -> Extent:
+    """How large the run is. `images` are those that are committed, by shard."""
+    rows = [shard.rows for shard in shards]
+    whole = [shard for shard in shards if committed.has_whole_shard(shard_slug(shard.path))]
+    return Extent(
+        rows=None if None in rows else sum(count for count in rows if count is not None),
+        bytes=sum(shard.size for shard in shards),
+        shards=len(shards),
+        committed=Committed(dict(committed.chunks), dict(committed.last)),  # its own: a tally adds to it
+        whole_shards=len(whole),
+        whole_images=sum(images.pop(shard_slug(shard.path), 0) for shard in whole),
+        whole_bytes=sum(shard.size for shard in whole),
+        images=images,
     )

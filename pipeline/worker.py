@@ -9,9 +9,10 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -24,6 +25,7 @@ from pipeline.pool import WorkerSettings
 from pipeline.reading.prepare import requests_of
 from pipeline.recipe import Recipe
 from pipeline.records import Decoded, Rejected, Sample, UnitInput, Unreadable
+from pipeline.tally import InFlight
 from pipeline.writing.attempts import ALONE_FROM, Attempt
 from pipeline.writing.commit import FinishedUnit
 from pipeline.writing.finish import finish_unit
@@ -45,9 +47,23 @@ def call_size_for(recipe: Recipe, backbone: Backbone) -> int:
 
 
 class Worker:
-    """A loaded model and its engine."""
+    """A loaded model and its engine.
 
-    def __init__(self, recipe: Recipe, settings: WorkerSettings, backbone: Backbone | None = None) -> None:
+    Args:
+        recipe: the run.
+        settings: what all workers of the run have in common.
+        backbone: the model, where it is loaded already.
+        report: told of every finished result how far its unit is, from the thread that edits the unit.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        settings: WorkerSettings,
+        backbone: Backbone | None = None,
+        *,
+        report: Callable[[InFlight], None] = lambda _: None,
+    ) -> None:
         self.recipe = recipe
         self.settings = settings
         if not torch.cuda.is_available():
@@ -62,6 +78,7 @@ class Worker:
         self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
         self._meter = _Meter(self.engine)
         self._gate = _Gate()
+        self._report = report
 
     @property
     def model(self) -> ModelRecord:
@@ -72,10 +89,15 @@ class Worker:
         """Edit a unit's rows and render its files. May run in several threads at once."""
         with Attempt(unit_input.unit.id, self.recipe.sink) as attempt:
             alone = attempt.number >= ALONE_FROM
+            progress = _UnitProgress(unit_input, self._report)
             with self._gate.alone() if alone else self._gate.shared():
                 self._meter.enter()
                 try:
-                    rows = self._one_by_one(unit_input, attempt) if alone else self._edit_and_encode(unit_input.rows)
+                    rows = (
+                        self._one_by_one(unit_input, attempt, progress)
+                        if alone
+                        else self._edit_and_encode(unit_input.rows, progress)
+                    )
                 finally:
                     seconds, unet_rows = self._meter.leave()
         return finish_unit(
@@ -87,7 +109,7 @@ class Worker:
             measured=Measured(worker_seconds=round(seconds, 6), workers=self.settings.workers, unet_rows=unet_rows),
         )
 
-    def _one_by_one(self, unit_input: UnitInput, attempt: Attempt) -> list[Row | Rejected]:
+    def _one_by_one(self, unit_input: UnitInput, attempt: Attempt, progress: _UnitProgress) -> list[Row | Rejected]:
         """The same results as together: what shares a UNet call changes no bits. Rows that killed are passed over."""
         encoded: list[Row | Rejected] = []
         for row in unit_input.rows:
@@ -108,14 +130,17 @@ class Worker:
                 ]
                 continue
             attempt.begin_row(sample.index)
-            encoded += self._edit_and_encode([row])
+            encoded += self._edit_and_encode([row], progress)
         attempt.begin_row(None)
         return encoded
 
-    def _edit_and_encode(self, unit_rows: Sequence[Sample | Unreadable]) -> list[Row | Rejected]:
+    def _edit_and_encode(
+        self, unit_rows: Sequence[Sample | Unreadable], progress: _UnitProgress
+    ) -> list[Row | Rejected]:
         encoded: list[Row | Rejected] = []
         pending: deque[Future[Row | Rejected]] = deque()
         for result in edit_rows(unit_rows, self.recipe, self.engine):
+            progress.note(result)
             pending.append(self._encoders.submit(self._encode, result))
             # A result waits as pixels until it is encoded: only so many may.
             if len(pending) > 2 * ENCODERS:
@@ -136,6 +161,35 @@ def asked_of(row: Sample | Unreadable, recipe: Recipe) -> list[tuple[str, str]]:
         with contextlib.suppress(Exception):  # a request that cannot be understood is reported as the others are
             return [(edit, method) for edit in requests_of(row, recipe) for method in recipe.all_methods]
     return asked_without(recipe)
+
+
+class _UnitProgress:
+    """How far one unit is, told with every result."""
+
+    def __init__(self, unit_input: UnitInput, report: Callable[[InFlight], None]) -> None:
+        rows = [row.sample if isinstance(row, Unreadable) else row for row in unit_input.rows]
+        self._so_far = InFlight(unit=unit_input.unit.id, rows=len(rows), bytes=sum(map(size_in_shard, rows)))
+        self._seen: set[int] = set()  # images, by their index
+        self._report = report
+
+    def note(self, result: Decoded | Rejected) -> None:
+        """Count a result. Those of an image come together: the first tells of all."""
+        sample = result.sample if isinstance(result, Rejected) else result.prepared.sample
+        new = sample.index not in self._seen
+        self._seen.add(sample.index)
+        self._so_far = replace(
+            self._so_far,
+            images=self._so_far.images + new,
+            failed=self._so_far.failed + isinstance(result, Rejected),
+        )
+        self._report(self._so_far)
+
+
+def size_in_shard(sample: Sample) -> int:
+    """Bytes that a sample takes of a tar, about: its members, each with a header and filled up to whole blocks."""
+    members = [len(sample.image), *map(len, sample.members.values())]
+    members += [len(text) for text in (sample.mask, sample.caption) if text]
+    return sum(512 + -(-size // 512) * 512 for size in members)
 
 
 class _Gate:

@@ -208,7 +208,7 @@ def test_twenty_thousand_units_are_planned_and_found_again_within_a_minute_and_i
         return todo
 
     fresh = planned()
-    assert (len(fresh.tasks), fresh.units_before, fresh.units_known) == (SHARDS * UNITS, 0, SHARDS * UNITS)
+    assert (len(fresh.tasks), fresh.extent.rows, fresh.extent.whole_shards) == (SHARDS * UNITS, SHARDS * UNITS, 0)
 
     write_run_record(run_record(recipe, fresh.shards, MODEL, 8, 1), recipe.sink)
     (out / "_shards").mkdir()
@@ -227,4 +227,5 @@ def test_twenty_thousand_units_are_planned_and_found_again_within_a_minute_and_i
     assert [(task.shard.path, task.start, task.stop) for task in again.tasks] == [
         (last.path, chunk, chunk + 1) for chunk in range(left)
     ]
-    assert (again.units_before, again.shards_before) == (SHARDS * UNITS - left, SHARDS - 1)
+    assert (again.extent.whole_shards, again.extent.shards) == (SHARDS - 1, SHARDS)
+    assert sum(map(int.bit_count, again.extent.committed.chunks.values())) == SHARDS * UNITS - left
