@@ -276,7 +276,7 @@ def demo(
     images: Annotated[int, typer.Option(min=1, max=10_000, help="How many images to draw.")] = 24,
     debug: Debug = False,
 ) -> None:
-    """Draw a small dataset and edit it with the bundled model: the whole product, without a GPU or a download."""
+    """Draw a small dataset and edit it with the bundled model, which knows drawn faces only. No GPU, no download."""
     with reported(debug):
         from pipeline.demo import demo_recipe, run_demo
 
@@ -336,6 +336,10 @@ def methods() -> None:
         editors.add_row(name, defaults_of(editor), about)
     for table in (inversions, editors):
         Console(highlight=False).print(table)
+    out.print(
+        "All of them work with the bundled model (model.name: demo), which knows drawn faces only, and with any Stable "
+        "Diffusion 1.x or 2.x checkpoint."
+    )
 
 
 def method_table(title: str) -> Table:

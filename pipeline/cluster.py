@@ -76,6 +76,7 @@ def _run(
         return _summary(recipe, todo, Seen(), strict)
     try:
         _say(place.open(todo.before), progress)
+        _say(recipe.model.caveat, progress)
         _record(recipe, todo, place)
         with Watch(place.seen, display=progress):
             try:

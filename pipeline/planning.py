@@ -80,7 +80,7 @@ def plan(recipe: Recipe, *, probe: bool = True) -> Plan:
     cost = cost_of(rows, recipe)
     scale = 1.0 if complete else images / max(len(rows), 1)
     results, unet_rows = round(cost.results * scale), round(cost.unet_rows * scale)
-    notes = [source.note(), images_note, cost.note(len(rows), complete)]
+    notes = [recipe.model.caveat, source.note(), images_note, cost.note(len(rows), complete)]
     workers = recipe.run.workers if isinstance(recipe.run.workers, int) else max(torch.cuda.device_count(), 1)
     measured = None
     if probe:

@@ -61,7 +61,7 @@ class ModelConfig(Section):
     """Which checkpoint, at which size and precision."""
 
     name: str = Field(default="demo", min_length=1)
-    """The bundled "demo", the closed-form "analytic", a local folder, or a hub id."""
+    """The bundled "demo", which knows drawn faces only; the closed-form "analytic"; a local folder; or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; none: its main branch."""
     variant: str | None = None
@@ -82,6 +82,11 @@ class ModelConfig(Section):
         if self.compile and self.name == "analytic":
             raise ValueError("the closed-form model has no networks to compile. Leave compile out")
         return self
+
+    @property
+    def caveat(self) -> str:
+        """What a user of this model must know, or ""."""
+        return "the demo model knows drawn faces only; model.name chooses another" if self.name == "demo" else ""
 
 
 class SinkConfig(Section):

@@ -20,8 +20,6 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 WITH_RAY = ROOT / "pipeline" / "on_ray.py"
-# Needed by what others do for us: weights are read by transformers and diffusers.
-INDIRECT = {"safetensors"}
 COMES_ALONG = {"tokenizers"}  # with transformers
 
 WITHOUT_EXTRAS = """
@@ -89,6 +87,7 @@ def test_without_extras_an_image_is_edited_and_a_run_works_in_one_process(tmp_pa
     assert "pip install 'shardedit[cluster]'" in refused
     assert "run.engine=local" in refused
     assert made == "2 done"
+    assert "the demo model knows drawn faces only" in done.stderr
 
 
 def test_what_the_package_imports_is_what_it_depends_on() -> None:
@@ -96,7 +95,7 @@ def test_what_the_package_imports_is_what_it_depends_on() -> None:
     files = [path for folder in ("pipeline", "jobs") for path in (ROOT / folder).rglob("*.py") if path != WITH_RAY]
     used = set().union(*map(imported, files)) - set(sys.stdlib_module_names) - {"pipeline", "jobs"} - COMES_ALONG
     wanted = {owner.lower().replace("_", "-") for name in used for owner in owners[name]}
-    assert wanted == names(PROJECT["dependencies"]) - INDIRECT
+    assert wanted == names(PROJECT["dependencies"])
 
 
 IMPORT = """
