@@ -35,6 +35,7 @@ from pipeline.records import (
     Decoded,
     Edited,
     EditedLatents,
+    InversionPrompts,
     Outcome,
     Prepared,
     Rejected,
@@ -121,9 +122,9 @@ def asked_without(recipe: Recipe) -> list[tuple[str, str]]:
 def edit_prepared(
     prepared: Prepared, methods: dict[str, Method], run_seed: int, backbone: Backbone
 ) -> Steps[list[Decoded | Rejected]]:
-    """Invert once per distinct inversion, then edit under every request by every method, side by side."""
+    """Invert once per inversion and prompts that it runs under, then edit by every request and method, side by side."""
     sample = prepared.sample
-    groups: dict[tuple[Inversion, str], list[tuple[str, str]]] = {}
+    groups: dict[tuple[Inversion, InversionPrompts], list[tuple[str, str]]] = {}
     outcomes: list[Decoded | Rejected] = []
     for edit, request in prepared.requests.items():
         for name, method in methods.items():
@@ -134,7 +135,7 @@ def edit_prepared(
             except Exception as error:
                 outcomes.append(rejected(sample, edit, name, "prepare", error))
                 continue
-            groups.setdefault((method.inversion, request.source_prompt), []).append((edit, name))
+            groups.setdefault((method.inversion, method.editing.inverts_under(request)), []).append((edit, name))
     if not groups:
         return outcomes
     try:
@@ -144,11 +145,12 @@ def edit_prepared(
         return outcomes + [rejected(sample, *pair, "invert", error) for pairs in groups.values() for pair in pairs]
 
     children = []
-    for (inversion, source_prompt), pairs in groups.items():
+    for (inversion, prompts), pairs in groups.items():
         seed = seed_for(run_seed, sample.id, inversion.method)
         source = Source(
             latents=latents,
-            prompt=source_prompt,
+            prompt=prompts.prompt,
+            negative_prompt=prompts.negative_prompt,
             schedule=backbone.schedule,
             draw_noise=draw_from(seed, tuple(latents.shape), latents.dtype),
             editing_noise=partial(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -170,6 +170,13 @@ class Prepared:
     requests: Mapping[str, EditRequest]  # by edit name
 
 
+class InversionPrompts(NamedTuple):
+    """What an inversion predicts from: a prompt, and what that is guided against. Twice the same: no guidance."""
+
+    prompt: str
+    negative_prompt: str = ""
+
+
 DrawNoise = Callable[[], "Tensor"]
 """Returns one more standard normal latent (C, h, w) at each call."""
 
@@ -180,6 +187,7 @@ class Source:
 
     latents: Tensor  # (C, h, w) encoded image, scaled
     prompt: str  # what the image shows; may be ""
+    negative_prompt: str = ""  # what the prompt is guided against; the same as it: no guidance
     schedule: NoiseSchedule
     draw_noise: DrawNoise  # the inversion's noise
     editing_noise: Callable[[], DrawNoise]  # an editor's noise, from its beginning: no edit shifts another's

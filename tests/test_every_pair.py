@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +12,19 @@ import torch
 
 from pipeline.editing import EDITORS
 from pipeline.editing.base import Editor
+from pipeline.editing.cfg import ClassifierFreeGuidance
+from pipeline.editing.reconstruct import Reconstruct
 from pipeline.engine.calls import Steps
 from pipeline.engine.engine import Engine
 from pipeline.errors import PrepareError, RecipeError
 from pipeline.inversion import INVERSIONS
 from pipeline.inversion.base import Inversion
+from pipeline.inversion.ddim import DDIMInversion
+from pipeline.inversion.negative_prompt import NegativePromptInversion
 from pipeline.planning import RowCounter
 from pipeline.recipe import Method, Recipe, recipe_from
 from pipeline.records import Concept, EditedLatents, EditRequest, Trajectory, WordPair
-from tests.methods import BACKBONES, SIDE, analytic, invert_and_edit, source
+from tests.methods import BACKBONES, SIDE, analytic, invert_and_edit, source, tiny_sd
 
 S = 3  # steps
 INNER = 2  # updates of null-text optimisation per step
@@ -32,7 +38,12 @@ REQUEST = EditRequest(
 )
 # So that something happens within three steps.
 INVERSION_SETTINGS: dict[str, dict[str, Any]] = {"null_text": {"num_inner_steps": INNER}}
-EDITOR_SETTINGS: dict[str, dict[str, Any]] = {"masactrl": {"start_step": 1}, "prox_masactrl": {"start_step": 1}}
+EDITOR_SETTINGS: dict[str, dict[str, Any]] = {
+    "masactrl": {"start_step": 1},
+    "prox_masactrl": {"start_step": 1},
+    # At the first step every source branch is the trajectory's start, pinned or not.
+    "prompt_to_prompt": {"cross_replace_steps": (0.0, 1.0)},
+}
 
 # UNet rows of one image with a source prompt and one target: of the inversion, and of the edit per step of it (with
 # what it takes once besides). These are the smallest layouts that lose nothing; fewer are welcome.
@@ -93,7 +104,9 @@ def recipe(inversion: str, editor: str) -> Recipe:
 def whole(backbone: Any, inversion: str, editor: str, **options: Any) -> Steps[tuple[Trajectory, EditedLatents]]:
     """One image through a pair; always the same image."""
     pair = method(inversion, editor)
-    return invert_and_edit(source(backbone, 1, SOURCE_PROMPT), REQUEST, pair.inversion, pair.editing, **options)
+    prompts = pair.editing.inverts_under(REQUEST)._asdict()
+    given = dataclasses.replace(source(backbone, 1), **prompts)
+    return invert_and_edit(given, REQUEST, pair.inversion, pair.editing, **options)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +160,36 @@ def test_rows_are_those_of_the_smallest_lossless_layout_or_fewer_and_planning_co
         assert finished.unet_rows <= planned
     else:
         assert finished.unet_rows == planned
+
+
+def test_no_pair_is_a_copy_of_a_cheaper_one(beside_all_others: Any) -> None:
+    """What an inversion takes more time for, its editors must read, or the pair be refused."""
+    results = beside_all_others("tiny_sd")
+    rows = {pair: RowCounter(recipe(*pair)).rows({"edit": REQUEST}) for pair in PAIRS}
+    copies = [
+        (one, other)
+        for one, other in itertools.permutations(PAIRS, 2)
+        if torch.equal(results[one].latents, results[other].latents) and rows[one] < rows[other]
+    ]
+    assert not copies
+
+
+def test_guidance_without_a_source_branch_reads_what_the_inversion_brings() -> None:
+    """And takes one row a step where target and brought embedding are the same: there is no direction."""
+    given = source(tiny_sd(), 1, SOURCE_PROMPT)
+    inversion, editing = NegativePromptInversion(num_steps=S), ClassifierFreeGuidance()
+    same = EditRequest(source_prompt=SOURCE_PROMPT, target_prompt=SOURCE_PROMPT)
+    generators = [
+        invert_and_edit(given, same, inversion, editing),
+        invert_and_edit(given, same, inversion, Reconstruct()),
+        invert_and_edit(given, REQUEST, inversion, editing),
+        invert_and_edit(given, REQUEST, DDIMInversion(num_steps=S), editing),
+    ]
+    finished = sorted(Engine(tiny_sd(), call_size=CALL_SIZE).run(generators), key=lambda one: one.index)
+    unchanged, walked, against_source, against_nothing = (one.value[1].latents for one in finished)
+    assert torch.equal(unchanged, walked)
+    assert finished[0].unet_rows == 2 * S
+    assert not torch.allclose(against_source, against_nothing, rtol=0.1)
 
 
 @every_pair

@@ -103,6 +103,23 @@ def test_methods_that_agree_on_the_inversion_share_it_and_others_do_not(tmp_path
     assert rows_of(a_recipe(tmp_path, methods=other), HAT) == STEPS + 2 * STEPS * 2 + 2 + 2 * 2
 
 
+def test_ledits_pp_inverts_under_the_prompt_that_it_starts_from_whoever_shares_the_edit(tmp_path):
+    """And shares that inversion with nobody who needs the source prompt's."""
+    ddpm = {"method": "ddpm", "num_steps": STEPS}
+    both = {
+        "ledits_pp": {"inversion": ddpm},
+        "cfg": {"inversion": ddpm, "editing": {"method": "cfg"}},
+    }
+    target = {**HAT, "target_prompt": "a cat"}
+    recipe = a_recipe(tmp_path, methods=both, edits=target)
+    assert rows_of(recipe, target) == STEPS + 2 * STEPS + 2 * STEPS, "one inversion serves both"
+    described = {**target, "source_prompt": "a dog"}
+    assert rows_of(recipe, described) == (STEPS + 2 * STEPS) + (2 * STEPS + 2 * STEPS)
+    alone = a_recipe(tmp_path)
+    late = {"concepts": [{"prompt": "a hat", "warmup_steps": 4}], "source_prompt": "a dog", "negative_prompt": "snow"}
+    assert rows_of(alone, late) == STEPS + 2 * 2, "steps before the first warm-up replay what was stored"
+
+
 def test_prompts_count_by_being_equal_not_by_what_they_say(tmp_path):
     recipe = a_recipe(tmp_path)
     counter = RowCounter(recipe)

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.engine.calls import Steps
 from pipeline.errors import PrepareError
 from pipeline.inversion.base import Inversion
-from pipeline.records import EditedLatents, EditRequest, Trajectory
+from pipeline.records import EditedLatents, EditRequest, InversionPrompts, Trajectory
 
 
 class Editor(BaseModel, ABC):
@@ -29,6 +29,13 @@ class Editor(BaseModel, ABC):
     def fits(cls, inversion: str) -> bool:
         """Whether it can work with the inversion of that name."""
         return cls.inversions is None or inversion in cls.inversions
+
+    def inverts_under(self, request: EditRequest) -> InversionPrompts:
+        """Prompts of the trajectory that it reads: the source prompt, unless it starts from another one.
+
+        Where nothing is to be changed the editor must predict what the inversion predicted, or the image is lost.
+        """
+        return InversionPrompts(request.source_prompt)
 
     def pair_problem(self, inversion: Inversion) -> str | None:
         """What is wrong between its settings and those of an inversion that it fits, and the way out."""

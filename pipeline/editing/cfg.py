@@ -1,7 +1,9 @@
 """Classifier-free guidance under a target prompt (Ho and Salimans, arXiv 2207.12598), from any level of a trajectory.
 
 On a `ddpm` trajectory this is the edit-friendly paper's own editor; on `noise` it is text to image (start_step 0) or
-SDEdit (above 0); on `ddim` it is the plain edit that the other methods improve on.
+SDEdit (above 0); on `ddim` it is the plain edit that the other methods improve on. After `null_text` and
+`negative_prompt` the embeddings that these bring take the empty prompt's place. There is no source branch, so that
+`direct` would have nothing to put back.
 
 Cost: two UNet rows per step walked, one at guidance 1 or 0. Masks: none.
 """
@@ -14,16 +16,19 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.editing.base import Editor
-from pipeline.editing.walk import walk
-from pipeline.engine.calls import Steps
+from pipeline.editing.problems import guidance_problem, negative_prompt_problem
+from pipeline.editing.walk import Predict, guided_against_brought, walk
+from pipeline.engine.calls import EncodeText, Steps
 from pipeline.engine.prompts import GuidedPrompt
 from pipeline.errors import PrepareError
+from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, Trajectory
 
 
 class ClassifierFreeGuidance(Editor):
     """Sample under the request's target prompt, against its negative prompt."""
 
+    inversions: ClassVar = frozenset({"ddim", "ddpm", "negative_prompt", "noise", "null_text"})
     paper: ClassVar = "Classifier-Free Diffusion Guidance, arXiv 2207.12598"
 
     keeps_to_masks: ClassVar = False
@@ -46,6 +51,15 @@ class ClassifierFreeGuidance(Editor):
                 f"start_step {self.start_step} lies beyond the trajectory's {num_steps} steps. Lower editing.start_step"
             )
 
+    def pair_problem(self, inversion: Inversion) -> str | None:
+        """See `Editor`."""
+        if getattr(inversion, "uncond_scope", "all") == "source":
+            return (
+                "uncond_scope: source gives the optimised embeddings to a source branch, and cfg has none: this would "
+                "be inversion.method ddim at many times its cost. Set uncond_scope: all, or inversion.method: ddim"
+            )
+        return guidance_problem(self.guidance_scale, inversion)
+
     def edit(
         self,
         trajectory: Trajectory,
@@ -57,6 +71,13 @@ class ClassifierFreeGuidance(Editor):
         """See `Editor`."""
         if user_mask is not None:
             self.check_mask()
-        prompt = yield from GuidedPrompt.encode(request.target_prompt, self.guidance_scale, request.negative_prompt)
-        latents, history = yield from walk(trajectory, self.start_step, prompt.predict, keep_history=keep_history)
+        if trajectory.uncond is None:
+            prompt = yield from GuidedPrompt.encode(request.target_prompt, self.guidance_scale, request.negative_prompt)
+            predict: Predict = prompt.predict
+        elif request.negative_prompt:
+            raise PrepareError(negative_prompt_problem(trajectory.method))
+        else:
+            (target,) = yield EncodeText((request.target_prompt,))
+            predict = guided_against_brought(trajectory, target, self.guidance_scale)
+        latents, history = yield from walk(trajectory, self.start_step, predict, keep_history=keep_history)
         return EditedLatents(latents=latents, masks=None, history=history)

@@ -20,7 +20,7 @@ from pipeline.editing.base import Editor
 from pipeline.editing.walk import start_of, take_step
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps
 from pipeline.errors import PrepareError
-from pipeline.records import Concept, EditedLatents, EditRequest, StepRecord, Trajectory
+from pipeline.records import Concept, EditedLatents, EditRequest, InversionPrompts, StepRecord, Trajectory
 
 # A concept's region moves from step to step: early steps lay out an object, late ones work at its edges. Reported is
 # where it acted in this share of its steps. On drawn truth half loses the inside of large objects, which only the early
@@ -88,6 +88,10 @@ class LEditsPP(Editor):
     blending of Blended Latent Diffusion (Avrahami et al., arXiv 2206.02779) and of Prompt-to-Prompt, under this
     method's own masks."""
 
+    def inverts_under(self, request: EditRequest) -> InversionPrompts:
+        """See `Editor`. The prediction that concepts are added to is the empty or negative prompt's, unguided."""
+        return InversionPrompts(request.negative_prompt, request.negative_prompt)
+
     def check(self, request: EditRequest, num_steps: int) -> None:
         """See `Editor`."""
         if not request.concepts:
@@ -119,9 +123,9 @@ class LEditsPP(Editor):
         base, *prompts = yield EncodeText((request.negative_prompt, *(concept.prompt for concept in concepts)))
 
         # Until the first concept acts the walk only replays what the inversion stored, provided that the inversion
-        # predicted as this walk does: from the empty prompt. Those steps are not computed.
+        # predicted as this walk does: from the same prompt. Those steps are not computed.
         first_step = min((concepts[number].warmup_steps for number in mattering), default=num_steps)
-        if request.negative_prompt or trajectory.source_prompt:
+        if (trajectory.source.prompt, trajectory.source.negative_prompt) != self.inverts_under(request):
             first_step = 0
         latents, previous = start_of(trajectory, first_step)
         times_in_mask = torch.zeros((len(concepts), *size))

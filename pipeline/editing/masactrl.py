@@ -23,7 +23,7 @@ from torch.nn.functional import interpolate, scaled_dot_product_attention
 
 from pipeline.editing.alignment import token_weights
 from pipeline.editing.base import Editor
-from pipeline.editing.prompt_to_prompt import guidance_problem
+from pipeline.editing.problems import guidance_problem
 from pipeline.editing.two_branch import BranchEdit, Branches, BranchRows, two_branch
 from pipeline.editing.walk import inside_of
 from pipeline.engine.calls import Steps, TextConditioning

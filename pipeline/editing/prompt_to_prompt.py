@@ -27,6 +27,7 @@ from pipeline.editing.alignment import (
     word_schedule,
 )
 from pipeline.editing.base import Editor
+from pipeline.editing.problems import guidance_problem
 from pipeline.editing.two_branch import BranchEdit, Branches, BranchRows, two_branch
 from pipeline.engine.calls import Steps
 from pipeline.engine.controls import Control, Hook, Layer, Routes, attention_probabilities
@@ -98,17 +99,6 @@ class PromptToPrompt(Editor):
             PrepareError: a word is not in its prompt, or the prompts cannot be aligned.
         """
         return PromptToPromptEdit(self, trajectory, branches, request)
-
-
-def guidance_problem(guidance_scale: float, inversion: Inversion) -> str | None:
-    """Null-text embeddings are optimised for one guidance scale, and serve no other."""
-    optimised_for = getattr(inversion, "edit_guidance_scale", None)
-    if optimised_for is None or optimised_for == guidance_scale:
-        return None
-    return (
-        f"guidance_scale is {guidance_scale:g}, but inversion.method '{inversion.method}' optimises for "
-        f"edit_guidance_scale {optimised_for:g}. Set both to the same"
-    )
 
 
 class PromptToPromptEdit(BranchEdit):

@@ -6,16 +6,13 @@ prompt), of which none is left out although an exact inversion could: walking is
 
 from __future__ import annotations
 
-from functools import partial
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from pipeline.diffusion.guidance import classifier_free_guidance
 from pipeline.editing.base import Editor
-from pipeline.editing.walk import no_masks, walk
-from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps, TextConditioning
+from pipeline.editing.walk import Predict, guided_against_brought, no_masks, walk
+from pipeline.engine.calls import EncodeText, Steps
 from pipeline.engine.prompts import GuidedPrompt
 from pipeline.records import EditedLatents, EditRequest, Trajectory
 
@@ -41,23 +38,12 @@ class Reconstruct(Editor):
     ) -> Steps[EditedLatents]:
         """See `Editor`."""
         if trajectory.source_guidance == 1.0 or trajectory.uncond is None:
-            prompt = yield from GuidedPrompt.encode(trajectory.source_prompt, trajectory.source_guidance)
-            predict = prompt.predict
+            prompt = yield from GuidedPrompt.encode(
+                trajectory.source_prompt, trajectory.source_guidance, trajectory.source.negative_prompt
+            )
+            predict: Predict = prompt.predict
         else:
             (source,) = yield EncodeText((trajectory.source_prompt,))
-            predict = partial(self._under_brought_guidance, trajectory, source)
+            predict = guided_against_brought(trajectory, source, trajectory.source_guidance)
         latents, history = yield from walk(trajectory, 0, predict, keep_history=keep_history)
         return EditedLatents(latents=latents, masks=no_masks(latents), history=history)
-
-    def _under_brought_guidance(
-        self, trajectory: Trajectory, source: TextConditioning, latents: Tensor, timestep: int
-    ) -> Steps[Tensor]:
-        """The source prompt, guided against the unconditional embedding that the inversion made for this step."""
-        assert trajectory.uncond is not None
-        embedding = trajectory.uncond
-        if embedding.ndim == 3:
-            embedding = embedding[trajectory.timesteps.index(timestep)]
-        uncond = TextConditioning("", embedding, token_count=0)
-        denoised: Denoised = yield Denoise(torch.stack([latents, latents]), [timestep] * 2, [uncond, source])
-        of_uncond, of_source = denoised.noise_preds
-        return classifier_free_guidance(of_uncond, of_source, trajectory.source_guidance)

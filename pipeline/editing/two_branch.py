@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.editing.walk import no_masks, start_of, take_step
+from pipeline.editing.problems import negative_prompt_problem
+from pipeline.editing.walk import brought_uncond, no_masks, start_of, take_step
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps, TextConditioning
 from pipeline.engine.controls import Control
 from pipeline.errors import PrepareError
@@ -49,14 +50,8 @@ class Branches:
                 target_uncond=(negative,) * num_steps,
             )
         if request.negative_prompt and trajectory.uncond_scope == "all":
-            raise PrepareError(
-                f"the {trajectory.method} inversion brings an unconditional embedding of its own, which the edit's "
-                "negative_prompt would replace. Leave negative_prompt out, or use another inversion"
-            )
-        brought = tuple(
-            TextConditioning("", trajectory.uncond if trajectory.uncond.ndim == 2 else trajectory.uncond[step], 0)
-            for step in range(num_steps)
-        )
+            raise PrepareError(negative_prompt_problem(trajectory.method))
+        brought = tuple(brought_uncond(trajectory, step) for step in range(num_steps))
         return cls(
             source=source,
             source_uncond=brought,

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.engine.calls import Steps
+from pipeline.engine.calls import Steps, TextConditioning
+from pipeline.engine.prompts import GuidedPrompt
 from pipeline.errors import PrepareError
 from pipeline.records import StepRecord, Trajectory
 
@@ -49,6 +50,26 @@ def start_of(trajectory: Trajectory, step: int) -> tuple[Tensor, Tensor | None]:
     """Stored latents before `step`, and the data prediction of the step before, which a multistep solver reads."""
     previous = None if step == 0 or trajectory.data_preds is None else trajectory.data_preds[step - 1]
     return trajectory.latents[step], previous
+
+
+def brought_uncond(trajectory: Trajectory, step: int) -> TextConditioning:
+    """The unconditional embedding that the inversion brought for a step."""
+    assert trajectory.uncond is not None
+    embedding = trajectory.uncond if trajectory.uncond.ndim == 2 else trajectory.uncond[step]
+    return TextConditioning("", embedding, token_count=0)
+
+
+def guided_against_brought(trajectory: Trajectory, prompt: TextConditioning, guidance_scale: float) -> Predict:
+    """Predict under a prompt, guided against the unconditional embeddings that the inversion brought."""
+    assert trajectory.uncond is not None
+    if trajectory.uncond.ndim == 2 and torch.equal(trajectory.uncond, prompt.embedding):
+        guidance_scale = 1.0  # there is no direction between a prompt and itself
+
+    def predict(latents: Tensor, timestep: int) -> Steps[Tensor]:
+        uncond = brought_uncond(trajectory, trajectory.timesteps.index(timestep))
+        return (yield from GuidedPrompt(prompt, uncond, guidance_scale).predict(latents, timestep))
+
+    return predict
 
 
 def walk(

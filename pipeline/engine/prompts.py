@@ -16,8 +16,8 @@ from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps, TextCond
 class GuidedPrompt:
     """A prompt under classifier-free guidance, against another. Rows whose weight is zero are not asked for.
 
-    The prediction is `uncond + scale * (cond - uncond)`: at scale 1, and where both prompts are the same, the
-    conditional row alone; at scale 0 the unconditional row alone.
+    The prediction is `uncond + scale * (cond - uncond)`: at scale 1 the conditional row alone, at
+    scale 0 the unconditional row alone.
     """
 
     cond: TextConditioning
@@ -27,9 +27,9 @@ class GuidedPrompt:
 
     @classmethod
     def encode(cls, prompt: str, guidance_scale: float, negative_prompt: str = "") -> Steps[GuidedPrompt]:
-        """Encode both prompts."""
+        """Encode both prompts. Between equal ones there is no direction, hence no guidance."""
         cond, uncond = yield EncodeText((prompt, negative_prompt))
-        return cls(cond, uncond, guidance_scale)
+        return cls(cond, uncond, 1.0 if prompt == negative_prompt else guidance_scale)
 
     @staticmethod
     def rows_of(prompt: str, guidance_scale: float, negative_prompt: str = "") -> int:
@@ -43,7 +43,7 @@ class GuidedPrompt:
     def predict_all(self, latents: Tensor, timesteps: Sequence[int]) -> Steps[Tensor]:
         """Noise predictions (R, C, h, w) for R independent latents, asked for in one go."""
         rows = len(timesteps)
-        if self.rows_of(self.cond.prompt, self.guidance_scale, self.uncond.prompt) == 1:
+        if self.guidance_scale in (0.0, 1.0):
             conditioning = self.uncond if self.guidance_scale == 0.0 else self.cond
             denoised: Denoised = yield Denoise(latents, timesteps, [conditioning] * rows, inpaint=self._inpaint(rows))
             return denoised.noise_preds

@@ -53,7 +53,7 @@ class DDIMInversion(Inversion):
         timesteps = source.schedule.ddim_timesteps(self.schedule_steps)[self.skip_steps :]
         stride = source.schedule.num_train_timesteps // self.schedule_steps
         solver = DDIM.from_schedule(source.schedule, timesteps, stride)
-        prompt = yield from GuidedPrompt.encode(source.prompt, self.guidance_scale)
+        prompt = yield from GuidedPrompt.encode(source.prompt, self.guidance_scale, source.negative_prompt)
         latents = [source.latents]
         for step in reversed(range(self.num_steps)):
             noise_pred = yield from prompt.predict(latents[-1], timesteps[step])

@@ -95,7 +95,7 @@ class DDPMInversion(Inversion):
         # the image, hence "edit-friendly". It also frees the predictions of each other: all are asked for at once.
         drawn = {step: solver.add_noise(source.latents, source.draw_noise(), step) for step in reversed(steps)}
         latents = [drawn[step] for step in steps] + [source.latents]
-        prompt = yield from GuidedPrompt.encode(source.prompt, self.source_guidance_scale)
+        prompt = yield from GuidedPrompt.encode(source.prompt, self.source_guidance_scale, source.negative_prompt)
         noise_preds = yield from prompt.predict_all(torch.stack(latents[:-1]), solver.timesteps)
 
         noise_maps: list[Tensor] = []
