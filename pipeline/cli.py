@@ -247,27 +247,28 @@ def report(
     where: Where,
     overrides: Overrides = None,
     results: Annotated[
-        str, typer.Option(metavar="NUMBER|all", help="How many results to show with pictures, about, or all.")
-    ] = "1000",
+        str | None,
+        typer.Option(metavar="NUMBER|all", help="How many results to show with pictures, about, or all. Else 1000."),
+    ] = None,
     score_model: Annotated[
         str | None,
         typer.Option(metavar="FOLDER_OR_HUB_ID", help="A CLIP that says how near each edit is to what was asked for."),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write report.html of a run again, finished or not."""
-    if results != "all" and not (results.isascii() and results.isdigit() and int(results) > 0):
+    """Write the report of a run again, finished or not: did the edits happen, did the rest stay?"""
+    if results not in (None, "all") and not (results.isascii() and results.isdigit() and int(results) > 0):
         raise typer.BadParameter("give a number above 0, or all", param_hint="--results")
     with reported(debug):
         from pipeline.runs import find_run
 
         run = find_run(where, overrides or [])
-        from pipeline.evaluation.report import write_report
+        from pipeline.evaluation.report import MAX_RESULTS, write_report
         from pipeline.models.image_text import load_image_text
 
         model = load_image_text(score_model) if score_model else None
-        written = write_report(run.sink, results=None if results == "all" else int(results), score_model=model)
-        out.print(written, markup=False)
+        most = None if results == "all" else int(results or MAX_RESULTS)
+        out.print(write_report(run.sink, results=most, score_model=model), markup=False)
 
 
 @app.command()

@@ -48,8 +48,8 @@ def short_name(id: str) -> str:
 
 
 def ratio_of(size: tuple[int, int]) -> str:
-    """Width to height, as CSS writes it."""
-    return f"{size[0]} / {size[1]}"
+    """Width to height, as CSS takes it. A strip is shown whole, with room beside it."""
+    return f"{min(max(size[0] / size[1], 0.7), 1.8):.3g}"
 
 
 def result_tile(result: Result, verdict: Verdict, gain: float | None, name: str) -> dict[str, Any]:

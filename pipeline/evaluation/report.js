@@ -16,11 +16,11 @@
     const text = plain([...element.querySelectorAll(".id, .caption")].map(one => one.textContent).join(" "));
     const group = { element, id: element.querySelector(".id").textContent };
     group.tiles = [...element.querySelectorAll(".tile")].map(tile => {
-      const data = tile.dataset, words = [...tile.querySelectorAll(".chip, .target")].map(one => one.textContent);
+      const data = tile.dataset, concepts = JSON.parse(data.concepts), target = tile.querySelector(".target")?.textContent;
       return {
-        element: tile, group, edit: data.edit, method: data.method, concept: JSON.parse(data.concepts), outcome: data.outcomes.split(" "),
+        element: tile, group, edit: data.edit, method: data.method, concept: concepts, outcome: data.outcomes.split(" "),
         score: known(data.score), change: known(data.change), rest: known(data.rest), gain: known(data.gain),
-        text: plain([text, ...words, data.prompts || ""].join(" ")),
+        text: plain([text, ...concepts, target || "", data.prompts || ""].join(" ")),
       };
     });
     return group;
@@ -195,7 +195,7 @@
     if (!pic) continue;
     shot.tabIndex = 0;
     shot.setAttribute("role", "button");
-    shot.setAttribute("aria-label", `zoom, ${pic.alt}`);
+    shot.setAttribute("aria-label", `zoom, ${pic.alt}, ${shot.textContent}`);
     shot.addEventListener("click", () => look(tile));
     shot.addEventListener("keydown", event => (event.key === "Enter" || event.key === " ") && (event.preventDefault(), look(tile)));
   }
