@@ -113,10 +113,13 @@ def _by_halves(length: int) -> Iterator[int]:
 def pages_of(rows: Sequence[ImageRow], size: int) -> list[list[ImageRow]]:
     """Rows in pages of at most `size` results, or of one image that has more; at least one page."""
     pages: list[list[ImageRow]] = [[]]
+    filled = 0
     for row in rows:
-        if pages[-1] and sum(one.size for one in pages[-1]) + row.size > size:
+        if pages[-1] and filled + row.size > size:
             pages.append([])
+            filled = 0
         pages[-1].append(row)
+        filled += row.size
     return pages
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from pipeline.evaluation import report as report_module
 from pipeline.evaluation.metrics import NAMES
 from pipeline.evaluation.report import write_report
 from pipeline.evaluation.results import RunFolder
+from pipeline.recipe import SinkConfig
 from pipeline.writing.rows import FIGURES
+from tests.places import only_on_s3
 
 
 class Page(HTMLParser):
@@ -236,6 +239,23 @@ def test_pages_of_an_earlier_longer_report_are_removed(make_run, monkeypatch):
     monkeypatch.setattr(report_module, "PAGE_RESULTS", 100)
     report_of(recipe)
     assert not list(Path(recipe.sink.folder, "report").iterdir())
+
+
+@only_on_s3
+def test_on_an_object_store_pages_come_and_go_as_on_a_disk(make_run, place, monkeypatch):
+    made = make_run(images=3)
+    folder = place.new()
+    shutil.copytree(made.sink.folder, place.root / folder)
+    sink = SinkConfig(folder=f"{place.url}/{folder}", storage_options=place.storage_options)
+    monkeypatch.setattr(report_module, "PAGE_RESULTS", 2)
+    assert write_report(sink) == f"{place.url}/{folder}/report.html"
+    place.settle()
+    pages = place.root / folder / "report"
+    assert sorted(path.name for path in pages.iterdir()) == ["index.js", "page-0002.html", "page-0003.html"]
+    monkeypatch.setattr(report_module, "PAGE_RESULTS", 4)
+    write_report(sink)
+    place.settle()
+    assert sorted(path.name for path in pages.iterdir()) == ["index.js", "page-0002.html"]
 
 
 def test_a_long_run_gives_a_bounded_report_and_all_of_it_where_all_is_asked_for(make_run, monkeypatch):
