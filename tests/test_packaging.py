@@ -43,7 +43,8 @@ from pathlib import Path
 from PIL import Image
 from pipeline import Editor, run
 from pipeline.demo import demo_recipe, draw_input, run_demo
-from pipeline.errors import ClusterError
+from pipeline.errors import ClusterError, SourceError
+from pipeline.reading.storage import open_fs
 
 folder = Path(sys.argv[1])
 draw_input(folder, 1)
@@ -53,6 +54,10 @@ assert result.image.size == (128, 128)
 try:
     run(demo_recipe(folder), progress="off")
 except ClusterError as error:
+    print(error)
+try:
+    open_fs("s3://bucket/key", {})
+except SourceError as error:
     print(error)
 print(run_demo(folder, 1).done, "done")
 """
@@ -83,7 +88,8 @@ def test_without_extras_an_image_is_edited_and_a_run_works_in_one_process(tmp_pa
         env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr
-    refused, made = done.stdout.splitlines()
+    refused, unopened, made = done.stdout.splitlines()
+    assert "pip install 'shardedit[s3]'" in unopened
     assert "pip install 'shardedit[cluster]'" in refused
     assert "run.engine=local" in refused
     assert made == "2 done"

@@ -75,7 +75,9 @@ def open_fs(url: str, storage_options: Mapping[str, Any]) -> tuple[fsspec.Abstra
     try:
         fs, root = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
-        raise SourceError(f"{public_url(url)} cannot be opened: {describe(error)}") from error
+        needs_extra = isinstance(error, ImportError) and url.startswith(("s3://", "s3a://"))
+        way_out = ". Install the extra for S3: pip install 'shardedit[s3]'" if needs_extra else ""
+        raise SourceError(f"{public_url(url)} cannot be opened: {describe(error)}{way_out}") from error
     return fs, root.rstrip("/") or root
 
 
