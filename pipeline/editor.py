@@ -19,8 +19,8 @@ from typing import Any, Literal, Self, TypedDict, Unpack
 
 import numpy as np
 import torch
-from PIL import Image
 
+from pipeline.counting import RowCounter
 from pipeline.engine.calls import Steps
 from pipeline.engine.engine import Engine
 from pipeline.errors import ModelError, RecipeError
@@ -30,7 +30,8 @@ from pipeline.models.loading import load_backbone
 from pipeline.reading.pictures import AnyImage, picture
 from pipeline.reading.prepare import prepare_picture
 from pipeline.recipe import Recipe, recipe_from
-from pipeline.records import Concept, Decoded, Edited, EditRequest, Prepared, Rejected, Sample, WordPair
+from pipeline.records import Concept, Decoded, Prepared, Rejected, Sample, WordPair
+from pipeline.result import Result
 
 COMPILED_CALL_SIZE = 8  # rows of a compiled UNet call, where nothing is said
 
@@ -55,64 +56,6 @@ class EditSettings(TypedDict, total=False):
     subtract_words: Mapping[str, Any] | WordPair
     equalizer: Mapping[str, float]
     cross_replace_steps: Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class Result:
-    """One edit of one image. A notebook shows input, mask and edit side by side."""
-
-    edit: str
-    method: str
-    input: Image.Image  # upright, RGB
-    image: Image.Image  # edited, at the input's size
-    mask: Image.Image | None  # mode "1", at the input's size: where the edit acted. None: it has no region
-    masks: tuple[Image.Image | None, ...]  # mode "1": those that the method found, one per concept or one in all
-    request: EditRequest
-    seed: int
-    figures: Mapping[str, float | None]  # evaluation/metrics.py
-
-    @classmethod
-    def of(cls, edited: Edited) -> Result:
-        """The result of an outcome."""
-        return cls(
-            edit=edited.edit,
-            method=edited.method,
-            input=Image.fromarray(edited.original),
-            image=Image.fromarray(edited.image),
-            mask=None if edited.mask is None else Image.fromarray(edited.mask),
-            masks=tuple(None if mask is None else Image.fromarray(mask) for mask in edited.masks),
-            request=edited.request,
-            seed=edited.seed,
-            figures=edited.figures,
-        )
-
-    def __repr__(self) -> str:
-        width, height = self.image.size
-        share = self.figures["mask_share"]
-        region = "no region" if share is None or self.mask is None else f"a region of {share:.1%}"
-        return f"<Result of '{self.edit}' by {self.method}, {width} x {height} pixels, {region}>"
-
-    def _repr_html_(self) -> str:
-        from pipeline.evaluation.side_by_side import html  # its Parquet is needed nowhere else here
-
-        return html(self.input, self.mask, self.image, self.request)
-
-
-def sheet(results: Sequence[Result], columns: int = 1) -> Image.Image:
-    """One picture with input, mask and edit of several results, `columns` results to a line."""
-    from pipeline.evaluation.side_by_side import asked
-    from pipeline.evaluation.thumbnails import SheetEntry, contact_sheet
-
-    entries = [
-        SheetEntry(
-            original=result.input,
-            mask=None if result.mask is None else np.asarray(result.mask),
-            edited=result.image,
-            label=f"{asked(result.request)} ({result.method})",
-        )
-        for result in results
-    ]
-    return contact_sheet(entries, columns)
 
 
 class Editor:
@@ -201,6 +144,7 @@ class Editor:
         fit: Fit = "pad",
         seed: int = 0,
         name: str | None = None,
+        on_progress: OnProgress | None = None,
         **more: Any,
     ) -> Result:
         """Edit one image by one method; LEDITS++ after edit-friendly inversion unless told otherwise.
@@ -216,6 +160,8 @@ class Editor:
             seed: of the run; the image's own seed derives from it and from `name`.
             name: the image's id. Where none is given it derives from the pixels: the same picture as a file, an array
                 or a Pillow image has the same seed.
+            on_progress: called with (UNet rows done, UNet rows in all) after each call of the UNet. What may end early
+                counts as if it did not, and the last call has all rows done.
             more: other fields of the edit request (`EditRequest`): blend_words, subtract_words, equalizer,
                 cross_replace_steps.
 
@@ -235,7 +181,8 @@ class Editor:
             "fit": fit,
             "seed": seed,
         }
-        (result,) = self.edit_many(image, _one_edit(concepts, **settings, **more), mask=mask, name=name)
+        recipe = _one_edit(concepts, **settings, **more)
+        (result,) = self.edit_many(image, recipe, mask=mask, name=name, on_progress=on_progress)
         return result
 
     def edit_all(
@@ -291,11 +238,18 @@ class Editor:
         return [results[at] for at in range(len(given))]
 
     def edit_many(
-        self, image: AnyImage, recipe: Recipe, *, mask: AnyImage | None = None, name: str | None = None
+        self,
+        image: AnyImage,
+        recipe: Recipe,
+        *,
+        mask: AnyImage | None = None,
+        name: str | None = None,
+        on_progress: OnProgress | None = None,
     ) -> list[Result]:
         """Every edit of a recipe by every method of it, from one inversion where the inversion's settings agree.
 
-        The recipe's model name, sink and workers are not read, nor its source but for `max_pixels`.
+        The recipe's model name, sink and workers are not read, nor its source but for `max_pixels`. For the other
+        arguments see `edit`.
 
         Returns:
             In the order of the recipe: its first edit by all its methods, then its second.
@@ -306,7 +260,13 @@ class Editor:
         """
         if not recipe.edits:
             raise RecipeError("recipe", [("edits", "no edit is asked. Say what to change")])
-        outcomes = self.engine.run_one(self._edit(image, mask, name, recipe))
+        total, on_rows = 0, None
+        if on_progress is not None:
+            total = RowCounter(recipe).rows(recipe.edits, masked=mask is not None)
+            on_rows = _reporting(on_progress, total)
+        outcomes = self.engine.run_one(self._edit(image, mask, name, recipe), on_rows=on_rows)
+        if on_progress is not None:
+            on_progress(total, total)
         order = [(edit, method) for edit in recipe.edits for method in recipe.all_methods]
         results = []
         for outcome in sorted(outcomes, key=lambda outcome: order.index(_place(outcome))):
@@ -338,6 +298,16 @@ class Editor:
             return prepared
         sample = dataclasses.replace(prepared.sample, id=_id_of(prepared.original))
         return dataclasses.replace(prepared, sample=sample)
+
+
+def _reporting(on_progress: OnProgress, total: int) -> Callable[[int], None]:
+    """Tell of rows that are done; the last ones are told of once all results are there."""
+
+    def told(rows: int) -> None:
+        if rows < total:
+            on_progress(rows, total)
+
+    return told
 
 
 def _id_of(pixels: np.ndarray) -> str:
@@ -411,4 +381,4 @@ def _device(device: str | torch.device, model: str) -> torch.device:
     return chosen
 
 
-__all__ = ["AnyImage", "Editor", "Result", "sheet"]
+__all__ = ["AnyImage", "Editor", "Result"]

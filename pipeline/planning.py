@@ -8,30 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.engine.calls import TextConditioning, UNetAnswer, UNetCall
-from pipeline.engine.controls import Layer
-from pipeline.engine.engine import Engine
+from pipeline.counting import RowCounter
 from pipeline.errors import RowError
-from pipeline.flow import asked_without, edit_prepared
-from pipeline.models.backbone import ModelRecord
+from pipeline.flow import asked_without
 from pipeline.probe import PROBE_SECONDS, Probe, probe_model
 from pipeline.reading.listing import list_source
 from pipeline.reading.prepare import requests_of
 from pipeline.reading.shards import ReadTask, Shard
 from pipeline.reading.units import count_rows, plan_reads, read_units
 from pipeline.recipe import Recipe
-from pipeline.records import EditRequest, Placement, Prepared, Sample, Unreadable
+from pipeline.records import Sample, Unreadable
 
 COUNTED_SHARDS = 64  # shards whose rows are counted; the others are taken to be like them, by their bytes
 READ_ROWS = 256  # rows that are read for their own edits
@@ -192,113 +185,3 @@ def cost_of(rows: Sequence[Sample | Unreadable], recipe: Recipe) -> Cost:
         cost.results += len(requests) * len(recipe.all_methods)
         cost.unet_rows += counter.rows(requests, masked=row.mask is not None)
     return cost
-
-
-@dataclass(slots=True)
-class RowCounter:
-    """UNet rows of one image under some requests, by running the flow's own generators. Each distinct case once."""
-
-    recipe: Recipe
-    known: dict[Any, int] = field(default_factory=dict)
-
-    def rows(self, requests: Mapping[str, EditRequest], *, masked: bool = False) -> int:
-        """UNet rows of an image that is edited as `requests` say, by every method of the recipe."""
-        case = (_anonymous(requests), masked)
-        if case not in self.known:
-            self.known[case] = self._count(requests, masked)
-        return self.known[case]
-
-    def _count(self, requests: Mapping[str, EditRequest], masked: bool) -> int:
-        backbone = ZeroBackbone()
-        side = ZeroBackbone.image_size
-        blank = np.zeros((side, side, 3), dtype=np.uint8)
-        whole = (side, side)
-        prepared = Prepared(
-            sample=Sample(id="plan", shard="plan", key="plan", index=0, image=b""),
-            original=blank,
-            pixels=blank,
-            placement=Placement(original=whole, crop=(0, 0, side, side), scaled=whole, offset=(0, 0), canvas=whole),
-            mask=np.ones(whole, dtype=np.float32) if masked else None,
-            allowed=np.ones(whole, dtype=bool) if masked else None,
-            requests=requests,
-        )
-        engine = Engine(backbone, call_size=64, pad=False)
-        (finished,) = engine.run([edit_prepared(prepared, self.recipe.all_methods, 0, backbone)])
-        if finished.error is not None:
-            raise finished.error
-        return finished.unet_rows
-
-
-def _anonymous(requests: Mapping[str, EditRequest]) -> str:
-    """Requests with their texts numbered: which texts are equal may decide what is computed, what they say does not."""
-    numbers: dict[str, str] = {"": ""}
-
-    def hide(value: Any, key: str = "") -> Any:
-        if isinstance(value, dict):
-            return {name: hide(item, name) for name, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [hide(item) for item in value]
-        if key.endswith("prompt"):
-            return numbers.setdefault(value, f"text {len(numbers)}")
-        return value
-
-    return repr([hide(request.model_dump()) for _, request in sorted(requests.items())])
-
-
-class ZeroBackbone:
-    """A model that answers nearly everything with zeros, at once. Only the number of what it is asked has a meaning."""
-
-    record = ModelRecord(name="zeros", revision="", digest="", dtype="float32", device="cpu")
-    schedule = NoiseSchedule.from_config({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
-    device = torch.device("cpu")
-    latent_channels = 4
-    latent_scale = 8
-    multiple = 64
-    inpaints = True  # whatever is asked
-    image_size = 128  # latents of 16 x 16: the smallest whose quarter can be smoothed
-
-    def encode_text(self, prompt: str) -> TextConditioning:
-        """See `Backbone`."""
-        count = min(len(prompt.split()), 75)
-        number = float(zlib.crc32(prompt.encode()))  # equal embeddings for equal prompts alone, as a model has them
-        return TextConditioning(
-            prompt, torch.full((77, 1), number), count, (0, *range(2, 2 + count), 1), tuple(range(count))
-        )
-
-    def encode_image(self, pixels: np.ndarray) -> Tensor:
-        """See `Backbone`."""
-        return torch.zeros(
-            self.latent_channels, pixels.shape[0] // self.latent_scale, pixels.shape[1] // self.latent_scale
-        )
-
-    def decode_latents(self, latents: Tensor) -> np.ndarray:
-        """See `Backbone`."""
-        height, width = latents.shape[-2] * self.latent_scale, latents.shape[-1] * self.latent_scale
-        return np.zeros((height, width, 3), dtype=np.uint8)
-
-    def check_watchable(self, height: int, width: int) -> None:
-        """See `Backbone`: every grid will do."""
-
-    def denoise(self, call: UNetCall) -> UNetAnswer:
-        """See `Backbone`. Hooks run on zeros: an editor's masks come out empty, which leaves its row count as it is."""
-        rows, _, height, width = call.latents.shape
-        layer = Layer("cross", 0, "down", 0, 4)
-        zeros = torch.zeros(1, 1, (height // 4) * (width // 4), 1)
-        keys = torch.zeros(1, 1, 77, 1)
-        seen = []
-        for group, control in call.controls:
-            hook = control.hook(height, width, self.device)
-            size = group.stop - group.start
-            query, key = zeros.expand(size, -1, -1, -1), keys.expand(size, -1, -1, -1)
-            hook.attend(layer, query, key, key, 1.0, query)
-            seen.append(hook.answer())
-        # Far from any target, so that what stops early where it has arrived does not: the count is an upper bound. For
-        # the same reason the corner tells one text from another: a mask of where two texts differ is not empty.
-        noise_preds = torch.full_like(call.latents, 0.0 if call.cotangents is None else 1e3)
-        noise_preds[:, :, 0, 0] += torch.stack([embedding[0, 0] for embedding in call.embeddings])[:, None] / 2**32
-        return UNetAnswer(
-            noise_preds=noise_preds,
-            attention=None if call.watch is None else torch.zeros(rows, height // 4, width // 4),
-            seen=seen,
-            embedding_grads=None if call.cotangents is None else torch.zeros_like(torch.stack(list(call.embeddings))),
-        )

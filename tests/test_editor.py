@@ -14,10 +14,10 @@ import pytest
 from PIL import Image, ImageOps
 
 from pipeline import Concept, Editor
-from pipeline.editor import Result
 from pipeline.errors import BlackImageError, DecodeError, InvertError, ModelError, PrepareError, RecipeError
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.recipe import recipe_from
+from pipeline.result import Result
 
 QUICK: dict[str, Any] = {"inversion": {"method": "ddpm", "num_steps": 2}}
 PICTURE = (np.random.default_rng(0).random((40, 56, 3)) * 255).astype(np.uint8)
@@ -350,3 +350,25 @@ def test_a_result_prints_in_a_line(editor: Editor) -> None:
     result = editor.edit(PICTURE, "hat", **QUICK)
     share = np.asarray(result.mask).mean()
     assert repr(result) == f"<Result of 'edit' by ledits_pp, 56 x 40 pixels, a region of {share:.1%}>"
+
+
+@pytest.mark.parametrize(
+    ("settings", "calls"),
+    [
+        (QUICK, 3),
+        ({"inversion": {"method": "null_text", "num_steps": 2}, "editing": {"method": "prompt_to_prompt"}}, None),
+    ],
+    ids=["ddpm", "may end early"],
+)
+def test_progress_rises_with_every_unet_call_and_ends_at_all_rows(settings: Any, calls: int | None) -> None:
+    editor = Editor.load("analytic")
+    seen: list[tuple[int, int]] = []
+    edit = {"concepts": "hat"} if calls else {"source_prompt": "a cat", "target_prompt": "a dog"}
+    editor.edit(PICTURE, **edit, **settings, on_progress=lambda *at: seen.append(at))
+    done, totals = zip(*seen, strict=True)
+    assert len(set(totals)) == 1
+    assert done[-1] == totals[0] >= editor.engine.stats.unet_rows
+    assert list(done) == sorted(set(done))
+    if calls:
+        assert len(done) == calls == editor.engine.stats.unet_calls
+        assert totals[0] == editor.engine.stats.unet_rows

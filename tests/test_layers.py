@@ -19,8 +19,10 @@ LAYERS = [
     {"recipe", "sections", "explain"},
     {"reading", "evaluation.metrics"},
     {"flow"},
+    {"counting"},
     {"writing"},
     {"evaluation"},
+    {"result"},
     {"editor"},
     {"models.demo.score", "models.demo.methods_table"},  # play with everything; nothing of the product imports them
 ]

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from pipeline import planning, probe
+from pipeline.counting import RowCounter
 from pipeline.engine.calls import UNetCall
 from pipeline.errors import SourceError
 from pipeline.models.analytic import AnalyticBackbone
 from pipeline.models.demo.shards import write_demo_shards
-from pipeline.planning import RowCounter, plan
+from pipeline.planning import plan
 from pipeline.reading.shards import Shard, shard_slug, unit_id
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.records import EditRequest

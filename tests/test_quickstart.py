@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.editor import Result
 from pipeline.errors import DecodeError
+from pipeline.result import Result
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "quickstart.ipynb"
 CELLS = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]

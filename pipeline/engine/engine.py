@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,7 @@ class _Session:
     source: Iterator[Steps[Any]]
     admitted: int = 0
     running: int = 0
+    answered_rows: int = 0
     exhausted: bool = False
     finished: deque[Finished] = field(default_factory=deque)
     failure: BaseException | None = None  # raised by the source itself
@@ -110,13 +111,21 @@ class Engine:
         self._sessions: list[_Session] = []
         self._lock = threading.Lock()
 
-    def run(self, generators: Iterable[Steps[Any]]) -> Generator[Finished]:
+    def run(
+        self, generators: Iterable[Steps[Any]], *, on_rows: Callable[[int], None] | None = None
+    ) -> Generator[Finished]:
         """Run generators to their end, and yield each as it finishes, in whatever order.
 
         The iterable is drawn from as places become free. A generator that raises ends alone, with its exception in
         its `Finished`; KeyboardInterrupt and other non-errors end everything.
+
+        Args:
+            generators: of any number.
+            on_rows: called after each UNet call with the rows, of all that these generators asked for, which have been
+                answered; a row counts as its `Denoise` costs.
         """
         session = _Session(iter(generators))
+        told = 0
         with self._lock:
             self._sessions.append(session)
         try:
@@ -124,6 +133,9 @@ class Engine:
                 with self._lock:
                     if not session.finished:
                         self._advance()
+                if on_rows is not None and session.answered_rows > told:
+                    told = session.answered_rows
+                    on_rows(told)
                 while session.finished:
                     yield session.finished.popleft()
                 if session.failure is not None:
@@ -134,9 +146,9 @@ class Engine:
                 if session.running:
                     self._abandon(session)
 
-    def run_one(self, generator: Steps[Any]) -> Any:
+    def run_one(self, generator: Steps[Any], *, on_rows: Callable[[int], None] | None = None) -> Any:
         """Run one generator and return its value, or raise what it raised."""
-        (finished,) = self.run([generator])
+        (finished,) = self.run([generator], on_rows=on_rows)
         if finished.error is not None:
             raise finished.error
         return finished.value
@@ -295,6 +307,7 @@ class Engine:
 
     def _deliver(self, batch: Batch, answer: UNetAnswer) -> None:
         for pending in batch.deliver(answer):
+            pending.owner.session.answered_rows += pending.call.cost
             self._ready.append((pending.owner, pending.answer(), None))
 
     def _shrink(self, batch: Batch, error: Exception) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.counting import RowCounter
 from pipeline.diffusion.masks import dilated
 from pipeline.editing.diffedit import DiffEdit
 from pipeline.editing.fast_diffedit import GREY, FastDiffEdit
@@ -21,7 +22,6 @@ from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.noise import NoiseStart
 from pipeline.models.backbone import Backbone
 from pipeline.models.loading import load_backbone
-from pipeline.planning import RowCounter
 from pipeline.recipe import ModelConfig, recipe_from
 from pipeline.records import EditRequest
 from tests.golden.replay import TINY_SD

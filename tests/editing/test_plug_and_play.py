@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.counting import RowCounter
 from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.plug_and_play import Injection, PlugAndPlay, resampled
 from pipeline.engine.calls import Denoise, TextConditioning, UNetCall
@@ -20,7 +21,6 @@ from pipeline.errors import PrepareError, RecipeError
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.direct import DirectInversion
 from pipeline.models.attention import CallControl, open_attention, open_decoder_blocks
-from pipeline.planning import RowCounter
 from pipeline.recipe import recipe_from
 from pipeline.records import EditRequest
 from tests.methods import analytic, invert_and_edit, source, tiny_sd
