@@ -33,6 +33,7 @@ from transformers.utils import logging
 from pipeline.engine.engine import Engine, EngineStats
 from pipeline.errors import ModelError
 from pipeline.flow import edit_prepared
+from pipeline.models.allocator import keep_freed_memory
 from pipeline.models.backbone import ModelRecord
 from pipeline.models.compiling import check_compiler
 from pipeline.models.loading import load_backbone
@@ -204,6 +205,7 @@ class Ours:
     compiled = False
 
     def __init__(self, case: Case) -> None:
+        keep_freed_memory()  # as the command line and workers do
         backbone = load_backbone(ModelConfig(name=str(TINY_SD), compile=self.compiled), device="cpu")
         assert isinstance(backbone, StableDiffusion)
         if case.wide:

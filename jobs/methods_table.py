@@ -19,6 +19,7 @@ import torch
 import typer
 
 from pipeline.editor import Editor
+from pipeline.models.allocator import keep_freed_memory
 from pipeline.models.demo import methods_table
 from pipeline.models.demo.methods_table import SHOWN, Outcome, Pair, cells, measure_pairs, tasks_of, valid_pairs
 
@@ -36,6 +37,7 @@ def measure(
 ) -> tuple[list[Pair], dict[Names, list[Outcome]]]:
     """The share of one process: what `measure_pairs` gives, but of the images only those that are shown."""
     torch.set_num_threads(1)  # the processes share the cores
+    keep_freed_memory()
     editor = Editor.load(model)
     table, made = measure_pairs(editor, tasks_of(editor, scenes, seed), pairs, steps)
     return table, {pair: outcomes[:SHOWN] for pair, outcomes in made.items()}

@@ -25,6 +25,7 @@ from rich.table import Table
 
 import pipeline
 from pipeline.errors import ShardeditError
+from pipeline.models.allocator import keep_freed_memory
 from pipeline.printing import PlainFormatter, out, say_error, show_plan, show_status, show_summary, show_verdict
 
 INTERRUPTED = 130  # what shells expect of a command that Ctrl-C ended
@@ -360,6 +361,7 @@ def defaults_of(method: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
+    keep_freed_memory()
     if logging.lastResort is not None:  # prints warnings where nobody has set up logging
         logging.lastResort.setFormatter(PlainFormatter())
     app(args=None if arguments is None else list(arguments))

@@ -52,6 +52,7 @@ class Here:
         self._recipe = recipe
         self._tally = Tally(recipe.run)
         self._worker: Worker | None = None
+        self._threads_before = torch.get_num_threads()
 
     def open(self, before: RunRecord | None) -> str:
         """See `Place`."""
@@ -93,6 +94,7 @@ class Here:
         """See `Place`."""
         if self._worker is not None:
             self._worker.close()
+            torch.set_num_threads(self._threads_before)  # the process is the caller's
 
 
 def resources_here() -> Resources:

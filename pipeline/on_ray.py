@@ -212,8 +212,10 @@ class EditWorker:
     """One per GPU: the model is loaded in __init__, once, and used for every unit."""
 
     def __init__(self, recipe: Recipe, settings: WorkerSettings, tally: Any) -> None:
+        from pipeline.models.allocator import keep_freed_memory
         from pipeline.worker import Worker
 
+        keep_freed_memory()  # the process is ours
         self._tally, self._told = tally, 0.0
         self._worker = Worker(recipe, settings, report=self._tell)
 

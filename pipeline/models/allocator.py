@@ -15,7 +15,10 @@ MOST_KEPT = 256 << 20  # bytes that may lie unused at the heap's end
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep up to 256 MiB of freed memory. Without glibc, nothing happens."""
+    """Let this process keep up to 256 MiB of freed memory. Without glibc, nothing happens.
+
+    It holds for the whole process: for the command line and workers of ours, never for somebody's notebook.
+    """
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline.engine.calls import UNetCall
-from pipeline.errors import ModelError
 from pipeline.models.attention import attention_layers, cross_attention_factors
-from pipeline.models.loading import digest, load_backbone
+from pipeline.models.checkpoint import SCHEDULER, digest, files_of
+from pipeline.models.loading import load_backbone
 from pipeline.models.stable_diffusion import StableDiffusion
 from pipeline.recipe import ModelConfig
 from tests.checkpoints import change, refused
@@ -21,18 +24,46 @@ from tests.methods import tiny_sd
 def test_a_folder_loads_and_its_record_says_what_it_is() -> None:
     record = tiny_sd().record
     assert (record.revision, record.dtype, record.device) == ("", "float32", "cpu")
-    assert record.digest == digest(TINY_SD)
+    assert record.digest == digest(TINY_SD, files_of(TINY_SD, None, "it"))
     assert len(record.digest) == 16
     assert (tiny_sd().image_size, tiny_sd().latent_scale, tiny_sd().multiple) == (512, 8, 32)
 
 
-def test_the_digest_follows_the_weights(checkpoint: Path) -> None:
-    assert digest(checkpoint) == digest(TINY_SD)
-    weights = checkpoint / "vae" / "diffusion_pytorch_model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    assert digest(checkpoint) != digest(TINY_SD)
+def test_the_digest_follows_every_file_that_is_loaded(checkpoint: Path) -> None:
+    def digest_now() -> str:
+        return digest(checkpoint, files_of(checkpoint, None, "it"))
+
+    start = digest_now()
+    assert start == tiny_sd().record.digest
+    for name in ("vae/diffusion_pytorch_model.safetensors", "unet/config.json", "tokenizer/tokenizer.json", SCHEDULER):
+        content = (checkpoint / name).read_bytes()
+        spoilt = content[:-1] + bytes([content[-1] ^ 1]) if name.endswith("safetensors") else content + b" "
+        (checkpoint / name).write_bytes(spoilt)
+        assert digest_now() != start, name
+        (checkpoint / name).write_bytes(content)
+    assert digest_now() == start
+
+
+def test_files_that_are_not_loaded_do_not_change_the_digest(checkpoint: Path) -> None:
+    for name in (
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "vae/notes.txt",
+        "text_encoder/generation_config.json",
+    ):
+        (checkpoint / name).write_bytes(b"{}")
+    assert digest(checkpoint, files_of(checkpoint, None, "it")) == tiny_sd().record.digest
+
+
+def test_variants_have_digests_of_their_own_and_equal_files_one(checkpoint: Path) -> None:
+    plain = digest(checkpoint, files_of(checkpoint, None, "it"))
+    for path in list(checkpoint.rglob("*.safetensors")):
+        shutil.copy(path, path.with_suffix(".same.safetensors"))
+        tensors = {key: tensor * 2 if tensor.is_floating_point() else tensor for key, tensor in load_file(path).items()}
+        save_file(tensors, path.with_suffix(".other.safetensors"), {"format": "pt"})
+    assert digest(checkpoint, files_of(checkpoint, "same", "it")) == plain
+    assert digest(checkpoint, files_of(checkpoint, "other", "it")) != plain
+    assert digest(checkpoint, files_of(checkpoint, None, "it")) == plain
 
 
 def test_pickled_weights_are_refused(checkpoint: Path) -> None:
@@ -74,29 +105,25 @@ def test_a_missing_folder_is_named() -> None:
     refused(Path("/no/such/model"), "is no folder here and no hub id")
 
 
-def test_a_hub_id_that_cannot_be_fetched_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"'owner/model' \(revision v1\) is no local folder and could not be fetched"):
-        load_backbone(ModelConfig(name="owner/model", revision="v1"), device="cpu")
+def test_loading_changes_nothing_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.utils import logging
 
+    monkeypatch.setattr("ctypes.CDLL", lambda *_: pytest.fail("the allocator was set"))
 
-def test_a_hub_snapshot_is_loaded_at_its_resolved_revision(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    snapshot = checkpoint.rename(tmp_path / commit)
-    asked = {}
+    def settings() -> dict[str, object]:
+        return {
+            "threads": torch.get_num_threads(),
+            "dtype": torch.get_default_dtype(),
+            "gradients": torch.is_grad_enabled(),
+            "random numbers": torch.random.get_rng_state().tolist(),
+            "bars": logging.is_progress_bar_enabled(),
+            "verbosity": logging.get_verbosity(),
+            "environment": dict(os.environ),
+        }
 
-    def fake_download(repo: str, revision: str, allow_patterns: list[str]) -> str:
-        asked.update(repo=repo, revision=revision, patterns=allow_patterns)
-        return str(snapshot)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fake_download)
-    record = load_backbone(ModelConfig(name="owner/model", revision="main"), device="cpu").record
-    assert (record.name, record.revision) == ("owner/model", commit)
-    assert asked["repo"] == "owner/model"
-    assert not [pattern for pattern in asked["patterns"] if pattern.endswith((".bin", ".ckpt", ".py", "*"))]
+    before = settings()
+    load_backbone(ModelConfig(name=str(TINY_SD)), device="cpu")
+    assert settings() == before
 
 
 def test_v_prediction_and_trailing_steps_are_read_from_the_checkpoint(checkpoint: Path) -> None:

@@ -27,6 +27,7 @@ from pipeline.editor import Editor
 from pipeline.engine.calls import DecodeLatents, EncodeImage, Steps
 from pipeline.evaluation.metrics import psnr
 from pipeline.flow import edit_row, outcome_of
+from pipeline.models.allocator import keep_freed_memory
 from pipeline.models.demo.networks import IMAGE_SIZE, LATENT_SIZE, load_pipeline
 from pipeline.models.demo.oracle import VALUES, read
 from pipeline.models.demo.world import Attribute, Scene, changed_region, complete_caption, draw, edited
@@ -99,6 +100,12 @@ def load_recipes(folder: Path) -> dict[str, Recipe]:
     return {name: load_recipe(folder / f"{name}.yaml") for name in (*SINGLE_EDITS, "triple")}
 
 
+def _begin_process() -> None:
+    """Settings of a process of the pool: its share of the cores, and what it frees is kept."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+
+
 def measure(
     folder: Path,
     recipes: Mapping[str, Recipe],
@@ -124,9 +131,7 @@ def measure(
         parts: Iterable[tuple[str, dict[str, float]]] = ((name, part(name)) for name in names)
         if workers > 1:
             spawn = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(
-                ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,))
-            )
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=spawn, initializer=_begin_process))
             futures = {pool.submit(part, name): name for name in names}
             parts = ((futures[future], future.result()) for future in as_completed(futures))
         for name, figures in parts:
