@@ -11,14 +11,18 @@ import sys
 from pipeline.errors import ClusterError, RunAborted, SinkError
 from pipeline.local import Here, Place
 from pipeline.progress import Display, Watch
+from pipeline.reading.shards import shard_slug
+from pipeline.reading.storage import open_fs
 from pipeline.recipe import Recipe
 from pipeline.showing import printable
 from pipeline.tally import Seen, over_budget
 from pipeline.todo import Todo, find_todo
 from pipeline.writing.cleaning import clean
-from pipeline.writing.commit import committed_units
+from pipeline.writing.commit import Committed, committed_units
 from pipeline.writing.folding import fold_finished_shards
 from pipeline.writing.lock import DriverLock
+from pipeline.writing.merged import Merged
+from pipeline.writing.merging import merge_units
 from pipeline.writing.replace import settle_replacements
 from pipeline.writing.run_record import check_same_run, run_record, versions_that_differ, write_run_record
 from pipeline.writing.summary import Summary, summarise, write_summary
@@ -73,7 +77,7 @@ def _run(
     _say(todo.left_out, progress)
     clean(recipe.sink, todo.committed)
     if not todo.tasks:
-        return _summary(recipe, todo, Seen(), strict)
+        return _finish(recipe, todo, place, lock, strict)
     try:
         _say(place.open(todo.before), progress)
         _say(recipe.model.caveat, progress)
@@ -90,7 +94,7 @@ def _run(
                 except SinkError as error:  # most likely what ended the run
                     log.warning("no summary was written: %s", error)
                 raise
-        return _summary(recipe, todo, place.seen(), strict)
+        return _finish(recipe, todo, place, lock, strict)
     finally:
         place.close()
 
@@ -112,16 +116,28 @@ def _record(recipe: Recipe, todo: Todo, place: Place) -> None:
         log.warning("other versions than the run began with, bits may differ: %s", difference)
 
 
+def _finish(recipe: Recipe, todo: Todo, place: Place, lock: DriverLock, strict: bool) -> Summary:
+    """What is left once every unit has been edited: to merge their files, and to add up."""
+    committed = Committed()
+    for manifest in committed_units(recipe.sink):
+        committed.add(manifest)
+    if all(committed.has_whole_shard(shard_slug(shard.path)) for shard in todo.shards):
+        merge_units(recipe.sink, place.merge, lock.check)
+    return _summary(recipe, todo, place.seen(), strict)
+
+
 def _summary(recipe: Recipe, todo: Todo, seen: Seen, strict: bool) -> Summary:
     from pipeline.evaluation.report import write_report
 
     fold_finished_shards(recipe.sink)
+    fs, root = open_fs(recipe.sink.folder, recipe.sink.storage_options)
     summary = summarise(
         committed_units(recipe.sink),
         todo.shards,
         units_now=seen.units,
         max_failed_fraction=recipe.run.max_failed_fraction,
         strict=strict,
+        merged=Merged(fs, root),
     )
     write_summary(summary, recipe.sink)
     write_report(recipe.sink)

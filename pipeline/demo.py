@@ -25,7 +25,7 @@ from pipeline.evaluation.thumbnails import SheetEntry, contact_sheet, load_mask,
 from pipeline.models.demo.shards import demo_sample, write_demo_shards
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.showing import about_path, describe
-from pipeline.writing.commit import put
+from pipeline.writing.files import put
 from pipeline.writing.summary import Summary
 
 SHARD_SIZE = 12  # images per tar: a small demonstration still has more than one
@@ -86,7 +86,7 @@ def _captions_in(path: Path) -> int:
 def write_overview(recipe: Recipe) -> None:
     """Write overview.png beside the report."""
     folder = RunFolder(recipe.sink)
-    results = folder.load(pick(folder.figures(folder.files("data")), OVERVIEW_ENTRIES))
+    results = folder.load(pick(folder.figures(folder.spans("data")), OVERVIEW_ENTRIES))
     out = io.BytesIO()
     contact_sheet([entry_of(result) for result in results]).save(out, "PNG", optimize=True)
     put(folder.fs, f"{folder.root}/overview.png", out.getvalue())

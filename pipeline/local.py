@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -11,11 +12,13 @@ from pipeline.errors import RunAborted
 from pipeline.models.backbone import ModelRecord
 from pipeline.pool import Resources, WorkerSettings, plan_pool
 from pipeline.reading.units import read_units
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, SinkConfig
 from pipeline.tally import Seen, Tally
 from pipeline.todo import Todo
 from pipeline.writing.commit import commit
 from pipeline.writing.lock import Claim
+from pipeline.writing.merged import Contents
+from pipeline.writing.merging import Job, merge_here
 from pipeline.writing.replace import replace
 from pipeline.writing.run_record import RunRecord
 
@@ -34,6 +37,9 @@ class Place(Protocol):
 
     def edit(self, todo: Todo, claim: Claim) -> None:
         """Edit and commit every unit of the plan, for the driver that holds the run's folder."""
+
+    def merge(self, sink: SinkConfig, jobs: Iterable[Job]) -> Iterator[Contents]:
+        """Write merged files; returns what they hold, in the order of the jobs. May come without `open`."""
 
     def seen(self) -> Seen:
         """What has been committed so far."""
@@ -81,6 +87,10 @@ class Here:
                 manifest = replace(finished, sink, claim.check) if todo.retry_failed else commit(finished, sink)
                 if verdict := self._tally.add(manifest):
                     raise RunAborted(verdict)
+
+    def merge(self, sink: SinkConfig, jobs: Iterable[Job]) -> Iterator[Contents]:
+        """See `Place`."""
+        return merge_here(sink, jobs)
 
     def seen(self) -> Seen:
         """See `Place`."""

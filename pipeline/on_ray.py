@@ -12,8 +12,10 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -37,6 +39,8 @@ from pipeline.tally import InFlight, Seen, Tally
 from pipeline.todo import Todo
 from pipeline.writing.commit import Committed, commit
 from pipeline.writing.lock import Claim
+from pipeline.writing.merged import Contents
+from pipeline.writing.merging import Job, build
 from pipeline.writing.replace import replace
 from pipeline.writing.run_record import RunRecord
 
@@ -50,6 +54,7 @@ UNITS_PER_WORKER = 3  # at work or fetched; with those in the sink, what a kill 
 # Of a worker or task; Ray's default is without end. A row that kills its process costs three (writing/attempts.py), so
 # a worker outlives half a dozen of them; after that the job fails, and the same command goes on.
 RESTARTS = 20
+MERGE_CPUS = 0.5  # of a task that merges the files of units: it copies more than it computes
 # Ray's core says this, as an error, of every pool of Ray Data's that may restart its workers (ray-project/ray#57733).
 # What it warns of cannot happen here: the arguments stand on the driver's node, with which the run ends.
 RAYS_WARNING = "has constructor arguments in the object store and max_restarts > 0"
@@ -150,6 +155,26 @@ class OnRay:
                 if verdict := self.seen().verdict:
                     raise RunAborted(verdict) from error
                 raise named(error) from error
+
+    def merge(self, sink: SinkConfig, jobs: Iterable[Job]) -> Iterator[Contents]:
+        """See `Place`. A task per file; only so many are begun as the cluster has CPUs for."""
+        jobs = iter(jobs)
+        first = next(jobs, None)
+        if first is None:
+            return
+        self._ours = connect() or self._ours
+        task = ray.remote(num_cpus=MERGE_CPUS, max_retries=RESTARTS)(build)
+        most = max(1, int(ray.cluster_resources().get("CPU", 1.0) / MERGE_CPUS))
+        pending: deque[ray.ObjectRef[Contents]] = deque()
+        try:
+            for job in chain([first], jobs):
+                pending.append(task.remote(sink, job))
+                if len(pending) > most:
+                    yield ray.get(pending.popleft())
+            while pending:
+                yield ray.get(pending.popleft())
+        except ray.exceptions.RayError as error:
+            raise named(error) from error
 
     def seen(self) -> Seen:
         """See `Place`."""

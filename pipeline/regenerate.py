@@ -5,19 +5,19 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from fsspec import AbstractFileSystem
 from PIL import Image
 
 from pipeline.engine.engine import Engine
 from pipeline.errors import SinkError, SourceError
 from pipeline.evaluation.metrics import psnr
-from pipeline.evaluation.results import tar_samples
 from pipeline.flow import edit_rows, outcome_of
 from pipeline.models.loading import load_backbone
 from pipeline.reading.shards import Shard
@@ -27,11 +27,13 @@ from pipeline.recipe import Recipe, recipe_from
 from pipeline.records import Decoded, Rejected, Sample, Unreadable
 from pipeline.runs import Run
 from pipeline.showing import public_url
-from pipeline.writing.commit import committed_units, get
+from pipeline.writing.commit import committed_units
 from pipeline.writing.manifest import Manifest
+from pipeline.writing.merged import Merged, Span
 from pipeline.writing.parquet import render_parquet
 from pipeline.writing.rows import Row, encode_outcome, schema
 from pipeline.writing.run_record import RunRecord, run_record, versions_that_differ
+from pipeline.writing.spans import samples_of, table_of, tar_samples
 from pipeline.writing.webdataset import render_tar
 
 SHOWN = 8  # results that a key which names several is told of
@@ -114,20 +116,18 @@ def _find(run: Run, key: str, edit: str | None, method: str | None) -> _Stored:
     shards = {path for path, _, _ in run.record.input if key.startswith(f"{path}/")}
     found: list[_Stored] = []
     failed = ""
+    merged = Merged(fs, root)
     for manifest in committed_units(run.sink):
         if shards and manifest.shard not in shards:
             continue
-        for file in manifest.files:
-            data = get(fs, f"{root}/{file.path}")
-            if data is None:
-                raise SinkError(f"{file.path} vanished while it was read. Try again")
-            for about, parts in _rows_of(file.path, data, key):
+        for span in merged.spans(manifest):
+            for about, parts in _rows_of(fs, root, span, key):
                 if edit not in (None, about["edit"]) or method not in (None, about["method"]):
                     continue
-                if file.path.startswith("quarantine/"):
+                if span.kind == "quarantine":
                     failed = f"; it failed in stage {about['stage']}: {about['error_class']}: {about['message']}"
                 else:
-                    found.append(_Stored(manifest, file.path, about, parts))
+                    found.append(_Stored(manifest, span.path, about, parts))
     where = public_url(run.sink.folder)
     if not found:
         raise SinkError(f"{where} has no result '{key}'{failed}")
@@ -138,21 +138,20 @@ def _find(run: Run, key: str, edit: str | None, method: str | None) -> _Stored:
     return found[0]
 
 
-def _rows_of(path: str, data: bytes, key: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Rows with that id or key, and what is stored of them."""
-    if path.endswith(".tar"):
-        for sample in tar_samples(data):
+def _rows_of(
+    fs: AbstractFileSystem, root: str, span: Span, key: str
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Rows of a unit with that id or key, and what is stored of them."""
+    if span.path.endswith(".tar"):
+        for sample in samples_of(fs, root, span):
             about = json.loads(sample["json"])
             if key in (about["id"], about["key"]):
                 yield about, sample
         return
-    names = pq.read_table(io.BytesIO(data), columns=["id", "key"]).to_pylist()
-    if any(key in (name["id"], name["key"]) for name in names):
-        table = pq.read_table(io.BytesIO(data))
-        for at, name in enumerate(names):
-            if key in (name["id"], name["key"]):
-                (row,) = table.slice(at, 1).to_pylist()
-                yield row, row
+    for at, name in enumerate(table_of(fs, root, span, ["id", "key"]).to_pylist()):
+        if key in (name["id"], name["key"]):
+            (row,) = table_of(fs, root, replace(span, start=span.start + at, rows=1)).to_pylist()
+            yield row, row
 
 
 def _recipe_of(run: Run) -> Recipe:
@@ -203,7 +202,7 @@ def _differences(stored: _Stored, made: Row | Rejected, recipe: Recipe) -> list[
     if isinstance(made, Rejected):
         return [f"it fails now, in stage {made.stage}: {made.error_class}: {made.message}"]
     if stored.file.endswith(".tar"):
-        (parts,) = tar_samples(render_tar([made]))
+        (parts,) = tar_samples(io.BytesIO(render_tar([made])))
         now: Mapping[str, Any] = parts
     else:
         # Through a file and back, so that both have gone the same way.

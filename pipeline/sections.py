@@ -5,6 +5,7 @@ A key's docstring is its description: in `shardedit schema`, in docs/recipe.md, 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
@@ -102,8 +103,16 @@ class SinkConfig(Section):
     """Format of the edited image; masks are always lossless."""
     quality: int = Field(default=95, ge=1, le=100)
     """Quality of jpg and webp; 100: best."""
+    shard_size: int = Field(default=500_000_000, ge=0)
+    """Bytes of an output file, about; "500MB" may be written. 0: each unit keeps a file of its own."""
     storage_options: StorageOptions = Field(default_factory=dict, repr=False)
     """Options for the fsspec file system. Secrets belong in the environment."""
+
+    @field_validator("shard_size", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        match = re.fullmatch(r"([0-9.]+) *([kMG])B", value) if isinstance(value, str) else None
+        return round(float(match[1]) * {"k": 10**3, "M": 10**6, "G": 10**9}[match[2]]) if match else value
 
 
 class RunConfig(Section):

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
 
 from pipeline.reading.shards import shard_slug
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
 from pipeline.showing import public_url
-from pipeline.writing.commit import Committed, committed_units, read_part
-from pipeline.writing.manifest import Manifest
+from pipeline.writing.commit import Committed, committed_units
+from pipeline.writing.merged import Merged, Span
 from pipeline.writing.run_record import RunRecord
+from pipeline.writing.spans import table_of
 from pipeline.writing.summary import Summary, Totals
 
 SHOWN_SHARDS = 5  # with the most failures
@@ -49,9 +49,12 @@ def status(sink: SinkConfig, record: RunRecord) -> Status:
     Raises:
         SinkError: the folder cannot be read.
     """
-    totals, done = Totals(), Committed()
+    fs, root = open_fs(sink.folder, sink.storage_options)
+    fs.invalidate_cache()
+    merged = Merged(fs, root)
+    totals, done = Totals(merged), Committed()
     failed: Counter[str] = Counter()
-    first_file: dict[str, str] = {}
+    first: dict[str, Span] = {}
     asked: Counter[str] = Counter()
     for manifest in committed_units(sink):
         totals.add(manifest)
@@ -59,7 +62,8 @@ def status(sink: SinkConfig, record: RunRecord) -> Status:
         asked[manifest.shard] += manifest.counts.asked
         if manifest.counts.failed:
             failed[manifest.shard] += manifest.counts.failed
-            first_file.setdefault(manifest.shard, _quarantine_file(manifest))
+            if manifest.shard not in first:
+                first[manifest.shard] = next(span for span in merged.spans(manifest) if span.kind == "quarantine")
     whole = [(path, size) for path, size, _ in record.input if done.has_whole_shard(shard_slug(path))]
     complete = len(whole) == len(record.input)
     worst = heapq.nsmallest(SHOWN_SHARDS, failed.items(), key=lambda item: (-item[1], item[0]))
@@ -72,13 +76,9 @@ def status(sink: SinkConfig, record: RunRecord) -> Status:
         so_far=totals.summary(
             complete=complete, units_now=0, max_failed_fraction=record.recipe["run"]["max_failed_fraction"]
         ),
-        worst_shards=tuple((shard, count, first_file[shard]) for shard, count in worst),
-        failures=tuple(_failures(sink, [first_file[shard] for shard, _ in worst])),
+        worst_shards=tuple((shard, count, first[shard].path) for shard, count in worst),
+        failures=tuple(_failures(fs, root, [first[shard] for shard, _ in worst])),
     )
-
-
-def _quarantine_file(manifest: Manifest) -> str:
-    return next(file.path for file in manifest.files if file.path.startswith("quarantine/"))
 
 
 def _estimate(record: RunRecord, whole: Sequence[tuple[str, int]], asked: Counter[str]) -> int | None:
@@ -89,14 +89,10 @@ def _estimate(record: RunRecord, whole: Sequence[tuple[str, int]], asked: Counte
     return round(sum(asked[path] for path, _ in whole) * sum(size for _, size, _ in record.input) / sizes)
 
 
-def _failures(sink: SinkConfig, files: Sequence[str]) -> list[dict[str, str]]:
-    """The first failed results of some quarantine files, without their bytes."""
-    fs, root = open_fs(sink.folder, sink.storage_options)
+def _failures(fs: AbstractFileSystem, root: str, spans: Sequence[Span]) -> list[dict[str, str]]:
+    """The first failed results of some units, without their bytes."""
     found: list[dict[str, str]] = []
-    each = max(1, SHOWN_FAILURES // max(1, len(files)))
-    for file in files:
-        table: pa.Table = read_part(
-            fs, f"{root}/{file}", lambda opened: pq.read_table(opened, columns=list(FAILURE_COLUMNS))
-        )
-        found += table.slice(0, each).to_pylist()
+    each = max(1, SHOWN_FAILURES // max(1, len(spans)))
+    for span in spans:
+        found += table_of(fs, root, span, FAILURE_COLUMNS).slice(0, each).to_pylist()
     return found

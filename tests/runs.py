@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.writing.commit import is_temporary
+from pipeline.writing.files import is_temporary
 
 EDITS = ("b", "a")
 SECRET = "PLANTED-SECRET-4711"

@@ -77,7 +77,7 @@ def result_tile(result: Result, verdict: Verdict, gain: float | None, name: str)
         "verdict": verdict,
         "gain": gain,
         "outcomes": outcomes(verdict),
-        "place": f"{ref.file}, row {ref.row}",
+        "place": f"{ref.file}, row {ref.row_in_file}",
     }
 
 

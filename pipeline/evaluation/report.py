@@ -4,7 +4,7 @@ The first page shows the run's numbers, what failed and why, methods and edits c
 run of more than `PAGE_RESULTS` goes on in report/page-0002.html and so on. A page holds its pictures, styles and
 script, and needs no network.
 
-Cost: without being asked for more, figures of at most `MAX_FILES` files and pictures of about `MAX_RESULTS` results are
+Cost: without being asked for more, figures of at most `MAX_UNITS` units and pictures of about `MAX_RESULTS` results are
 read, however long the run was. `results=None` shows every result of any run: as many pages as that takes.
 """
 
@@ -32,14 +32,14 @@ from pipeline.evaluation.verdict import Verdict, judge
 from pipeline.evaluation.wording import breakable, count, shown
 from pipeline.reading.storage import retrying
 from pipeline.recipe import SinkConfig
-from pipeline.writing.commit import put, remove
+from pipeline.writing.files import put, remove
 
 if TYPE_CHECKING:
     from pipeline.models.image_text import ImageTextModel
 
 PAGE_RESULTS = 500  # of one page: 10 MB where each is the one edit of a photograph, less where edits share an input
 MAX_RESULTS = 1000  # with pictures, unless more is asked for
-MAX_FILES = 256  # data files, and quarantine files, that are read unless all is asked for; spread over longer runs
+MAX_UNITS = 256  # whose results, and whose failures, are read unless all is asked for; spread over longer runs
 MAX_SORTED = 10_000  # results; longer reports follow the data, or every page would open every file
 INDEX_PATH = "report/index.js"
 MAX_INDEXED = 20_000  # results that can be searched from every page: the index takes about 200 bytes for each
@@ -92,10 +92,10 @@ class Contents:
     @classmethod
     def of(cls, run: RunFolder, results: int | None, model: ImageTextModel | None) -> Contents:
         """Read figures and failures, choose, score, sort."""
-        most = None if results is None else max(MAX_FILES, results)
-        files = {folder: run.files(folder) for folder in ("data", "quarantine")}
-        refs = run.figures(files["data"] if most is None else spread(files["data"], most))
-        failures = list(run.failures(files["quarantine"] if most is None else spread(files["quarantine"], most)))
+        most = None if results is None else max(MAX_UNITS, results)
+        spans = {kind: run.spans(kind) for kind in ("data", "quarantine")}
+        refs = run.figures(spans["data"] if most is None else spread(spans["data"], most))
+        failures = list(run.failures(spans["quarantine"] if most is None else spread(spans["quarantine"], most)))
         verdicts = {key_of(ref): judge(ref.figures) for ref in refs}
         rows = images_of(refs, failures)
         if results is not None:

@@ -1,33 +1,32 @@
 """A finished or half-finished run, read back through its manifests: figures first, pictures of chosen results only.
 
 A data file without a manifest is noise (writing/commit.py) and is not looked at. Parquet gives single columns and row
-groups, so that reading figures costs little; a tar is read whole.
+groups, so that reading figures costs little; of a tar, the part with a unit is read.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import posixpath
-import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, BinaryIO
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from pipeline.errors import SinkError
 from pipeline.evaluation.metrics import NAMES
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
 from pipeline.showing import public_url
-from pipeline.writing.commit import committed_units, get, read_part
+from pipeline.writing.commit import committed_units
+from pipeline.writing.files import get
 from pipeline.writing.manifest import Manifest
+from pipeline.writing.merged import Merged, Span
 from pipeline.writing.run_record import check_schema
+from pipeline.writing.spans import samples_of, table_of
 
-READERS = 8  # files read side by side
+READERS = 8  # units read side by side
+INPUTS = ("input", "input_thumbnail")  # columns, one of which is there
 TEXTS = ("id", "edit", "method", "caption", "request")
 FAILURE_COLUMNS = ("id", "edit", "method", "stage", "error_class", "message")
 
@@ -36,12 +35,22 @@ FAILURE_COLUMNS = ("id", "edit", "method", "stage", "error_class", "message")
 class ResultRef:
     """One result: where it stands, and its figures."""
 
-    file: str  # relative to the run's folder
-    row: int  # in that file, from 0
+    span: Span  # the rows of its unit
+    row: int  # of these, from 0
     id: str
     edit: str
     method: str
     figures: dict[str, float | None]
+
+    @property
+    def file(self) -> str:
+        """The file that holds it, relative to the run's folder."""
+        return self.span.path
+
+    @property
+    def row_in_file(self) -> int:
+        """Its row there, from 0."""
+        return self.span.start + self.row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,17 +74,17 @@ class Totals:
     images: int = 0
     unet_rows: int = 0
     output_bytes: int = 0
-    files: dict[str, list[str]] = field(default_factory=dict)  # by folder, in the order of the units
+    spans: dict[str, list[Span]] = field(default_factory=dict)  # by kind, in the order of the units
 
-    def add(self, manifest: Manifest) -> None:
+    def add(self, manifest: Manifest, merged: Merged) -> None:
         """Add a unit."""
         self.done += manifest.counts.ok
         self.failed += manifest.counts.failed
         self.images += manifest.counts.images
         self.unet_rows += manifest.measured.unet_rows
-        for file in manifest.files:
+        for span, file in zip(merged.spans(manifest), manifest.files, strict=True):
             self.output_bytes += file.size
-            self.files.setdefault(file.path.partition("/")[0], []).append(file.path)
+            self.spans.setdefault(span.kind, []).append(span)
 
 
 class RunFolder:
@@ -101,8 +110,9 @@ class RunFolder:
         self.record = record
         self.summary = self._json("summary.json")
         self.totals = Totals()
+        merged = Merged(self.fs, self.root)
         for manifest in committed_units(self.sink):  # drawn once, none is kept: a long run has a million
-            self.totals.add(manifest)
+            self.totals.add(manifest, merged)
 
     def _json(self, name: str) -> dict[str, Any] | None:
         data = get(self.fs, f"{self.root}/{name}")
@@ -113,44 +123,38 @@ class RunFolder:
         """Last part of the folder's path."""
         return posixpath.basename(self.root.replace("\\", "/").rstrip("/")) or self.root
 
-    def files(self, folder: str) -> list[str]:
-        """Committed files below `data` or `quarantine`, in the order of their units."""
-        return self.totals.files.get(folder, [])
+    def spans(self, kind: str) -> list[Span]:
+        """The rows of every committed unit, of "data" or "quarantine", in the order of the units."""
+        return self.totals.spans.get(kind, [])
 
-    def figures(self, files: Sequence[str]) -> list[ResultRef]:
-        """Every result of these data files, in their order, without pictures."""
+    def figures(self, spans: Sequence[Span]) -> list[ResultRef]:
+        """Every result of these units, in their order, without pictures."""
         with ThreadPoolExecutor(READERS) as pool:
-            return [ref for refs in pool.map(self._figures_of, files) for ref in refs]
+            return [ref for refs in pool.map(self._figures_of, spans) for ref in refs]
 
     def load(self, refs: Sequence[ResultRef]) -> list[Result]:
-        """These results with their pictures, in the order given; each file is opened once."""
-        by_file: dict[str, list[ResultRef]] = {}
+        """These results with their pictures, in the order given; each unit is read once."""
+        by_span: dict[Span, list[ResultRef]] = {}
         for ref in refs:
-            by_file.setdefault(ref.file, []).append(ref)
+            by_span.setdefault(ref.span, []).append(ref)
         with ThreadPoolExecutor(READERS) as pool:
-            loaded = [result for results in pool.map(self._load, by_file.values()) for result in results]
-        found = {(result.ref.file, result.ref.row): result for result in loaded}
-        return [found[ref.file, ref.row] for ref in refs]
+            loaded = [result for results in pool.map(self._load, by_span.values()) for result in results]
+        found = {(result.ref.span, result.ref.row): result for result in loaded}
+        return [found[ref.span, ref.row] for ref in refs]
 
-    def failures(self, files: Sequence[str]) -> Iterator[dict[str, str]]:
-        """What failed, without its bytes: `FAILURE_COLUMNS` of every row of these quarantine files."""
-        for file in files:
-            yield from self._columns(file, FAILURE_COLUMNS)
+    def failures(self, spans: Sequence[Span]) -> Iterator[dict[str, str]]:
+        """What failed, without its bytes: `FAILURE_COLUMNS` of every row of these units."""
+        for span in spans:
+            yield from table_of(self.fs, self.root, span, FAILURE_COLUMNS).to_pylist()
 
-    def _columns(self, file: str, names: Sequence[str]) -> list[dict[str, Any]]:
-        path = f"{self.root}/{file}"
-        table: pa.Table = read_part(self.fs, path, lambda opened: pq.read_table(opened, columns=list(names)))
-        rows: list[dict[str, Any]] = table.to_pylist()
-        return rows
-
-    def _figures_of(self, file: str) -> list[ResultRef]:
-        if file.endswith(".tar"):
-            rows = [json.loads(sample["json"]) for sample in self._samples(file)]
+    def _figures_of(self, span: Span) -> list[ResultRef]:
+        if span.path.endswith(".tar"):
+            rows = [json.loads(sample["json"]) for sample in samples_of(self.fs, self.root, span)]
         else:
-            rows = self._columns(file, ("id", "edit", "method", *NAMES))
+            rows = table_of(self.fs, self.root, span, ("id", "edit", "method", *NAMES)).to_pylist()
         return [
             ResultRef(
-                file=file,
+                span=span,
                 row=at,
                 id=row["id"],
                 edit=row["edit"],
@@ -161,9 +165,9 @@ class RunFolder:
         ]
 
     def _load(self, refs: Sequence[ResultRef]) -> list[Result]:
-        file = refs[0].file
+        span = refs[0].span
         wanted = {ref.row: ref for ref in refs}
-        rows = self._rows_of_tar(file) if file.endswith(".tar") else self._rows_of_parquet(file, set(wanted))
+        rows = self._rows_of_tar(span) if span.path.endswith(".tar") else self._rows_of_parquet(span, set(wanted))
         return [
             Result(
                 ref=wanted[at],
@@ -177,53 +181,16 @@ class RunFolder:
             if at in wanted
         ]
 
-    def _rows_of_parquet(self, file: str, wanted: set[int]) -> list[tuple[int, dict[str, Any]]]:
-        return read_part(self.fs, f"{self.root}/{file}", lambda opened: list(_rows_of_groups(opened, wanted)))
+    def _rows_of_parquet(self, span: Span, wanted: set[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        for at in sorted(wanted):
+            one = replace(span, start=span.start + at, rows=1)  # its row group alone is read
+            (row,) = table_of(self.fs, self.root, one, (*TEXTS, *INPUTS, "mask", "image")).to_pylist()
+            source = next(row[name] for name in INPUTS if name in row)
+            pictures = {"input": source, "mask": row["mask"], "image": row["image"]}
+            yield at, row | {name: picture and picture["bytes"] for name, picture in pictures.items()}
 
-    def _rows_of_tar(self, file: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        for at, sample in enumerate(self._samples(file)):
+    def _rows_of_tar(self, span: Span) -> Iterator[tuple[int, dict[str, Any]]]:
+        for at, sample in enumerate(samples_of(self.fs, self.root, span)):
             source = sample.get("input.png") or sample["thumbnail.jpg"]
             image = next(data for name, data in sample.items() if name.startswith("edited."))
             yield at, json.loads(sample["json"]) | {"input": source, "mask": sample.get("mask.png"), "image": image}
-
-    def _samples(self, file: str) -> Iterator[dict[str, bytes]]:
-        data = get(self.fs, f"{self.root}/{file}")
-        if data is None:
-            raise SinkError(f"{file} of {public_url(self.sink.folder)} vanished while it was read. Try again")
-        yield from tar_samples(data)
-
-
-def _rows_of_groups(opened: BinaryIO, wanted: set[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-    parquet = pq.ParquetFile(opened)
-    names = parquet.schema_arrow.names
-    source = "input" if "input" in names else "input_thumbnail"
-    start = 0
-    for group in range(parquet.num_row_groups):
-        stop = start + parquet.metadata.row_group(group).num_rows
-        if here := sorted(at for at in wanted if start <= at < stop):
-            table = parquet.read_row_group(group, columns=[*TEXTS, source, "mask", "image"])
-            for at in here:
-                (row,) = table.slice(at - start, 1).to_pylist()
-                pictures = {"input": row[source], "mask": row["mask"], "image": row["image"]}
-                yield at, row | {name: picture and picture["bytes"] for name, picture in pictures.items()}
-        start = stop
-
-
-def tar_samples(data: bytes) -> Iterator[dict[str, bytes]]:
-    """Samples of a tar of ours, {member: bytes}. Ours are whole and in order: the standard library will do."""
-    key = ""
-    sample: dict[str, bytes] = {}
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        for member in tar:
-            opened = tar.extractfile(member)
-            if opened is None:
-                continue
-            name, _, extension = member.name.partition(".")
-            # A member that comes again begins a sample as well: a doubled row is two rows.
-            if sample and (name != key or extension in sample):
-                yield sample
-                sample = {}
-            key = name
-            sample[extension] = opened.read()
-    if sample:
-        yield sample

@@ -19,7 +19,7 @@ Key = tuple[str, int]
 
 def key_of(ref: ResultRef) -> Key:
     """What tells a result from all others of its run."""
-    return ref.file, ref.row
+    return ref.file, ref.row_in_file
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from types import TracebackType
 
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
-from pipeline.writing.commit import get, put, remove
+from pipeline.writing.files import get, put, remove
 
 FOLDER = "_attempts"
 ALONE_FROM = 3  # the attempt from which on a unit is done row by row

@@ -18,7 +18,8 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
 from pipeline.writing.attempts import FOLDER as ATTEMPTS
-from pipeline.writing.commit import Committed, is_temporary, list_folder, remove
+from pipeline.writing.commit import Committed
+from pipeline.writing.files import is_temporary, list_folder, remove
 
 # No put takes as long: a younger temporary file may be one that a worker is about to rename. The process id in its name
 # proves nothing, since that worker may be on another machine, of a driver that has died.

@@ -7,19 +7,16 @@ more. So a run may die anywhere, and two workers may commit one unit, without a 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
 import posixpath
-import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -29,7 +26,9 @@ from pipeline.errors import SinkError
 from pipeline.reading.storage import open_fs, retrying
 from pipeline.recipe import SinkConfig
 from pipeline.showing import describe, public_url
+from pipeline.writing.files import get, list_folder, put, remove
 from pipeline.writing.manifest import (
+    KINDS,
     FileRecord,
     Manifest,
     data_path,
@@ -38,11 +37,10 @@ from pipeline.writing.manifest import (
     shard_path,
     split_unit_id,
 )
+from pipeline.writing.merged import Merged
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
-TEMPORARY_SUFFIX = ".tmp"
 LISTERS = 8  # shards whose manifests are read side by side: on an object store each costs a few round trips
 
 
@@ -69,118 +67,12 @@ def commit(finished: FinishedUnit, sink: SinkConfig) -> Manifest:
     unit = finished.manifest.unit
     # An attempt that died before its manifest may have written a kind of file that this one has not: its rows may
     # since have been found to kill their process.
-    for path in {data_path(unit, sink.format), quarantine_path(unit)} - {path for path, _ in finished.files}:
+    for path in {data_path(unit, sink), quarantine_path(unit, sink)} - {path for path, _ in finished.files}:
         remove(fs, f"{root}/{path}")
     for path, data in finished.files:
         put(fs, f"{root}/{path}", data)
     put(fs, f"{root}/{manifest_path(finished.manifest.unit)}", finished.manifest.to_bytes())
     return finished.manifest
-
-
-def put(fs: AbstractFileSystem, path: str, data: bytes, *, durable: bool = True) -> None:
-    """Write a whole file or none of it: no reader, and no kill, meets a part.
-
-    Args:
-        fs: where to.
-        path: in it.
-        data: the content.
-        durable: whether a local file is to outlive a crash of the machine.
-
-    Raises:
-        SinkError: says which file, and why not.
-    """
-    try:
-        if isinstance(fs, LocalFileSystem):
-            _put_local(Path(path), data, durable)
-        else:
-            # One upload is atomic on an object store. Never rename there: that is a copy and a delete. A large file
-            # goes up in parts, which are no object before the last call completes them: what a killed upload leaves
-            # is never listed or read, so nothing here cleans it; a lifecycle rule of the bucket frees its space.
-            retrying()(fs.pipe_file, path, data)
-    except Exception as error:  # those of botocore and aiohttp share no other base
-        raise SinkError(
-            f"{public_url(path)} cannot be written: {describe(error)}. Check sink.folder, its permissions and its space"
-        ) from error
-
-
-def _put_local(path: Path, data: bytes, durable: bool) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same directory, since only there a rename is atomic; the dot hides it from `data/*.parquet`.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if not durable:
-        return
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # or a crash of the machine may forget the new name
-    finally:
-        os.close(directory)
-
-
-def is_temporary(path: str) -> bool:
-    """Whether a file is one that a local `put` began: a kill leaves it behind, and no reader takes it."""
-    name = posixpath.basename(path)
-    return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
-
-
-def get(fs: AbstractFileSystem, path: str) -> bytes | None:
-    """A file's content, or None where there is none.
-
-    Raises:
-        SinkError: it can neither be read nor be said to be missing.
-    """
-    try:
-        data: bytes = retrying()(fs.cat_file, path)
-        return data
-    except FileNotFoundError:
-        return None
-    except Exception as error:
-        raise SinkError(
-            f"{public_url(path)} cannot be read: {describe(error)}. Check sink.folder and its permissions"
-        ) from error
-
-
-def read_part(fs: AbstractFileSystem, path: str, take: Callable[[BinaryIO], T]) -> T:
-    """What `take` reads of a file, for files of which a part is enough; from a fresh open where the store fails.
-
-    Raises:
-        SinkError: it cannot be opened or read.
-    """
-
-    def attempt() -> T:
-        with fs.open(path, "rb") as opened:
-            return take(opened)
-
-    try:
-        return retrying()(attempt)
-    except Exception as error:
-        raise SinkError(
-            f"{public_url(path)} cannot be read: {describe(error)}. To look for damage: shardedit verify"
-        ) from error
-
-
-def remove(fs: AbstractFileSystem, path: str) -> None:
-    """Remove a file that may be there.
-
-    Raises:
-        SinkError: it can neither be removed nor be said to be missing.
-    """
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            retrying()(fs.rm_file, path)
-    except Exception as error:
-        raise SinkError(
-            f"{public_url(path)} cannot be removed: {describe(error)}. Check sink.folder and its permissions"
-        ) from error
 
 
 @dataclass(slots=True)
@@ -228,34 +120,25 @@ def committed_units(sink: SinkConfig, *, trusted: bool = True) -> Iterator[Manif
     """
     fs, root = open_fs(sink.folder, sink.storage_options)
     fs.invalidate_cache()  # s3fs remembers listings
+    merged = Merged(fs, root) if trusted else None
     # In this order, since folding goes from the first to the second: a shard is seen in one of them, or in both.
     loose = {posixpath.basename(path.rstrip("/")) for path in list_folder(fs, f"{root}/_units")}
     folded = {posixpath.basename(path).removesuffix(".json") for path in list_folder(fs, f"{root}/_shards")}
     slugs = iter(sorted(loose | folded))
     with ThreadPoolExecutor(LISTERS) as pool:
         while window := list(islice(slugs, 4 * LISTERS)):
-            for manifests in pool.map(lambda slug: units_of_shard(fs, root, slug, trusted), window):
+            for manifests in pool.map(lambda slug: units_of_shard(fs, root, slug, merged), window):
                 yield from manifests
 
 
-def list_folder(fs: AbstractFileSystem, path: str) -> dict[str, int]:
-    """What stands in a folder, {path: size}; empty where there is no such folder.
-
-    Raises:
-        SinkError: it cannot be listed.
-    """
-    try:
-        return {entry["name"]: entry["size"] or 0 for entry in retrying()(fs.ls, path, detail=True)}
-    except FileNotFoundError:
-        return {}
-    except Exception as error:
-        raise SinkError(
-            f"{public_url(path)} cannot be listed: {describe(error)}. Check sink.folder and its permissions"
-        ) from error
-
-
-def units_of_shard(fs: AbstractFileSystem, root: str, slug: str, trusted: bool = True) -> list[Manifest]:
+def units_of_shard(fs: AbstractFileSystem, root: str, slug: str, merged: Merged | None) -> list[Manifest]:
     """A shard's part of `committed_units`, by chunk; each unit once, though folding may be half done.
+
+    Args:
+        fs: the file system.
+        root: of the run's folder in it.
+        slug: of the shard.
+        merged: where units' files may be instead; None: they are not looked at.
 
     Raises:
         SinkError: it cannot be read.
@@ -265,10 +148,16 @@ def units_of_shard(fs: AbstractFileSystem, root: str, slug: str, trusted: bool =
     # After the loose ones, which only go once the folded ones are there. Loose ones win: their unit was done again.
     chunks = {manifest.chunk: manifest for manifest in (*_folded(fs, f"{root}/{shard_path(slug)}"), *loose)}
     manifests = [chunks[chunk] for chunk in sorted(chunks)]
-    if not trusted:
+    if merged is None:
         return manifests
-    sizes = _sizes(fs, root, slug, manifests)
-    return [manifest for manifest in manifests if _files_are_there(manifest, sizes)]
+    there = _whole(fs, root, slug, manifests, merged)
+    if len(there) < len(manifests) and merged.changed:  # merged, and so removed, while they were looked for
+        merged.reload()
+        there = _whole(fs, root, slug, manifests, merged)
+    for manifest in manifests:
+        if manifest.unit not in there:
+            log.warning("a file of unit %s is missing or not of the listed size: it is done again", manifest.unit)
+    return [manifest for manifest in manifests if manifest.unit in there]
 
 
 def _parsed(fs: AbstractFileSystem, path: str) -> Manifest | None:
@@ -306,17 +195,27 @@ def _folded(fs: AbstractFileSystem, path: str) -> list[Manifest]:
         return []
 
 
-def _sizes(fs: AbstractFileSystem, root: str, slug: str, manifests: Iterable[Manifest]) -> dict[str, int]:
+def _whole(fs: AbstractFileSystem, root: str, slug: str, manifests: Iterable[Manifest], merged: Merged) -> set[str]:
+    """The units whose files are all there, alone or merged."""
+    alone = {
+        manifest.unit: [file for file in manifest.files if merged.find(file, manifest.unit) is None]
+        for manifest in manifests
+    }
+    sizes = _sizes(fs, root, slug, sorted(file.path for files in alone.values() for file in files))
+    return {unit for unit, files in alone.items() if all(sizes.get(file.path) == file.size for file in files)}
+
+
+def _sizes(fs: AbstractFileSystem, root: str, slug: str, listed: list[str]) -> dict[str, int]:
     """Sizes of a shard's files, by path relative to the root."""
-    listed = sorted({file.path for manifest in manifests for file in manifest.files})
     if isinstance(fs, LocalFileSystem):
         there = ((path, Path(root, path)) for path in listed)
         return {path: file.stat().st_size for path, file in there if file.is_file()}
     sizes: dict[str, int] = {}
     for folder in sorted({posixpath.dirname(path) for path in listed}):
         # One listing for the whole shard, not a request per file.
+        prefix = f"part-{slug}-" if folder in KINDS else ""
         try:
-            found: dict[str, Any] = retrying()(fs.find, f"{root}/{folder}", prefix=f"part-{slug}-", detail=True)
+            found: dict[str, Any] = retrying()(fs.find, f"{root}/{folder}", prefix=prefix, detail=True)
         except Exception as error:
             raise SinkError(
                 f"{public_url(f'{root}/{folder}')} cannot be listed: {describe(error)}. Check sink.folder and its "
@@ -324,11 +223,3 @@ def _sizes(fs: AbstractFileSystem, root: str, slug: str, manifests: Iterable[Man
             ) from error
         sizes |= {f"{folder}/{posixpath.basename(path)}": entry["size"] for path, entry in found.items()}
     return sizes
-
-
-def _files_are_there(manifest: Manifest, sizes: dict[str, int]) -> bool:
-    for file in manifest.files:
-        if sizes.get(file.path) != file.size:
-            log.warning("%s is missing or not of the listed size: unit %s is done again", file.path, manifest.unit)
-            return False
-    return True

@@ -16,7 +16,7 @@ from pipeline.writing.commit import FinishedUnit, file_record
 from pipeline.writing.manifest import Counts, Manifest, Measured, data_path, quarantine_path
 from pipeline.writing.parquet import render_parquet
 from pipeline.writing.quarantine import render_quarantine
-from pipeline.writing.rows import Row, schema
+from pipeline.writing.rows import Row, schema, shared_columns
 from pipeline.writing.webdataset import render_tar
 
 
@@ -46,9 +46,9 @@ def finish_unit(
     _check_once_each(unit_input, rows, failed)
     files: list[tuple[str, bytes, int]] = []
     if rows:
-        files.append((data_path(unit.id, recipe.sink.format), _render(rows, recipe), len(rows)))
+        files.append((data_path(unit.id, recipe.sink), _render(rows, recipe), len(rows)))
     if failed:
-        files.append((quarantine_path(unit.id), render_quarantine(failed, unit.id), len(failed)))
+        files.append((quarantine_path(unit.id, recipe.sink), render_quarantine(failed, unit.id), len(failed)))
     counts = Counts(
         images=len(unit_input.rows),
         asked=len(encoded),
@@ -80,10 +80,7 @@ def finish_unit(
 def _render(rows: Sequence[Row], recipe: Recipe) -> bytes:
     if recipe.sink.format == "webdataset":
         return render_tar(rows)
-    include_input = recipe.sink.include_input
-    return render_parquet(
-        rows, schema(include_input), shared=["input.bytes" if include_input else "input_thumbnail.bytes"]
-    )
+    return render_parquet(rows, schema(recipe.sink.include_input), shared_columns(recipe.sink))
 
 
 class _Order:

@@ -21,8 +21,10 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
-from pipeline.writing.commit import LISTERS, Committed, get, list_folder, put, remove, units_of_shard
+from pipeline.writing.commit import LISTERS, Committed, units_of_shard
+from pipeline.writing.files import get, list_folder, put, remove
 from pipeline.writing.manifest import Manifest, shard_path
+from pipeline.writing.merged import Merged
 
 FOLD_FROM = 16  # units; of fewer the requests are few as well, and a small run's folder is easier to look into
 
@@ -36,19 +38,20 @@ def fold_finished_shards(sink: SinkConfig) -> int:
     fs, root = open_fs(sink.folder, sink.storage_options)
     fs.invalidate_cache()
     slugs = iter(sorted(posixpath.basename(path.rstrip("/")) for path in list_folder(fs, f"{root}/_units")))
+    merged = Merged(fs, root)
     folded = 0
     with ThreadPoolExecutor(LISTERS) as pool:
         while window := list(islice(slugs, 4 * LISTERS)):
-            folded += sum(pool.map(partial(_fold, fs, root), window))
+            folded += sum(pool.map(partial(_fold, fs, root, merged), window))
     return folded
 
 
-def _fold(fs: AbstractFileSystem, root: str, slug: str) -> bool:
+def _fold(fs: AbstractFileSystem, root: str, merged: Merged, slug: str) -> bool:
     loose = [path for path in list_folder(fs, f"{root}/_units/{slug}") if path.endswith(".json")]
     there = get(fs, f"{root}/{shard_path(slug)}") is not None  # an earlier run folded, or was killed while it did
     if not there and len(loose) < FOLD_FROM:
         return False
-    manifests = units_of_shard(fs, root, slug)
+    manifests = units_of_shard(fs, root, slug, merged)
     committed = Committed()
     for manifest in manifests:
         committed.add(manifest)

@@ -41,7 +41,7 @@ from pipeline.errors import RunAborted, SinkError
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
 from pipeline.showing import describe, public_url
-from pipeline.writing.commit import get, list_folder, put, remove
+from pipeline.writing.files import get, list_folder, put, remove
 
 log = logging.getLogger(__name__)
 

@@ -2,6 +2,9 @@
 
     _units/<shard slug>/<chunk>.json      or, of a finished shard, all of them in _shards/<shard slug>.json
 
+The files that it lists stand in _parts/ until the run is whole and they are merged (writing/merging.py), or in data/
+and quarantine/ from the beginning where `sink.shard_size` is 0.
+
 Everything but `measured` derives from the input, the recipe and the model: two runs write the same.
 """
 
@@ -12,16 +15,21 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.recipe import SinkConfig
 from pipeline.records import Unit
 
 SUFFIXES = {"parquet": "parquet", "webdataset": "tar"}
+KINDS = ("data", "quarantine")  # of files: results, and what failed
+PARTS = "_parts"  # folder of units' files until they are merged
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """Base of what is written as JSON."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class FileRecord(_Part):
+class FileRecord(Part):
     """One written file."""
 
     path: str  # relative to the run's folder, "/"-separated
@@ -30,7 +38,7 @@ class FileRecord(_Part):
     rows: int
 
 
-class Counts(_Part):
+class Counts(Part):
     """How a unit went. `asked` counts results, one per (image, edit, method); every one is ok or failed."""
 
     images: int
@@ -41,7 +49,7 @@ class Counts(_Part):
     failed_by_class: dict[str, int]
 
 
-class Measured(_Part):
+class Measured(Part):
     """What may differ from run to run."""
 
     worker_seconds: float  # the worker's share of time; the sum over a worker's units is the time it was busy
@@ -49,7 +57,7 @@ class Measured(_Part):
     unet_rows: int  # asked for in that time; units that overlap in a worker share theirs, the sum is exact
 
 
-class Manifest(_Part):
+class Manifest(Part):
     """See the module."""
 
     schema_version: Literal[1] = 1
@@ -69,6 +77,11 @@ class Manifest(_Part):
     counts: Counts
     measured: Measured
 
+    @property
+    def by_kind(self) -> dict[str, FileRecord]:
+        """The files by what they hold: "data", "quarantine", or both."""
+        return {kind_of(file.path): file for file in self.files}
+
     def to_bytes(self) -> bytes:
         """JSON in one fixed spelling."""
         return (json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=True) + "\n").encode()
@@ -80,14 +93,26 @@ def manifest_path(unit: Unit | str) -> str:
     return f"_units/{slug}/{chunk}.json"
 
 
-def data_path(unit_id: str, format: Literal["parquet", "webdataset"]) -> str:
+def data_path(unit_id: str, sink: SinkConfig) -> str:
     """Where a unit's results stand, relative to the run's folder."""
-    return f"data/part-{unit_id}.{SUFFIXES[format]}"
+    return _file_path("data", unit_id, SUFFIXES[sink.format], sink)
 
 
-def quarantine_path(unit_id: str) -> str:
+def quarantine_path(unit_id: str, sink: SinkConfig) -> str:
     """Where what failed in a unit stands, relative to the run's folder."""
-    return f"quarantine/part-{unit_id}.parquet"
+    return _file_path("quarantine", unit_id, "parquet", sink)
+
+
+def _file_path(kind: str, unit_id: str, suffix: str, sink: SinkConfig) -> str:
+    if not sink.shard_size:  # never merged: readers of data/ are to see it
+        return f"{kind}/part-{unit_id}.{suffix}"
+    slug, chunk = split_unit_id(unit_id)
+    return f"{PARTS}/{kind}/{slug}/{chunk}.{suffix}"
+
+
+def kind_of(path: str) -> str:
+    """Whether a listed file holds "data" or "quarantine"."""
+    return path.removeprefix(f"{PARTS}/").partition("/")[0]
 
 
 def shard_path(slug: str) -> str:

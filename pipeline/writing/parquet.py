@@ -1,4 +1,4 @@
-"""Rows of one unit as one Parquet file, in memory.
+"""Rows as a Parquet file: those of one unit in memory, those of a merged file group by group.
 
 The same rows give the same bytes: fixed codecs and row groups, no time. Encoded images are stored as they are (they do
 not shrink further); an input image that several rows share is stored once per row group, in the column's dictionary.
@@ -7,8 +7,8 @@ not shrink further); an input image that several rows share is stored once per r
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,17 +27,39 @@ def render_parquet(rows: Sequence[dict[str, Any]], schema: pa.Schema, shared: Se
         shared: paths of binary columns whose values repeat from row to row.
     """
     buffer = io.BytesIO()
+    with parquet_writer(buffer, schema, shared) as writer:
+        for group in _groups(rows):
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+    return buffer.getvalue()
+
+
+def parquet_writer(file: BinaryIO, schema: pa.Schema, shared: Sequence[str] = ()) -> pq.ParquetWriter:
+    """Writes row groups as they come; see `render_parquet`."""
     codecs = {path: "none" if path.endswith("bytes") or path == "image" else "zstd" for path in _leaves(schema)}
-    with pq.ParquetWriter(
-        buffer,
+    return pq.ParquetWriter(
+        file,
         schema,
         compression=codecs,
         use_dictionary=[*shared, *(path for path in codecs if not path.endswith("bytes") and path != "image")],
         dictionary_pagesize_limit=DICTIONARY_BYTES,
-    ) as writer:
-        for group in _groups(rows):
-            writer.write_table(pa.Table.from_pylist(group, schema=schema))
-    return buffer.getvalue()
+    )
+
+
+def regroup(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Rows as they stand in other files, in row groups such as `render_parquet` makes: however they were cut before."""
+    group: list[pa.RecordBatch] = []
+    size = 0
+    for batch in batches:
+        for at in range(batch.num_rows):
+            row = batch.slice(at, 1)
+            weight = row.nbytes
+            if group and (len(group) == ROWS_PER_GROUP or size + weight > BYTES_PER_GROUP):
+                yield pa.Table.from_batches(group, schema).combine_chunks()
+                group, size = [], 0
+            group.append(row)
+            size += weight
+    if group:
+        yield pa.Table.from_batches(group, schema).combine_chunks()
 
 
 def _leaves(schema: pa.Schema) -> list[str]:

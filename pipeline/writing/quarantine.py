@@ -33,9 +33,12 @@ SCHEMA = pa.schema(
 )
 
 
+SHARED = ("image",)  # columns whose values repeat from row to row: an image has several results
+
+
 def render_quarantine(rejected: Sequence[Rejected], unit: str) -> bytes:
     """Write what failed in a unit, in the order given."""
-    return render_parquet([quarantine_row(one, unit) for one in rejected], SCHEMA, shared=["image"])
+    return render_parquet([quarantine_row(one, unit) for one in rejected], SCHEMA, shared=SHARED)
 
 
 def quarantine_row(rejected: Rejected, unit: str) -> dict[str, Any]:

@@ -11,24 +11,17 @@ from __future__ import annotations
 
 import json
 import posixpath
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from fsspec import AbstractFileSystem
 
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
-from pipeline.writing.commit import (
-    FinishedUnit,
-    commit,
-    get,
-    list_folder,
-    manifest_of,
-    put,
-    remove,
-    units_of_shard,
-)
+from pipeline.writing.commit import FinishedUnit, commit, manifest_of, units_of_shard
+from pipeline.writing.files import get, list_folder, put, remove
 from pipeline.writing.folding import folded_bytes
-from pipeline.writing.manifest import FileRecord, Manifest, manifest_path, shard_path, split_unit_id
+from pipeline.writing.manifest import KINDS, FileRecord, Manifest, manifest_path, shard_path, split_unit_id
+from pipeline.writing.merged import INDEX, Index, Merged
 
 NOTES = "_replacing"
 
@@ -103,10 +96,37 @@ def take_back(manifest: Manifest, sink: SinkConfig) -> None:
     slug, _ = split_unit_id(manifest.unit)
     folded = f"{root}/{shard_path(slug)}"
     if fs.exists(folded):
-        others = [one for one in units_of_shard(fs, root, slug, trusted=False) if one.unit != manifest.unit]
+        others = [one for one in units_of_shard(fs, root, slug, None) if one.unit != manifest.unit]
         put(fs, folded, folded_bytes(others))
     for file in manifest.files:
         remove(fs, f"{root}/{file.path}")
+
+
+def take_back_merged(contents: Iterable[str], sink: SinkConfig) -> None:
+    """Undo the writing of merged files, first in the index: the next run makes their units again.
+
+    Args:
+        contents: paths of the files' contents, as the index names them.
+        sink: where the run stands.
+
+    Raises:
+        SinkError: something cannot be removed.
+    """
+    fs, root = open_fs(sink.folder, sink.storage_options)
+    merged = Merged(fs, root, trusted=False)
+    bad = set(contents)
+    slots = {kind: merged.slots(kind) for kind in KINDS}
+    index = Index(
+        slots={
+            kind: tuple(slot.model_copy(update={"file": None}) if slot.contents in bad else slot for slot in some)
+            for kind, some in slots.items()
+        }
+    )
+    put(fs, f"{root}/{INDEX}", index.to_bytes())
+    for slot in (slot for some in slots.values() for slot in some if slot.contents in bad):
+        if slot.file is not None:
+            remove(fs, f"{root}/{slot.file.path}")
+        remove(fs, f"{root}/{slot.contents}")
 
 
 def _settle(fs: AbstractFileSystem, root: str, note: str) -> None:

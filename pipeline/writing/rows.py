@@ -83,6 +83,11 @@ def schema(include_input: bool) -> pa.Schema:
     return pa.schema(list(columns.items()), metadata=metadata)
 
 
+def shared_columns(sink: SinkConfig) -> list[str]:
+    """Paths of the columns whose values repeat from row to row: an image has several results."""
+    return ["input.bytes" if sink.include_input else "input_thumbnail.bytes"]
+
+
 def _feature(kind: pa.DataType) -> Any:
     # `[...]` is a list to every version of `datasets`; the spelling "List" is unknown before version 4.
     return [_FEATURES[kind.value_type]] if pa.types.is_list(kind) else _FEATURES[kind]

@@ -25,7 +25,7 @@ from pipeline.models.backbone import ModelRecord
 from pipeline.reading.storage import open_fs, retrying
 from pipeline.recipe import Recipe, SinkConfig
 from pipeline.showing import public_url
-from pipeline.writing.commit import get, put
+from pipeline.writing.files import get, put
 
 if TYPE_CHECKING:
     from pipeline.reading.units import Shard
@@ -152,9 +152,8 @@ def check_schema(record: Any, where: str) -> None:
 
 
 def _first_stranger(fs: AbstractFileSystem, root: str) -> str | None:
-    return next(
-        (folder for folder in ("data", "quarantine", "_units") if retrying()(fs.exists, f"{root}/{folder}")), None
-    )
+    folders = ("data", "quarantine", "_parts", "_units")
+    return next((folder for folder in folders if retrying()(fs.exists, f"{root}/{folder}")), None)
 
 
 def write_run_record(record: RunRecord, sink: SinkConfig) -> None:

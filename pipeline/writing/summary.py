@@ -11,8 +11,10 @@ from typing import Literal
 from pipeline.reading.shards import Shard, shard_slug
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
-from pipeline.writing.commit import Committed, put
-from pipeline.writing.manifest import Manifest
+from pipeline.writing.commit import Committed
+from pipeline.writing.files import put
+from pipeline.writing.manifest import FileRecord, Manifest
+from pipeline.writing.merged import Merged
 
 SUMMARY_FILE = "summary.json"
 Outcome = Literal["complete", "complete with failures", "over the error budget", "stopped early"]
@@ -45,7 +47,7 @@ class Summary:
     seconds: float  # that this takes at that rate: workers' time, over the number of workers
     worker_seconds: float
     unet_rows: int
-    output_bytes: int  # of data/ and quarantine/
+    output_bytes: int  # of data and quarantine
     failed_by_stage: dict[str, int]
     failed_by_class: dict[str, int]
     outcome: Outcome
@@ -59,6 +61,7 @@ def summarise(
     units_now: int,
     max_failed_fraction: float,
     strict: bool = False,
+    merged: Merged | None = None,
 ) -> Summary:
     """Add manifests up.
 
@@ -68,8 +71,9 @@ def summarise(
         units_now: units that this run of the command has committed.
         max_failed_fraction: of all results asked for; more is over the error budget.
         strict: any failed result gives another exit code than 0.
+        merged: where the units' files are instead, for the bytes that they take.
     """
-    committed, totals = Committed(), Totals()
+    committed, totals = Committed(), Totals(merged)
     for manifest in manifests:
         committed.add(manifest)
         totals.add(manifest)
@@ -80,9 +84,14 @@ def summarise(
 
 
 class Totals:
-    """Sums over manifests; none is kept."""
+    """Sums over manifests; none is kept.
 
-    def __init__(self) -> None:
+    Args:
+        merged: where the units' files are instead, for the bytes that they take.
+    """
+
+    def __init__(self, merged: Merged | None = None) -> None:
+        self._merged = merged
         self._sums: Counter[str] = Counter()
         self._stages: Counter[str] = Counter()
         self._classes: Counter[str] = Counter()
@@ -103,12 +112,15 @@ class Totals:
             ok=counts.ok,
             failed=counts.failed,
             unet_rows=measured.unet_rows,
-            bytes=sum(file.size for file in manifest.files),
+            bytes=sum(file.size for file in manifest.files if not self._is_merged(file, manifest.unit)),
         )
         self._stages.update(counts.failed_by_stage)
         self._classes.update(counts.failed_by_class)
         self._worker_seconds += measured.worker_seconds
         self._seconds += measured.worker_seconds / measured.workers
+
+    def _is_merged(self, file: FileRecord, unit: str) -> bool:
+        return self._merged is not None and self._merged.find(file, unit) is not None
 
     def summary(self, *, complete: bool, units_now: int, max_failed_fraction: float, strict: bool = False) -> Summary:
         """What was added, as a summary."""
@@ -131,7 +143,7 @@ class Totals:
             seconds=round(seconds, 3),
             worker_seconds=round(self._worker_seconds, 3),
             unet_rows=sums["unet_rows"],
-            output_bytes=sums["bytes"],
+            output_bytes=sums["bytes"] + (self._merged.size if self._merged else 0),
             failed_by_stage=dict(sorted(self._stages.items())),
             failed_by_class=dict(sorted(self._classes.items())),
             outcome=outcome,

@@ -14,7 +14,8 @@ from pipeline.errors import SinkError
 from pipeline.recipe import Recipe, SinkConfig, recipe_from
 from pipeline.records import Rejected
 from pipeline.writing import commit as commit_module
-from pipeline.writing.commit import Committed, FinishedUnit, commit, committed_units, put
+from pipeline.writing.commit import Committed, FinishedUnit, commit, committed_units
+from pipeline.writing.files import put
 from pipeline.writing.finish import finish_unit
 from pipeline.writing.manifest import Manifest, manifest_path
 from pipeline.writing.rows import Row, encode_outcome

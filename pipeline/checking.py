@@ -1,0 +1,173 @@
+"""What is wrong with the rows of a file or unit: pictures that do not open, results that are missing or there twice."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from itertools import islice, product
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from pipeline.reading.shards import shard_slug
+from pipeline.showing import describe
+from pipeline.writing.manifest import Manifest, kind_of
+from pipeline.writing.run_record import RunRecord
+from pipeline.writing.spans import tar_samples
+
+ROWS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What run.json says of every unit."""
+
+    methods: tuple[str, ...]
+    unit_size: int
+    recipe_hash: str
+    model_digest: str
+    call_size: int
+    shards: Mapping[str, str]  # path by slug
+
+    @staticmethod
+    def of(record: RunRecord) -> Asked:
+        """Of a run."""
+        recipe = record.recipe
+        return Asked(
+            methods=tuple(recipe["methods"]) or (recipe["editing"]["method"],),
+            unit_size=recipe["run"]["unit_size"],
+            recipe_hash=record.recipe_hash,
+            model_digest=record.model["digest"],
+            call_size=record.call_size,
+            shards={shard_slug(path): path for path, _, _ in record.input},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What a row answers, and where it stands."""
+
+    shard: str
+    index: int
+    id: str
+    edit: str
+    method: str
+    ok: bool  # in data/
+
+    def text(self) -> str:
+        """For findings."""
+        return f"({self.id}, {self.edit}, {self.method})"
+
+
+class BrokenError(Exception):
+    """A file or one of its pictures does not open."""
+
+
+def read_keys(path: str, opened: BinaryIO, pool: Executor | None = None) -> list[Key]:
+    """Every row of a file, its pictures decoded.
+
+    Args:
+        path: relative to the run's folder: says what the file is.
+        opened: the file.
+        pool: decodes pictures side by side.
+
+    Raises:
+        BrokenError: says what does not open.
+    """
+    is_data = kind_of(path) == "data"
+    keys: list[Key] = []
+    decode = pool.map if pool else map
+    try:
+        rows = _tar_rows(opened) if path.endswith(".tar") else _parquet_rows(opened, is_data)
+        while some := list(islice(rows, ROWS_AT_ONCE)):
+            found = [Key(row["shard"], row["index"], row["id"], row["edit"], row["method"], is_data) for row, _ in some]
+            has_mask = [row.get("mask_share") is not None for row, _ in some]
+            list(decode(_check_pictures, found, [pictures for _, pictures in some], has_mask))
+            keys += found
+    except (pa.ArrowException, tarfile.TarError, OSError, ValueError, KeyError) as error:
+        raise BrokenError(describe(error)) from error
+    return keys
+
+
+def _parquet_rows(opened: BinaryIO, is_data: bool) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
+    for batch in pq.ParquetFile(opened).iter_batches(batch_size=ROWS_AT_ONCE):
+        for row in batch.to_pylist():
+            names = [name for name in ("image", "mask", "input", "input_thumbnail") if is_data and name in row]
+            stored = {name: row[name] for name in names}
+            stored |= {f"mask.{at}": mask for at, mask in enumerate(row.get("masks", ()))}
+            yield row, {name: picture["bytes"] for name, picture in stored.items() if picture is not None}
+
+
+def _tar_rows(opened: BinaryIO) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
+    for sample in tar_samples(opened):
+        pictures = {
+            "image" if name.startswith("edited.") else name.removesuffix(".png").removesuffix(".jpg"): member
+            for name, member in sample.items()
+            if name.startswith(("edited.", "mask.", "input.", "thumbnail."))
+        }
+        yield json.loads(sample["json"]), pictures
+
+
+def _check_pictures(key: Key, pictures: Mapping[str, bytes], has_mask: bool) -> None:
+    """Decode every picture of a row.
+
+    Raises:
+        BrokenError: one is not there or does not decode, or a mask does not fit its image.
+    """
+    if not key.ok:
+        return
+    if "image" not in pictures:
+        raise BrokenError(f"{key.text()} has no image")
+    if ("mask" in pictures) != has_mask:
+        raise BrokenError(f"{key.text()} has {'no mask' if has_mask else 'a mask'}, which its mask_share contradicts")
+    sizes = {}
+    for name, data in pictures.items():
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+                sizes[name] = image.size
+        except Exception as error:  # decoders raise what they like
+            raise BrokenError(f"{name} of {key.text()} does not decode: {describe(error)}") from error
+    for name, size in sizes.items():
+        if name.startswith("mask") and size != sizes["image"]:
+            raise BrokenError(f"{name} of {key.text()} is {size[0]} x {size[1]}, its image is not")
+
+
+def row_problems(manifest: Manifest, rows: list[Key], asked: Asked) -> Iterator[str]:
+    """Whether data and quarantine together hold what the unit was asked for, once each."""
+    counts = manifest.counts
+    for name, says, found in (
+        ("data/", counts.ok, sum(row.ok for row in rows)),
+        ("quarantine/", counts.failed, sum(not row.ok for row in rows)),
+    ):
+        if says != found:
+            yield f"{found} row(s) of unit {manifest.unit} in {name}, its manifest says {says}"
+    if counts.asked != counts.ok + counts.failed:
+        yield f"the manifest of unit {manifest.unit} asks for {counts.asked}, and has {counts.ok} + {counts.failed}"
+    for row, count in Counter((row.index, row.edit, row.method) for row in rows).items():
+        if count > 1:
+            twice = next(one for one in rows if (one.index, one.edit, one.method) == row)
+            yield f"{twice.text()} is there {count} times"
+    edits: dict[int, set[tuple[str, str]]] = {}
+    ids: dict[int, set[str]] = {}
+    for one in rows:
+        if one.shard != manifest.shard or not manifest.start <= one.index < manifest.stop:
+            yield f"{one.text()} belongs to another unit"
+            continue
+        edits.setdefault(one.index, set()).add((one.edit, one.method))
+        ids.setdefault(one.index, set()).add(one.id)
+    for index in range(manifest.start, manifest.stop):
+        pairs = edits.get(index, set())
+        if not pairs:
+            yield f"row {index} of {manifest.shard} is missing"
+        for edit, method in sorted(set(product({edit for edit, _ in pairs}, asked.methods)) - pairs):
+            yield f"({next(iter(ids[index]))}, {edit}, {method}) is missing"
+        if len(ids.get(index, ())) > 1:
+            yield f"row {index} of {manifest.shard} has several ids"

@@ -1,0 +1,228 @@
+"""Files of a run's folder, each there as a whole or not at all: put, streamed, read, listed, removed, on any store."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import posixpath
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.errors import SinkError
+from pipeline.reading.storage import retrying
+from pipeline.showing import describe, public_url
+
+T = TypeVar("T")
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+def put(fs: AbstractFileSystem, path: str, data: bytes, *, durable: bool = True) -> None:
+    """Write a whole file or none of it: no reader, and no kill, meets a part.
+
+    Args:
+        fs: where to.
+        path: in it.
+        data: the content.
+        durable: whether a local file is to outlive a crash of the machine.
+
+    Raises:
+        SinkError: says which file, and why not.
+    """
+    try:
+        if isinstance(fs, LocalFileSystem):
+            _put_local(Path(path), data, durable)
+        else:
+            # One upload is atomic on an object store. Never rename there: that is a copy and a delete. A large file
+            # goes up in parts, which are no object before the last call completes them: what a killed upload leaves
+            # is never listed or read, so nothing here cleans it; a lifecycle rule of the bucket frees its space.
+            retrying()(fs.pipe_file, path, data)
+    except Exception as error:  # those of botocore and aiohttp share no other base
+        raise SinkError(
+            f"{public_url(path)} cannot be written: {describe(error)}. Check sink.folder, its permissions and its space"
+        ) from error
+
+
+def _put_local(path: Path, data: bytes, durable: bool) -> None:
+    _made_locally(path, lambda file: file.write(data), durable)
+
+
+def put_made(fs: AbstractFileSystem, path: str, make: Callable[[BinaryIO], T]) -> tuple[T, int, str]:
+    """Write a file that `make` writes piece by piece, whole or not at all: for files that are not held in memory.
+
+    An object store gets it from a temporary file of this machine, which needs as much room.
+
+    Returns:
+        What `make` returned; the file's size in bytes and its SHA-256.
+
+    Raises:
+        SinkError: says which file, and why not.
+    """
+    try:
+        if isinstance(fs, LocalFileSystem):
+            return _made_locally(Path(path), lambda file: _measured(file, make))
+        with tempfile.NamedTemporaryFile(prefix="shardedit-", suffix=TEMPORARY_SUFFIX) as file:
+            made = _measured(file, make)
+            file.flush()
+            retrying()(fs.put_file, file.name, path)
+            return made
+    except SinkError:  # of what `make` reads
+        raise
+    except Exception as error:  # see `put`
+        raise SinkError(
+            f"{public_url(path)} cannot be written: {describe(error)}. Check sink.folder, its permissions and its "
+            "space, and that of this machine's temporary folder"
+        ) from error
+
+
+def _measured(file: Any, make: Callable[[BinaryIO], T]) -> tuple[T, int, str]:
+    made = make(file)
+    size = file.tell()
+    file.seek(0)
+    return made, size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _made_locally(path: Path, make: Callable[[BinaryIO], T], durable: bool = True) -> T:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same directory, since only there a rename is atomic; the dot hides it from `data/*.parquet`.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    try:
+        with open(temporary, "w+b") as file:
+            made = make(file)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if not durable:
+        return made
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # or a crash of the machine may forget the new name
+    finally:
+        os.close(directory)
+    return made
+
+
+@contextmanager
+def local_copy(fs: AbstractFileSystem, path: str) -> Iterator[Path]:
+    """A file as one of this machine, for reading it more than once without holding it in memory.
+
+    Raises:
+        FileNotFoundError: there is none.
+        SinkError: it cannot be read.
+    """
+    if isinstance(fs, LocalFileSystem):
+        if not Path(path).is_file():
+            raise FileNotFoundError(path)
+        yield Path(path)
+        return
+    with tempfile.NamedTemporaryFile(prefix="shardedit-", suffix=TEMPORARY_SUFFIX) as file:
+        try:
+            retrying()(fs.get_file, path, file.name)
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise SinkError(
+                f"{public_url(path)} cannot be read: {describe(error)}. Check sink.folder and its permissions"
+            ) from error
+        yield Path(file.name)
+
+
+def is_temporary(path: str) -> bool:
+    """Whether a file is one that a local `put` began: a kill leaves it behind, and no reader takes it."""
+    name = posixpath.basename(path)
+    return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
+
+
+def get(fs: AbstractFileSystem, path: str) -> bytes | None:
+    """A file's content, or None where there is none.
+
+    Raises:
+        SinkError: it can neither be read nor be said to be missing.
+    """
+    try:
+        data: bytes = retrying()(fs.cat_file, path)
+        return data
+    except FileNotFoundError:
+        return None
+    except Exception as error:
+        raise SinkError(
+            f"{public_url(path)} cannot be read: {describe(error)}. Check sink.folder and its permissions"
+        ) from error
+
+
+def read_part(fs: AbstractFileSystem, path: str, take: Callable[[BinaryIO], T]) -> T:
+    """What `take` reads of a file, for files of which a part is enough; from a fresh open where the store fails.
+
+    Raises:
+        SinkError: it cannot be opened or read.
+    """
+
+    def attempt() -> T:
+        with fs.open(path, "rb") as opened:
+            return take(opened)
+
+    try:
+        return retrying()(attempt)
+    except Exception as error:
+        raise SinkError(
+            f"{public_url(path)} cannot be read: {describe(error)}. To look for damage: shardedit verify"
+        ) from error
+
+
+def remove(fs: AbstractFileSystem, path: str) -> None:
+    """Remove a file that may be there.
+
+    Raises:
+        SinkError: it can neither be removed nor be said to be missing.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            retrying()(fs.rm_file, path)
+    except Exception as error:
+        raise SinkError(
+            f"{public_url(path)} cannot be removed: {describe(error)}. Check sink.folder and its permissions"
+        ) from error
+
+
+def list_folder(fs: AbstractFileSystem, path: str) -> dict[str, int]:
+    """What stands in a folder, {path: size}; empty where there is no such folder.
+
+    Raises:
+        SinkError: it cannot be listed.
+    """
+    try:
+        return {entry["name"]: entry["size"] or 0 for entry in retrying()(fs.ls, path, detail=True)}
+    except FileNotFoundError:
+        return {}
+    except Exception as error:
+        raise SinkError(
+            f"{public_url(path)} cannot be listed: {describe(error)}. Check sink.folder and its permissions"
+        ) from error
+
+
+def size_of(fs: AbstractFileSystem, path: str) -> int | None:
+    """Bytes of a file; None where there is none.
+
+    Raises:
+        SinkError: the store cannot tell.
+    """
+    try:
+        return int(retrying()(fs.info, path)["size"])
+    except FileNotFoundError:
+        return None
+    except Exception as error:
+        raise SinkError(
+            f"{public_url(path)} cannot be read: {describe(error)}. Check sink.folder and its permissions"
+        ) from error

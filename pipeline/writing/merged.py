@@ -1,0 +1,202 @@
+"""Where a unit's rows stand once units are merged into files of their own size: the index, and how it is read.
+
+    _output/index.json            every file that counts, in their order; put in one piece, it is what decides
+    _output/KIND/NAME.json        the contents of one of them: its units, and where in the file their rows are
+
+A unit's file that its manifest lists is in a merged file where that file is there with the indexed size and its
+contents hold the unit with the listed hash; else it stands by itself, as before (writing/manifest.py). So a unit that
+was done again counts by its own file until the next merging, and every reader sees every unit once.
+"""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+from bisect import bisect_right
+from dataclasses import dataclass
+from threading import Lock
+from typing import Literal
+
+from fsspec import AbstractFileSystem
+from pydantic import ValidationError
+
+from pipeline.writing.files import get, list_folder
+from pipeline.writing.manifest import KINDS, FileRecord, Manifest, Part, kind_of, split_unit_id
+
+log = logging.getLogger(__name__)
+
+OUTPUT = "_output"
+INDEX = f"{OUTPUT}/index.json"
+CACHED = 32  # contents held at a time; units come in the order of the files
+
+
+class MergedUnit(Part):
+    """Where one unit's rows are."""
+
+    unit: str
+    sha256: str  # of the unit's own file, as its manifest lists it
+    rows: int
+    start: int  # first row in the merged file
+    begin: int = 0  # of a tar: its first byte in the merged file
+    end: int = 0  # of a tar: the byte after its last
+
+
+class Contents(Part):
+    """What one merged file holds, in its order."""
+
+    file: FileRecord
+    units: tuple[MergedUnit, ...]
+
+
+class Slot(Part):
+    """One merged file of the index: the units from `first` to before the next slot's; the first, all before too."""
+
+    first: str  # unit
+    file: FileRecord | None  # None: it was damaged and taken back; its units are done again
+    contents: str  # path of its `Contents`
+
+
+class Index(Part):
+    """Every merged file that counts, by kind."""
+
+    schema_version: Literal[1] = 1
+    slots: dict[str, tuple[Slot, ...]]
+
+    def to_bytes(self) -> bytes:
+        """JSON in one fixed spelling."""
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The rows of one unit and kind: a part of a file, or all of it."""
+
+    path: str  # relative to the run's folder
+    unit: str
+    rows: int
+    start: int = 0  # first row in the file
+    begin: int = 0  # of a tar: its first byte in the file
+    end: int | None = None  # of a tar: the byte after its last; None: the file's end
+
+    @property
+    def kind(self) -> str:
+        """ "data" or "quarantine"."""
+        return kind_of(self.path)
+
+
+def order(unit_id: str) -> tuple[str, int]:
+    """Sort key of units: the order in which manifests are read, and rows stand in merged files."""
+    slug, chunk = split_unit_id(unit_id)
+    return slug, int(chunk)
+
+
+class Merged:
+    """The index of a run's folder, opened for reading.
+
+    Args:
+        fs: the file system.
+        root: of the run's folder in it.
+        trusted: a file that is missing or of another size does not count.
+    """
+
+    def __init__(self, fs: AbstractFileSystem, root: str, *, trusted: bool = True) -> None:
+        self._fs, self._root, self._trusted = fs, root, trusted
+        self._lock = Lock()
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the index anew: it may have been written in the meantime."""
+        with self._lock:
+            self._cache: dict[str, tuple[Contents, dict[str, MergedUnit]] | None] = {}
+            self._data = get(self._fs, f"{self._root}/{INDEX}")
+            self.index = _parsed(self._data)
+            self._sizes: dict[str, int] = {}
+            if self.index and self._trusted:
+                for kind in KINDS:
+                    there = list_folder(self._fs, f"{self._root}/{kind}")
+                    self._sizes |= {f"{kind}/{posixpath.basename(path)}": size for path, size in there.items()}
+            self._firsts = {kind: [order(slot.first) for slot in self.slots(kind)] for kind in KINDS}
+
+    @property
+    def changed(self) -> bool:
+        """Whether the index is another than when it was read."""
+        return get(self._fs, f"{self._root}/{INDEX}") != self._data
+
+    def slots(self, kind: str) -> tuple[Slot, ...]:
+        """The files of a kind, in their order."""
+        return self.index.slots.get(kind, ()) if self.index else ()
+
+    def counts(self, slot: Slot) -> bool:
+        """Whether a slot's file is there."""
+        if slot.file is None:
+            return False
+        return not self._trusted or self._sizes.get(slot.file.path) == slot.file.size
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files that count."""
+        slots = [slot for kind in KINDS for slot in self.slots(kind)]
+        return sum(slot.file.size for slot in slots if slot.file and self.counts(slot))
+
+    def slot_of(self, kind: str, unit: str) -> Slot | None:
+        """The slot to whose units one belongs, whether or not it holds it."""
+        slots = self.slots(kind)
+        return slots[max(0, bisect_right(self._firsts[kind], order(unit)) - 1)] if slots else None
+
+    def contents(self, slot: Slot) -> Contents | None:
+        """What a slot's file holds; None where that is not known."""
+        found = self._contents(slot)
+        return found[0] if found else None
+
+    def find(self, file: FileRecord, unit: str) -> Span | None:
+        """Where a merged file holds what a unit's manifest lists; None where none does."""
+        slot = self.slot_of(kind_of(file.path), unit)
+        if slot is None or slot.file is None or not self.counts(slot):
+            return None
+        found = self._contents(slot)
+        if found is None or (there := found[1].get(unit)) is None or there.sha256 != file.sha256:
+            return None
+        end = there.end if slot.file.path.endswith(".tar") else None
+        return Span(slot.file.path, unit, there.rows, there.start, there.begin, end)
+
+    def spans(self, manifest: Manifest) -> list[Span]:
+        """Where the rows of a committed unit stand: one span per kind that it has."""
+        return [self.find(file, manifest.unit) or Span(file.path, manifest.unit, file.rows) for file in manifest.files]
+
+    def _contents(self, slot: Slot) -> tuple[Contents, dict[str, MergedUnit]] | None:
+        with self._lock:
+            if slot.contents not in self._cache:
+                while len(self._cache) >= CACHED:
+                    del self._cache[next(iter(self._cache))]
+                contents = read_contents(self._fs, self._root, slot.contents)
+                if contents is not None and contents.file != slot.file:
+                    contents = None
+                by_unit = {one.unit: one for one in contents.units} if contents else {}
+                self._cache[slot.contents] = (contents, by_unit) if contents else None
+            return self._cache[slot.contents]
+
+
+def read_contents(fs: AbstractFileSystem, root: str, path: str) -> Contents | None:
+    """The contents of a merged file; None where they cannot be told.
+
+    Raises:
+        SinkError: the store cannot be read.
+    """
+    data = get(fs, f"{root}/{path}")
+    if data is None:
+        return None
+    try:
+        return Contents.model_validate_json(data)
+    except ValidationError as error:
+        log.warning("%s is damaged, its units are done again: %s", path, error.errors()[0]["msg"])
+        return None
+
+
+def _parsed(data: bytes | None) -> Index | None:
+    if data is None:
+        return None
+    try:
+        return Index.model_validate_json(data)
+    except ValidationError as error:
+        log.warning("%s is damaged, its units are done again: %s", INDEX, error.errors()[0]["msg"])
+        return None

@@ -1,0 +1,328 @@
+"""A finished run's units are merged into files of about `sink.shard_size` bytes, named as dataset hubs expect them.
+
+    _parts/data/SLUG/CHUNK.parquet ...   ->   data/train-00000-of-00012.parquet ...      the same for quarantine/
+
+What goes where derives from the units and their sizes alone, in the order of their names: any run over the same input
+cuts the same files, whoever writes them. The files come first, each with its contents (writing/merged.py), then the
+index in one piece, then what they replace is removed. So a kill leaves the old state or the new one, and the same
+command goes on: files that are written already are kept.
+
+The first merging decides where files begin. Later ones, after `--retry-failed` or `verify --repair`, write only those
+anew whose units have changed; beside a file of that name that still counts, with eight digits of its contents in the
+name.
+
+Memory: one unit's file, and one row group. Disk: an object store gets each file from a temporary one of this machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.errors import SinkError
+from pipeline.reading.storage import open_fs
+from pipeline.recipe import SinkConfig
+from pipeline.showing import public_url
+from pipeline.writing.commit import LISTERS, committed_units
+from pipeline.writing.files import get, list_folder, put, put_made, read_part, remove, size_of
+from pipeline.writing.manifest import KINDS, PARTS, SUFFIXES, FileRecord, Manifest
+from pipeline.writing.merged import (
+    INDEX,
+    OUTPUT,
+    Contents,
+    Index,
+    Merged,
+    MergedUnit,
+    Slot,
+    Span,
+    order,
+    read_contents,
+)
+from pipeline.writing.parquet import parquet_writer, regroup
+from pipeline.writing.quarantine import SHARED as SHARED_IN_QUARANTINE
+from pipeline.writing.rows import shared_columns
+from pipeline.writing.spans import END_OF_TAR, end_of_members, table_of, tar_of
+
+SPLIT = "train"  # the name that `datasets` gives to a dataset of one part
+OUTPUT_NAME = re.compile(rf"{SPLIT}-\d{{5,}}-of-\d{{5,}}(-[0-9a-f]{{8}})?\.(parquet|tar|json)")
+TAR_RECORD = 10240  # bytes; a tar is filled up to whole ones
+BATCH_ROWS = 16  # rows of a unit's file that are read at a time
+
+Unit = tuple[str, FileRecord]
+"""A unit and its file of one kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One merged file that is to be written."""
+
+    path: str  # relative to the run's folder
+    contents: str  # path of its `Contents`
+    sources: tuple[tuple[FileRecord, Span], ...]  # each unit's file as listed, and where its rows stand now
+
+
+Build = Callable[[SinkConfig, Iterable[Job]], Iterator[Contents]]
+"""Writes files, and returns what they hold in the order of the jobs."""
+
+
+def merge_here(sink: SinkConfig, jobs: Iterable[Job]) -> Iterator[Contents]:
+    """Write files one after the other, in this process."""
+    return (build(sink, job) for job in jobs)
+
+
+def merge_units(sink: SinkConfig, write: Build, check: Callable[[], None]) -> bool:
+    """Merge the files of a run all of whose units are committed; whether anything was written.
+
+    Only for the one driver of a folder.
+
+    Args:
+        sink: where the run stands.
+        write: writes merged files, here or elsewhere.
+        check: raises where another driver has taken the folder over.
+
+    Raises:
+        SinkError: the folder cannot be listed, read or written; what is merged already stays.
+    """
+    if not sink.shard_size:
+        return False
+    fs, root = open_fs(sink.folder, sink.storage_options)
+    fs.invalidate_cache()
+    merged = Merged(fs, root)
+    firsts = _firsts(committed_units(sink), merged, sink.shard_size)
+    slots: dict[str, list[Slot]] = {kind: [] for kind in KINDS}
+    written = Counter[str]()
+
+    def jobs() -> Iterator[Job]:
+        for kind, number, units in _groups(committed_units(sink), firsts):
+            place = _Place(fs, root, sink, merged, kind, number, len(firsts[kind]))
+            if (there := place.kept(units)) is not None:
+                slots[kind].append(there)
+            else:
+                job = place.job(units)
+                slots[kind].append(Slot(first=units[0][0], file=None, contents=job.contents))
+                yield job
+
+    done = {contents_path(one.file.path): one for one in write(sink, jobs())}
+    written.update(done.keys())
+    for kind in KINDS:
+        slots[kind] = [
+            slot.model_copy(update={"file": done[slot.contents].file}) if slot.file is None else slot
+            for slot in slots[kind]
+        ]
+    index = Index(slots={kind: tuple(slots[kind]) for kind in KINDS})
+    check()
+    if index != merged.index:
+        put(fs, f"{root}/{INDEX}", index.to_bytes())
+    _remove_replaced(fs, root, index)
+    return bool(written)
+
+
+def contents_path(path: str) -> str:
+    """Where the contents of a merged file stand."""
+    return f"{OUTPUT}/{posixpath.splitext(path)[0]}.json"
+
+
+def _firsts(manifests: Iterable[Manifest], merged: Merged, shard_size: int) -> dict[str, list[str]]:
+    """The first unit of every file, by kind: as merged before, unless a file would be left without units."""
+    fresh: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    before = {kind: merged.slots(kind) for kind in KINDS}
+    filled: dict[str, set[str]] = {kind: set() for kind in KINDS}
+    sizes = Counter[str]()
+    for manifest in manifests:
+        for kind, file in manifest.by_kind.items():
+            if not fresh[kind] or sizes[kind] + file.size > shard_size:
+                fresh[kind].append(manifest.unit)
+                sizes[kind] = 0
+            sizes[kind] += file.size
+            if slot := merged.slot_of(kind, manifest.unit):
+                filled[kind].add(slot.first)
+    return {
+        kind: [slot.first for slot in before[kind]]
+        if before[kind] and len(filled[kind]) == len(before[kind])
+        else fresh[kind]
+        for kind in KINDS
+    }
+
+
+def _groups(manifests: Iterable[Manifest], firsts: dict[str, list[str]]) -> Iterator[tuple[str, int, list[Unit]]]:
+    """(kind, number, units) of every file, of each kind in order."""
+    units: dict[str, list[Unit]] = {kind: [] for kind in KINDS}
+    numbers = dict.fromkeys(KINDS, 0)
+    starts = {kind: [order(first) for first in firsts[kind][1:]] for kind in KINDS}
+    for manifest in manifests:
+        for kind, file in manifest.by_kind.items():
+            at = numbers[kind]
+            if at < len(starts[kind]) and order(manifest.unit) >= starts[kind][at]:
+                yield kind, at, units[kind]
+                units[kind] = []
+                numbers[kind] += 1
+            units[kind].append((manifest.unit, file))
+    for kind in KINDS:
+        if units[kind]:
+            yield kind, numbers[kind], units[kind]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """One file of the plan."""
+
+    fs: AbstractFileSystem
+    root: str
+    sink: SinkConfig
+    merged: Merged
+    kind: str
+    number: int
+    total: int
+
+    def kept(self, units: Sequence[Unit]) -> Slot | None:
+        """The slot of a file that is there already and holds these units."""
+        slots = self.merged.slots(self.kind)
+        if self.number < len(slots) and len(slots) == self.total:
+            slot = slots[self.number]
+            contents = self.merged.contents(slot) if self.merged.counts(slot) else None
+            if contents is not None and _holds(contents, units):
+                return slot
+        path = self.path(units)
+        contents = read_contents(self.fs, self.root, contents_path(path))
+        if contents is None or contents.file.path != path or not _holds(contents, units):
+            return None
+        if size_of(self.fs, f"{self.root}/{path}") != contents.file.size:
+            return None
+        # Written by a merging that was killed before its index.
+        return Slot(first=units[0][0], file=contents.file, contents=contents_path(path))
+
+    def job(self, units: Sequence[Unit]) -> Job:
+        """What is to be written."""
+        path = self.path(units)
+        sources = [(file, self.merged.find(file, unit) or Span(file.path, unit, file.rows)) for unit, file in units]
+        return Job(path, contents_path(path), tuple(sources))
+
+    def path(self, units: Sequence[Unit]) -> str:
+        """The file's name, which no file has that still counts."""
+        suffix = SUFFIXES[self.sink.format] if self.kind == "data" else "parquet"
+        stem = f"{self.kind}/{SPLIT}-{self.number:05d}-of-{self.total:05d}"
+        used = {slot.file.path for slot in self.merged.slots(self.kind) if slot.file and self.merged.counts(slot)}
+        if f"{stem}.{suffix}" not in used:
+            return f"{stem}.{suffix}"
+        text = "\n".join(f"{unit} {file.sha256}" for unit, file in units)
+        return f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.{suffix}"
+
+
+def _holds(contents: Contents, units: Sequence[Unit]) -> bool:
+    return [(one.unit, one.sha256) for one in contents.units] == [(unit, file.sha256) for unit, file in units]
+
+
+def build(sink: SinkConfig, job: Job) -> Contents:
+    """Write one merged file, and then its contents. Doing it again leaves the same bytes.
+
+    Raises:
+        SinkError: a unit's rows cannot be read, or the file cannot be written.
+    """
+    fs, root = open_fs(sink.folder, sink.storage_options)
+    fs.invalidate_cache()
+    merge = _merge_tars if job.path.endswith(".tar") else partial(_merge_parquet, shared=_shared(sink, job))
+    units, size, sha256 = put_made(fs, f"{root}/{job.path}", lambda file: merge(fs, root, job, file))
+    file = FileRecord(path=job.path, size=size, sha256=sha256, rows=sum(unit.rows for unit in units))
+    contents = Contents(file=file, units=tuple(units))
+    put(fs, f"{root}/{job.contents}", (contents.model_dump_json(indent=1) + "\n").encode())
+    return contents
+
+
+def _shared(sink: SinkConfig, job: Job) -> Sequence[str]:
+    return SHARED_IN_QUARANTINE if job.path.startswith("quarantine/") else shared_columns(sink)
+
+
+def _merge_tars(fs: AbstractFileSystem, root: str, job: Job, out: BinaryIO) -> list[MergedUnit]:
+    units: list[MergedUnit] = []
+    row = at = 0
+    for file, span in job.sources:
+        tar = tar_of(fs, root, span)
+        if span.path == file.path:
+            _check(file, tar)
+        end = end_of_members(tar)
+        out.write(memoryview(tar)[:end])
+        units.append(MergedUnit(unit=span.unit, sha256=file.sha256, rows=span.rows, start=row, begin=at, end=at + end))
+        row, at = row + span.rows, at + end
+    out.write(END_OF_TAR)
+    out.write(bytes(-(at + len(END_OF_TAR)) % TAR_RECORD))
+    return units
+
+
+def _merge_parquet(
+    fs: AbstractFileSystem, root: str, job: Job, out: BinaryIO, shared: Sequence[str]
+) -> list[MergedUnit]:
+    schemas = [read_part(fs, f"{root}/{path}", pq.read_schema) for path in {span.path: 0 for _, span in job.sources}]
+    schema = schemas[0]
+    units: list[MergedUnit] = []
+    row = 0
+    for file, span in job.sources:
+        units.append(MergedUnit(unit=span.unit, sha256=file.sha256, rows=span.rows, start=row))
+        row += span.rows
+    batches = (batch for file, span in job.sources for batch in _batches(fs, root, file, span))
+    written = 0
+    with parquet_writer(out, schema, shared) as writer:
+        for table in regroup(batches, schema):
+            writer.write_table(table)
+            written += table.num_rows
+    if written != row:
+        raise SinkError(f"{job.path} got {written} rows, its units list {row}. Run: shardedit verify --repair")
+    return units
+
+
+def _batches(fs: AbstractFileSystem, root: str, file: FileRecord, span: Span) -> Iterator[pa.RecordBatch]:
+    if span.path != file.path:
+        yield from table_of(fs, root, span).to_batches()
+        return
+    data = get(fs, f"{root}/{span.path}")
+    if data is None:
+        raise SinkError(f"{public_url(f'{root}/{span.path}')} vanished while it was merged. Run the same command again")
+    _check(file, data)
+    yield from pq.ParquetFile(pa.BufferReader(data)).iter_batches(batch_size=BATCH_ROWS)
+
+
+def _check(file: FileRecord, data: bytes) -> None:
+    """Damage that came after the commit must not be taken into a file whose own hash would then hide it."""
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise SinkError(
+            f"{file.path} has other bytes than were committed. Run: shardedit verify --repair, then the same command"
+        )
+
+
+def _remove_replaced(fs: AbstractFileSystem, root: str, index: Index) -> None:
+    """Remove units' own files, all of which are merged, and files of ours that the index does not name."""
+    slots = [slot for slots in index.slots.values() for slot in slots]
+    named = {path for slot in slots if slot.file for path in (slot.file.path, slot.contents)}
+    fs.invalidate_cache()
+    with ThreadPoolExecutor(LISTERS) as pool:
+        for folder in (*KINDS, *(f"{OUTPUT}/{kind}" for kind in KINDS)):
+            there = [posixpath.basename(path) for path in list_folder(fs, f"{root}/{folder}")]
+            old = [name for name in there if OUTPUT_NAME.fullmatch(name) and f"{folder}/{name}" not in named]
+            list(pool.map(lambda name, folder=folder: remove(fs, f"{root}/{folder}/{name}"), old))
+        for kind in KINDS:
+            for path in list_folder(fs, f"{root}/{PARTS}/{kind}"):
+                slug = posixpath.basename(path.rstrip("/"))
+                list(pool.map(partial(remove, fs), list_folder(fs, f"{root}/{PARTS}/{kind}/{slug}")))
+                _remove_empty(fs, f"{root}/{PARTS}/{kind}/{slug}")
+            _remove_empty(fs, f"{root}/{PARTS}/{kind}")
+    _remove_empty(fs, f"{root}/{PARTS}")
+
+
+def _remove_empty(fs: AbstractFileSystem, path: str) -> None:
+    if isinstance(fs, LocalFileSystem):  # object stores have no folders
+        with contextlib.suppress(OSError):
+            os.rmdir(Path(path))
