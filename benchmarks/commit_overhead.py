@@ -29,10 +29,10 @@ UNITS = 20
 BYTES = 25_000_000
 
 
-def unit(number: int, data: bytes) -> FinishedUnit:
+def unit(number: int, data: bytes, sink: SinkConfig) -> FinishedUnit:
     """A unit with one file of these bytes."""
     name = f"noise-0123456789-{number:05d}"
-    path = data_path(name, "webdataset")
+    path = data_path(name, sink)
     manifest = Manifest(
         unit=name,
         shard="noise.tar",
@@ -62,7 +62,7 @@ def measure(units: int = UNITS) -> dict[str, Any]:
         sink = SinkConfig(folder=str(Path(folder) / "out"), format="webdataset")
         (Path(folder) / "plain").mkdir()
         for number in range(units):
-            finished = unit(number, data)
+            finished = unit(number, data, sink)
             started = time.perf_counter()
             (Path(folder) / "plain" / f"{number}.tar").write_bytes(data)
             written = time.perf_counter()
@@ -72,7 +72,7 @@ def measure(units: int = UNITS) -> dict[str, Any]:
             whole.append(time.perf_counter() - written)
             plain.append(written - started)
         on_disk = sum(path.stat().st_size for path in (Path(folder) / "out").rglob("*") if path.is_file())
-        finished = unit(units, data)
+        finished = unit(units, data, sink)
         tracemalloc.start()
         with Attempt(finished.manifest.unit, sink):
             pass

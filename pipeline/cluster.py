@@ -76,9 +76,9 @@ def _run(
     todo = find_todo(recipe, retry_failed=retry_failed)
     _say(todo.left_out, progress)
     clean(recipe.sink, todo.committed)
-    if not todo.tasks:
-        return _finish(recipe, todo, place, lock, strict)
     try:
+        if not todo.tasks:
+            return _finish(recipe, todo, place, lock, strict)
         _say(place.open(todo.before), progress)
         _say(recipe.model.caveat, progress)
         _record(recipe, todo, place)

@@ -77,7 +77,7 @@ def contents(folder: Path) -> dict[str, Any]:
         name = path.relative_to(folder).as_posix()
         if is_temporary(name):
             continue
-        if name.startswith(("data/", "quarantine/")) and path.is_file():
+        if name.startswith(("data/", "quarantine/", "_parts/", "_output/")) and path.is_file():
             found[name] = path.read_bytes()
         elif name.startswith("_units/") and path.is_file():
             manifest = json.loads(path.read_text())

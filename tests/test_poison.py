@@ -18,6 +18,7 @@ from tests.places import SETTLE_QUICKLY, Place
 from tests.runs import asked, contents, results, write_shards
 
 pytestmark = pytest.mark.timeout(120)
+UNMERGED = {"shard_size": 0}
 
 # A run per process, as a person who types the command again, until one survives.
 DRIVER = SETTLE_QUICKLY + textwrap.dedent("""
@@ -58,13 +59,13 @@ def run_until_it_survives(recipe: dict[str, Any], *poison: str) -> list[int]:
 @pytest.fixture(scope="module")
 def calm(place: Place) -> Path:
     write_shards(place.root / "in", shards=1, rows=6, damaged=())
-    recipe = place.recipe("in", "calm", unit_size=3)
+    recipe = place.recipe("in", "calm", sink=UNMERGED, unit_size=3)
     cluster.run(recipe, progress="off")
     return place.folder(recipe)
 
 
 def deadly_recipe(place: Place, out: str) -> dict[str, Any]:
-    return place.recipe_data("in", out, engine="local", unit_size=3, max_failed_fraction=0.9)
+    return place.recipe_data("in", out, sink=UNMERGED, engine="local", unit_size=3, max_failed_fraction=0.9)
 
 
 def test_a_row_that_kills_its_process_is_quarantined_and_its_unit_mates_keep_their_bits(
@@ -122,7 +123,7 @@ def test_an_attempt_that_is_left_alive_is_forgotten_and_an_exception_is_no_death
 
 
 def test_orphans_of_an_attempt_that_died_are_gone_once_its_unit_is_committed(place: Place, calm: Path) -> None:
-    recipe = place.recipe("in", place.new(), unit_size=3)
+    recipe = place.recipe("in", place.new(), sink=UNMERGED, unit_size=3)
     out = place.folder(recipe)
     cluster.run(recipe, progress="off")
     for folder in ("quarantine", "_attempts"):

@@ -69,7 +69,8 @@ def test_a_row_that_left_the_source_is_an_error(run: Path) -> None:
 
 def test_other_pixels_are_told_with_their_psnr_and_another_model_by_its_digest(tmp_path: Path) -> None:
     source = write_shards(tmp_path / "in", shards=1, rows=2)
-    cluster.run(recipe_from(recipe_data(source, tmp_path / "out", engine="local")), progress="off")
+    data = recipe_data(source, tmp_path / "out", sink={"shard_size": 0}, engine="local")
+    cluster.run(recipe_from(data), progress="off")
     (file,) = (tmp_path / "out" / "data").iterdir()
     table = pq.read_table(file)
     stored = table.to_pylist()

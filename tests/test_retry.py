@@ -20,13 +20,14 @@ from tests.places import Place
 from tests.runs import asked, contents, results, write_shards
 
 pytestmark = pytest.mark.timeout(120)
+UNMERGED = {"shard_size": 0}  # for merged files see writing/test_merging.py
 
 
 @pytest.fixture(scope="module")
 def calm(place: Place) -> Recipe:
     """A run over two shards, whose row im03 is no image, in which nothing else failed."""
     write_shards(place.root / "in", shards=2, rows=5)
-    recipe = place.recipe("in", "calm")
+    recipe = place.recipe("in", "calm", sink=UNMERGED)
     cluster.run(recipe, progress="off")
     return recipe
 
@@ -41,7 +42,7 @@ def failed_once(place: Place, calm: Recipe) -> Path:
             raise EncodeError("out of memory")
         return restored(decoded)
 
-    recipe = place.recipe("in", "failed")
+    recipe = place.recipe("in", "failed", sink=UNMERGED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flow, "restored", hindered)
         assert cluster.run(recipe, progress="off").failed == 4
@@ -51,7 +52,7 @@ def failed_once(place: Place, calm: Recipe) -> Path:
 @pytest.fixture
 def failed(place: Place, failed_once: Path) -> Recipe:
     """A copy of that run, to go on with."""
-    recipe = place.recipe("in", place.new())
+    recipe = place.recipe("in", place.new(), sink=UNMERGED)
     shutil.copytree(failed_once, place.folder(recipe))
     place.settle()
     return recipe

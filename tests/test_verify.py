@@ -24,6 +24,7 @@ from pipeline.writing import folding
 from tests.runs import asked, contents, png, recipe_data, results, write_shards
 
 pytestmark = pytest.mark.timeout(120)
+UNMERGED = {"shard_size": 0}  # for merged files see writing/test_merging.py
 
 
 def shardedit(*arguments: object) -> Result:
@@ -36,7 +37,8 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pristine")
     write_shards(folder / "in", shards=2, rows=5)
     (folder / "recipe.yaml").write_text(
-        yaml.safe_dump(recipe_data(folder / "in", folder / "out", engine="local"), sort_keys=False), encoding="utf-8"
+        yaml.safe_dump(recipe_data(folder / "in", folder / "out", sink=UNMERGED, engine="local"), sort_keys=False),
+        encoding="utf-8",
     )
     cluster.run(recipe_from(yaml.safe_load((folder / "recipe.yaml").read_text())), progress="off")
     return folder
@@ -46,7 +48,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(pristine: Path, tmp_path: Path) -> Path:
     """A copy of the finished run's folder, beside a recipe of its own."""
     shutil.copytree(pristine / "out", tmp_path / "out")
-    data = recipe_data(pristine / "in", tmp_path / "out", engine="local")
+    data = recipe_data(pristine / "in", tmp_path / "out", sink=UNMERGED, engine="local")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
     return tmp_path / "out"
 
@@ -143,7 +145,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "image that does not decode": (break_an_image, "does not open", "image of (s0.tar/im00, a, ledits_pp)"),
     "mask of another size": (shrink_a_mask, "does not open", "mask of (s0.tar/im00, b, ledits_pp) is 8 x 8"),
     "lost mask": (lose_a_mask, "does not open", "(s0.tar/im00, b, ledits_pp) has no mask, which its mask_share"),
-    "stray file": (lambda run: shutil.copy(first_data(run), run / "data" / "part-x.parquet"), "stray file", "no manif"),
+    "stray file": (
+        lambda run: shutil.copy(first_data(run), run / "data" / "part-x.parquet"),
+        "stray file",
+        "no manifest or index lists it",
+    ),
     "uncommitted unit": (
         lambda run: min((run / "_units").rglob("00001.json")).unlink(),
         "missing unit",
@@ -225,7 +231,7 @@ def test_a_damaged_unit_of_a_folded_shard_is_taken_back_alone(
 
 
 def test_a_webdataset_run_is_checked_to_the_last_member(pristine: Path, tmp_path: Path) -> None:
-    data = recipe_data(pristine / "in", tmp_path / "out", sink={"format": "webdataset"}, engine="local")
+    data = recipe_data(pristine / "in", tmp_path / "out", sink={"format": "webdataset", **UNMERGED}, engine="local")
     cluster.run(recipe_from(data), progress="off")
     assert verdict_on(tmp_path / "out").clean
     tar = first_data(tmp_path / "out")
@@ -239,7 +245,10 @@ def test_a_run_on_s3_is_verified(s3_server: Any, pristine: Path) -> None:
     bucket = s3_server.bucket("verified")
     shutil.copytree(pristine / "out", bucket / "run")
     data = recipe_data(
-        pristine / "in", "s3://verified/run", sink={"storage_options": s3_server.storage_options}, engine="local"
+        pristine / "in",
+        "s3://verified/run",
+        sink={"storage_options": s3_server.storage_options, **UNMERGED},
+        engine="local",
     )
     recipe = recipe_from(data)
     record = find_run(str(pristine / "out")).record
@@ -253,3 +262,75 @@ def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
         done = shardedit(command, tmp_path)
         assert done.exit_code == 1
         assert "run.json is missing" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def merged_once(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, its units merged into files of about two."""
+    folder = tmp_path_factory.mktemp("merged")
+    data = recipe_data(pristine / "in", folder / "out", sink={"shard_size": 80_000}, engine="local")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    cluster.run(recipe_from(data), progress="off")
+    assert len(list((folder / "out" / "data").iterdir())) > 2
+    return folder
+
+
+@pytest.fixture
+def merged(merged_once: Path, tmp_path: Path) -> Path:
+    """A copy of its folder, beside a recipe of its own."""
+    shutil.copytree(merged_once / "out", tmp_path / "out")
+    data = yaml.safe_load((merged_once / "recipe.yaml").read_text())
+    data["sink"]["folder"] = str(tmp_path / "out")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    return tmp_path / "out"
+
+
+def test_a_merged_run_is_clean_and_counts_its_files(merged: Path) -> None:
+    verdict = verdict_on(merged)
+    assert verdict.clean, verdict.findings
+    assert (verdict.units, verdict.done, verdict.failed) == (6, 18, 2)
+    assert verdict.files == len(list(merged.glob("data/*"))) + len(list(merged.glob("quarantine/*")))
+
+
+def copy_the_first(run: Path) -> None:
+    shutil.copy(first_data(run), run / "data" / "train-00007-of-00009.parquet")
+
+
+def unmerge(run: Path) -> None:
+    """What a kill leaves that came before the index, were the units' own files still there."""
+    (run / "_output" / "index.json").unlink()
+
+
+MERGED_DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "deleted file": (lambda run: first_data(run).unlink(), "missing file"),
+    "torn file": (lambda run: first_data(run).write_bytes(first_data(run).read_bytes()[:-50]), "wrong size"),
+    "flipped byte": (flip_a_byte, "changed bytes"),
+    "doubled row": (
+        lambda run: rewrite_rows(run, lambda table: pa.concat_tables([table, table.slice(0, 1)])),
+        "rows",
+    ),
+    "missing contents": (lambda run: min((run / "_output" / "data").iterdir()).unlink(), "missing file"),
+    "missing index": (unmerge, "missing file"),
+    "file of another merging": (copy_the_first, "stray file"),
+    "uncommitted unit": (lambda run: min((run / "_units").rglob("00001.json")).unlink(), "missing unit"),
+    "unit of another recipe": (lambda run: edit_manifest(run, recipe_hash="0" * 16), "manifest"),
+}
+
+
+@pytest.mark.parametrize("damage", MERGED_DAMAGE)
+def test_damage_of_merged_files_is_named_and_the_printed_command_repairs_it(
+    damage: str, merged: Path, merged_once: Path
+) -> None:
+    do, kind = MERGED_DAMAGE[damage]
+    do(merged)
+    found = verdict_on(merged)
+    assert kind in found.by_kind, found.findings
+    config = merged.parent / "recipe.yaml"
+    command = shardedit("verify", config).stdout.strip().splitlines()[-1]
+    assert command.endswith(f"shardedit edit {config}")
+    if "--repair" in command:
+        assert shardedit("verify", config, "--repair").exit_code == 1
+    assert shardedit("edit", config).exit_code == 0
+    assert verdict_on(merged).clean
+    assert contents(merged) == contents(merged_once / "out")
+    assert results(merged) == asked(shards=2, rows=5)

@@ -216,8 +216,7 @@ class _Place:
         """The file's name, which no file has that still counts."""
         suffix = SUFFIXES[self.sink.format] if self.kind == "data" else "parquet"
         stem = f"{self.kind}/{SPLIT}-{self.number:05d}-of-{self.total:05d}"
-        used = {slot.file.path for slot in self.merged.slots(self.kind) if slot.file and self.merged.counts(slot)}
-        if f"{stem}.{suffix}" not in used:
+        if not self.merged.needs(f"{stem}.{suffix}"):
             return f"{stem}.{suffix}"
         text = "\n".join(f"{unit} {file.sha256}" for unit, file in units)
         return f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.{suffix}"

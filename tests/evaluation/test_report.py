@@ -145,7 +145,7 @@ def test_without_a_script_every_result_is_there_and_no_control_that_does_nothing
 def test_the_input_is_shown_whether_the_run_kept_it_or_not(make_run, file_format, include_input):
     recipe = make_run(images=2, file_format=file_format, include_input=include_input)
     folder = RunFolder(recipe.sink)
-    refs = folder.figures(folder.files("data"))
+    refs = folder.figures(folder.spans("data"))
     assert [(ref.id, ref.edit) for ref in refs][:2] == [("faces.tar/0000", "shades"), ("faces.tar/0000", "hat")]
     results = folder.load(refs[::-1])
     assert [result.ref for result in results] == refs[::-1]
@@ -298,7 +298,7 @@ def test_a_run_that_was_cut_short_is_reported_as_far_as_it_got(make_run):
 
 def test_files_that_no_manifest_names_are_not_looked_at(make_run):
     recipe = make_run(images=2)
-    Path(recipe.sink.folder, "data", "part-stray.parquet").write_bytes(b"torn")
+    Path(recipe.sink.folder, "_parts", "data", "faces-3fa2b1c4", "00007.parquet").write_bytes(b"torn")
     _, page = report_of(recipe)
     assert len(page.results) == 4
 

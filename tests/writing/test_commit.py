@@ -59,6 +59,16 @@ def test_what_was_committed_is_found_again_with_its_counts(recipe: Recipe) -> No
     assert (counts.images, counts.asked, counts.ok, counts.failed) == (2, 4, 3, 1)
     assert counts.failed_by_stage == {"decode": 1}
     assert [file.path for file in manifests[0].files] == [
+        "_parts/data/faces-0001-3fa2b1c4/00000.parquet",
+        "_parts/quarantine/faces-0001-3fa2b1c4/00000.parquet",
+    ]
+
+
+def test_files_that_are_never_merged_stand_where_readers_look_from_the_beginning(recipe_for: RecipeFor) -> None:
+    recipe = recipe_for(shard_size=0)
+    commit(finished(recipe), recipe.sink)
+    (manifest,) = committed_units(recipe.sink)
+    assert [file.path for file in manifest.files] == [
         "data/part-faces-0001-3fa2b1c4-00000.parquet",
         "quarantine/part-faces-0001-3fa2b1c4-00000.parquet",
     ]
@@ -73,7 +83,8 @@ def test_the_manifest_is_written_after_every_file(recipe: Recipe, monkeypatch: p
 
     monkeypatch.setattr(commit_module, "put", remember)
     commit(finished(recipe), recipe.sink)
-    assert [path.rpartition("/out/")[2].partition("/")[0] for path in written] == ["data", "quarantine", "_units"]
+    folders = [path.rpartition("/out/")[2].rpartition("/faces-")[0] for path in written]
+    assert folders == ["_parts/data", "_parts/quarantine", "_units"]
 
 
 def test_a_manifest_that_cannot_be_written_leaves_no_committed_unit(

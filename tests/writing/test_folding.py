@@ -42,7 +42,7 @@ def do_unit(recipe: Recipe, chunk: int, count: int = UNITS) -> None:
 
 def files(recipe: Recipe) -> list[str]:
     fs, root = fsspec.core.url_to_fs(recipe.sink.folder)
-    return sorted(path.removeprefix(root) for path in fs.find(root) if "/data/" not in path)
+    return sorted(path.removeprefix(root) for path in fs.find(root) if "/_parts/" not in path)
 
 
 def test_folding_changes_nothing_that_readers_see_and_leaves_one_file(recipe: Recipe) -> None:
@@ -52,7 +52,9 @@ def test_folding_changes_nothing_that_readers_see_and_leaves_one_file(recipe: Re
     assert fold_finished_shards(recipe.sink) == 1
     assert files(recipe) == [f"/_shards/{SLUG}.json"]
     assert list(committed_units(recipe.sink)) == before
-    assert summarise(before, [], units_now=0) == summarise(committed_units(recipe.sink), [], units_now=0)
+    assert summarise(before, [], units_now=0, max_failed_fraction=0.5) == summarise(
+        committed_units(recipe.sink), [], units_now=0, max_failed_fraction=0.5
+    )
     fs, root = fsspec.core.url_to_fs(recipe.sink.folder)
     assert manifest_of(fs, root, f"{SLUG}-00003") == before[3]
     assert manifest_of(fs, root, f"{SLUG}-00099") is None
@@ -99,7 +101,7 @@ def test_a_folded_unit_whose_file_is_gone_is_done_again_and_folded_again(recipe:
     before = list(committed_units(recipe.sink))
     fold_finished_shards(recipe.sink)
     fs, root = fsspec.core.url_to_fs(recipe.sink.folder)
-    fs.rm_file(f"{root}/{data_path(f'{SLUG}-00002', 'parquet')}")
+    fs.rm_file(f"{root}/{data_path(f'{SLUG}-00002', recipe.sink)}")
     assert [unit.chunk for unit in committed_units(recipe.sink)] == [chunk for chunk in range(UNITS) if chunk != 2]
     do_unit(recipe, 2)
     assert list(committed_units(recipe.sink)) == before
