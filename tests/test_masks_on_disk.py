@@ -43,7 +43,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 def test_a_result_without_a_region_has_no_mask_and_no_figure_of_a_background(run: Path) -> None:
     folder = RunFolder(str(run))
-    refs = folder.figures(folder.files("data"))
+    refs = folder.figures(folder.spans("data"))
     assert len(refs) == 2 * 2 * 2
     for result in folder.load(refs):
         known = {name for name, value in result.ref.figures.items() if value is not None}
