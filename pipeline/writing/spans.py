@@ -96,6 +96,6 @@ def tar_samples(file: BinaryIO) -> Iterator[dict[str, bytes]]:
                 sample = {}
             key = name
             sample[extension] = opened.read()
-            tar.members = []  # or it remembers every header
+            tar.members = []  # type: ignore[attr-defined]  # or it remembers every header
     if sample:
         yield sample

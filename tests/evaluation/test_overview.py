@@ -5,13 +5,21 @@ from __future__ import annotations
 from pipeline.evaluation.overview import RunCounts, bar, drawing, method_lines, share_text, tiles
 from pipeline.evaluation.results import ResultRef
 from pipeline.evaluation.verdict import judge
+from pipeline.writing.merged import Span
 
 COUNTS = RunCounts(done=100, failed=25, images=50, images_per_second=2.0, complete=True)
 
 
 def a_result(edit_change: float | None, rest_change: float | None, method: str = "m", number: int = 0):
     figures = {"edit_change": edit_change, "rest_change": rest_change}
-    ref = ResultRef(file="f", row=number, id=f"{number}", edit="edit", method=method, figures=figures)
+    ref = ResultRef(
+        span=Span("data/f.parquet", "f-00000", 1000),
+        row=number,
+        id=f"{number}",
+        edit="edit",
+        method=method,
+        figures=figures,
+    )
     return ref, judge(figures), None
 
 

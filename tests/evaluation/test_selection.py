@@ -5,11 +5,17 @@ from __future__ import annotations
 from pipeline.evaluation.results import ResultRef
 from pipeline.evaluation.selection import choose, images_of, key_of, pages_of, spread, worst_first
 from pipeline.evaluation.verdict import Verdict
+from pipeline.writing.merged import Span
 
 
 def a_ref(image: int, edit: str = "edit", method: str = "m", row: int = 0) -> ResultRef:
     return ResultRef(
-        file=f"{edit}-{method}", row=1000 * row + image, id=f"{image:05d}", edit=edit, method=method, figures={}
+        span=Span(f"{edit}-{method}", "f-00000", 1000),
+        row=1000 * row + image,
+        id=f"{image:05d}",
+        edit=edit,
+        method=method,
+        figures={},
     )
 
 
