@@ -5,10 +5,13 @@ That nothing is lost or done twice rests on the units' names and manifests (writ
 
 from __future__ import annotations
 
+import glob
 import logging
+import os
 import sys
+from pathlib import Path
 
-from pipeline.errors import ClusterError, RunAborted, SinkError
+from pipeline.errors import ClusterError, RecipeError, RunAborted, SinkError
 from pipeline.local import Here, Place
 from pipeline.progress import Display, Watch
 from pipeline.reading.shards import shard_slug
@@ -29,6 +32,8 @@ from pipeline.writing.summary import Summary, summarise, write_summary
 
 log = logging.getLogger(__name__)
 
+RAYS_COPIES = "working_dir_files"  # the folder in which Ray unpacks the working directories of jobs
+
 
 def run(recipe: Recipe, *, progress: Display = "auto", retry_failed: bool = False, strict: bool = False) -> Summary:
     """Edit everything that the recipe asks for and that is not committed yet; then write summary.json and report.html.
@@ -40,18 +45,43 @@ def run(recipe: Recipe, *, progress: Display = "auto", retry_failed: bool = Fals
         strict: failed results within the error budget give the summary's exit code 3 instead of 0.
 
     Raises:
+        RecipeError: a path leads into the uploaded copy of a Ray job's working directory.
         SourceError: there is nothing to read.
         SinkError: nothing can be written, or the folder belongs to another run.
         ModelError: the checkpoint cannot be used.
         ClusterError: the cluster lacks what the recipe asks for, or failed.
         RunAborted: an error budget was spent, on the way or in the end; what is committed stays.
     """
+    if problems := uploaded_paths(recipe):
+        raise RecipeError("recipe", problems)
     place = _place_of(recipe)
     with DriverLock(recipe.sink, on_lost=place.stop, notify=lambda text: _say(text, progress)) as lock:
         summary = _run(recipe, place, lock, progress, retry_failed, strict)
     if summary.outcome == "over the error budget":  # too few units to be judged on the way, or a lower budget since
         raise RunAborted(over_budget(recipe.run, summary.planned, summary.failed))
     return summary
+
+
+def uploaded_paths(recipe: Recipe) -> list[tuple[str, str]]:
+    """Relative paths that a Ray job would look for, or lose, in the uploaded copy of its working directory.
+
+    Returns:
+        Problems, as those of a recipe; none outside of such a copy.
+    """
+    if Path.cwd().parent.name != RAYS_COPIES:
+        return []
+
+    def is_relative(url: str) -> bool:
+        return "://" not in url and "::" not in url and not os.path.isabs(url)
+
+    way_out = "Give a URL, or an absolute path on a disk that all nodes share"
+    missing = [url for url in recipe.source.shards if is_relative(url) and not glob.glob(url, recursive=True)]
+    text = "is relative, and no such file was uploaded with the job's working directory"
+    problems = [("source.shards", f"'{url}' {text}. {way_out}") for url in missing]
+    if is_relative(recipe.sink.folder):
+        text = "is relative: results would stand in the uploaded copy of the job's working directory, and go with it"
+        problems.append(("sink.folder", f"'{recipe.sink.folder}' {text}. {way_out}"))
+    return problems
 
 
 def _place_of(recipe: Recipe) -> Place:

@@ -12,7 +12,7 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from pipeline import cluster, on_ray
-from pipeline.errors import ClusterError, RunAborted, SinkError, SourceError
+from pipeline.errors import ClusterError, RecipeError, RunAborted, SinkError, SourceError
 from pipeline.pool import Resources, cpu_threads, plan_pool
 from pipeline.recipe import Recipe, RunConfig, recipe_from
 from pipeline.tally import Tally
@@ -126,6 +126,22 @@ def test_no_secret_of_the_storage_is_written_anywhere(source: Path, tmp_path: Pa
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert len(files) > 10
     assert [path.name for path in files if SECRET.encode() in path.read_bytes()] == []
+
+
+def test_a_job_does_not_write_into_the_uploaded_copy_of_its_working_directory(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "working_dir_files" / "_ray_pkg_0123"
+    write_shards(copy / "uploaded", shards=1, rows=1, damaged=())
+    monkeypatch.chdir(copy)
+    with pytest.raises(RecipeError) as caught:
+        cluster.run(recipe_from(recipe_data("gone/*.tar", "out", engine="local")), progress="off")
+    assert [path for path, _ in caught.value.problems] == ["source.shards", "sink.folder"]
+    assert "an absolute path" in str(caught.value)
+    assert [path.name for path in copy.iterdir()] == ["uploaded"]
+    assert cluster.run(recipe_from(recipe_data("uploaded", tmp_path / "out", engine="local")), progress="off").complete
+    monkeypatch.chdir(tmp_path)
+    assert cluster.run(recipe_from(recipe_data(source, "here", engine="local")), progress="off").complete
 
 
 NOTHING = Resources(cpus=8, gpus=0, max_gpus=0, node_cpus=8, node_gpus=0)

@@ -492,4 +492,6 @@ def test_a_submitted_job_edits_on_the_cluster_it_runs_in_and_needs_the_token(
     assert not (tmp_path / "out").exists()
     done = submit(head, tmp_path / "job", head.environment)
     assert contents(tmp_path / "out") == calm, done.stdout + done.stderr
+    assert done.returncode == 0  # though one image could not be decoded
+    assert "succeeded" in done.stdout + done.stderr
     assert head.environment["RAY_AUTH_TOKEN"] not in done.stdout + done.stderr
