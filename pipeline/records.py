@@ -5,6 +5,7 @@ Each record lists exactly what is known by then; none is ever half filled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -156,6 +157,26 @@ class Placement:
     offset: tuple[int, int]
     canvas: tuple[int, int]
 
+    def image_part(self, size: tuple[int, int]) -> tuple[slice, slice]:
+        """Rows and columns of a (height, width) map of the canvas that show the image; the rest is padding.
+
+        Those that are at least half image, and at least one of each.
+        """
+        rows, columns = (
+            _cells(start, length, whole, count)
+            for start, length, whole, count in zip(self.offset, self.scaled, self.canvas, size, strict=True)
+        )
+        return rows, columns
+
+
+def _cells(start: int, length: int, whole: int, count: int) -> slice:
+    first = math.ceil(start * count / whole - 0.5)
+    stop = math.floor((start + length) * count / whole + 0.5)
+    if stop > first:
+        return slice(first, stop)
+    middle = int((start + length / 2) * count / whole)
+    return slice(middle, middle + 1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
@@ -192,6 +213,14 @@ class Source:
     draw_noise: DrawNoise  # the inversion's noise
     editing_noise: Callable[[], DrawNoise]  # an editor's noise, from its beginning: no edit shifts another's
     pixels: np.ndarray | None = None  # (H, W, 3) uint8, the image itself
+    placement: Placement | None = None  # of the image on its canvas; None: it fills the canvas
+
+    def of_image(self, maps: Tensor) -> Tensor:
+        """Maps (..., h, w) of the canvas without its padding: what thresholds and means of an image are taken over."""
+        if self.placement is None:
+            return maps
+        rows, columns = self.placement.image_part((maps.shape[-2], maps.shape[-1]))
+        return maps[..., rows, columns]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

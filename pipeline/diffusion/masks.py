@@ -1,24 +1,36 @@
 """Where an edit may act: masks from cross-attention and from the strength of a direction (LEDITS++, section 3.3).
 
-Every threshold is a quantile of one image's one concept; nothing here is ever shared by a batch.
+Every threshold is a quantile of one image's one concept; nothing here is ever shared by a batch. It is taken over the
+image alone, without the padding around it (`of_image`), and holds in the padding, too: what reaches an edge goes on.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, max_pool2d, pad
 
+OfImage = Callable[[Tensor], Tensor]
+"""Cuts maps (..., h, w), of whatever size, to the part that shows the image: `Source.of_image`."""
 
-def strongest_region(scores: Float[Tensor, "E h w"], thresholds: Float[Tensor, "E"]) -> Bool[Tensor, "E h w"]:
+
+def everything(maps: Tensor) -> Tensor:
+    """The maps of an image that fills its canvas."""
+    return maps
+
+
+def strongest_region(
+    scores: Float[Tensor, "E h w"], thresholds: Float[Tensor, "E"], over: Float[Tensor, "E ih iw"] | None = None
+) -> Bool[Tensor, "E h w"]:
     """Keep, for each of E score maps, the (1 - threshold) share of positions with the highest scores.
 
-    The threshold is the linearly interpolated quantile, in the precision of the scores.
+    The threshold is the linearly interpolated quantile, in the precision of the scores; of all of them, or of `over`.
     """
-    flat = scores.flatten(1)
+    flat = (scores if over is None else over).flatten(1)
     quantiles = torch.quantile(flat, thresholds.to(flat), dim=1).diagonal()  # (E, E): own threshold on own map
     return scores >= quantiles[:, None, None]
 
@@ -36,25 +48,32 @@ def smooth_attention(attention: Float[Tensor, "E h w"]) -> Float[Tensor, "E h w"
 
 
 def attention_mask(
-    attention: Float[Tensor, "E gh gw"], thresholds: Float[Tensor, "E"], size: tuple[int, int]
+    attention: Float[Tensor, "E gh gw"],
+    thresholds: Float[Tensor, "E"],
+    size: tuple[int, int],
+    of_image: OfImage = everything,
 ) -> Bool[Tensor, "E h w"]:
     """Mask M1: where a concept's tokens are attended to most, brought to the latents' (h, w) without interpolation."""
-    region = strongest_region(smooth_attention(attention), thresholds)
+    # The image is smoothed by itself for its threshold: its edge is then reflected, as a canvas's is.
+    region = strongest_region(smooth_attention(attention), thresholds, smooth_attention(of_image(attention)))
     return interpolate(region[:, None].to(attention.dtype), size=size, mode="nearest")[:, 0] > 0.5
 
 
-def noise_mask(directions: Float[Tensor, "E C h w"], thresholds: Float[Tensor, "E"]) -> Bool[Tensor, "E h w"]:
+def noise_mask(
+    directions: Float[Tensor, "E C h w"], thresholds: Float[Tensor, "E"], of_image: OfImage = everything
+) -> Bool[Tensor, "E h w"]:
     """Mask M2: where a concept's direction is strongest, magnitudes summed over channels."""
-    return strongest_region(directions.abs().sum(dim=1), thresholds)
+    strength = directions.abs().sum(dim=1)
+    return strongest_region(strength, thresholds, of_image(strength))
 
 
-def above_average(maps: Float[Tensor, "E h w"], ratio: float) -> Bool[Tensor, "E h w"]:
+def above_average(maps: Float[Tensor, "E h w"], ratio: float, of_image: OfImage = everything) -> Bool[Tensor, "E h w"]:
     """Keep what exceeds `ratio / 2` times the mean of each of E maps, all at least 0; nothing of a map of zeros.
 
     Cutting a map off at `ratio` times its mean and taking half of that for the threshold (DiffEdit, arXiv 2210.11427,
     as its maintained implementation does) is this; so is, for ratio 2, taking what is positive after normalisation.
     """
-    return maps > ratio / 2 * maps.mean(dim=(1, 2), keepdim=True)
+    return maps > ratio / 2 * of_image(maps).mean(dim=(1, 2), keepdim=True)
 
 
 def dilated(mask: Bool[Tensor, "h w"], passes: int) -> Bool[Tensor, "h w"]:

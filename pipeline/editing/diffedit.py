@@ -94,7 +94,9 @@ class DiffEdit(Editor):
         """See `Editor`."""
         if user_mask is None:
             maps = yield from self.difference_maps(trajectory, compared_texts(request))
-            mask = dilated(above_average(maps, self.mask_thresholding_ratio).any(dim=0), self.dilate)
+            mask = dilated(
+                above_average(maps, self.mask_thresholding_ratio, trajectory.source.of_image).any(dim=0), self.dilate
+            )
         else:
             mask = inside_of(user_mask)
         kept = trajectory.latents[1:] if self.background == "aligned" else trajectory.latents[:-1]

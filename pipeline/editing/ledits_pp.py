@@ -20,7 +20,7 @@ from pipeline.editing.base import Editor
 from pipeline.editing.walk import start_of, take_step
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps
 from pipeline.errors import PrepareError
-from pipeline.records import Concept, EditedLatents, EditRequest, InversionPrompts, StepRecord, Trajectory
+from pipeline.records import Concept, EditedLatents, EditRequest, InversionPrompts, Source, StepRecord, Trajectory
 
 # A concept's region moves from step to step: early steps lay out an object, late ones work at its edges. Reported is
 # where it acted in this share of its steps. On drawn truth half loses the inside of large objects, which only the early
@@ -149,7 +149,7 @@ class LEditsPP(Editor):
                 acting = [concepts[number] for number in active]
                 scales = latents.new_tensor([signed_scale(concept) for concept in acting])
                 directions = edit_directions(noise_pred, denoised.noise_preds[1:], scales, user_mask)
-                masks[active] = self._masks(acting, directions, denoised.attention, timestep)
+                masks[active] = self._masks(acting, directions, denoised.attention, timestep, trajectory.source)
                 weights = latents.new_tensor([concept.weight for concept in acting])
                 noise_pred = multi_edit_guidance(noise_pred, directions, masks[active], weights)
                 times_in_mask += masks
@@ -168,13 +168,13 @@ class LEditsPP(Editor):
         return EditedLatents(latents=latents, masks=masks, history=tuple(history))
 
     def _masks(
-        self, concepts: list[Concept], directions: Tensor, attention: Tensor | None, timestep: int
+        self, concepts: list[Concept], directions: Tensor, attention: Tensor | None, timestep: int, source: Source
     ) -> Tensor:  # (E, h, w) bool
         thresholds = directions.new_tensor([concept.threshold for concept in concepts])
         if attention is None:
-            return noise_mask(directions, thresholds)
+            return noise_mask(directions, thresholds, source.of_image)
         size = (directions.shape[-2], directions.shape[-1])
-        where_attended = attention_mask(attention[1:].to(directions), thresholds, size)
+        where_attended = attention_mask(attention[1:].to(directions), thresholds, size, source.of_image)
         if self.mask == "attention" or timestep > self.intersect_from_timestep:
             return where_attended
-        return where_attended & noise_mask(directions, thresholds)
+        return where_attended & noise_mask(directions, thresholds, source.of_image)

@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
+from pipeline.diffusion.masks import OfImage
 from pipeline.editing.alignment import token_weights
 from pipeline.editing.base import Editor
 from pipeline.editing.problems import guidance_problem
@@ -238,6 +239,7 @@ class MasaCtrlEdit(MutualEdit):
                     ]
                 ),
                 settings.thres,
+                trajectory.source.of_image,
             )
         super().__init__(settings, trajectory, cond=settings.keys, uncond=settings.keys, masks=masks)
 
@@ -269,6 +271,7 @@ class AutoMasks:
 
     weights: Tensor  # (2, L): 1 at the tokens of the source and of the target
     threshold: float
+    of_image: OfImage
 
 
 Masks = GivenMasks | AutoMasks
@@ -354,7 +357,8 @@ class _MutualHook(Hook):
         if masks is None or not self.fields:
             return None
         fields = torch.stack(self.fields).mean(dim=0)
-        low, high = fields.amin(dim=(1, 2), keepdim=True), fields.amax(dim=(1, 2), keepdim=True)
+        image = masks.of_image(fields)
+        low, high = image.amin(dim=(1, 2), keepdim=True), image.amax(dim=(1, 2), keepdim=True)
         return (fields - low) / (high - low).clamp_min(torch.finfo(fields.dtype).tiny) >= masks.threshold
 
     def _allowed(self, layer: Layer, device: torch.device) -> Tensor | None:

@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
+from pipeline.diffusion.masks import OfImage, everything
 from pipeline.editing.alignment import (
     equalizer_weights,
     refinement_mapper,
@@ -189,10 +190,11 @@ class PromptToPromptEdit(BranchEdit):
 
     def _mask(self, size: tuple[int, int]) -> Tensor:
         assert self.fields is not None
-        inside = local_blend_mask(self.fields[:2], self.settings.blend_threshold, size, dilate=True)
+        of_image = self.trajectory.source.of_image
+        inside = local_blend_mask(self.fields[:2], self.settings.blend_threshold, size, of_image, dilate=True)
         mask = inside[0] | inside[1]
         if self.subtract is not None:
-            taken = local_blend_mask(self.fields[2:], self.settings.subtract_threshold, size, dilate=False)
+            taken = local_blend_mask(self.fields[2:], self.settings.subtract_threshold, size, of_image, dilate=False)
             mask = mask & ~(taken[0] | taken[1])
         return mask
 
@@ -201,12 +203,15 @@ class PromptToPromptEdit(BranchEdit):
         return self.last_mask
 
 
-def local_blend_mask(fields: Tensor, threshold: float, size: tuple[int, int], *, dilate: bool) -> Tensor:
-    """(B, h, w) bool: where attention fields (B, h', w') exceed a share of their maximum; nowhere if that is zero."""
+def local_blend_mask(
+    fields: Tensor, threshold: float, size: tuple[int, int], of_image: OfImage = everything, *, dilate: bool
+) -> Tensor:
+    """(B, h, w) bool: where fields (B, h', w') exceed a share of the image's maximum; nowhere if that is zero."""
+    highest = of_image(fields).amax(dim=(1, 2), keepdim=True)  # dilation leaves it as it is
     if dilate:
         fields = max_pool2d(fields[:, None], 3, stride=1, padding=1)[:, 0]
     fields = interpolate(fields[:, None], size=size, mode="nearest")[:, 0]
-    return fields / fields.amax(dim=(1, 2), keepdim=True) > threshold
+    return (fields / highest > threshold) & (highest > 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

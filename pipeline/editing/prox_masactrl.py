@@ -109,5 +109,6 @@ class ProxMasaCtrlEdit(MutualEdit):
         settings = self.proximal_settings
         if settings.prox == "none" or step < settings.prox_step or target.uncond is None:
             return super().guide(step, source, target)
-        delta = proximal(target.delta, threshold_of(target.delta[None], settings.quantile), settings.prox)
+        threshold = threshold_of(target.delta[None], settings.quantile, self.trajectory.source.of_image)
+        delta = proximal(target.delta, threshold, settings.prox)
         return None if source is None else source.cond, target.uncond + self.guidance_scale * delta

@@ -23,6 +23,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
+from pipeline.diffusion.masks import OfImage, everything
 from pipeline.diffusion.steps import DDIM
 from pipeline.editing.prompt_to_prompt import PromptToPrompt, PromptToPromptEdit
 from pipeline.editing.two_branch import BranchEdit, Branches, Prediction
@@ -71,9 +72,9 @@ def proximal(delta: Float[Tensor, "*shape"], threshold: float, prox: Prox) -> Fl
     return shrunk
 
 
-def threshold_of(deltas: Float[Tensor, "B C h w"], quantile: float) -> float:
+def threshold_of(deltas: Float[Tensor, "B C h w"], quantile: float, of_image: OfImage = everything) -> float:
     """The quantile of all magnitudes of one image's B directions, linearly interpolated; or, up to 0, its negative."""
-    return -quantile if quantile <= 0 else float(torch.quantile(deltas.abs().flatten(), quantile))
+    return -quantile if quantile <= 0 else float(torch.quantile(of_image(deltas).abs().flatten(), quantile))
 
 
 class ProxEdit(PromptToPrompt):
@@ -157,7 +158,7 @@ class ProxEditEdit(PromptToPromptEdit):
         if settings.prox == "none":
             return super().guide(step, source, target)
         deltas = torch.stack([torch.zeros_like(target.cond) if source is None else source.delta, target.delta])
-        threshold = threshold_of(deltas, settings.quantile)
+        threshold = threshold_of(deltas, settings.quantile, self.trajectory.source.of_image)
         deltas = proximal(deltas, threshold, settings.prox)
         left = deltas.abs() > threshold  # of what is left: for soft, twice the threshold before
         if settings.dilate_mask > 0:
