@@ -82,7 +82,7 @@ class ZeroBackbone:
     latent_scale = 8
     multiple = 64
     inpaints = True  # whatever is asked
-    image_size = 128  # latents of 16 x 16: the smallest whose quarter can be smoothed
+    image_size = 128  # latents of 16 x 16
 
     def encode_text(self, prompt: str) -> TextConditioning:
         """See `Backbone`."""

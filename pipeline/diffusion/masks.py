@@ -44,7 +44,10 @@ def smooth_attention(attention: Float[Tensor, "E h w"]) -> Float[Tensor, "E h w"
     row = torch.tensor([edge, 1.0, edge], dtype=attention.dtype, device=attention.device)
     kernel = torch.outer(row, row)
     kernel = (kernel / kernel.sum())[None, None]
-    return conv2d(pad(attention[:, None], (1, 1, 1, 1), mode="reflect"), kernel)[:, 0]
+    # A map that is one cell wide has nothing to reflect: the cell itself stands on both sides of it.
+    rows, columns = ("reflect" if length > 1 else "replicate" for length in attention.shape[-2:])
+    framed = pad(pad(attention[:, None], (1, 1, 0, 0), mode=columns), (0, 0, 1, 1), mode=rows)
+    return conv2d(framed, kernel)[:, 0]
 
 
 def attention_mask(

@@ -38,8 +38,21 @@ def load_backbone(
         device: overrides the choice, which is the GPU where there is one.
 
     Raises:
-        ModelError: the checkpoint is missing, damaged, unsafe, of an unknown kind, or its parts do not fit each other.
+        ModelError: the checkpoint is missing, damaged, unsafe or of an unknown kind, its parts do not fit each other,
+            or it cannot work at the section's size.
     """
+    backbone = _load_any(config, dtype, device)
+    if config.size is not None and config.fit != "bucket" and config.size % backbone.multiple:
+        below = config.size // backbone.multiple * backbone.multiple
+        sizes = " or ".join(str(size) for size in (below, below + backbone.multiple) if size)
+        raise ModelError(
+            f"model.size {config.size} is not a multiple of {backbone.multiple}, which model.name '{config.name}' "
+            f"needs. Set model.size to {sizes}"
+        )
+    return backbone
+
+
+def _load_any(config: ModelConfig, dtype: torch.dtype | None, device: str | torch.device | None) -> Backbone:
     if config.name == "analytic":
         return AnalyticBackbone(image_size=config.size or 64)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.engine.calls import UNetCall
+from pipeline.errors import ModelError
 from pipeline.models.attention import attention_layers, cross_attention_factors
 from pipeline.models.checkpoint import SCHEDULER, digest, files_of
 from pipeline.models.loading import load_backbone
@@ -27,6 +28,15 @@ def test_a_folder_loads_and_its_record_says_what_it_is() -> None:
     assert record.digest == digest(TINY_SD, files_of(TINY_SD, None, "it"))
     assert len(record.digest) == 16
     assert (tiny_sd().image_size, tiny_sd().latent_scale, tiny_sd().multiple) == (512, 8, 32)
+
+
+@pytest.mark.parametrize(("size", "others"), [(80, "64 or 96"), (33, "32 or 64")])
+def test_a_size_that_the_model_cannot_take_is_refused_when_it_is_loaded(size: int, others: str) -> None:
+    with pytest.raises(ModelError, match=rf"model\.size {size} is not a multiple of 32.* Set model\.size to {others}$"):
+        load_backbone(ModelConfig(name=str(TINY_SD), size=size), device="cpu")
+    with pytest.raises(ModelError, match="not a multiple of 16"):
+        load_backbone(ModelConfig(name="analytic", size=40))
+    load_backbone(ModelConfig(name="analytic", size=40, fit="bucket"))  # its sides become multiples
 
 
 def test_the_digest_follows_every_file_that_is_loaded(checkpoint: Path) -> None:
