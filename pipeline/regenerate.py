@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,16 +84,15 @@ def regenerate(run: Run, key: str, *, edit: str | None = None, method: str | Non
     shard, row = _read_again(stored, recipe)
     record = run.record
     on_cpu = record.model["device"] == "cpu"
-    if on_cpu:
-        torch.set_num_threads(record.threads)
-    backbone = load_backbone(recipe.model, device="cpu" if on_cpu else None)
-    engine = Engine(backbone, call_size=record.call_size)
     about = stored.about
-    made = [
-        encode_outcome(outcome_of(result), recipe, backbone.record, record.call_size)
-        for result in edit_rows([row], recipe, engine)
-        if _name_of(result) == (about["edit"], about["method"])
-    ]
+    with _threads(record.threads if on_cpu else None):
+        backbone = load_backbone(recipe.model, device="cpu" if on_cpu else None)
+        engine = Engine(backbone, call_size=record.call_size)
+        made = [
+            encode_outcome(outcome_of(result), recipe, backbone.record, record.call_size)
+            for result in edit_rows([row], recipe, engine)
+            if _name_of(result) == (about["edit"], about["method"])
+        ]
     now = run_record(recipe, [], backbone.record, record.call_size, record.threads)
     return Comparison(
         id=about["id"],
@@ -104,6 +104,17 @@ def regenerate(run: Run, key: str, *, edit: str | None = None, method: str | Non
         ),
         changed=(*_source_changes(stored.manifest, shard), *_changes(record, now)),
     )
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Let torch compute with so many threads; afterwards with as many as before: the process is the caller's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _name_of(result: Decoded | Rejected) -> tuple[str, str]:

@@ -22,6 +22,7 @@ class Hub:
     def __init__(self, folder: Path, repository: str) -> None:
         self.folder, self.repository = folder, repository
         self.got: Counter[str] = Counter()  # files that were downloaded
+        self.gated = False  # whether its files are for those alone who accepted its terms
 
     def files(self) -> dict[str, Path]:
         return {path.relative_to(self.folder).as_posix(): path for path in self.folder.rglob("*") if path.is_file()}
@@ -66,16 +67,15 @@ def _handler(served: Hub) -> type[BaseHTTPRequestHandler]:
             elif path in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
                 siblings = [{"rfilename": name, "size": file.stat().st_size} for name, file in files.items()]
                 body = json.dumps({"id": served.repository, "sha": COMMIT, "siblings": siblings}).encode()
+            elif path.startswith(raw) and served.gated:
+                self._refuse(403, "GatedRepo")
+                return
             elif path.startswith(raw) and (name := path.removeprefix(raw)) in files:
                 body = files[name].read_bytes()
                 headers["ETag"] = f'"{hashlib.sha1(body).hexdigest()}"'
                 served.got[name] += with_body
             else:
-                code = "RevisionNotFound" if path.startswith(api) else "RepoNotFound"
-                self.send_response(404)
-                self.send_header("X-Error-Code", code)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
+                self._refuse(404, "RevisionNotFound" if path.startswith(api) else "RepoNotFound")
                 return
             self.send_response(200)
             for key, value in {**headers, "Content-Length": str(len(body))}.items():
@@ -83,6 +83,12 @@ def _handler(served: Hub) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             if with_body:
                 self.wfile.write(body)
+
+        def _refuse(self, status: int, code: str) -> None:
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
 
         def log_message(self, *_: object) -> None:
             pass

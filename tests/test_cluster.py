@@ -9,12 +9,15 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from ray.exceptions import RayTaskError
 
 from pipeline import cluster, on_ray
 from pipeline.errors import ClusterError, RecipeError, RunAborted, SinkError, SourceError
 from pipeline.pool import Resources, cpu_threads, plan_pool
 from pipeline.recipe import Recipe, RunConfig, recipe_from
+from pipeline.regenerate import regenerate
+from pipeline.runs import find_run
 from pipeline.tally import Tally
 from pipeline.writing.commit import committed_units
 from tests.runs import SECRET, asked, contents, recipe_data, results, write_shards
@@ -215,3 +218,15 @@ def test_an_error_of_ours_comes_out_of_rays_wrapping_and_others_become_short() -
     assert type(other) is ClusterError
     assert len(str(other)) < 600
     assert "the same command goes on" in str(other)
+
+
+def test_a_run_in_this_process_leaves_torch_the_threads_it_had(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        cluster.run(local(write_shards(tmp_path / "in", shards=1, rows=1), tmp_path / "out"), progress="off")
+        assert torch.get_num_threads() == 3
+        assert regenerate(find_run(str(tmp_path / "out")), "s0.tar/im00", edit="a").equal
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

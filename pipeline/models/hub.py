@@ -34,10 +34,11 @@ def fetch(name: str, revision: str | None, variant: str | None) -> tuple[Path, s
     )
 
     what = f"model '{name}' (revision {revision or 'main'})"
+    gated = f"{what} is gated. Accept its terms on the hub, and set HF_TOKEN to a token that may read it"
     try:
         listing = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=PATIENCE)
     except GatedRepoError as error:
-        raise ModelError(f"{what} is gated. Accept its terms on the hub, and set HF_TOKEN") from error
+        raise ModelError(gated) from error
     except RevisionNotFoundError as error:
         raise ModelError(f"{what} has no such revision. Set model.revision to a branch, tag or commit") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
@@ -55,6 +56,8 @@ def fetch(name: str, revision: str | None, variant: str | None) -> tuple[Path, s
         _say(f"{what}: fetching {len(missing)} files, {total / 1e9:.3g} of {sum(sizes.values()) / 1e9:.3g} GB")
         try:
             snapshot_download(name, revision=revision, allow_patterns=files, tqdm_class=_bars(what, total))
+        except GatedRepoError as error:  # its listing is public, its files are not
+            raise ModelError(gated) from error
         except Exception as error:
             raise ModelError(
                 f"{what} could not be fetched from the hub: {type(error).__name__}. What has arrived is kept: try "

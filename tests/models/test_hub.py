@@ -169,6 +169,12 @@ def test_a_repository_and_a_revision_that_are_not_there_are_told_apart(served: H
         load_backbone(ModelConfig(name="owner/other"), device="cpu")
 
 
+def test_a_gated_repository_asks_for_a_token(served: Hub) -> None:
+    served.gated = True
+    with pytest.raises(ModelError, match=r"is gated. Accept its terms on the hub, and set HF_TOKEN"):
+        load_backbone(ModelConfig(name="owner/model"), device="cpu")
+
+
 def test_a_repository_without_diffusers_format_is_refused_before_anything_is_fetched(served: Hub) -> None:
     shutil.move(served.folder / "model_index.json", served.folder / "index.json")
     with pytest.raises(ModelError, match=r"has no model_index\.json"):
