@@ -28,9 +28,18 @@ class RowCounter:
     recipe: Recipe
     known: dict[Any, int] = field(default_factory=dict)
 
-    def rows(self, requests: Mapping[str, EditRequest], *, masked: bool = False) -> int:
-        """UNet rows of an image that is edited as `requests` say, by every method of the recipe."""
-        case = (_anonymous(requests), masked)
+    def rows(
+        self,
+        requests: Mapping[str, EditRequest],
+        *,
+        masked: bool = False,
+        refused: frozenset[tuple[str, str]] = frozenset(),
+    ) -> int:
+        """UNet rows of an image that is edited as `requests` say, by every method of the recipe.
+
+        `refused` are the (edit, method) that fail by what the prompts say, which the case does not tell.
+        """
+        case = (_anonymous(requests), masked, refused)
         if case not in self.known:
             self.known[case] = self._count(requests, masked)
         return self.known[case]

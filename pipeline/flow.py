@@ -129,9 +129,7 @@ def edit_prepared(
     for edit, request in prepared.requests.items():
         for name, method in methods.items():
             try:
-                method.editing.check(request, method.inversion.num_steps)
-                if prepared.mask is not None:
-                    method.editing.check_mask()
+                method.editing.check(request, method.inversion, masked=prepared.mask is not None)
             except Exception as error:
                 outcomes.append(rejected(sample, edit, name, "prepare", error))
                 continue

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ COUNTED_SHARDS = 64  # shards whose rows are counted; the others are taken to be
 READ_ROWS = 256  # rows that are read for their own edits
 READ_BYTES = 256 * 2**20  # shards larger than this in all are not read beyond `READ_ROWS`
 PROBE_IMAGES = 3  # the first warms up, the others are timed
+SHOWN_REASONS = 5  # why rows cannot be edited
+SHOWN_LETTERS = 160  # of a reason
 COUNTERS = 8  # shards counted side by side
 
 
@@ -78,8 +81,9 @@ def plan(recipe: Recipe, *, probe: bool = True) -> Plan:
     measured = None
     if probe:
         samples = [row for row in rows if isinstance(row, Sample)][:PROBE_IMAGES]
-        measured = probe_model(recipe, samples, cost.results / len(rows)) if samples else None
-        notes.append(probe_note(measured))
+        why: list[str] = []
+        measured = probe_model(recipe, samples, cost.results / len(rows), why) if samples else None
+        notes.append(probe_note(measured, why))
     return Plan(
         shards=len(shards),
         bytes_in=sum(shard.size for shard in shards),
@@ -104,12 +108,15 @@ def seconds_for(unet_rows: int, images: int, probe: Probe, workers: int) -> floa
     return (calls * probe.seconds_per_call + images * probe.seconds_per_image) / workers
 
 
-def probe_note(probe: Probe | None) -> str:
-    """What an estimate of time rests on."""
+def probe_note(probe: Probe | None, why: Sequence[str] = ()) -> str:
+    """What an estimate of time rests on; of rows that could not be edited, why."""
+    reasons = ", ".join(f"{text} ({count})" for text, count in Counter(map(_in_short, why)).most_common(SHOWN_REASONS))
     if probe is None:
-        return "time: unknown, none of the first rows can be edited"
+        return "time: unknown, none of the first rows can be edited" + (f": {reasons}" if reasons else "")
+    failed = f"; {len(why)} of the results that were tried failed: {reasons}" if reasons else ""
     length = f"{probe.images} image(s)" if probe.images else f"the first {PROBE_SECONDS:.0f} s of an image"
-    return f"time and output: from {length} on this machine ({probe.device}), extrapolated by UNet rows in full calls"
+    basis = f"time and output: from {length} on this machine ({probe.device}), extrapolated by UNet rows in full calls"
+    return basis + failed
 
 
 def count_images(shards: Sequence[Shard], recipe: Recipe) -> tuple[int, str]:
@@ -153,7 +160,8 @@ class Cost:
     results: int = 0
     unet_rows: int = 0
     own_edits: int = 0  # rows that bring an edit of their own
-    unusable: int = 0  # rows that cannot be read, or whose edit is none
+    unusable: int = 0  # rows of which something that was asked for cannot be made
+    reasons: Counter[str] = field(default_factory=Counter)  # why, by rows
 
     def note(self, rows: int, complete: bool) -> str:
         """How these numbers came about."""
@@ -162,8 +170,17 @@ class Cost:
         if self.own_edits:
             parts.append(f"{self.own_edits:,} of {rows:,} bring their own edit")
         if self.unusable:
-            parts.append(f"{self.unusable:,} of {rows:,} will fail: damaged, or without a usable edit")
+            known = [f"{reason} ({count:,})" for reason, count in self.reasons.most_common(SHOWN_REASONS)]
+            others = len(self.reasons) - len(known)
+            more = f", and {others:,} other reason(s)" if others else ""
+            parts.append(f"{self.unusable:,} of {rows:,} rows cannot be edited as asked: {', '.join(known)}{more}")
         return "; ".join(parts)
+
+    def cannot(self, reasons: Iterable[str]) -> None:
+        """Count a row that cannot be edited, for these reasons."""
+        distinct = set(reasons)
+        self.unusable += bool(distinct)
+        self.reasons.update(distinct)
 
 
 def cost_of(rows: Sequence[Sample | Unreadable], recipe: Recipe) -> Cost:
@@ -172,16 +189,29 @@ def cost_of(rows: Sequence[Sample | Unreadable], recipe: Recipe) -> Cost:
     counter = RowCounter(recipe)
     for row in rows:
         if isinstance(row, Unreadable):
-            cost.unusable += 1
+            cost.cannot([_in_short(row.message)])
             cost.results += len(asked_without(recipe))
             continue
         cost.own_edits += row.edits is not None
         try:
             requests = requests_of(row, recipe)
-        except RowError:
-            cost.unusable += 1
+        except RowError as error:
+            cost.cannot([_in_short(str(error))])
             cost.results += len(asked_without(recipe))
             continue
         cost.results += len(requests) * len(recipe.all_methods)
-        cost.unet_rows += counter.rows(requests, masked=row.mask is not None)
+        masked = row.mask is not None
+        refused = {
+            (edit, name): problems
+            for edit, request in requests.items()
+            for name, method in recipe.all_methods.items()
+            if (problems := tuple(method.editing.problems_of_row(request, method.inversion, masked=masked)))
+        }
+        cost.cannot(problem.reason for problems in refused.values() for problem in problems)
+        cost.unet_rows += counter.rows(requests, masked=masked, refused=frozenset(refused))
     return cost
+
+
+def _in_short(message: str) -> str:
+    """The first sentence of a row's message, to count rows by; a later one says what to do."""
+    return message.split(". ")[0][:SHOWN_LETTERS]

@@ -15,7 +15,7 @@ from pipeline.flow import edit_row, outcome_of
 from pipeline.models.backbone import Backbone
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import Recipe
-from pipeline.records import Edited, Outcome, Sample
+from pipeline.records import Edited, Outcome, Rejected, Sample
 from pipeline.worker import call_size_for
 from pipeline.writing.parquet import render_parquet
 from pipeline.writing.rows import encode_outcome, schema
@@ -35,13 +35,16 @@ class Probe:
     device: str
 
 
-def probe_model(recipe: Recipe, samples: Sequence[Sample], results_per_image: float) -> Probe | None:
+def probe_model(
+    recipe: Recipe, samples: Sequence[Sample], results_per_image: float, why: list[str] | None = None
+) -> Probe | None:
     """Load the model, edit the first of these samples to warm up, and time the edit of the others.
 
     Args:
         recipe: the run.
         samples: at least one.
         results_per_image: asked for on average; stands in for measured ones where the probe is cut off.
+        why: takes the reasons of the results that could not be made, where given.
 
     Returns:
         None where none of the samples can be edited.
@@ -53,16 +56,16 @@ def probe_model(recipe: Recipe, samples: Sequence[Sample], results_per_image: fl
     call_size = call_size_for(recipe, backbone)
     timed = TimedBackbone(backbone, PROBE_SECONDS, compiles=recipe.model.compile)
     engine = Engine(cast(Backbone, timed), call_size=call_size)
-    outcomes: list[Outcome] = []
+    reasons = [] if why is None else why
     images, size = 0, None
     beside = 0.0
     try:
-        outcomes += _edit(samples[:1], recipe, engine)
+        outcomes = _edit(samples[:1], recipe, engine, reasons)
         size = _bytes_per_result(outcomes, recipe, backbone, call_size)
         timed.forget()
         start = time.perf_counter()
         measured = list(samples[1:] or samples)
-        outcomes = _edit(measured, recipe, engine)
+        outcomes = _edit(measured, recipe, engine, reasons if len(samples) > 1 else [])
         size = _bytes_per_result(outcomes, recipe, backbone, call_size) or size
         beside = (time.perf_counter() - start - sum(timed.seconds["denoise"])) / len(measured)
         images = len(measured)
@@ -80,12 +83,13 @@ def probe_model(recipe: Recipe, samples: Sequence[Sample], results_per_image: fl
     )
 
 
-def _edit(samples: Sequence[Sample], recipe: Recipe, engine: Engine) -> list[Outcome]:
+def _edit(samples: Sequence[Sample], recipe: Recipe, engine: Engine, why: list[str]) -> list[Outcome]:
     outcomes: list[Outcome] = []
     for finished in engine.run(edit_row(sample, recipe, engine.backbone) for sample in samples):
         if finished.error is not None:
             raise finished.error
         outcomes += [outcome_of(result) for result in finished.value]
+    why += [outcome.message for outcome in outcomes if isinstance(outcome, Rejected)]
     return outcomes
 
 

@@ -147,13 +147,14 @@ class Recipe(Section):
                         f"works with: {', '.join(inversions)}; that inversion with: {', '.join(editors)}",
                     )
                 )
-            elif problem := editing.pair_problem(inversion):
-                found.append((f"{at}editing", problem))
+            else:
+                found += [(f"{at}editing", problem) for problem in editing.pair_problems(inversion)]
             for edit, request in self.edits.items():
-                try:
-                    method.editing.check(request, method.inversion.num_steps)
-                except PrepareError as error:
-                    found.append((f"edits.{edit}", f"{error}" + (f" (method '{name}')" if self.methods else "")))
+                follows = self.source.caption_is_source_prompt and not request.source_prompt
+                found += [
+                    (f"edits.{edit}", problem.text + (f" (method '{name}')" if self.methods else ""))
+                    for problem in editing.problems(request, inversion, caption_follows=follows)
+                ]
         return found
 
     @model_validator(mode="after")

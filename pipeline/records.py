@@ -28,7 +28,7 @@ NonEmptyPrompt = Annotated[str, StringConstraints(strip_whitespace=True, min_len
 class Concept(BaseModel):
     """One thing to add to an image or to take out of it (LEDITS++, arXiv 2311.16711)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     prompt: NonEmptyPrompt
     """What to add or remove, in a few words; any text, known to the model or not."""
@@ -62,7 +62,7 @@ Window = tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0,
 class WordPair(BaseModel):
     """Words of the two prompts that name the same place in the image: "cat" and "dog"."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     source: tuple[NonEmptyPrompt, ...] = ()
     """Words of the source prompt."""
@@ -73,7 +73,7 @@ class WordPair(BaseModel):
 class EditRequest(BaseModel):
     """What to change in one image. How to change it stands in the recipe."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     source_prompt: Prompt = ""
     """What the image shows."""

@@ -22,7 +22,9 @@ class Section(BaseModel):
     """Base of the recipe's sections: immutable, and no key is unknown."""
 
     # A misplaced secret must not stand in an error's traceback.
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, hide_input_in_errors=True
+    )
 
 
 class SourceConfig(Section):

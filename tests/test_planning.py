@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import time
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from pipeline import planning, probe
 from pipeline.counting import RowCounter
@@ -155,9 +157,41 @@ def test_a_large_source_is_estimated_and_says_so(faces, monkeypatch):
 
 def test_rows_without_a_usable_edit_are_announced(faces):
     made = plan(a_recipe(faces, edits={}), probe=False)
-    assert any("9 of 12 will fail" in note for note in made.notes)
+    assert any("9 of 12 rows cannot be edited as asked: no usable edit" in note for note in made.notes)
     assert made.results == 12
     assert made.unet_rows == 3 * STEPS * 3
+
+
+def test_rows_that_a_method_cannot_serve_are_counted_by_reason_and_cost_nothing(tmp_path):
+    """By what the rows' own prompts say: the reasons name no prompt, and rows alike but for a word are kept apart."""
+    wanted = {"source_prompt": "a cat", "blend_words": {"target": ["dog"]}}
+    targets = ["a dog"] * 3 + ["a cow"] * 2 + [""]
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(buffer, "PNG")
+    rows = {
+        "image": [buffer.getvalue()] * len(targets),
+        "edit": [json.dumps({**wanted, "target_prompt": target}) for target in targets],
+    }
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table(rows), tmp_path / "in" / "rows.parquet")
+    pair = {
+        "inversion": {"method": "direct", "num_steps": STEPS},
+        "editing": {"method": "prompt_to_prompt"},
+        "source": {"shards": str(tmp_path / "in")},
+    }
+    recipe = a_recipe(tmp_path, edits={}, **pair)
+    made = plan(recipe, probe=False)
+    (note,) = [note for note in made.notes if "cannot be edited" in note]
+    assert "3 of 6 rows cannot be edited as asked: blend word 'dog' is not in the target prompt (3)" in note
+    assert "no target_prompt (1)" in note
+    assert made.unet_rows == 3 * (STEPS + 3 * STEPS)
+
+
+def test_a_plan_says_why_none_of_the_first_rows_can_be_edited(tmp_path):
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"image": [b"no image"]}), tmp_path / "in" / "rows.parquet")
+    made = plan(a_recipe(tmp_path, source={"shards": str(tmp_path / "in")}))
+    assert any("none of the first rows can be edited: the image" in note for note in made.notes), made.notes
 
 
 def test_a_slow_model_is_cut_off_and_still_gives_an_estimate(faces, monkeypatch):

@@ -114,6 +114,62 @@ def test_a_concept_that_never_acts_is_refused():
     assert "would never act" in problems_of({**SMALLEST, "edits": closed})["edits.concepts.0"]
 
 
+PROMPTS = {"source_prompt": "a cat", "target_prompt": "a dog"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "at", "reason"),
+    [
+        ({"inversion": {"method": "ddpm", "skip": float("inf")}}, "inversion.skip", "finite"),
+        ({"inversion": {"method": "ddpm", "num_steps": 600, "skip": 0.7}}, "inversion", "possible are 999"),
+        ({"inversion": {"method": "ddpm", "num_steps": 600, "skip_steps": 400}}, "inversion", "possible are 999"),
+        ({"editing": {"method": "cfg", "start_step": 30}, "edits": PROMPTS}, "editing", "leaves none of the 30 steps"),
+        ({"editing": {"method": "masactrl", "start_step": 30}, "edits": PROMPTS}, "editing", "leaves none of the 30"),
+        (
+            {"editing": {"method": "prompt_to_prompt", "self_replace_steps": [0.6, 0.2]}, "edits": PROMPTS},
+            "editing",
+            "before it begins",
+        ),
+        (
+            {
+                "inversion": {"method": "ddpm", "num_steps": 30, "skip_steps": 30},
+                "editing": {"method": "prompt_to_prompt", "cross_replace_steps": [0.8, 1.0]},
+                "edits": PROMPTS,
+            },
+            "editing",
+            "only 30 of the schedule's 60 steps are walked",
+        ),
+        (
+            {
+                "inversion": {"method": "ddpm", "num_steps": 30, "skip_steps": 30},
+                "editing": {"method": "prompt_to_prompt", "start_blend": 0.5},
+                "edits": {**PROMPTS, "blend_words": {"source": ["cat"]}},
+            },
+            "edits",
+            "Lower editing.start_blend",
+        ),
+        (
+            {
+                "inversion": {"method": "negative_prompt"},
+                "editing": {"method": "masactrl"},
+                "edits": {**PROMPTS, "negative_prompt": "snow"},
+            },
+            "edits",
+            "Leave negative_prompt out",
+        ),
+        (
+            {"editing": {"method": "prompt_to_prompt"}, "edits": {**PROMPTS, "equalizer": {"dog": float("nan")}}},
+            "edits.equalizer.dog",
+            "finite",
+        ),
+    ],
+)
+def test_settings_without_effect_or_sense_are_refused(sections, at, reason):
+    found = problems_of({**SMALLEST, **sections})
+    assert list(found) == [at]
+    assert reason in found[at]
+
+
 @pytest.mark.parametrize("name", ["", "a b", "../up", "a/b", "-x"])
 def test_the_name_of_an_edit_is_safe_as_a_file_name(name):
     assert next(iter(problems_of({**SMALLEST, "edits": {name: SUNGLASSES}}))).startswith("edits.")

@@ -11,11 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.editing.problems import missing_word, places_of, raise_first, word_count_problems
 from pipeline.engine.calls import TextConditioning
 from pipeline.errors import PrepareError
 from pipeline.records import Window
-
-PUNCTUATION = ".,;:!?\"'()"
 
 
 def word_positions(prompt: TextConditioning, word: str, what: str) -> list[int]:
@@ -26,14 +25,9 @@ def word_positions(prompt: TextConditioning, word: str, what: str) -> list[int]:
     Raises:
         PrepareError: the prompt does not have the word, or its tokens were cut off with the end of the prompt.
     """
-    wanted = [_bare(part) for part in word.split()]
-    words = [_bare(part) for part in prompt.prompt.split()]
-    starts = [at for at in range(len(words)) if words[at : at + len(wanted)] == wanted]
-    if not starts:
-        raise PrepareError(
-            f"the {what} '{word}' is not a word of the prompt '{prompt.prompt}'. Use a word as the prompt has it"
-        )
-    chosen = {at + offset for at in starts for offset in range(len(wanted))}
+    chosen = places_of(word, prompt.prompt)
+    if not chosen:
+        raise PrepareError(missing_word(word, what, prompt.prompt))
     positions = [1 + token for token, of_word in enumerate(prompt.token_words) if of_word in chosen]
     if chosen - set(prompt.token_words):
         raise PrepareError(
@@ -41,10 +35,6 @@ def word_positions(prompt: TextConditioning, word: str, what: str) -> list[int]:
             "the prompt"
         )
     return positions
-
-
-def _bare(word: str) -> str:
-    return word.strip(PUNCTUATION).casefold() or word.casefold()
 
 
 def token_weights(prompt: TextConditioning, words: tuple[str, ...], what: str) -> Tensor:
@@ -66,12 +56,7 @@ def replacement_mapper(source: TextConditioning, target: TextConditioning, *, al
         PrepareError: the prompts have different numbers of words.
     """
     source_words, target_words = source.prompt.split(), target.prompt.split()
-    if len(source_words) != len(target_words):
-        raise PrepareError(
-            f"kind: replace swaps words one for one, but the source prompt '{source.prompt}' has {len(source_words)} "
-            f"words and the target prompt '{target.prompt}' has {len(target_words)}. Use kind: refine, or prompts with "
-            "as many words"
-        )
+    raise_first(word_count_problems(source.prompt, target.prompt))
     length = source.embedding.shape[0]
     changed = [at for at, pair in enumerate(zip(source_words, target_words, strict=True)) if pair[0] != pair[1]]
     swaps = [(_tokens_of(source, word), _tokens_of(target, word)) for word in changed]

@@ -10,13 +10,22 @@ Cost: two UNet rows per step walked, one at guidance 1 or 0. Masks: none.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from pipeline.editing.base import Editor
-from pipeline.editing.problems import guidance_problem, negative_prompt_problem
+from pipeline.editing.problems import (
+    Problem,
+    guidance_problems,
+    negative_prompt_problems,
+    no_place_for_negative_prompt,
+    raise_first,
+    start_problems,
+    target_problems,
+)
 from pipeline.editing.walk import Predict, guided_against_brought, walk
 from pipeline.engine.calls import EncodeText, Steps
 from pipeline.engine.prompts import GuidedPrompt
@@ -40,25 +49,22 @@ class ClassifierFreeGuidance(Editor):
     start_step: int = Field(default=0, ge=0)
     """Steps left out at the noisy end; more keeps more of the image."""
 
-    def check(self, request: EditRequest, num_steps: int) -> None:
+    def problems(
+        self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
+    ) -> Iterator[Problem]:
         """See `Editor`."""
-        if not request.target_prompt:
-            raise PrepareError(
-                "the cfg editor samples under a target_prompt, and this edit has none. Add target_prompt"
-            )
-        if self.start_step > num_steps:
-            raise PrepareError(
-                f"start_step {self.start_step} lies beyond the trajectory's {num_steps} steps. Lower editing.start_step"
-            )
+        yield from target_problems(self.method, request)
+        yield from negative_prompt_problems(request, inversion)
 
-    def pair_problem(self, inversion: Inversion) -> str | None:
+    def pair_problems(self, inversion: Inversion) -> Iterator[str]:
         """See `Editor`."""
         if getattr(inversion, "uncond_scope", "all") == "source":
-            return (
+            yield (
                 "uncond_scope: source gives the optimised embeddings to a source branch, and cfg has none: this would "
                 "be inversion.method ddim at many times its cost. Set uncond_scope: all, or inversion.method: ddim"
             )
-        return guidance_problem(self.guidance_scale, inversion)
+        yield from guidance_problems(self.guidance_scale, inversion)
+        yield from start_problems(self.start_step, inversion.num_steps)
 
     def edit(
         self,
@@ -70,12 +76,12 @@ class ClassifierFreeGuidance(Editor):
     ) -> Steps[EditedLatents]:
         """See `Editor`."""
         if user_mask is not None:
-            self.check_mask()
+            raise_first(self.mask_problems())
         if trajectory.uncond is None:
             prompt = yield from GuidedPrompt.encode(request.target_prompt, self.guidance_scale, request.negative_prompt)
             predict: Predict = prompt.predict
         elif request.negative_prompt:
-            raise PrepareError(negative_prompt_problem(trajectory.method))
+            raise PrepareError(no_place_for_negative_prompt(trajectory.method))
         else:
             (target,) = yield EncodeText((request.target_prompt,))
             predict = guided_against_brought(trajectory, target, self.guidance_scale)

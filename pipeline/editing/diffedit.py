@@ -12,6 +12,7 @@ relative. With a user's mask nothing is compared. Masks: one. Memory: N + 1 late
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from pipeline.diffusion.masks import above_average, dilated
 from pipeline.editing.base import Editor
+from pipeline.editing.problems import Problem, target_problems
 from pipeline.editing.walk import inside_of, start_of, take_step
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps
 from pipeline.engine.prompts import GuidedPrompt
@@ -52,22 +54,22 @@ class DiffEdit(Editor):
     image itself at the end; reference: one level noisier, as in the maintained implementation, hence never quite the
     image."""
 
-    def check(self, request: EditRequest, num_steps: int) -> None:
+    def problems(
+        self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
+    ) -> Iterator[Problem]:
         """See `Editor`."""
-        if not request.target_prompt:
-            raise PrepareError(
-                f"{self.method} edits from a source_prompt to a target_prompt, and this edit has no target_prompt. "
-                "Add target_prompt"
-            )
-        compared_texts(request)
+        yield from target_problems(self.method, request)
+        try:
+            compared_texts(request)
+        except PrepareError as error:
+            yield Problem("blend_words that do not pair up", str(error))
 
-    def pair_problem(self, inversion: Inversion) -> str | None:
+    def pair_problems(self, inversion: Inversion) -> Iterator[str]:
         """See `Editor`."""
         try:
-            self.noised_steps(inversion.num_steps + getattr(inversion, "skip_steps", 0))
+            self.noised_steps(inversion.schedule_steps)
         except PrepareError as error:
-            return str(error)
-        return None
+            yield str(error)
 
     def noised_steps(self, total_steps: int) -> int:
         """Steps of the schedule that would remove the mask's noise.

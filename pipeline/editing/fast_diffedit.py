@@ -9,6 +9,7 @@ is empty. Masks: one. Memory: N + 1 latents per image.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -40,14 +41,14 @@ class FastDiffEdit(DiffEdit):
     """Who fills the mask: the plain model, or an inpainting checkpoint, whose UNet is also given mask and masked
     image."""
 
-    def pair_problem(self, inversion: Inversion) -> str | None:
+    def pair_problems(self, inversion: Inversion) -> Iterator[str]:
         """See `Editor`. An inpainting UNet cannot invert: it is given a region to repaint, and there is none yet."""
         if self.backend == "inpaint" and inversion.method != "noise":
-            return (
+            yield (
                 "backend: inpaint repaints from noise with an inpainting checkpoint, which inversion.method "
                 f"'{inversion.method}' cannot run on. Set inversion.method: noise, or backend: masked"
             )
-        return super().pair_problem(inversion)
+        yield from super().pair_problems(inversion)
 
     def inpaint_input(self, trajectory: Trajectory, mask: Tensor) -> Steps[Tensor | None]:
         """See `DiffEdit`: mask, and latents of the image with the mask greyed out.

@@ -7,6 +7,7 @@ it replay the stored trajectory and are not computed. Masks: one per concept. Me
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor
 from pipeline.diffusion.guidance import edit_directions, multi_edit_guidance
 from pipeline.diffusion.masks import attention_mask, dilated, noise_mask
 from pipeline.editing.base import Editor
+from pipeline.editing.problems import Problem
 from pipeline.editing.walk import start_of, take_step
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps
-from pipeline.errors import PrepareError
+from pipeline.inversion.base import Inversion
 from pipeline.records import Concept, EditedLatents, EditRequest, InversionPrompts, Source, StepRecord, Trajectory
 
 # A concept's region moves from step to step: early steps lay out an object, late ones work at its edges. Reported is
@@ -92,19 +94,24 @@ class LEditsPP(Editor):
         """See `Editor`. The prediction that concepts are added to is the empty or negative prompt's, unguided."""
         return InversionPrompts(request.negative_prompt, request.negative_prompt)
 
-    def check(self, request: EditRequest, num_steps: int) -> None:
+    def problems(
+        self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
+    ) -> Iterator[Problem]:
         """See `Editor`."""
         if not request.concepts:
             instead = "has a target_prompt but no concepts" if request.target_prompt else "has none: nothing is asked"
-            raise PrepareError(
+            yield Problem(
+                "no concepts",
                 f"ledits_pp edits by concepts, and this edit {instead}. Name what to change under concepts, or use "
-                f"editing.method {'cfg' if request.target_prompt else 'reconstruct, which changes nothing'}"
+                f"editing.method {'cfg' if request.target_prompt else 'reconstruct, which changes nothing'}",
             )
         for number, concept in enumerate(request.concepts):
-            if concept.warmup_steps >= num_steps:
-                raise PrepareError(
+            if concept.warmup_steps >= inversion.num_steps:
+                yield Problem(
+                    f"warmup_steps beyond the {inversion.num_steps} steps",
                     f"concept {number} ('{concept.prompt}') has warmup_steps {concept.warmup_steps}, but only "
-                    f"{num_steps} steps are walked: it would never act. Lower warmup_steps or raise inversion.num_steps"
+                    f"{inversion.num_steps} steps are walked: it would never act. Lower warmup_steps or raise "
+                    "inversion.num_steps",
                 )
 
     def edit(

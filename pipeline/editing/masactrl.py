@@ -12,7 +12,7 @@ the 77 columns of cross-attention at a quarter of the latents' side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -24,14 +24,21 @@ from torch.nn.functional import interpolate, scaled_dot_product_attention
 from pipeline.diffusion.masks import OfImage
 from pipeline.editing.alignment import token_weights
 from pipeline.editing.base import Editor
-from pipeline.editing.problems import guidance_problem
+from pipeline.editing.problems import (
+    Problem,
+    guidance_problems,
+    negative_prompt_problems,
+    pair_of_words_problems,
+    start_problems,
+    target_problems,
+)
 from pipeline.editing.two_branch import BranchEdit, Branches, BranchRows, two_branch
 from pipeline.editing.walk import inside_of
 from pipeline.engine.calls import Steps, TextConditioning
 from pipeline.engine.controls import Control, Hook, Layer, Routes, attention_probabilities
 from pipeline.errors import PrepareError
 from pipeline.inversion.base import Inversion
-from pipeline.records import EditedLatents, EditRequest, Trajectory
+from pipeline.records import EditedLatents, EditRequest, Trajectory, WordPair
 
 MASK_FACTOR = 4  # latents' side over map side of the layers that automatic masks are read from
 FINEST_FACTOR = 2  # by default the decoder's layers of maps up to this much coarser than the latents are controlled
@@ -56,26 +63,25 @@ class MutualSelfAttention(Editor):
     layer_idx: tuple[Index, ...] | None = None
     """The controlled layers, one by one; start_layer is then not read. None: start_layer counts."""
 
-    def check(self, request: EditRequest, num_steps: int) -> None:
+    def problems(
+        self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
+    ) -> Iterator[Problem]:
         """See `Editor`."""
-        if not request.target_prompt:
-            raise PrepareError(
-                f"{self.method} samples under a target_prompt, and this edit has none. Add target_prompt"
-            )
-        if self.step_idx is None and self.start_step > num_steps:
-            raise PrepareError(
-                f"start_step {self.start_step} lies beyond the trajectory's {num_steps} steps. Lower editing.start_step"
-            )
+        yield from target_problems(self.method, request)
+        yield from negative_prompt_problems(request, inversion)
+
+    def pair_problems(self, inversion: Inversion) -> Iterator[str]:
+        """See `Editor`."""
+        yield from guidance_problems(self.guidance_scale, inversion)
+        num_steps = inversion.num_steps
+        if self.step_idx is None:
+            yield from start_problems(self.start_step, num_steps)
         beyond = [step for step in self.step_idx or () if step >= num_steps]
         if beyond:
-            raise PrepareError(
+            yield (
                 f"step_idx names step {beyond[0]}, and the trajectory's {num_steps} steps count from 0 to "
                 f"{num_steps - 1}. Take it out of editing.step_idx"
             )
-
-    def pair_problem(self, inversion: Inversion) -> str | None:
-        """See `Editor`."""
-        return guidance_problem(self.guidance_scale, inversion)
 
     def controls_step(self, step: int) -> bool:
         """Whether the target reads the source at a step."""
@@ -123,17 +129,24 @@ class MasaCtrl(MutualSelfAttention):
             )
         return self
 
-    def check(self, request: EditRequest, num_steps: int) -> None:
+    def problems(
+        self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
+    ) -> Iterator[Problem]:
         """See `Editor`."""
-        super().check(request, num_steps)
-        words = request.blend_words
-        if self.mask == "auto" and not (
-            (self.ref_token_idx or (words and words.source)) and (self.cur_token_idx or (words and words.target))
-        ):
-            raise PrepareError(
+        yield from super().problems(request, inversion, caption_follows=caption_follows)
+        if self.mask != "auto":
+            return
+        words = request.blend_words or WordPair()
+        if not ((self.ref_token_idx or words.source) and (self.cur_token_idx or words.target)):
+            yield Problem(
+                "mask: auto without blend_words",
                 "mask: auto finds the foreground where words attend, and this edit names none. Add blend_words with a "
-                "word of the source_prompt and one of the target_prompt, or set editing.mask: none"
+                "word of the source_prompt and one of the target_prompt, or set editing.mask: none",
             )
+        read = WordPair(  # positions of tokens take the words' place
+            source=() if self.ref_token_idx else words.source, target=() if self.cur_token_idx else words.target
+        )
+        yield from pair_of_words_problems(read, "blend word", request, caption_follows=caption_follows)
 
     def edit(
         self,

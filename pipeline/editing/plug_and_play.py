@@ -12,6 +12,7 @@ the user's, else none. Memory: nothing is stored, features and attention are rec
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -20,12 +21,12 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.editing.base import Editor
+from pipeline.editing.problems import Problem, target_problems
 from pipeline.editing.two_branch import BranchEdit, Branches, BranchRows, two_branch
 from pipeline.editing.walk import take_step
 from pipeline.engine.calls import EncodeText, Steps
 from pipeline.engine.controls import Block, Control, Hook, Layer, Routes
 from pipeline.engine.prompts import GuidedPrompt
-from pipeline.errors import PrepareError
 from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, Trajectory
 
@@ -57,19 +58,19 @@ class PlugAndPlay(Editor):
     """Source latents one step less noisy than the row's timestep, and the target's start, too: what the published
     comparison of `ddim` with `direct` does. For parity only."""
 
-    def check(self, request: EditRequest, num_steps: int) -> None:
+    def problems(
+        self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
+    ) -> Iterator[Problem]:
         """See `Editor`."""
-        if not request.target_prompt:
-            raise PrepareError("plug_and_play samples under a target_prompt, and this edit has none. Add target_prompt")
+        yield from target_problems(self.method, request)
 
-    def pair_problem(self, inversion: Inversion) -> str | None:
+    def pair_problems(self, inversion: Inversion) -> Iterator[str]:
         """See `Editor`."""
         if self.compat_shift and inversion.method != "ddim":
-            return (
+            yield (
                 "compat_shift shifts the source that is resampled after inversion.method 'ddim'; after "
                 f"'{inversion.method}' there is none. Leave it out"
             )
-        return None
 
     def edit(
         self,

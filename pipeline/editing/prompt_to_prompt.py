@@ -11,6 +11,7 @@ columns of cross-attention only, in steps that read them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -28,11 +29,19 @@ from pipeline.editing.alignment import (
     word_schedule,
 )
 from pipeline.editing.base import Editor
-from pipeline.editing.problems import guidance_problem
+from pipeline.editing.problems import (
+    Problem,
+    guidance_problems,
+    negative_prompt_problems,
+    pair_of_words_problems,
+    target_problems,
+    window_problems,
+    word_count_problems,
+    word_problems,
+)
 from pipeline.editing.two_branch import BranchEdit, Branches, BranchRows, two_branch
 from pipeline.engine.calls import Steps
 from pipeline.engine.controls import Control, Hook, Layer, Routes, attention_probabilities
-from pipeline.errors import PrepareError
 from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, Trajectory, Window
 
@@ -66,19 +75,56 @@ class PromptToPrompt(Editor):
     aligned_tail: bool = False
     """With kind replace: keep words behind a change of token count together; the published code does not."""
 
-    def check(self, request: EditRequest, num_steps: int) -> None:
-        """See `Editor`. What needs the prompts' tokens is checked when these are known."""
-        if not request.target_prompt:
-            raise PrepareError(
-                f"{self.method} edits from a source_prompt to a target_prompt, and this edit has no target_prompt. "
-                "Add target_prompt"
-            )
-        if not request.source_prompt and self.kind != "refine":
-            raise PrepareError(f"kind: {self.kind} needs a source_prompt, and this edit has none. Add source_prompt")
-
-    def pair_problem(self, inversion: Inversion) -> str | None:
+    def problems(
+        self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
+    ) -> Iterator[Problem]:
         """See `Editor`."""
-        return guidance_problem(self.guidance_scale, inversion)
+        yield from target_problems(self.method, request)
+        yield from negative_prompt_problems(request, inversion)
+        has_source = bool(request.source_prompt) or caption_follows
+        if not has_source and self.kind != "refine":
+            yield Problem(
+                f"kind: {self.kind} without a source_prompt",
+                f"kind: {self.kind} needs a source_prompt, and this edit has none. Add source_prompt",
+            )
+        if self.kind == "replace" and request.source_prompt and request.target_prompt:
+            yield from word_count_problems(request.source_prompt, request.target_prompt)
+        yield from self._blend_problems(request, inversion, caption_follows=caption_follows)
+        yield from word_problems(request.equalizer, "equalizer word", request.target_prompt, "target")
+        windows = request.cross_replace_steps
+        yield from word_problems(windows, "cross_replace_steps word", request.target_prompt, "target")
+        for word, window in windows.items():
+            for text in window_problems(f"cross_replace_steps of '{word}'", window, inversion):
+                yield Problem(f"cross_replace_steps of '{word}' never act", text)
+
+    def _blend_problems(
+        self, request: EditRequest, inversion: Inversion, *, caption_follows: bool
+    ) -> Iterator[Problem]:
+        for what, words in (("blend", request.blend_words), ("subtract", request.subtract_words)):
+            yield from pair_of_words_problems(words, f"{what} word", request, caption_follows=caption_follows)
+            if words is not None and not words.source and not words.target:
+                yield Problem(
+                    f"{what}_words without a word",
+                    f"{what}_words names no word. Name words of the source or the target prompt",
+                )
+        if request.blend_words is None:
+            if request.subtract_words is not None:
+                yield Problem(
+                    "subtract_words without blend_words",
+                    "subtract_words takes away from what blend_words name, and there are none. Add these",
+                )
+        elif int(self.start_blend * inversion.schedule_steps) >= inversion.num_steps:
+            yield Problem(
+                "start_blend beyond the steps that are walked",
+                f"start_blend {self.start_blend:g} of {inversion.schedule_steps} steps leaves none of the "
+                f"{inversion.num_steps} that are walked: the blend_words would never act. Lower editing.start_blend",
+            )
+
+    def pair_problems(self, inversion: Inversion) -> Iterator[str]:
+        """See `Editor`."""
+        yield from guidance_problems(self.guidance_scale, inversion)
+        yield from window_problems("cross_replace_steps", self.cross_replace_steps, inversion)
+        yield from window_problems("self_replace_steps", self.self_replace_steps, inversion)
 
     def edit(
         self,
@@ -134,10 +180,6 @@ class PromptToPromptEdit(BranchEdit):
         words = request.blend_words if which == "blend" else request.subtract_words
         if words is None:
             return None
-        if not words.source and not words.target:
-            raise PrepareError(f"{which}_words names no word. Name words of the source or the target prompt")
-        if which == "subtract" and request.blend_words is None:
-            raise PrepareError("subtract_words takes away from what blend_words name, and there are none. Add these")
         return torch.stack(
             [
                 token_weights(branches.source, words.source, f"{which} word"),

@@ -10,6 +10,7 @@ nothing is kept.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -56,14 +57,19 @@ class ProxMasaCtrl(MutualSelfAttention):
             raise ValueError(problem)
         return self
 
-    def pair_problem(self, inversion: Inversion) -> str | None:
+    def pair_problems(self, inversion: Inversion) -> Iterator[str]:
         """See `Editor`."""
         if self.npi_step > 0 and inversion.method != NATIVE_INVERSION:
-            return (
+            yield (
                 f"npi_step is {self.npi_step}, but inversion.method '{inversion.method}' brings no unconditional "
                 f"embedding to begin later with. Set npi_step to 0, or inversion.method to {NATIVE_INVERSION}"
             )
-        return super().pair_problem(inversion)
+        if self.prox != "none" and self.prox_step >= inversion.num_steps:
+            yield (
+                f"prox_step {self.prox_step} leaves none of the {inversion.num_steps} steps to threshold. Lower "
+                "editing.prox_step, or set prox: none"
+            )
+        yield from super().pair_problems(inversion)
 
     def edit(
         self,

@@ -6,14 +6,17 @@ prompt), of which none is left out although an exact inversion could: walking is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from pipeline.editing.base import Editor
+from pipeline.editing.problems import Problem
 from pipeline.editing.walk import Predict, guided_against_brought, no_masks, walk
 from pipeline.engine.calls import EncodeText, Steps
 from pipeline.engine.prompts import GuidedPrompt
+from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, Trajectory
 
 
@@ -25,8 +28,11 @@ class Reconstruct(Editor):
     method: Literal["reconstruct"] = "reconstruct"
     """No edit: the trajectory is replayed."""
 
-    def check(self, request: EditRequest, num_steps: int) -> None:
+    def problems(
+        self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
+    ) -> Iterator[Problem]:
         """See `Editor`: every request will do, what it wants changed is not read."""
+        yield from ()
 
     def edit(
         self,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.editing.problems import negative_prompt_problem
+from pipeline.editing.problems import no_place_for_negative_prompt
 from pipeline.editing.walk import brought_uncond, no_masks, start_of, take_step
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps, TextConditioning
 from pipeline.engine.controls import Control
@@ -50,7 +50,7 @@ class Branches:
                 target_uncond=(negative,) * num_steps,
             )
         if request.negative_prompt and trajectory.uncond_scope == "all":
-            raise PrepareError(negative_prompt_problem(trajectory.method))
+            raise PrepareError(no_place_for_negative_prompt(trajectory.method))
         brought = tuple(brought_uncond(trajectory, step) for step in range(num_steps))
         return cls(
             source=source,

@@ -21,13 +21,23 @@ def draw_from(seed: int, shape: tuple[int, ...], dtype: torch.dtype = torch.floa
 class Inversion(BaseModel, ABC):
     """Turns an image into a trajectory. Fields are its settings in the recipe; a subclass is final."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     method: str  # its name in INVERSIONS; a subclass says which
     num_steps: int  # N: steps of its trajectory
 
     exact: ClassVar[str]  # how well replaying its trajectory returns the image, in a few words
     paper: ClassVar[str]
+
+    @property
+    def schedule_steps(self) -> int:
+        """S: steps of the whole schedule, those left out at its noisy end included."""
+        return self.num_steps
+
+    @property
+    def brings_uncond(self) -> bool:
+        """Whether its trajectory brings unconditional embeddings that a target's rows take, too."""
+        return False
 
     @abstractmethod
     def invert(self, source: Source) -> Steps[Trajectory]:

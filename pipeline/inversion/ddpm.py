@@ -21,6 +21,8 @@ from pipeline.engine.prompts import GuidedPrompt
 from pipeline.inversion.base import Inversion
 from pipeline.records import Source, Trajectory
 
+MOST_STEPS = 999  # of a model's 1000 timesteps the schedules need one to stand above
+
 
 class DDPMInversion(Inversion):
     """Draw every noisy latent independently, then solve each step of a stochastic sampler for its noise map."""
@@ -60,6 +62,15 @@ class DDPMInversion(Inversion):
     def _eta_is_used(self) -> DDPMInversion:
         if self.solver == "sde-dpmsolver++" and self.eta != 1.0:
             raise ValueError("eta acts with solver: ddim only. Set solver: ddim or leave eta at 1")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_is_possible(self) -> DDPMInversion:
+        if self.schedule_steps > MOST_STEPS:
+            raise ValueError(
+                f"num_steps {self.num_steps} and what is skipped make a schedule of {self.schedule_steps} steps, "
+                f"possible are {MOST_STEPS}. Lower num_steps or skip"
+            )
         return self
 
     @property

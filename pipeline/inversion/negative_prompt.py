@@ -34,6 +34,11 @@ class NegativePromptInversion(DDIMInversion):
     pin_source: bool = False
     """Also keep the source branch on its trajectory, as `direct` does; not in the paper."""
 
+    @property
+    def brings_uncond(self) -> bool:
+        """See `Inversion`."""
+        return True
+
     def invert(self, source: Source) -> Steps[Trajectory]:
         """See `Inversion`."""
         trajectory = yield from super().invert(source)

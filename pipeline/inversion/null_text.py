@@ -47,6 +47,11 @@ class NullTextInversion(DDIMInversion):
     uncond_scope: Literal["all", "source"] = "all"
     """Which branches of an editor take the embeddings: all, or the source branch alone."""
 
+    @property
+    def brings_uncond(self) -> bool:
+        """See `Inversion`."""
+        return self.uncond_scope == "all"
+
     def invert(self, source: Source) -> Steps[Trajectory]:
         """See `Inversion`."""
         trajectory = yield from super().invert(source)

@@ -173,9 +173,9 @@ def test_nothing_is_above_the_average_of_zeros() -> None:
 
 def test_bad_input_is_refused() -> None:
     with pytest.raises(PrepareError, match="no target_prompt"):
-        DiffEdit().check(EditRequest(source_prompt="a cat"), N)
+        DiffEdit().check(EditRequest(source_prompt="a cat"), DDIMInversion(num_steps=N))
     with pytest.raises(PrepareError, match="3 phrases under source and 2 under target"):
-        DiffEdit().check(words(("a", "b", "c"), ("d", "e")), N)
+        DiffEdit().check(words(("a", "b", "c"), ("d", "e")), DDIMInversion(num_steps=N))
     sections = {"source": {"shards": "-"}, "sink": {"folder": "-"}, "inversion": INVERSION.model_dump()}
     with pytest.raises(RecipeError, match=r"mask_encode_strength 0\.1 of 5 steps is less than one"):
         recipe_from({**sections, "editing": {"method": "diffedit", "mask_encode_strength": 0.1}})

@@ -175,13 +175,12 @@ def test_by_default_the_fine_layers_of_the_decoder_are_controlled_whatever_the_u
 
 def test_what_cannot_act_is_refused() -> None:
     with pytest.raises(PrepareError, match="Add target_prompt"):
-        MasaCtrl().check(EditRequest(), 50)
-    with pytest.raises(PrepareError, match="start_step 9 lies beyond the trajectory's 8 steps"):
-        MasaCtrl(start_step=9).check(WORDS, 8)
-    with pytest.raises(PrepareError, match="step_idx names step 8"):
-        MasaCtrl(step_idx=(3, 8)).check(WORDS, 8)
+        MasaCtrl().check(EditRequest(), DDIMInversion(num_steps=50))
+    steps = DDIMInversion(num_steps=8)
+    assert "start_step 8 leaves none of the 8 steps" in next(MasaCtrl(start_step=8).pair_problems(steps))
+    assert "step_idx names step 8" in next(MasaCtrl(step_idx=(3, 8)).pair_problems(steps))
     with pytest.raises(PrepareError, match="Add blend_words"):
-        MasaCtrl(mask="auto").check(EditRequest(target_prompt=STANDING), 8)
+        MasaCtrl(mask="auto").check(EditRequest(target_prompt=STANDING), DDIMInversion(num_steps=8))
     with pytest.raises(ValueError, match="keys: union"):
         MasaCtrl(mask="given", keys="union")
     wrong = WORDS.model_copy(update={"blend_words": WordPair(source=("dog",), target=("cat",))})

@@ -212,7 +212,7 @@ def test_it_acts_in_a_smaller_unet_too() -> None:
 
 def test_bad_input_is_refused() -> None:
     with pytest.raises(PrepareError, match="target_prompt"):
-        PlugAndPlay().check(EditRequest(source_prompt="a cat"), N)
+        PlugAndPlay().check(EditRequest(source_prompt="a cat"), DDIMInversion(num_steps=N))
     sections = {
         "source": {"shards": "-"},
         "sink": {"folder": "-"},

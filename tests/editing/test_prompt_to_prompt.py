@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
-from pipeline import Editor
 from pipeline.cluster import run
 from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.prompt_to_prompt import PromptToPrompt, local_blend_mask
@@ -22,10 +23,10 @@ from pipeline.errors import PrepareError, RecipeError
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.direct import DirectInversion
 from pipeline.inversion.noise import NoiseStart
+from pipeline.planning import plan
 from pipeline.recipe import recipe_from
 from pipeline.records import EditedLatents, EditRequest, Trajectory, WordPair
 from tests.methods import BACKBONES, SIDE, analytic, invert_and_edit, source, tiny_sd
-from tests.runs import write_shards
 
 S = 5
 SOURCE, TARGET = "a cat on a mat", "a dog on a mat"
@@ -244,19 +245,28 @@ def picture() -> bytes:
 
 
 @pytest.mark.parametrize(("changes", "settings", "message"), REFUSED.values(), ids=list(REFUSED))
-def test_words_that_cannot_be_served_are_refused_in_python(
+def test_words_that_cannot_be_served_are_refused_with_the_recipe(
     changes: dict[str, Any], settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    recipe = recipe_from(a_recipe(tmp_path, {"edit": edit_of(changes)}, **settings))
-    with pytest.raises(PrepareError, match=message):
-        Editor.load("analytic").edit_many(picture(), recipe)
+    with pytest.raises(RecipeError, match=message):
+        recipe_from(a_recipe(tmp_path, {"edit": edit_of(changes)}, **settings))
+
+
+def test_words_of_a_source_prompt_that_the_caption_will_be_are_left_to_the_row(tmp_path: Path) -> None:
+    request = {"target_prompt": TARGET, "blend_words": {"source": ["cat"], "target": ["dog"]}}
+    data = a_recipe(tmp_path, {"edit": request}, kind="replace")
+    data["source"]["caption_is_source_prompt"] = True
+    recipe = recipe_from(data)
+    editing, inversion = recipe.editing, recipe.inversion
+    editing.check(EditRequest(source_prompt=SOURCE, **request), inversion)
+    with pytest.raises(PrepareError, match="blend word 'cat'"):
+        editing.check(EditRequest(source_prompt="a cow on a mat", **request), inversion)
 
 
 @pytest.mark.parametrize("kind", ["refine", "replace"])
-def test_words_that_cannot_be_served_are_quarantined_in_a_job_and_the_others_are_edited(
+def test_words_that_cannot_be_served_are_planned_and_quarantined_by_one_list_and_the_others_are_edited(
     kind: str, tmp_path: Path
 ) -> None:
-    write_shards(tmp_path / "in", shards=1, rows=1, damaged=())
     wanted = {
         f"bad{number}": message
         for number, (_, settings, message) in enumerate(REFUSED.values())
@@ -266,7 +276,16 @@ def test_words_that_cannot_be_served_are_quarantined_in_a_job_and_the_others_are
     edits = {"good": edit_of({"blend_words": {"source": ["cat"], "target": ["dog"]}})} | {
         name: edits[name] for name in wanted
     }
-    summary = run(recipe_from(a_recipe(tmp_path, edits, kind=kind)), progress="off")
+    (tmp_path / "in").mkdir()
+    row = {"image": [picture()], "edit": [json.dumps(edits)]}
+    pq.write_table(pa.table(row), tmp_path / "in" / "rows.parquet")
+    data = a_recipe(tmp_path, {}, kind=kind)
+    recipe = recipe_from({**data, "source": {"shards": str(tmp_path / "in")}})
+    (note,) = [text for text in plan(recipe, probe=False).notes if "cannot be edited" in text]
+    assert "1 of 1 rows cannot be edited as asked" in note
+    if kind == "replace":
+        assert "kind: replace with prompts of unequal numbers of words (1)" in note
+    summary = run(recipe, progress="off")
     assert (summary.done, summary.failed) == (1, len(wanted))
     rows = [row for path in (tmp_path / "out").glob("quarantine/*.parquet") for row in pq.read_table(path).to_pylist()]
     assert {row["edit"] for row in rows} == set(wanted)

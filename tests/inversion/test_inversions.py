@@ -159,9 +159,9 @@ def test_guidance_of_one_or_zero_takes_one_row_a_step(scale: float, rows: int) -
 
 def test_cfg_refuses_what_it_cannot_serve() -> None:
     with pytest.raises(PrepareError, match="target_prompt"):
-        ClassifierFreeGuidance().check(EditRequest(), 10)
-    with pytest.raises(PrepareError, match="beyond the trajectory's 10 steps"):
-        ClassifierFreeGuidance(start_step=11).check(EditRequest(target_prompt="hat"), 10)
+        ClassifierFreeGuidance().check(EditRequest(), DDIMInversion(num_steps=10))
+    late = ClassifierFreeGuidance(start_step=10).pair_problems(DDIMInversion(num_steps=10))
+    assert "start_step 10 leaves none of the 10 steps" in next(late)
     request, mask = EditRequest(target_prompt="hat"), torch.ones((12, 12))
     generator = invert_and_edit(
         source(analytic(), 1), request, NoiseStart(num_steps=2), ClassifierFreeGuidance(), user_mask=mask

@@ -88,4 +88,4 @@ def test_the_table_is_measured_and_written(tmp_path: Path) -> None:
 def test_every_pair_that_a_recipe_accepts_has_settings_that_it_accepts() -> None:
     for inversion, editor in methods_table.valid_pairs():
         method = methods_table.method_of(inversion, editor, methods_table.NUM_STEPS)
-        method.editing.check(task().request(inversion, editor), method.inversion.num_steps)
+        method.editing.check(task().request(inversion, editor), method.inversion)
