@@ -97,7 +97,7 @@ def outcomes(verdict: Verdict) -> str:
     found = []
     if verdict.edit == "done" and verdict.rest in (None, "kept"):
         found.append("good")
-    if verdict.edit in ("nothing changed", "off target"):
+    if verdict.edit in ("nothing changed", "faint", "off target"):
         found.append(verdict.edit.replace(" ", "-"))
     if verdict.rest in ("drifted", "changed"):
         found.append("drifted")

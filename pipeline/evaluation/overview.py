@@ -78,10 +78,10 @@ def bar(counts: RunCounts, scored: Sequence[Scored]) -> list[dict[str, Any]]:
     """All that was asked for as parts of one bar: how the edits went, and what failed."""
     asked = counts.done + counts.failed
     edits: Counter[str] = Counter(verdict.edit or "not judged" for _, verdict, _ in scored)
-    grades = {"done": "good", "off target": "fair", "nothing changed": "poor", "not judged": "none"}
+    grades = {"done": "good", "faint": "fair", "off target": "fair", "nothing changed": "poor", "not judged": "none"}
     parts = [
         # Of a long run not all results were read: their shares stand for all.
-        (f"edit {name}" if name == "done" else name, grade, counts.done * edits[name] / len(scored))
+        (f"edit {name}" if name in ("done", "faint") else name, grade, counts.done * edits[name] / len(scored))
         for name, grade in grades.items()
         if edits[name]
     ]

@@ -5,7 +5,7 @@
   if (!cards) return;
   const PER_PAGE = 24; // images
   const OUTCOMES = {
-    good: "edit done, rest kept", "nothing-changed": "nothing changed", "off-target": "off target",
+    good: "edit done, rest kept", "nothing-changed": "nothing changed", faint: "edit faint", "off-target": "off target",
     drifted: "rest drifted or changed", failed: "failed",
   };
   const plain = text => text.toLowerCase().normalize("NFKC");

@@ -7,7 +7,7 @@ it is 0, however well the rest was kept.
 
 The thresholds come from drawn faces and the bundled model. 27 reconstructions by three inversions, which should change
 nothing, reach an `edit_change` of 33; of 54 edits by six pairs of methods, those that were read off the picture as done
-begin at 66.
+begin at 66. Between these lie tries that left the face as it was, up to 59 by SDEdit.
 """
 
 from __future__ import annotations
@@ -17,16 +17,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 HAPPENED = 40.0  # levels; below, nothing happened that could be told from an inversion's own error
-CLEAR = 64.0  # levels; from here on more change is no better edit
+CLEAR = 66.0  # levels; below, the edit is faint; from here on more change is no better edit
 KEPT = 3.0  # levels; a JPEG of quality 75 loses 2.8 of eleven photographs
 DRIFTED = 8.0  # levels; beyond, the rest is another picture
 LOST = 25.0  # levels; nothing of the rest is left to score
 OFF_TARGET = 0.5  # factor of an edit that an image-text model finds no nearer to what was asked for
 
-EditVerdict = Literal["done", "off target", "nothing changed"]
+EditVerdict = Literal["done", "faint", "off target", "nothing changed"]
 RestVerdict = Literal["kept", "drifted", "changed"]
 Grade = Literal["good", "fair", "poor"]
-EDIT_GRADES: dict[EditVerdict, Grade] = {"done": "good", "off target": "fair", "nothing changed": "poor"}
+EDIT_GRADES: dict[EditVerdict, Grade] = {
+    "done": "good",
+    "faint": "fair",
+    "off target": "fair",
+    "nothing changed": "poor",
+}
 REST_GRADES: dict[RestVerdict, Grade] = {"kept": "good", "drifted": "fair", "changed": "poor"}
 
 
@@ -64,7 +69,7 @@ def judge(figures: Mapping[str, float | None], text_gain: float | None = None) -
         rest = "kept" if drift <= KEPT else "drifted" if drift <= DRIFTED else "changed"
     if edit is None or change is None:
         return Verdict(edit=edit, rest=rest, score=None)
-    happened = 0.0 if edit == "nothing changed" else min(change / CLEAR, 1.0)
+    happened = min(max((change - HAPPENED) / (CLEAR - HAPPENED), 0.0), 1.0)
     happened *= OFF_TARGET if edit == "off target" else 1.0
     # A mask that holds the whole image leaves no rest: then the edit alone decides.
     stayed = 1.0 if drift is None else min(max((LOST - drift) / (LOST - KEPT), 0.0), 1.0)
@@ -77,4 +82,6 @@ def edit_verdict(change: float | None, text_gain: float | None) -> EditVerdict |
         return None
     if change < HAPPENED:
         return "nothing changed"
-    return "off target" if text_gain is not None and text_gain <= 0 else "done"
+    if text_gain is not None and text_gain <= 0:
+        return "off target"
+    return "done" if change >= CLEAR else "faint"

@@ -14,7 +14,7 @@ def judged(edit: float | None, rest: float | None, gain: float | None = None):
 def test_nothing_done_scores_nothing_however_well_the_rest_was_kept():
     nothing = judged(0.0, 0.0)
     assert (nothing.edit, nothing.rest, nothing.score) == ("nothing changed", "kept", 0.0)
-    assert nothing.score < judged(HAPPENED, DRIFTED).score
+    assert nothing.score < judged(HAPPENED + 1, DRIFTED).score
     assert judged(HAPPENED - 0.1, 0.0).score == 0
 
 
@@ -27,6 +27,12 @@ def test_both_questions_lower_the_score():
     assert judged(CLEAR, 10).score < judged(CLEAR, 5).score < 100
     assert judged(HAPPENED, 0).score < judged(CLEAR, 0).score
     assert judged(CLEAR, LOST + 1).score == 0
+
+
+def test_between_nothing_and_a_clear_change_an_edit_is_faint_and_scores_in_between():
+    faint = judged((HAPPENED + CLEAR) / 2, 0)
+    assert (faint.edit, faint.edit_grade, faint.score) == ("faint", "fair", pytest.approx(50))
+    assert judged(CLEAR, 0).edit == "done"
 
 
 def test_colours_follow_the_levels():
