@@ -23,7 +23,7 @@ from pipeline.todo import Todo, find_todo
 from pipeline.writing.cleaning import clean
 from pipeline.writing.commit import Committed, committed_units
 from pipeline.writing.folding import fold_finished_shards
-from pipeline.writing.lock import DriverLock
+from pipeline.writing.lock import DriverLock, no_empty_folder
 from pipeline.writing.merged import Merged
 from pipeline.writing.merging import merge_units
 from pipeline.writing.replace import settle_replacements
@@ -55,7 +55,8 @@ def run(recipe: Recipe, *, progress: Display = "auto", retry_failed: bool = Fals
     if problems := uploaded_paths(recipe):
         raise RecipeError("recipe", problems)
     place = _place_of(recipe)
-    with DriverLock(recipe.sink, on_lost=place.stop, notify=lambda text: _say(text, progress)) as lock:
+    driver = DriverLock(recipe.sink, on_lost=place.stop, notify=lambda text: _say(text, progress))
+    with no_empty_folder(recipe.sink), driver as lock:
         summary = _run(recipe, place, lock, progress, retry_failed, strict)
     if summary.outcome == "over the error budget":  # too few units to be judged on the way, or a lower budget since
         raise RunAborted(over_budget(recipe.run, summary.planned, summary.failed))

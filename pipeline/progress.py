@@ -59,14 +59,14 @@ class Watch:
         images = f"{done:,} images"
         if left is not None:
             images = f"{done:,} of {'about ' if seen.estimated and left else ''}{round(done + left):,} images"
-        parts = [images, f"{seen.shards:,} of {seen.of_shards:,} shards"]
+        parts = [images, f"{seen.shards:,} of {seen.of_shards:,} shard{'s' * (seen.of_shards != 1)}"]
         if seen.failed:
             parts.append(f"{seen.failed:,} failed")
         parts.append(f"{rate:.2g}/s" if rate < 100 else f"{rate:,.0f}/s")
         parts.append(
             f"{clock(left / rate)} left" if left is not None and rate else f"{clock(now - self._started)} so far"
         )
-        for spare in ("/s", "shards", "failed"):
+        for spare in ("/s", ("shard", "shards"), "failed"):
             if len(", ".join(parts)) > width:
                 parts = [part for part in parts if not part.endswith(spare)]
         return ", ".join(parts)[:width]

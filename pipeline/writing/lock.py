@@ -17,6 +17,7 @@ no row lost or doubled: units have fixed names, and are committed to the same by
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -28,7 +29,8 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -310,6 +312,36 @@ class Claim:
                 f"{public_url(self.sink.folder)} was taken over by another driver. What is committed stays, and the "
                 "other goes on"
             )
+
+
+@contextmanager
+def no_empty_folder(sink: SinkConfig) -> Iterator[None]:
+    """A run that is refused before it wrote anything leaves no new folder behind on a local disk, flags or not.
+
+    Put around the lock: generations may then begin again, for nothing was written under the earlier ones.
+    """
+    fs, root = open_fs(sink.folder, sink.storage_options)
+    new = isinstance(fs, LocalFileSystem) and not os.path.exists(root)
+    try:
+        yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError, SinkError):
+                _remove_if_only_locked(fs, root)
+        raise
+
+
+def _remove_if_only_locked(fs: AbstractFileSystem, root: str) -> None:
+    folder = Path(root, FOLDER)
+    there = [path.name for path in folder.iterdir()]
+    up = (parsed(get(fs, f"{root}/{FOLDER}/{name}")) for name in there)
+    if [path.name for path in Path(root).iterdir()] == [FOLDER] and all(
+        flag and flag.state == "released" for flag in up
+    ):
+        for name in there:
+            remove(fs, f"{root}/{FOLDER}/{name}")
+        folder.rmdir()  # refused by the system where another driver has come in the meantime
+        Path(root).rmdir()
 
 
 def flags(fs: AbstractFileSystem, root: str) -> list[str]:
