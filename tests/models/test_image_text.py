@@ -15,6 +15,7 @@ from pipeline.evaluation.results import Result, ResultRef
 from pipeline.evaluation.text_gain import signed_texts, text_gain
 from pipeline.models.image_text import load_image_text
 from pipeline.models.loading import DEMO_FOLDER
+from pipeline.writing.merged import Span
 from pipeline.writing.rows import encode_png
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -44,7 +45,7 @@ def pictures() -> tuple[np.ndarray, np.ndarray]:
 
 def a_result(pictures: tuple[np.ndarray, np.ndarray], **request: object) -> Result:
     before, after = (encode_png(picture) for picture in pictures)
-    ref = ResultRef(file="f", row=0, id="a", edit="e", method="m", figures={})
+    ref = ResultRef(span=Span("data/f.parquet", "f-00000", 1), row=0, id="a", edit="e", method="m", figures={})
     return Result(ref=ref, caption="", request=dict(request), input=before, mask=None, image=after)
 
 
