@@ -29,7 +29,7 @@ def editor() -> Editor:
 
 
 def test_an_image_is_edited_at_its_own_size_with_a_mask_per_concept(editor: Editor) -> None:
-    concepts = ["hat", Concept(prompt="beard", direction="remove")]
+    concepts = [{"prompt": "hat", "threshold": 0.5}, Concept(prompt="beard", direction="remove", threshold=0.5)]
     result = editor.edit(PICTURE, concepts, inversion={"method": "ddpm", "num_steps": 5})
     assert result.image.size == (56, 40)
     assert [mask.size for mask in result.masks] == [(56, 40)] * 2
