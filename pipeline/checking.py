@@ -19,8 +19,9 @@ from PIL import Image
 from pipeline.reading.shards import shard_slug
 from pipeline.showing import describe
 from pipeline.writing.manifest import Manifest, kind_of
-from pipeline.writing.run_record import RunRecord
+from pipeline.writing.run_record import RunRecord, column_names_of
 from pipeline.writing.spans import tar_samples
+from pipeline.writing.webdataset import PICTURES, pictures_of
 
 ROWS_AT_ONCE = 16
 
@@ -35,6 +36,7 @@ class Asked:
     model_digest: str
     call_size: int
     shards: Mapping[str, str]  # path by slug
+    names: Mapping[str, str]  # of columns that are not our own
 
     @staticmethod
     def of(record: RunRecord) -> Asked:
@@ -47,6 +49,7 @@ class Asked:
             model_digest=record.model["digest"],
             call_size=record.call_size,
             shards={shard_slug(path): path for path, _, _ in record.input},
+            names=column_names_of({"recipe": recipe}),
         )
 
 
@@ -70,12 +73,13 @@ class BrokenError(Exception):
     """A file or one of its pictures does not open."""
 
 
-def read_keys(path: str, opened: BinaryIO, pool: Executor | None = None) -> list[Key]:
+def read_keys(path: str, opened: BinaryIO, asked: Asked, pool: Executor | None = None) -> list[Key]:
     """Every row of a file, its pictures decoded.
 
     Args:
         path: relative to the run's folder: says what the file is.
         opened: the file.
+        asked: what run.json says.
         pool: decodes pictures side by side.
 
     Raises:
@@ -85,7 +89,7 @@ def read_keys(path: str, opened: BinaryIO, pool: Executor | None = None) -> list
     keys: list[Key] = []
     decode = pool.map if pool else map
     try:
-        rows = _tar_rows(opened) if path.endswith(".tar") else _parquet_rows(opened, is_data)
+        rows = _tar_rows(opened, asked) if path.endswith(".tar") else _parquet_rows(opened, is_data, asked)
         while some := list(islice(rows, ROWS_AT_ONCE)):
             found = [Key(row["shard"], row["index"], row["id"], row["edit"], row["method"], is_data) for row, _ in some]
             has_mask = [row.get("mask_share") is not None for row, _ in some]
@@ -96,23 +100,18 @@ def read_keys(path: str, opened: BinaryIO, pool: Executor | None = None) -> list
     return keys
 
 
-def _parquet_rows(opened: BinaryIO, is_data: bool) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
+def _parquet_rows(opened: BinaryIO, is_data: bool, asked: Asked) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
     for batch in pq.ParquetFile(opened).iter_batches(batch_size=ROWS_AT_ONCE):
         for row in batch.to_pylist():
-            names = [name for name in ("image", "mask", "input", "input_thumbnail") if is_data and name in row]
-            stored = {name: row[name] for name in names}
+            columns = {name: asked.names.get(name, name) for name in PICTURES} if is_data else {}
+            stored = {name: row[column] for name, column in columns.items() if column in row}
             stored |= {f"mask.{at}": mask for at, mask in enumerate(row.get("masks", ()))}
             yield row, {name: picture["bytes"] for name, picture in stored.items() if picture is not None}
 
 
-def _tar_rows(opened: BinaryIO) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
+def _tar_rows(opened: BinaryIO, asked: Asked) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
     for sample in tar_samples(opened):
-        pictures = {
-            "image" if name.startswith("edited.") else name.removesuffix(".png").removesuffix(".jpg"): member
-            for name, member in sample.items()
-            if name.startswith(("edited.", "mask.", "input.", "thumbnail."))
-        }
-        yield json.loads(sample["json"]), pictures
+        yield json.loads(sample["json"]), pictures_of(sample, asked.names)
 
 
 def _check_pictures(key: Key, pictures: Mapping[str, bytes], has_mask: bool) -> None:

@@ -18,7 +18,7 @@ from pipeline.recipe import Recipe
 from pipeline.records import Edited, Outcome, Rejected, Sample
 from pipeline.worker import call_size_for
 from pipeline.writing.parquet import render_parquet
-from pipeline.writing.rows import encode_outcome, schema
+from pipeline.writing.rows import as_written, encode_outcome, schema
 
 PROBE_SECONDS = 60.0  # a probe that takes longer is cut off, and what it has seen by then has to do
 
@@ -98,7 +98,8 @@ def _bytes_per_result(outcomes: Sequence[Outcome], recipe: Recipe, backbone: Bac
     edited = [outcome for outcome in outcomes if isinstance(outcome, Edited)]
     rows = [encode_outcome(outcome, recipe, backbone.record, call_size) for outcome in edited]
     encoded = [row for row in rows if isinstance(row, dict)]
-    return len(render_parquet(encoded, schema(recipe.sink.include_input))) / len(encoded) if encoded else None
+    written = [as_written(row, recipe.sink) for row in encoded]
+    return len(render_parquet(written, schema(recipe.sink))) / len(written) if written else None
 
 
 class TimeIsUp(BaseException):

@@ -83,6 +83,9 @@ class EditRequest(BaseModel):
     """What it shall not show."""
     concepts: tuple[Concept, ...] = ()
     """What to add or remove, for methods that think in directions: ledits_pp."""
+    instruction: Prompt = ""
+    """The edit as one would ask a person for it, for those who train on the results: no method reads it. Without one it
+    is made of the concepts ("add sunglasses and remove the hat") or prompts (change "a cat" to "a dog")."""
     blend_words: WordPair | None = None
     """What changes. prompt_to_prompt and proxedit keep everything outside of where these words attend; masactrl with
     mask auto takes it for the foreground; diffedit and fast_diffedit compare these texts instead of the prompts."""
@@ -105,11 +108,13 @@ class Sample:
     index: int  # ordinal of the sample in its shard, from 0
     image: bytes  # encoded, as stored
     image_name: str = ""  # member or column that held the image, e.g. "png"
+    image_path: str = ""  # name of the image's file, as the source tells it; "" where it tells none
     caption: str = ""
     mask: bytes | None = None  # encoded user mask, where the row brings one
     edits: Any = None  # the row's own edit request(s), unparsed; None: the job's edits apply
     columns: Mapping[str, Any] = field(default_factory=dict)  # JSON-able source columns
     members: Mapping[str, bytes] = field(default_factory=dict)  # other binary members of the sample
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # columns that are numbers of classes: names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

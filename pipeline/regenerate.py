@@ -29,10 +29,11 @@ from pipeline.records import Decoded, Rejected, Sample, Unreadable
 from pipeline.runs import Run
 from pipeline.showing import public_url
 from pipeline.writing.commit import committed_units
+from pipeline.writing.finish import labels_of
 from pipeline.writing.manifest import Manifest
 from pipeline.writing.merged import Merged, Span
 from pipeline.writing.parquet import render_parquet
-from pipeline.writing.rows import Row, encode_outcome, schema
+from pipeline.writing.rows import Labels, Row, as_written, encode_outcome, schema
 from pipeline.writing.run_record import RunRecord, run_record, versions_that_differ
 from pipeline.writing.spans import samples_of, table_of, tar_samples
 from pipeline.writing.webdataset import render_tar
@@ -100,7 +101,9 @@ def regenerate(run: Run, key: str, *, edit: str | None = None, method: str | Non
         method=about["method"],
         file=stored.file,
         differences=tuple(
-            _differences(stored, made[0], recipe) if made else ["the row is not asked for this any more"]
+            _differences(stored, made[0], recipe, labels_of([row]))
+            if made
+            else ["the row is not asked for this any more"]
         ),
         changed=(*_source_changes(stored.manifest, shard), *_changes(record, now)),
     )
@@ -209,15 +212,15 @@ def _changes(before: RunRecord, now: RunRecord) -> Iterator[str]:
     yield from (f"version of {line}" for line in versions_that_differ(before, now))
 
 
-def _differences(stored: _Stored, made: Row | Rejected, recipe: Recipe) -> list[str]:
+def _differences(stored: _Stored, made: Row | Rejected, recipe: Recipe, labels: Labels) -> list[str]:
     if isinstance(made, Rejected):
         return [f"it fails now, in stage {made.stage}: {made.error_class}: {made.message}"]
     if stored.file.endswith(".tar"):
-        (parts,) = tar_samples(io.BytesIO(render_tar([made])))
+        (parts,) = tar_samples(io.BytesIO(render_tar([made], recipe.sink)))
         now: Mapping[str, Any] = parts
     else:
         # Through a file and back, so that both have gone the same way.
-        data = render_parquet([made], schema(recipe.sink.include_input))
+        data = render_parquet([as_written(made, recipe.sink, labels)], schema(recipe.sink, labels))
         now = pq.read_table(pa.BufferReader(data)).to_pylist()[0]
     names = [*stored.parts, *(name for name in now if name not in stored.parts)]
     return [

@@ -92,6 +92,14 @@ class ModelConfig(Section):
         return "the demo model knows drawn faces only; model.name chooses another" if self.name == "demo" else ""
 
 
+COLUMN_NAMES: dict[str, dict[str, str]] = {
+    "full": {},
+    # As `datasets` names them in InstructPix2Pix, and diffusers' train_instruct_pix2pix.py reads them unasked.
+    "instructpix2pix": {"input": "input_image", "instruction": "edit_prompt", "image": "edited_image"},
+}
+"""Presets of `sink.columns`: other names for some of our columns. One that names `input` keeps it."""
+
+
 class SinkConfig(Section):
     """Where results go, and what a result holds."""
 
@@ -100,7 +108,10 @@ class SinkConfig(Section):
     format: Literal["parquet", "webdataset"] = "parquet"
     """What results are written as."""
     include_input: bool = False
-    """Keep the input image beside the edited one."""
+    """Keep the input image beside the edited one: its own bytes, as the source holds them."""
+    columns: Literal["full", "instructpix2pix"] = "full"
+    """Names of the columns; instructpix2pix: `input_image`, `edit_prompt` and `edited_image`, as its trainers read
+    them, beside all others; the input is kept."""
     image_format: Literal["png", "jpg", "webp"] = "png"
     """Format of the edited image; masks are always lossless."""
     quality: int = Field(default=95, ge=1, le=100)
@@ -109,6 +120,16 @@ class SinkConfig(Section):
     """Bytes of an output file, about; "500MB" may be written. 0: each unit keeps a file of its own."""
     storage_options: StorageOptions = Field(default_factory=dict, repr=False)
     """Options for the fsspec file system. Secrets belong in the environment."""
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """Names of columns that are not our own, by our own."""
+        return COLUMN_NAMES[self.columns]
+
+    @property
+    def keeps_input(self) -> bool:
+        """Whether the whole input stands beside the result."""
+        return self.include_input or "input" in self.column_names
 
     @field_validator("shard_size", mode="before")
     @classmethod

@@ -116,7 +116,7 @@ def _verify(sink: SinkConfig, record: RunRecord, repair: bool) -> Verdict:
     verdict, done, known = Verdict(), Committed(), {INDEX}
     shards = {shard_slug(path): path for path, _, _ in record.input}
     with ThreadPoolExecutor(CHECKERS) as pool:
-        merged = _MergedFiles(fs, root, pool)
+        merged = _MergedFiles(fs, root, asked, pool)
         for manifest, findings in _checked(fs, root, sink, asked, merged):
             verdict.units += 1
             known.update((manifest_path(manifest.unit), shard_path(split_unit_id(manifest.unit)[0])))
@@ -195,8 +195,8 @@ def _uncommitted(done: Committed, slug: str) -> str:
 class _MergedFiles:
     """Merged files, each read once: when the first of its units is checked, or at the end."""
 
-    def __init__(self, fs: AbstractFileSystem, root: str, pool: Executor) -> None:
-        self._fs, self._root, self._pool = fs, root, pool
+    def __init__(self, fs: AbstractFileSystem, root: str, asked: Asked, pool: Executor) -> None:
+        self._fs, self._root, self._asked, self._pool = fs, root, asked, pool
         self._merged = Merged(fs, root, trusted=False)
         self._lock = Lock()
         self._findings: dict[str, list[Finding]] = {}  # by path of the contents; of every slot that was read
@@ -246,7 +246,7 @@ class _MergedFiles:
                     sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
                     findings += _byte_problems(slot.file, opened.tell(), sha256)
                     opened.seek(0)
-                    rows = read_keys(slot.file.path, opened, self._pool)
+                    rows = read_keys(slot.file.path, opened, self._asked, self._pool)
                 if len(rows) != slot.file.rows:
                     text = f"has {len(rows)} row(s), the index says {slot.file.rows}"
                     findings.append(Finding(kind="rows", path=slot.file.path, text=text))
@@ -292,7 +292,7 @@ def _check_unit(
             continue
         findings += _byte_problems(file, len(data), hashlib.sha256(data).hexdigest())
         try:
-            rows += read_keys(file.path, io.BytesIO(data))
+            rows += read_keys(file.path, io.BytesIO(data), asked)
         except BrokenError as error:
             findings.append(Finding(kind="does not open", path=file.path, text=str(error)))
             readable = False

@@ -77,9 +77,9 @@ def test_a_concept_without_a_place_leaves_its_place_among_the_masks_empty() -> N
     edited = make_edited(concepts=3, masks=(first, None, third), mask=first | third)
     row = encode_outcome(edited, recipe, MODEL, 8)
     assert isinstance(row, dict)
-    (stored,) = pq.read_table(io.BytesIO(render_parquet([row], schema(False)))).to_pylist()
+    (stored,) = pq.read_table(io.BytesIO(render_parquet([row], schema(recipe.sink)))).to_pylist()
     assert [mask is None for mask in stored["masks"]] == [False, True, False]
-    with tarfile.open(fileobj=io.BytesIO(render_tar([row]))) as tar:
+    with tarfile.open(fileobj=io.BytesIO(render_tar([row], recipe.sink))) as tar:
         members = {name.partition(".")[2] for name in tar.getnames()}
     assert {name for name in members if name.startswith("mask")} == {"mask.png", "mask.0.png", "mask.2.png"}
 
@@ -90,7 +90,7 @@ def test_datasets_reads_a_mask_that_is_not_there_as_none(tmp_path: Path) -> None
     first = make_edited(0)
     results = [first, make_edited(1, concepts=0), make_edited(2, masks=(None, first.masks[1]), mask=first.masks[1])]
     rows = [encode_outcome(result, recipe, MODEL, 8) for result in results]
-    (tmp_path / "part.parquet").write_bytes(render_parquet(rows, schema(False)))  # type: ignore[arg-type]
+    (tmp_path / "part.parquet").write_bytes(render_parquet(rows, schema(recipe.sink)))  # type: ignore[arg-type]
     data = datasets.load_dataset(
         "parquet", data_files=str(tmp_path / "part.parquet"), split="train", cache_dir=str(tmp_path / "cache")
     )

@@ -22,8 +22,9 @@ from pipeline.writing.commit import committed_units
 from pipeline.writing.files import get
 from pipeline.writing.manifest import Manifest
 from pipeline.writing.merged import Merged, Span
-from pipeline.writing.run_record import check_schema
+from pipeline.writing.run_record import check_schema, column_names_of
 from pipeline.writing.spans import samples_of, table_of
+from pipeline.writing.webdataset import pictures_of
 
 READERS = 8  # units read side by side
 INPUTS = ("input", "input_thumbnail")  # columns, one of which is there
@@ -108,6 +109,7 @@ class RunFolder:
             )
         check_schema(record, public_url(self.sink.folder))
         self.record = record
+        self._names = column_names_of(record)
         self.summary = self._json("summary.json")
         self.totals = Totals()
         merged = Merged(self.fs, self.root)
@@ -172,7 +174,7 @@ class RunFolder:
             Result(
                 ref=wanted[at],
                 caption=row["caption"] or "",
-                request=json.loads(row["request"]),
+                request=json.loads(row["request"]) if isinstance(row["request"], str) else row["request"],
                 input=row["input"],
                 mask=row["mask"],
                 image=row["image"],
@@ -184,13 +186,16 @@ class RunFolder:
     def _rows_of_parquet(self, span: Span, wanted: set[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         for at in sorted(wanted):
             one = replace(span, start=span.start + at, rows=1)  # its row group alone is read
-            (row,) = table_of(self.fs, self.root, one, (*TEXTS, *INPUTS, "mask", "image")).to_pylist()
+            names = {name: self._names.get(name, name) for name in (*TEXTS, *INPUTS, "mask", "image")}
+            (found,) = table_of(self.fs, self.root, one, list(names.values())).to_pylist()
+            row = {name: found[column] for name, column in names.items() if column in found}
             source = next(row[name] for name in INPUTS if name in row)
             pictures = {"input": source, "mask": row["mask"], "image": row["image"]}
             yield at, row | {name: picture and picture["bytes"] for name, picture in pictures.items()}
 
     def _rows_of_tar(self, span: Span) -> Iterator[tuple[int, dict[str, Any]]]:
         for at, sample in enumerate(samples_of(self.fs, self.root, span)):
-            source = sample.get("input.png") or sample["thumbnail.jpg"]
-            image = next(data for name, data in sample.items() if name.startswith("edited."))
-            yield at, json.loads(sample["json"]) | {"input": source, "mask": sample.get("mask.png"), "image": image}
+            pictures = pictures_of(sample, self._names)
+            source = next(pictures[name] for name in INPUTS if name in pictures)
+            shown = {"input": source, "mask": pictures.get("mask"), "image": pictures["image"]}
+            yield at, json.loads(sample["json"]) | shown

@@ -11,14 +11,17 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image, ImageDraw, ImageFont
 
+from pipeline.reading.decode import decode
 from pipeline.writing.rows import THUMBNAIL_SIDE  # sharp at two to a phone's width
 
+MAX_PIXELS = 2**31  # of what is shown: the run has decoded it before, within its own limit
 TINT = (255, 45, 120)  # the mask's colour; the report's accent is the same, so that the two explain each other
 
 
 def load_rgb(data: bytes) -> Image.Image:
-    """Open encoded pixels that this package wrote."""
-    return Image.open(io.BytesIO(data)).convert("RGB")
+    """Open encoded pixels that this package wrote, or an input as the source holds it: upright, on white."""
+    pixels, _ = decode(data, MAX_PIXELS)
+    return Image.fromarray(pixels)
 
 
 def load_mask(data: bytes) -> Bool[np.ndarray, "H W"]:

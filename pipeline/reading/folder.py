@@ -87,7 +87,16 @@ def _read_row(fs: Any, root: str, row: FolderRow, index: int, shard: str, source
         return damaged_row(shard, row.key, row.key, index, problem)
     # What is the image is known here; a sidecar mask named like one must not be asked again.
     known = source.model_copy(update={"image": image})
-    return build_sample(members, known, shard=shard, key=row.key, name=row.key, index=index, problem=problem)
+    return build_sample(
+        members,
+        known,
+        shard=shard,
+        key=row.key,
+        name=row.key,
+        index=index,
+        image_path=readable(row.image),
+        problem=problem,
+    )
 
 
 def _read_file(fs: Any, path: str, limit: int) -> bytes:

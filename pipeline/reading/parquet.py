@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import base64
 import datetime
+import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -54,6 +55,7 @@ class Layout:
     mask: str
     key: str
     row_groups: tuple[int, ...]  # rows of each
+    labels: Mapping[str, tuple[str, ...]]  # columns of numbers that `datasets` declares as classes: their names
 
 
 def is_damage(error: BaseException) -> bool:
@@ -115,7 +117,25 @@ def layout_of(file: pq.ParquetFile, source: SourceConfig) -> Layout:
         mask=mask if mask in images else "",
         key=keys[0] if keys else "",
         row_groups=row_groups,
+        labels=_labels_of(schema),
     )
+
+
+def _labels_of(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
+    """What the metadata of `datasets` says of columns that hold numbers of classes."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            name: tuple(map(str, feature["names"]))
+            for name, feature in features.items()
+            if isinstance(feature, dict)
+            and feature.get("_type") == "ClassLabel"
+            and isinstance(feature.get("names"), list)
+            and name in schema.names
+            and pa.types.is_integer(schema.field(name).type)
+        }
+    except (KeyError, ValueError, TypeError, AttributeError):  # none, or not as `datasets` writes it
+        return {}
 
 
 def names_of_repeated_keys(file: pq.ParquetFile, layout: Layout) -> dict[int, str]:
@@ -240,6 +260,8 @@ class _Builder:
         problems: list[str] = []
         values = {name: _python(column[offset]) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
         key = _key(values.pop(layout.key) if layout.key else None, index)
+        held = values[layout.image]
+        path = held.get("path") if isinstance(held, dict) else None
         image = self._binary(layout.image, values.pop(layout.image), problems)
         if image is None and not problems:
             problems.append(f"column {layout.image} is empty")
@@ -263,11 +285,13 @@ class _Builder:
             index=index,
             image=image or b"",
             image_name=layout.image,
+            image_path=path if isinstance(path, str) else "",
             caption=caption.strip(),
             mask=mask,
             edits=edits,
             columns={name: plain(value) for name, value in values.items()},
             members={name: content for name, content in members.items() if content is not None},
+            labels={name: classes for name, classes in layout.labels.items() if name in values},
         )
         return unreadable(sample, problems[0]) if problems else sample
 

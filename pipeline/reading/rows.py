@@ -125,6 +125,7 @@ def build_sample(
     key: str,
     name: str,
     index: int,
+    image_path: str = "",
     problem: str = "",
 ) -> Sample | Unreadable:
     """One row from its members.
@@ -136,6 +137,7 @@ def build_sample(
         key: the row's label.
         name: the id's part after the shard.
         index: ordinal in the shard.
+        image_path: name of the image's file; "": the key and the member.
         problem: what is known to be wrong with the row; "" where nothing is.
     """
     image = choose_image(members, source)
@@ -160,6 +162,7 @@ def build_sample(
         index=index,
         image=members[image] if image else b"",
         image_name=image or "",
+        image_path=image_path or (f"{key}.{image}" if image else ""),
         caption=caption,
         mask=members.get(mask_extension(source)),
         edits=edits,

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import pipeline
 from pipeline.recipe import Recipe
-from pipeline.records import Rejected, UnitInput, Unreadable
+from pipeline.records import Rejected, Sample, UnitInput, Unreadable
 from pipeline.writing.commit import FinishedUnit, file_record
 from pipeline.writing.manifest import Counts, Manifest, Measured, data_path, quarantine_path
 from pipeline.writing.parquet import render_parquet
 from pipeline.writing.quarantine import render_quarantine
-from pipeline.writing.rows import Row, schema, shared_columns
+from pipeline.writing.rows import Labels, Row, as_written, schema, shared_columns
 from pipeline.writing.webdataset import render_tar
 
 
@@ -46,7 +46,7 @@ def finish_unit(
     _check_once_each(unit_input, rows, failed)
     files: list[tuple[str, bytes, int]] = []
     if rows:
-        files.append((data_path(unit.id, recipe.sink), _render(rows, recipe), len(rows)))
+        files.append((data_path(unit.id, recipe.sink), _render(rows, recipe, labels_of(unit_input.rows)), len(rows)))
     if failed:
         files.append((quarantine_path(unit.id, recipe.sink), render_quarantine(failed, unit.id), len(failed)))
     counts = Counts(
@@ -77,10 +77,18 @@ def finish_unit(
     return FinishedUnit(manifest, tuple((path, data) for path, data, _ in files))
 
 
-def _render(rows: Sequence[Row], recipe: Recipe) -> bytes:
-    if recipe.sink.format == "webdataset":
-        return render_tar(rows)
-    return render_parquet(rows, schema(recipe.sink.include_input), shared_columns(recipe.sink))
+def _render(rows: Sequence[Row], recipe: Recipe, labels: Labels) -> bytes:
+    sink = recipe.sink
+    if sink.format == "webdataset":
+        return render_tar(rows, sink)
+    written = [as_written(row, sink, labels) for row in rows]
+    return render_parquet(written, schema(sink, labels), shared_columns(sink))
+
+
+def labels_of(rows: Sequence[Sample | Unreadable]) -> Labels:
+    """Columns of classes that any row of a unit has; its rows are of one file, so that they have the same."""
+    samples = (row.sample if isinstance(row, Unreadable) else row for row in rows)
+    return next((sample.labels for sample in samples if sample.labels), {})
 
 
 class _Order:

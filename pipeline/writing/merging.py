@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import posixpath
 import re
@@ -27,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -55,7 +56,7 @@ from pipeline.writing.merged import (
 )
 from pipeline.writing.parquet import parquet_writer, regroup
 from pipeline.writing.quarantine import SHARED as SHARED_IN_QUARANTINE
-from pipeline.writing.rows import shared_columns
+from pipeline.writing.rows import shared_columns, with_features
 from pipeline.writing.spans import END_OF_TAR, end_of_members, table_of, tar_of
 
 SPLIT = "train"  # the name that `datasets` gives to a dataset of one part
@@ -265,14 +266,16 @@ def _merge_tars(fs: AbstractFileSystem, root: str, job: Job, out: BinaryIO) -> l
 def _merge_parquet(
     fs: AbstractFileSystem, root: str, job: Job, out: BinaryIO, shared: Sequence[str]
 ) -> list[MergedUnit]:
-    schemas = [read_part(fs, f"{root}/{path}", pq.read_schema) for path in {span.path: 0 for _, span in job.sources}]
-    schema = schemas[0]
+    paths = dict.fromkeys(span.path for _, span in job.sources)
+    schema = unified([read_part(fs, f"{root}/{path}", pq.read_schema) for path in paths])
     units: list[MergedUnit] = []
     row = 0
     for file, span in job.sources:
         units.append(MergedUnit(unit=span.unit, sha256=file.sha256, rows=span.rows, start=row))
         row += span.rows
-    batches = (batch for file, span in job.sources for batch in _batches(fs, root, file, span))
+    batches = (
+        _with_all_columns(batch, schema) for file, span in job.sources for batch in _batches(fs, root, file, span)
+    )
     written = 0
     with parquet_writer(out, schema, shared) as writer:
         for table in regroup(batches, schema):
@@ -281,6 +284,32 @@ def _merge_parquet(
     if written != row:
         raise SinkError(f"{job.path} got {written} rows, its units list {row}. Run: shardedit verify --repair")
     return units
+
+
+def unified(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """One schema for all: files of the source may have classes of their own, as columns beside those that all have."""
+    first = schemas[0]
+    if all(schema.equals(first, check_metadata=True) for schema in schemas):
+        return first
+    types: dict[str, pa.DataType] = {}
+    features: dict[str, Any] = {}
+    for schema in schemas:
+        types |= {field.name: field.type for field in schema}
+        for name, feature in json.loads(schema.metadata[b"huggingface"])["info"]["features"].items():
+            # Numbers of classes that are not the same in all files are no more than numbers.
+            number = {"dtype": "int64", "_type": "Value"}
+            features[name] = feature if features.get(name, feature) == feature else number
+    return with_features(list(types.items()), features)
+
+
+def _with_all_columns(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    if batch.schema.names == schema.names:
+        return batch.replace_schema_metadata(schema.metadata)
+    columns = [
+        batch.column(field.name) if field.name in batch.schema.names else pa.nulls(batch.num_rows, field.type)
+        for field in schema
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def _batches(fs: AbstractFileSystem, root: str, file: FileRecord, span: Span) -> Iterator[pa.RecordBatch]:

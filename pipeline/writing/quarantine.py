@@ -12,26 +12,25 @@ import pyarrow as pa
 
 from pipeline.records import Rejected
 from pipeline.writing.parquet import render_parquet
-from pipeline.writing.rows import MAX_MESSAGE, clean, json_text
+from pipeline.writing.rows import MAX_MESSAGE, clean, json_text, with_features
 
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("shard", pa.string()),
-        ("key", pa.string()),
-        ("index", pa.int64()),
-        ("edit", pa.string()),
-        ("method", pa.string()),
-        ("unit", pa.string()),
-        ("stage", pa.string()),
-        ("error_class", pa.string()),
-        ("message", pa.string()),
-        ("attempt", pa.int64()),
-        ("image", pa.binary()),
-        ("columns", pa.string()),
-    ]
-)
-
+_COLUMNS: list[tuple[str, pa.DataType]] = [
+    ("id", pa.string()),
+    ("shard", pa.string()),
+    ("key", pa.string()),
+    ("index", pa.int64()),
+    ("edit", pa.string()),
+    ("method", pa.string()),
+    ("unit", pa.string()),
+    ("stage", pa.string()),
+    ("error_class", pa.string()),
+    ("message", pa.string()),
+    ("attempt", pa.int64()),
+    ("image", pa.binary()),
+    ("columns", pa.string()),
+]
+SCHEMA = with_features(_COLUMNS, {name: {"dtype": str(kind), "_type": "Value"} for name, kind in _COLUMNS})
+"""Bytes stay bytes: most of what stands here is no image."""
 
 SHARED = ("image",)  # columns whose values repeat from row to row: an image has several results
 

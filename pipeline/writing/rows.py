@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,11 @@ from pipeline.errors import EncodeError
 from pipeline.models.backbone import ModelRecord
 from pipeline.recipe import Recipe, SinkConfig
 from pipeline.records import Edited, Outcome, Rejected, Sample
+from pipeline.writing.instructions import instruction_of
 
 Row = dict[str, Any]
-"""One output row, ready for `schema`: {column: value}."""
+"""One output row under our own names, and `LABELS`; `as_written` makes it ready for `schema`."""
+LABELS = "labels of the source"  # in a row: {column of the source: number of the class}; no column's name
 
 FIGURES = (
     "reconstruction_psnr",
@@ -51,8 +53,17 @@ _FEATURES: dict[Any, Any] = {  # how Hugging Face `datasets` spells these types
 }
 
 
-def schema(include_input: bool) -> pa.Schema:
-    """Columns of `data/`, with the metadata by which `datasets.load_dataset("parquet")` sees images as images."""
+Labels = Mapping[str, tuple[str, ...]]
+"""Columns of the source that hold numbers of classes, and the classes' names."""
+
+
+def schema(sink: SinkConfig, labels: Labels | None = None) -> pa.Schema:
+    """Columns of `data/`, with the metadata by which `datasets.load_dataset("parquet")` sees images as images.
+
+    Args:
+        sink: decides names, and whether the input is kept.
+        labels: of the source; each becomes a column of its own.
+    """
     columns: dict[str, pa.DataType] = {
         "id": pa.string(),
         "shard": pa.string(),
@@ -65,9 +76,9 @@ def schema(include_input: bool) -> pa.Schema:
         "masks": pa.list_(_IMAGE),
         "concepts": pa.list_(pa.string()),
     }
-    columns["input" if include_input else "input_thumbnail"] = _IMAGE
+    columns["input" if sink.keeps_input else "input_thumbnail"] = _IMAGE
     columns |= dict.fromkeys(
-        ("caption", "source_prompt", "target_prompt", "negative_prompt", "request"),
+        ("input_path", "caption", "instruction", "source_prompt", "target_prompt", "negative_prompt", "request"),
         pa.string(),
     )
     columns["seed"] = pa.int64()
@@ -78,14 +89,37 @@ def schema(include_input: bool) -> pa.Schema:
     columns["call_size"] = pa.int64()
     columns |= dict.fromkeys(FIGURES, pa.float64())
     columns |= {"columns": pa.string(), "members": pa.list_(_MEMBER)}
+    columns = {sink.column_names.get(name, name): kind for name, kind in columns.items()}
     features = {name: _feature(kind) for name, kind in columns.items()}
-    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    return pa.schema(list(columns.items()), metadata=metadata)
+    for name, classes in sorted((labels or {}).items()):
+        column = label_column(name, features)
+        columns[column], features[column] = pa.int64(), {"names": list(classes), "_type": "ClassLabel"}
+    return with_features(list(columns.items()), features)
+
+
+def with_features(columns: Sequence[tuple[str, pa.DataType]], features: Mapping[str, Any]) -> pa.Schema:
+    """A schema that says to `datasets` what its columns are."""
+    return pa.schema(columns, metadata={"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def label_column(name: str, taken: Container[str]) -> str:
+    """What a source's column of classes is called in the output."""
+    while name in taken:
+        name = f"source_{name}"
+    return name
+
+
+def as_written(row: Row, sink: SinkConfig, labels: Labels | None = None) -> Row:
+    """A row under the names that `schema` gives its columns."""
+    named = {sink.column_names.get(name, name): value for name, value in row.items() if name != LABELS}
+    columns = {name: label_column(name, named) for name in sorted(labels or {})}
+    return named | {column: row[LABELS].get(name) for name, column in columns.items()}
 
 
 def shared_columns(sink: SinkConfig) -> list[str]:
     """Paths of the columns whose values repeat from row to row: an image has several results."""
-    return ["input.bytes" if sink.include_input else "input_thumbnail.bytes"]
+    name = "input" if sink.keeps_input else "input_thumbnail"
+    return [f"{sink.column_names.get(name, name)}.bytes"]
 
 
 def _feature(kind: pa.DataType) -> Any:
@@ -131,7 +165,9 @@ def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> 
         "mask": _mask(edited.mask, f"{stem}.mask.png"),
         "masks": [_mask(mask, f"{stem}.mask.{at}.png") for at, mask in enumerate(edited.masks)],
         "concepts": [clean(concept.prompt) for concept in request.concepts],
+        "input_path": clean(sample.image_path),
         "caption": clean(sample.caption),
+        "instruction": clean(instruction_of(request)),
         "source_prompt": clean(request.source_prompt),
         "target_prompt": clean(request.target_prompt),
         "negative_prompt": clean(request.negative_prompt),
@@ -146,9 +182,10 @@ def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> 
         **{name: edited.figures.get(name) for name in FIGURES},
         "columns": json_text(dict(sample.columns)),
         "members": [{"name": clean(name), "bytes": bytes(data)} for name, data in sorted(sample.members.items())],
+        LABELS: {name: sample.columns.get(name) for name in sample.labels},
     }
-    if sink.include_input:
-        row["input"] = _named(encode_png(edited.original), f"{stem}.input.png")
+    if sink.keeps_input:  # its own bytes: encoded anew, they would be other pixels, or many times as many bytes
+        row["input"] = _named(sample.image, clean(sample.image_path) or f"{stem}.input.{format_of(sample.image)}")
     else:
         row["input_thumbnail"] = _named(encode_thumbnail(edited.original), f"{stem}.thumbnail.jpg")
     return row
@@ -175,6 +212,16 @@ def encode_image(pixels: np.ndarray, sink: SinkConfig) -> bytes:
     if sink.image_format == "jpg":  # without chroma subsampling: an edit may be one thin red line
         return _encode(Image.fromarray(pixels), format="JPEG", quality=sink.quality, subsampling=0)
     return _encode(Image.fromarray(pixels), format="WEBP", quality=sink.quality, method=4)
+
+
+def format_of(image: bytes) -> str:
+    """Extension of an encoded image, by its bytes: names may be wrong, or those of columns."""
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            kind = str(opened.format).lower()
+    except OSError:
+        return "bin"
+    return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif", "jpeg2000": "jp2", "dib": "bmp"}.get(kind, kind)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

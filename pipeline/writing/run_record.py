@@ -24,6 +24,7 @@ from pipeline.errors import SinkError
 from pipeline.models.backbone import ModelRecord
 from pipeline.reading.storage import open_fs, retrying
 from pipeline.recipe import Recipe, SinkConfig
+from pipeline.sections import COLUMN_NAMES
 from pipeline.showing import public_url
 from pipeline.writing.files import get, put
 
@@ -129,6 +130,11 @@ def read_run_record(sink: SinkConfig) -> RunRecord | None:
     except ValueError as error:
         what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise SinkError(f"{where}/{RUN_FILE} is no record of a run ({what}). Set another sink.folder") from error
+
+
+def column_names_of(record: Any) -> dict[str, str]:
+    """Names of columns that are not our own, of the run of a run.json."""
+    return COLUMN_NAMES[record["recipe"]["sink"]["columns"]]
 
 
 def check_schema(record: Any, where: str) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from pipeline.models.backbone import ModelRecord
 from pipeline.records import Concept, Edited, EditRequest, Rejected, Sample, Unit, UnitInput
 from pipeline.writing.manifest import Measured
+from pipeline.writing.rows import encode_png
 
 MODEL = ModelRecord(name="analytic", revision="", digest="0123456789abcdef", dtype="float32", device="cpu")
 MEASURED = Measured(worker_seconds=1.5, workers=1, unet_rows=12)
@@ -31,13 +34,14 @@ def make_edited(
 ) -> Edited:
     pixels = np.random.default_rng(index).integers(0, 256, (24, 32, 3), dtype=np.uint8)
     masks = tuple(np.random.default_rng([index, at]).random((24, 32)) > 0.5 for at in range(concepts))
+    original: Any = fields.get("original", 255 - pixels)
     values: dict[str, object] = {
-        "sample": make_sample(index),
+        "sample": make_sample(index, image=encode_png(original)),
         "edit": edit,
         "method": method,
         "request": EditRequest(concepts=tuple(Concept(prompt=f"concept {at}") for at in range(concepts))),
         "image": pixels,
-        "original": 255 - pixels,
+        "original": original,
         "masks": masks,
         "mask": np.logical_or.reduce(masks) if masks else None,
         "seed": 2**62 + index,

@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline.recipe import Recipe
 from pipeline.writing.parquet import render_parquet
 from pipeline.writing.quarantine import SCHEMA, render_quarantine
-from pipeline.writing.rows import Row, encode_outcome, schema
+from pipeline.writing.rows import Row, encode_outcome, encode_png, schema
 from pipeline.writing.webdataset import render_tar
 from tests.writing.making import MODEL, make_edited, make_rejected, make_sample
 
@@ -34,7 +34,9 @@ def test_datasets_opens_the_parquet_file_with_images_as_images(
 ) -> None:
     datasets = pytest.importorskip("datasets")
     recipe = recipe_for(include_input=True)
-    (tmp_path / "part.parquet").write_bytes(render_parquet(rows_of(recipe), schema(True), shared=["input.bytes"]))
+    (tmp_path / "part.parquet").write_bytes(
+        render_parquet(rows_of(recipe), schema(recipe.sink), shared=["input.bytes"])
+    )
     data = datasets.load_dataset(
         "parquet", data_files=str(tmp_path / "part.parquet"), split="train", cache_dir=str(tmp_path / "cache")
     )
@@ -55,8 +57,10 @@ def test_webdataset_reads_the_tar_under_the_names_of_its_own_rules(recipe_for: R
     import webdataset
 
     recipe = recipe_for(format="webdataset", include_input=True)
-    sample = make_sample(0, members={"seg.dat": b"1", "/../seg.dat": b"2"})
-    (tmp_path / "part.tar").write_bytes(render_tar(rows_of(recipe, sample=sample)[:1] + rows_of(recipe)[1:]))
+    sample = make_sample(0, image=encode_png(make_edited().original), members={"seg.dat": b"1", "/../seg.dat": b"2"})
+    (tmp_path / "part.tar").write_bytes(
+        render_tar(rows_of(recipe, sample=sample)[:1] + rows_of(recipe)[1:], recipe.sink)
+    )
     first, second, third = webdataset.WebDataset(str(tmp_path / "part.tar"), shardshuffle=False).decode("pil")
     assert (np.asarray(second["edited.png"]) == make_edited(1).image).all()
     assert (np.asarray(third["mask.png"].convert("1")) == make_edited(2).mask).all()
@@ -68,7 +72,8 @@ def test_webdataset_reads_the_tar_under_the_names_of_its_own_rules(recipe_for: R
 
 def test_datasets_reads_the_tar_with_images_as_images(recipe_for: RecipeFor, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    (tmp_path / "part.tar").write_bytes(render_tar(rows_of(recipe_for(format="webdataset"))))
+    recipe = recipe_for(format="webdataset")
+    (tmp_path / "part.tar").write_bytes(render_tar(rows_of(recipe), recipe.sink))
     data = datasets.load_dataset(
         "webdataset", data_files=str(tmp_path / "part.tar"), split="train", cache_dir=str(tmp_path / "cache")
     )
@@ -77,7 +82,8 @@ def test_datasets_reads_the_tar_with_images_as_images(recipe_for: RecipeFor, tmp
 
 
 def test_a_tar_holds_no_time_and_no_owner(recipe_for: RecipeFor) -> None:
-    tar = render_tar(rows_of(recipe_for(format="webdataset")))
+    recipe = recipe_for(format="webdataset")
+    tar = render_tar(rows_of(recipe), recipe.sink)
     with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
         facts = {(member.mtime, member.uid, member.gid, member.uname, member.gname) for member in archive}
     assert facts == {(0, 0, 0, "", "")}
@@ -85,8 +91,8 @@ def test_a_tar_holds_no_time_and_no_owner(recipe_for: RecipeFor) -> None:
 
 def test_equal_rows_give_equal_files(recipe_for: RecipeFor) -> None:
     recipe = recipe_for(include_input=True)
-    parquet = [render_parquet(rows_of(recipe), schema(True), shared=["input.bytes"]) for _ in range(2)]
-    tars = [render_tar(rows_of(recipe)) for _ in range(2)]
+    parquet = [render_parquet(rows_of(recipe), schema(recipe.sink), shared=["input.bytes"]) for _ in range(2)]
+    tars = [render_tar(rows_of(recipe), recipe.sink) for _ in range(2)]
     quarantines = [render_quarantine([make_rejected(0), make_rejected(1)], "u") for _ in range(2)]
     assert parquet[0] == parquet[1]
     assert tars[0] == tars[1]
@@ -102,7 +108,7 @@ def test_an_input_that_many_edits_share_is_stored_once(recipe_for: RecipeFor) ->
         encode_outcome(make_edited(0, edit, concepts=0, image=flat, original=noise, **masks), recipe, MODEL, 8)
         for edit in ("a", "b", "c", "d")
     ]
-    file = render_parquet(rows, schema(True), shared=["input.bytes"])  # type: ignore[arg-type]
+    file = render_parquet(rows, schema(recipe.sink), shared=["input.bytes"])  # type: ignore[arg-type]
     assert noise.nbytes < len(file) < 2 * noise.nbytes
     inputs = {row["bytes"] for row in pq.read_table(io.BytesIO(file)).column("input").to_pylist()}
     assert inputs == {rows[0]["input"]["bytes"]}  # type: ignore[index]

@@ -1,0 +1,27 @@
+"""What was asked for in one sentence: given, or made of what the request holds."""
+
+from __future__ import annotations
+
+from pipeline.records import Concept, EditRequest
+
+
+def instruction_of(request: EditRequest) -> str:
+    """The request as one would ask a person for it; "" where nothing in it says what is to change.
+
+    Made of concepts in their order, "add sunglasses, add a hat and remove the beard"; without any, of the prompts,
+    'change "a cat" to "a dog"'. A concept of scale 0 changes nothing and is left out.
+    """
+    if request.instruction:
+        return request.instruction
+    if clauses := [_clause(concept) for concept in request.concepts if concept.guidance_scale]:
+        *others, last = clauses
+        return f"{', '.join(others)} and {last}" if others else last
+    source, target = request.source_prompt, request.target_prompt
+    if not target or source == target:
+        return ""
+    return f'change "{source}" to "{target}"' if source else f'change the image to "{target}"'
+
+
+def _clause(concept: Concept) -> str:
+    removes = (concept.guidance_scale < 0) != (concept.direction == "remove")
+    return f"{'remove' if removes else 'add'} {concept.prompt}"
