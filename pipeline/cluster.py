@@ -20,6 +20,7 @@ from pipeline.recipe import Recipe
 from pipeline.showing import printable
 from pipeline.tally import Seen, over_budget
 from pipeline.todo import Todo, find_todo
+from pipeline.writing.card import BESIDE, CARD, write_card
 from pipeline.writing.cleaning import clean
 from pipeline.writing.commit import Committed, committed_units
 from pipeline.writing.folding import fold_finished_shards
@@ -27,7 +28,13 @@ from pipeline.writing.lock import DriverLock, no_empty_folder
 from pipeline.writing.merged import Merged
 from pipeline.writing.merging import merge_units
 from pipeline.writing.replace import settle_replacements
-from pipeline.writing.run_record import check_same_run, run_record, versions_that_differ, write_run_record
+from pipeline.writing.run_record import (
+    check_same_run,
+    read_run_record,
+    run_record,
+    versions_that_differ,
+    write_run_record,
+)
 from pipeline.writing.summary import Summary, summarise, write_summary
 
 log = logging.getLogger(__name__)
@@ -109,7 +116,7 @@ def _run(
     clean(recipe.sink, todo.committed)
     try:
         if not todo.tasks:
-            return _finish(recipe, todo, place, lock, strict)
+            return _finish(recipe, todo, place, lock, progress, strict)
         _say(place.open(todo.before), progress)
         _say(recipe.model.caveat, progress)
         _record(recipe, todo, place)
@@ -125,7 +132,7 @@ def _run(
                 except SinkError as error:  # most likely what ended the run
                     log.warning("no summary was written: %s", error)
                 raise
-        return _finish(recipe, todo, place, lock, strict)
+        return _finish(recipe, todo, place, lock, progress, strict)
     finally:
         place.close()
 
@@ -147,14 +154,18 @@ def _record(recipe: Recipe, todo: Todo, place: Place) -> None:
         log.warning("other versions than the run began with, bits may differ: %s", difference)
 
 
-def _finish(recipe: Recipe, todo: Todo, place: Place, lock: DriverLock, strict: bool) -> Summary:
-    """What is left once every unit has been edited: to merge their files, and to add up."""
+def _finish(recipe: Recipe, todo: Todo, place: Place, lock: DriverLock, progress: Display, strict: bool) -> Summary:
+    """What is left once every unit has been edited: to merge their files, to add up, and to say what is there."""
     committed = Committed()
     for manifest in committed_units(recipe.sink):
         committed.add(manifest)
     if all(committed.has_whole_shard(shard_slug(shard.path)) for shard in todo.shards):
         merge_units(recipe.sink, place.merge, lock.check)
-    return _summary(recipe, todo, place.seen(), strict)
+    summary = _summary(recipe, todo, place.seen(), strict)
+    record = read_run_record(recipe.sink)
+    if summary.complete and record is not None and write_card(recipe.sink, record, summary) != CARD:
+        _say(f"{CARD} is not ours and stays; the dataset's card is {BESIDE}", progress)
+    return summary
 
 
 def _summary(recipe: Recipe, todo: Todo, seen: Seen, strict: bool) -> Summary:

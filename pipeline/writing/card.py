@@ -1,0 +1,178 @@
+"""README.md: the dataset card, by which `datasets.load_dataset(FOLDER)` and dataset hubs know what is what.
+
+Its head names the files of each configuration ("default": the results, "quarantine": what failed), their features and
+how many rows they have; its text says how they were made. A README.md of somebody else's is never touched: ours then
+stands beside it as README.shardedit.md.
+
+`datasets` opens all configurations of a folder in the format of the first: beside tars the Parquet of the quarantine
+cannot be one, and has to be opened by its path.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from fsspec import AbstractFileSystem
+
+from pipeline.reading.storage import open_fs
+from pipeline.recipe import SinkConfig
+from pipeline.records import EditRequest
+from pipeline.writing.files import get, put, read_part
+from pipeline.writing.instructions import instruction_of
+from pipeline.writing.manifest import KINDS, SUFFIXES
+from pipeline.writing.merged import Merged
+from pipeline.writing.merging import unified
+from pipeline.writing.run_record import RunRecord
+from pipeline.writing.summary import Summary
+
+CARD = "README.md"
+BESIDE = "README.shardedit.md"  # where a card of the user's is in the way
+MARK = "<!-- Written by shardedit, anew at the end of every run. Remove this line to keep your changes. -->"
+SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+CONFIGURATIONS = {"data": "default", "quarantine": "quarantine"}
+
+
+def write_card(sink: SinkConfig, record: RunRecord, summary: Summary) -> str:
+    """Write the card of a run that is done; returns its name in the folder.
+
+    Raises:
+        SinkError: the folder cannot be read or written.
+    """
+    fs, root = open_fs(sink.folder, sink.storage_options)
+    before = get(fs, f"{root}/{CARD}")
+    name = CARD if before is None or MARK.encode() in before else BESIDE
+    put(fs, f"{root}/{name}", card(sink, record, summary, _kinds(fs, root, sink, summary)).encode("utf-8", "replace"))
+    return name
+
+
+def card(sink: SinkConfig, record: RunRecord, summary: Summary, kinds: Mapping[str, dict[str, Any]]) -> str:
+    """The text of the card.
+
+    Args:
+        sink: where the run stands.
+        record: its run.json.
+        summary: its numbers.
+        kinds: of "data" and "quarantine", as far as there are rows: `dataset_info` of their configuration.
+    """
+    in_one_format = [kind for kind in kinds if kind == "data" or sink.format == "parquet"]
+    head: dict[str, Any] = {
+        "configs": [
+            {
+                "config_name": CONFIGURATIONS[kind],
+                "data_files": [{"split": "train", "path": _pattern(kind, sink)}],
+            }
+            for kind in in_one_format
+        ],
+        "dataset_info": [{"config_name": CONFIGURATIONS[kind], **kinds[kind]} for kind in in_one_format],
+        "task_categories": ["image-to-image"],
+        "tags": ["image-editing", "synthetic", "shardedit"],
+        "size_categories": [next((name for most, name in SIZES if summary.done < most), "n>10M")],
+    }
+    if not in_one_format:
+        del head["configs"], head["dataset_info"]
+    front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=100)
+    return f"---\n{front}---\n{MARK}\n\n" + "\n\n".join(_text(sink, record, summary)) + "\n"
+
+
+def _pattern(kind: str, sink: SinkConfig) -> str:
+    suffix = SUFFIXES[sink.format] if kind == "data" else "parquet"
+    return f"{kind}/{'train' if sink.shard_size else 'part'}-*.{suffix}"
+
+
+def _text(sink: SinkConfig, record: RunRecord, summary: Summary) -> list[str]:
+    recipe = record.recipe
+    reasons = ", ".join(f"{name} {count}" for name, count in summary.failed_by_class.items())
+    failed = f"; {summary.failed:,} failed ({reasons}) and are kept, with their reasons, in `quarantine/`"
+    opened = 'load_dataset("FOLDER")'
+    if summary.failed:
+        quarantine = 'load_dataset("FOLDER", "quarantine")'
+        if sink.format == "webdataset":
+            quarantine = 'load_dataset("parquet", data_files="FOLDER/quarantine/*.parquet")'
+        opened += f"  # the results\n{quarantine}  # what failed"
+    return [
+        "# Edited images",
+        f"{summary.done:,} results from {summary.images:,} images{failed if summary.failed else ''}. "
+        f"Made by shardedit {record.versions.get('shardedit', '')}.",
+        f"```python\nfrom datasets import load_dataset\n\n{opened}\n```",
+        "## How it was made",
+        "\n".join(
+            [
+                "| | |",
+                "|---|---|",
+                f"| model | {_cell(' '.join(record.model.get(key, '') for key in ('name', 'revision')))} |",
+                f"| weights | {_cell(' '.join(record.model.get(key, '') for key in ('digest', 'dtype')))} |",
+                *(f"| method `{name}` | {_cell(method)} |" for name, method in _methods(recipe).items()),
+                f"| seed | {recipe['run']['seed']} |",
+                f"| recipe | `{record.recipe_hash}`; the whole of it stands in `run.json` |",
+                f"| source | {_cell(', '.join(recipe['source']['shards']))} |",
+            ]
+        ),
+        "## The edits",
+        _edits(recipe),
+        "Every row says what was asked, by which method and seed, what its mask covers and how well the rest was kept.",
+    ]
+
+
+def _methods(recipe: Mapping[str, Any]) -> dict[str, str]:
+    methods = recipe["methods"] or {recipe["editing"]["method"]: recipe}
+    return {name: f"{one['editing']['method']} after {one['inversion']['method']}" for name, one in methods.items()}
+
+
+def _edits(recipe: Mapping[str, Any]) -> str:
+    """What is asked of images that bring no edit of their own."""
+    if not recipe["edits"]:
+        return "Each image brought its own."
+    asked = {name: instruction_of(EditRequest.model_validate(edit)) for name, edit in recipe["edits"].items()}
+    lines = [f"- `{name}`: {_cell(text) or 'see `request`'}" for name, text in asked.items()]
+    return "\n".join([*lines, "", "Images may have brought edits of their own instead."])
+
+
+def _cell(text: str) -> str:
+    """Text of others in one line of Markdown: as text, whatever stands in it."""
+    kept = " ".join(text.split())
+    return "".join(f"\\{sign}" if sign in "\\`*_{}[]<>|#!" else sign for sign in kept)
+
+
+def _kinds(fs: AbstractFileSystem, root: str, sink: SinkConfig, summary: Summary) -> dict[str, dict[str, Any]]:
+    """`dataset_info` of what there is, by kind."""
+    merged = Merged(fs, root)
+    found = {}
+    for kind, rows in zip(KINDS, (summary.done, summary.failed), strict=True):
+        if not rows:
+            continue
+        files = [slot.file for slot in merged.slots(kind) if slot.file is not None]
+        size = sum(file.size for file in files)
+        info: dict[str, Any] = {}
+        if files and files[0].path.endswith(".parquet"):  # of a tar `datasets` finds out by itself
+            info["features"] = features_in_yaml(
+                unified([read_part(fs, f"{root}/{file.path}", pq.read_schema) for file in files])
+            )
+        info["splits"] = [{"name": "train", "num_bytes": size, "num_examples": rows}]
+        found[kind] = info | {"download_size": size, "dataset_size": size}
+    return found
+
+
+def features_in_yaml(schema: pa.Schema) -> list[dict[str, Any]]:
+    """The features of a schema of ours, as a dataset card spells them."""
+    features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    return [{"name": name, **_feature(features[name])} for name in schema.names]
+
+
+def _feature(feature: Any) -> dict[str, Any]:
+    if isinstance(feature, list):
+        (item,) = feature
+        inner = _feature(item)
+        return {"list": inner["dtype"] if isinstance(inner.get("dtype"), str) else inner["struct"]}
+    match feature.get("_type"):
+        case "Image":
+            return {"dtype": "image"}
+        case "ClassLabel":
+            return {"dtype": {"class_label": {"names": {str(at): name for at, name in enumerate(feature["names"])}}}}
+        case "Value":
+            return {"dtype": feature["dtype"]}
+    return {"struct": [{"name": name, **_feature(inner)} for name, inner in feature.items()]}
