@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shlex
 import sys
 import tempfile
 import traceback
@@ -27,6 +26,7 @@ import pipeline
 from pipeline.errors import ShardeditError
 from pipeline.models.allocator import keep_freed_memory
 from pipeline.printing import PlainFormatter, out, say_error, show_plan, show_status, show_summary, show_verdict
+from pipeline.showing import typed
 
 INTERRUPTED = 130  # what shells expect of a command that Ctrl-C ended
 
@@ -173,7 +173,7 @@ def plan(
         if as_json:
             print(json.dumps(made.as_dict(), indent=1))
         else:
-            show_plan(made, shlex.join([str(config), *(overrides or [])]))
+            show_plan(made, typed(str(config), overrides or []))
 
 
 @app.command()

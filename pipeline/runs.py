@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import RecipeError, SinkError
 from pipeline.recipe import SinkConfig, load_recipe
-from pipeline.showing import public_url
+from pipeline.showing import public_url, typed
 from pipeline.writing.run_record import RunRecord, read_run_record
 
 
@@ -40,12 +39,13 @@ def find_run(where: str, overrides: Sequence[str] = ()) -> Run:
     if os.path.isfile(where) or (where.endswith((".yaml", ".yml")) and "://" not in where and not os.path.isdir(where)):
         recipe = load_recipe(where, overrides)
         sink, options = recipe.sink, recipe.source.storage_options
-        named = config = shlex.join([where, *overrides])
+        named = config = typed(where, overrides)
     elif overrides:
         problem = f"changes a recipe, and {public_url(where)} is a run's folder. Give the recipe, or the folder alone"
-        raise RecipeError(public_url(where), [(override, problem) for override in overrides])
+        # The key alone: a value may be a secret.
+        raise RecipeError(public_url(where), [(override.partition("=")[0], problem) for override in overrides])
     else:
-        sink, named, config = SinkConfig(folder=where), shlex.quote(where), "CONFIG"
+        sink, named, config = SinkConfig(folder=where), typed(where, ()), "CONFIG"
     record = read_run_record(sink)
     if record is None:
         raise SinkError(

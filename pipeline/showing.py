@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import re
+import shlex
 import unicodedata
+from collections.abc import Sequence
 
 # User and password before a host. With a colon (and no port behind it) the secret may hold slashes: up to the last "@";
 # where there is none, all of it is taken for a secret.
@@ -39,6 +41,15 @@ def describe(error: BaseException) -> str:
     text = without_credentials(" ".join(str(error).split()))
     text = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>|0x[0-9a-fA-F]{6,}", "(object)", text)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def typed(config: str, overrides: Sequence[str]) -> str:
+    """A recipe and its overrides as they are typed, quoted for a shell; what may be a secret is left to fill in."""
+    shown = [
+        f"{override.partition('=')[0]}=..." if "storage_options" in override else without_credentials(override)
+        for override in overrides
+    ]
+    return shlex.join([public_url(config), *shown])
 
 
 # What a system says of a path, in words that tell what to do about it.

@@ -45,6 +45,8 @@ def test_a_command_on_a_run_takes_its_folder_and_what_edit_takes(
     assert (alone.exit_code, "elsewhere holds no run" in alone.stderr) == (1, True)
     folder = shardedit(command, config.parent / "out", *more, override, *edits)
     assert (folder.exit_code, "Give the recipe" in folder.stderr) == (2, True)
+    secret = shardedit(command, config.parent / "out", *more, "sink.storage_options.secret=hunter2", *edits)
+    assert (secret.exit_code, "hunter2" in secret.output) == (2, False)
     missing = shardedit(command, "missing.yaml", *more)
     assert (missing.exit_code, "cannot be read" in missing.stderr) == (2, True)
 
@@ -53,6 +55,8 @@ def test_the_command_that_a_command_names_is_the_whole_one(made: tuple[Path, str
     config, override = made
     whole = f"shardedit edit '{config}' '{override}'"
     assert whole in shardedit("plan", config, override, "--no-probe").stdout
+    secret = shardedit("plan", config, override, "sink.storage_options={token: hunter2}", "--no-probe").stdout
+    assert (f"{override}' sink.storage_options=..." in secret, "hunter2" in secret) == (True, False)
     (stray := config.parent / "out" / "data" / "copy.parquet").write_bytes(b"")
     said = shardedit("verify", config, override).stdout
     stray.unlink()
