@@ -196,7 +196,7 @@ class Editor:
         errors: Literal["return", "raise"] = "return",
         **settings: Unpack[EditSettings],
     ) -> list[Result | Exception]:
-        """Make the same edit of many images, which share UNet calls: on a GPU faster than one after the other.
+        """Make the same edit of many images, which share UNet calls: fewer than one after the other would make.
 
         Args:
             images: each as `edit` takes it.
