@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipeline.errors import ClusterError, RecipeError, RunAborted, SinkError
 from pipeline.local import Here, Place
+from pipeline.preflight import check_captions, refuse_sink_over_source, rows_to_look_at
 from pipeline.progress import Display, Watch
 from pipeline.reading.shards import shard_slug
 from pipeline.reading.storage import open_fs
@@ -61,6 +62,7 @@ def run(recipe: Recipe, *, progress: Display = "auto", retry_failed: bool = Fals
     """
     if problems := uploaded_paths(recipe):
         raise RecipeError("recipe", problems)
+    refuse_sink_over_source(recipe)
     place = _place_of(recipe)
     driver = DriverLock(recipe.sink, on_lost=place.stop, notify=lambda text: _say(text, progress))
     with no_empty_folder(recipe.sink), driver as lock:
@@ -117,6 +119,7 @@ def _run(
     try:
         if not todo.tasks:
             return _finish(recipe, todo, place, lock, progress, strict)
+        _say(check_captions(rows_to_look_at(todo.tasks, recipe.source), todo.shards, recipe), progress)
         _say(place.open(todo.before), progress)
         _say(recipe.model.caveat, progress)
         _record(recipe, todo, place)

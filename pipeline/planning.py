@@ -19,8 +19,8 @@ import torch
 from pipeline.counting import RowCounter
 from pipeline.errors import RowError
 from pipeline.flow import asked_without
+from pipeline.preflight import check_captions, todo_of_plan
 from pipeline.probe import PROBE_SECONDS, Probe, probe_model
-from pipeline.reading.listing import list_source
 from pipeline.reading.prepare import requests_of
 from pipeline.reading.shards import ReadTask, Shard
 from pipeline.reading.units import count_rows, plan_reads, read_units
@@ -31,6 +31,7 @@ COUNTED_SHARDS = 64  # shards whose rows are counted; the others are taken to be
 READ_ROWS = 256  # rows that are read for their own edits
 READ_BYTES = 256 * 2**20  # shards larger than this in all are not read beyond `READ_ROWS`
 PROBE_IMAGES = 3  # the first warms up, the others are timed
+BEGUN = "this run has begun: `edit` goes on from what is committed, and the numbers are those of the whole run"
 SHOWN_REASONS = 5  # why rows cannot be edited
 SHOWN_LETTERS = 160  # of a reason
 COUNTERS = 8  # shards counted side by side
@@ -66,17 +67,22 @@ def plan(recipe: Recipe, *, probe: bool = True) -> Plan:
         probe: load the model and time it; without, there is no estimate of time and output bytes.
 
     Raises:
+        RecipeError: the captions are to be the source prompts, and are not where the recipe says.
         SourceError: there is nothing to read.
+        SinkError: the sink would end the run before it begins.
         ModelError: the model cannot be loaded.
     """
-    source = list_source(recipe.source)
-    shards = source.shards
+    todo = todo_of_plan(recipe)
+    shards = todo.shards
     images, images_note = count_images(shards, recipe)
     rows, complete = first_rows(shards, recipe, images)
     cost = cost_of(rows, recipe)
     scale = 1.0 if complete else images / max(len(rows), 1)
     results, unet_rows = round(cost.results * scale), round(cost.unet_rows * scale)
-    notes = [recipe.model.caveat, source.note(), images_note, cost.note(len(rows), complete)]
+    notes = [recipe.model.caveat, todo.left_out, images_note, cost.note(len(rows), complete)]
+    notes.append(check_captions(rows, shards, recipe))
+    if todo.before is not None:
+        notes.append(BEGUN)
     workers = recipe.run.workers if isinstance(recipe.run.workers, int) else max(torch.cuda.device_count(), 1)
     measured = None
     if probe:

@@ -107,6 +107,22 @@ class DriverLock:
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._beat_until_stopped, name="driver-lock", daemon=True)
 
+    def look(self) -> None:
+        """See whether a driver is at work, without a wait and without a write. Of another machine its clock is trusted.
+
+        Raises:
+            SinkError: one is.
+        """
+        self._fs, self._root = open_fs(self._sink.folder, self._sink.storage_options)
+        for name, data in self._there().items():
+            flag = parsed(data)
+            if flag is None or self._state(name, data) != "holding":
+                continue
+            if flag.host == self._me.host:
+                raise self._refusal(name, flag, f"process {flag.pid} on this machine")
+            if time.time() - flag.beat_at < self._expiry_s:
+                raise self._refusal(name, flag, "on another machine")
+
     def __enter__(self) -> DriverLock:
         self._fs, self._root = open_fs(self._sink.folder, self._sink.storage_options)
         if isinstance(self._fs, LocalFileSystem):

@@ -1,0 +1,136 @@
+"""What a run's folder and source tell before it begins, without a write: `edit` looks first, and `plan` does, too."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.errors import RecipeError, SinkError, SourceError
+from pipeline.reading.rows import listed
+from pipeline.reading.shards import ReadTask, Shard
+from pipeline.reading.storage import open_fs
+from pipeline.reading.units import read_units
+from pipeline.recipe import Recipe
+from pipeline.records import Sample, Unreadable
+from pipeline.sections import SourceConfig
+from pipeline.showing import public_url
+from pipeline.todo import Todo, find_todo
+from pipeline.writing.lock import DriverLock
+
+TASKS_LOOKED_AT = 4
+ROWS_LOOKED_AT = 8  # of each
+MOST_TEXT = 16_384  # bytes of a member that may be a caption
+SIDECARS = ("txt", "caption", "text", "cap", "prompt")  # what captions beside images are called
+SIDECARS_LOOKED_FOR = 3  # images
+CAPTION_WORDS = ("caption", "text", "prompt", "description", "txt")
+
+
+def refuse_sink_over_source(recipe: Recipe) -> None:
+    """See that no result would be read as input: by the next start of this run, or by any other.
+
+    Raises:
+        SinkError: the sink's folder is one that the source means with all that is below it, or lies in it.
+    """
+    sink_fs, sink = open_fs(recipe.sink.folder, recipe.sink.storage_options)
+    for url in recipe.source.shards:
+        if re.search(r"[*?\[{]", url):
+            continue  # what a pattern picks lies where it says, and results lie below data/ and quarantine/
+        fs, path = open_fs(url, recipe.source.storage_options)
+        if type(fs) is type(sink_fs) and _is_in(sink, path):
+            raise SinkError(
+                f"sink.folder {public_url(recipe.sink.folder)} lies in the source {public_url(url)}: results would be "
+                "read as input. Set a sink.folder outside of it, or name the input by a pattern (source.shards)"
+            )
+
+
+def _is_in(path: str, folder: str) -> bool:
+    return f"{path.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
+
+
+def todo_of_plan(recipe: Recipe) -> Todo:
+    """What `edit` would find to do, or the error that would end it before it begins. Writes nothing.
+
+    Raises:
+        SourceError: there is nothing to read.
+        SinkError: the folder lies over the source, cannot be written, belongs to another run, or is being written.
+    """
+    refuse_sink_over_source(recipe)
+    fs, root = open_fs(recipe.sink.folder, recipe.sink.storage_options)
+    where = public_url(recipe.sink.folder)
+    if isinstance(fs, LocalFileSystem):
+        there = next(path for path in (Path(root), *Path(root).parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            reason = "cannot be written to" if there.is_dir() else "is no folder"
+            raise SinkError(f"sink.folder {where}: {there} {reason}. Set another sink.folder, or its permissions")
+    DriverLock(recipe.sink, on_lost=lambda _: None).look()
+    return find_todo(recipe)
+
+
+def check_captions(rows: Iterable[Sample | Unreadable], shards: Sequence[Shard], recipe: Recipe) -> str:
+    """See that `source.caption` names something that rows have.
+
+    Args:
+        rows: some of the source.
+        shards: of the source; at least one.
+        recipe: the run's.
+
+    Returns:
+        A line for the user where no row has text under that name, while all have some under others; else "".
+
+    Raises:
+        RecipeError: that is so, and the captions were to be the source prompts.
+    """
+    source = recipe.source
+    samples = [row for row in rows if isinstance(row, Sample)]
+    if not samples or any(sample.caption for sample in samples):
+        return ""
+    others = _text_names(samples, shards[0], source)
+    is_meant = "caption" in source.model_fields_set or source.caption_is_source_prompt
+    if not others or not (is_meant or any(word in name.lower() for name in others for word in CAPTION_WORDS)):
+        return ""
+    text = (
+        f"no row has text under '{source.caption}' ({len(samples):,} looked at); rows have: {listed(others)}. Name the "
+        "captions' member or column in source.caption"
+    )
+    if source.caption_is_source_prompt:
+        raise RecipeError("recipe", [("source.caption", f"{text}, since the caption is to be the source prompt")])
+    return f"source.caption: {text}"
+
+
+def _text_names(samples: Sequence[Sample], shard: Shard, source: SourceConfig) -> list[str]:
+    """What `source.caption` could name: members or columns that hold text, in the order in which they are met."""
+    if shard.format == "folder":
+        fs, root = open_fs(shard.url, source.storage_options)
+        stems = {sample.key for sample in samples[:SIDECARS_LOOKED_FOR]}
+        return [name for name in SIDECARS if any(fs.exists(f"{root}/{stem}.{name}") for stem in stems)]
+    if shard.format == "parquet":
+        named = (name for sample in samples for name, value in sample.columns.items() if isinstance(value, str))
+    else:
+        named = (name for sample in samples for name, content in sample.members.items() if _is_text(content))
+    return list(dict.fromkeys(named))
+
+
+def _is_text(content: bytes) -> bool:
+    """Whether a member may be a caption: UTF-8 of a length that somebody may have written."""
+    if not content.strip() or len(content) > MOST_TEXT:
+        return False
+    try:
+        return "".join(content.decode("utf-8-sig").split()).isprintable()
+    except UnicodeDecodeError:
+        return False
+
+
+def rows_to_look_at(tasks: Sequence[ReadTask], source: SourceConfig) -> list[Sample | Unreadable]:
+    """The first rows of a few shards that are to be read: enough to see how a row is made up, and read in no time."""
+    chosen = [tasks[at * len(tasks) // TASKS_LOOKED_AT] for at in range(min(TASKS_LOOKED_AT, len(tasks)))]
+    rows: list[Sample | Unreadable] = []
+    for task in dict.fromkeys(chosen):
+        with contextlib.suppress(SourceError):  # the run itself will say so
+            unit = next(read_units(task, source, ROWS_LOOKED_AT, lambda _: False), None)
+            rows += unit.rows if unit else ()
+    return rows
