@@ -1,4 +1,4 @@
-"""Write a run's report again.  `python -m jobs.report FOLDER`"""
+"""Write a run's report again.  `python -m jobs.report OUT_OR_CONFIG`"""
 
 from __future__ import annotations
 
