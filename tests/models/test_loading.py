@@ -116,6 +116,7 @@ def test_a_missing_folder_is_named() -> None:
 
 
 def test_loading_changes_nothing_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging
 
     monkeypatch.setattr("ctypes.CDLL", lambda *_: pytest.fail("the allocator was set"))
@@ -127,7 +128,7 @@ def test_loading_changes_nothing_of_the_process(monkeypatch: pytest.MonkeyPatch)
             "gradients": torch.is_grad_enabled(),
             "random numbers": torch.random.get_rng_state().tolist(),
             "bars": logging.is_progress_bar_enabled(),
-            "verbosity": logging.get_verbosity(),
+            "verbosity": (logging.get_verbosity(), of_diffusers.get_verbosity()),
             "environment": dict(os.environ),
         }
 
