@@ -18,6 +18,15 @@ OneOrMany = Annotated[  # the schema says what may be written, the type what is 
 ]
 
 
+SIZE_TEXT = r"([0-9]+(?:\.[0-9]+)?) *([kMG])B"
+
+
+def _or_size_text(schema: dict[str, Any]) -> None:
+    """In the JSON schema: a number of bytes, or text such as "500MB"."""
+    number = {name: schema.pop(name) for name in ("type", "minimum")}
+    schema["anyOf"] = [number, {"type": "string", "pattern": f"^{SIZE_TEXT}$"}]
+
+
 class Section(BaseModel):
     """Base of the recipe's sections: immutable, and no key is unknown."""
 
@@ -116,7 +125,7 @@ class SinkConfig(Section):
     """Format of the edited image; masks are always lossless."""
     quality: int = Field(default=95, ge=1, le=100)
     """Quality of jpg and webp; 100: best."""
-    shard_size: int = Field(default=500_000_000, ge=0)
+    shard_size: int = Field(default=500_000_000, ge=0, json_schema_extra=_or_size_text)
     """Bytes of an output file, about; "500MB" may be written. 0: each unit keeps a file of its own."""
     storage_options: StorageOptions = Field(default_factory=dict, repr=False)
     """Options for the fsspec file system. Secrets belong in the environment."""
@@ -134,8 +143,11 @@ class SinkConfig(Section):
     @field_validator("shard_size", mode="before")
     @classmethod
     def _bytes(cls, value: Any) -> Any:
-        match = re.fullmatch(r"([0-9.]+) *([kMG])B", value) if isinstance(value, str) else None
-        return round(float(match[1]) * {"k": 10**3, "M": 10**6, "G": 10**9}[match[2]]) if match else value
+        if not isinstance(value, str):
+            return value
+        if match := re.fullmatch(SIZE_TEXT, value):
+            return round(float(match[1]) * {"k": 10**3, "M": 10**6, "G": 10**9}[match[2]])
+        raise ValueError(f"should be bytes as a whole number, or a text like 500MB or 1.5GB, is the text {value!r}")
 
 
 class RunConfig(Section):

@@ -324,3 +324,16 @@ def test_a_row_may_not_ask_for_endless_work(value, count):
         PrepareError, match=rf"asks for {count} concepts, more than source.max_row_concepts \({count - 1}\)"
     ):
         parse_edits(value, "row", most=count - 1)
+
+
+@pytest.mark.parametrize(("size", "read"), [("500MB", 5 * 10**8), ("1.5 GB", 1.5 * 10**9), ("20kB", 20_000), (0, 0)])
+def test_the_size_of_output_files_is_bytes_or_a_text_with_a_unit(size, read):
+    assert (
+        recipe_from({"source": {"shards": "in"}, "sink": {"folder": "out", "shard_size": size}}).sink.shard_size == read
+    )
+
+
+@pytest.mark.parametrize("size", ["500", "MB", "1TB", -1])
+def test_another_size_of_output_files_is_refused_in_words(size):
+    with pytest.raises(RecipeError, match=r"sink\.shard_size: should be .*whole number"):
+        recipe_from({"source": {"shards": "in"}, "sink": {"folder": "out", "shard_size": size}})
