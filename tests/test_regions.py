@@ -58,7 +58,7 @@ def outcomes(backbone: str, kind: str | None, fit: str = "pad") -> dict[str, Out
         {
             "source": {"shards": "-"},
             "edits": REQUEST.model_dump(exclude_unset=True),
-            "model": {"size": 128, "fit": fit},
+            "model": {"size": 96, "fit": fit},
             "methods": {
                 name: {
                     "inversion": {
