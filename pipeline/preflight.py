@@ -10,7 +10,9 @@ from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.editing.masactrl import MutualSelfAttention
 from pipeline.errors import RecipeError, SinkError, SourceError
+from pipeline.models.outline import transformer_blocks
 from pipeline.reading.rows import listed
 from pipeline.reading.shards import ReadTask, Shard
 from pipeline.reading.storage import open_fs
@@ -48,6 +50,24 @@ def refuse_sink_over_source(recipe: Recipe) -> None:
             )
 
 
+def refuse_missing_layers(recipe: Recipe) -> None:
+    """See that the model has the layers that are to be controlled, as far as its configuration is at hand.
+
+    Raises:
+        RecipeError: it has not.
+    """
+    if (blocks := transformer_blocks(recipe.model)) is None:
+        return
+    problems = [
+        (f"methods.{name}.editing" if recipe.methods else "editing", text)
+        for name, method in recipe.all_methods.items()
+        if isinstance(method.editing, MutualSelfAttention)
+        for text in method.editing.layer_problems(blocks)
+    ]
+    if problems:
+        raise RecipeError("recipe", problems)
+
+
 def _is_in(path: str, folder: str) -> bool:
     return f"{path.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
 
@@ -56,9 +76,11 @@ def todo_of_plan(recipe: Recipe) -> Todo:
     """What `edit` would find to do, or the error that would end it before it begins. Writes nothing.
 
     Raises:
+        RecipeError: the model lacks a layer that is to be controlled.
         SourceError: there is nothing to read.
         SinkError: the folder lies over the source, cannot be written, belongs to another run, or is being written.
     """
+    refuse_missing_layers(recipe)
     refuse_sink_over_source(recipe)
     fs, root = open_fs(recipe.sink.folder, recipe.sink.storage_options)
     where = public_url(recipe.sink.folder)

@@ -10,12 +10,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from diffusers import UNet2DConditionModel
 
 from pipeline.cluster import run
 from pipeline.errors import RecipeError, SinkError
+from pipeline.models.outline import transformer_blocks
 from pipeline.planning import plan
 from pipeline.recipe import Recipe, recipe_from
+from pipeline.sections import ModelConfig
 from pipeline.writing.lock import DriverLock
+from tests.golden.replay import TINY_SD
 from tests.runs import png
 
 HAT = {"concepts": [{"prompt": "a hat"}]}
@@ -124,3 +128,24 @@ def test_results_that_would_be_read_as_input_are_refused(below: str, tmp_path: P
         with pytest.raises(SinkError, match="results would be read as input"):
             ask()
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["a.parquet"]
+
+
+def test_a_layer_that_the_model_lacks_is_refused_by_its_configuration(tmp_path: Path) -> None:
+    """Counted as the loaded UNet counts them."""
+    model = ModelConfig(name=str(TINY_SD))
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(TINY_SD / "unet"))
+    blocks = sum(type(module).__name__ == "BasicTransformerBlock" for module in unet.modules())
+    assert transformer_blocks(model) == blocks
+    settings = recipe_from(
+        {
+            "source": {"shards": str(write_rows(tmp_path, "parquet", {}) / "in")},
+            "edits": {"target_prompt": "a dog"},
+            "model": {"name": str(TINY_SD)},
+            "inversion": {"method": "ddim", "num_steps": 6},
+            "editing": {"method": "masactrl", "start_layer": blocks},
+            "sink": {"folder": str(tmp_path / "out")},
+        }
+    )
+    for ask in (lambda: plan(settings, probe=False), lambda: run(settings, progress="off")):
+        with pytest.raises(RecipeError, match=f"start_layer names layer {blocks}, and the model's {blocks} count"):
+            ask()

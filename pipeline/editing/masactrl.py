@@ -83,6 +83,15 @@ class MutualSelfAttention(Editor):
                 f"{num_steps - 1}. Take it out of editing.step_idx"
             )
 
+    def layer_problems(self, blocks: int) -> Iterator[str]:
+        """What is wrong between its settings and a UNet of so many transformer blocks."""
+        name = "start_layer" if self.layer_idx is None else "layer_idx"
+        chosen = self.layer_idx or (self.start_layer or 0,)
+        for layer in [layer for layer in chosen if layer >= blocks][:1]:
+            yield (
+                f"{name} names layer {layer}, and the model's {blocks} count from 0 to {blocks - 1}. Lower editing.{name}"
+            )
+
     def controls_step(self, step: int) -> bool:
         """Whether the target reads the source at a step."""
         return step >= self.start_step if self.step_idx is None else step in self.step_idx
