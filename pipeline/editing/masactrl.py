@@ -86,11 +86,9 @@ class MutualSelfAttention(Editor):
     def layer_problems(self, blocks: int) -> Iterator[str]:
         """What is wrong between its settings and a UNet of so many transformer blocks."""
         name = "start_layer" if self.layer_idx is None else "layer_idx"
-        chosen = self.layer_idx or (self.start_layer or 0,)
-        for layer in [layer for layer in chosen if layer >= blocks][:1]:
-            yield (
-                f"{name} names layer {layer}, and the model's {blocks} count from 0 to {blocks - 1}. Lower editing.{name}"
-            )
+        beyond = [layer for layer in self.layer_idx or (self.start_layer or 0,) if layer >= blocks]
+        if beyond:
+            yield f"{name} names layer {beyond[0]}, and the model's {blocks} count from 0 to {blocks - 1}. Lower {name}"
 
     def controls_step(self, step: int) -> bool:
         """Whether the target reads the source at a step."""
