@@ -24,7 +24,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
@@ -307,7 +307,7 @@ def train_unet(
     out: Path,
     device: torch.device,
     seed: int,
-    start: StableDiffusionPipeline | None = None,
+    start: DiffusionPipeline | None = None,
 ) -> None:
     """Train UNet and text encoder together to predict the noise, with the aiming loss on the side."""
     # A model knows its tokens by number: one that is trained on keeps its tokenizer.

@@ -70,6 +70,16 @@ def noise_mask(
     return strongest_region(strength, thresholds, of_image(strength))
 
 
+def change_of_data(directions: Float[Tensor, "E C h w"], alpha_bar: float) -> Float[Tensor, "E h w"]:
+    """The power by which directions of a noise prediction move the prediction of the clean latents, blurred.
+
+    That move is the direction times the noise's amplitude over the signal's. In these units the noisy steps, which lay
+    an object out, weigh more than the last ones, which work at edges everywhere; and so do, squared, strong places.
+    """
+    power = directions.square().sum(dim=1) * ((1.0 - alpha_bar) / alpha_bar)
+    return smooth_attention(smooth_attention(power))
+
+
 def above_average(maps: Float[Tensor, "E h w"], ratio: float, of_image: OfImage = everything) -> Bool[Tensor, "E h w"]:
     """Keep what exceeds `ratio / 2` times the mean of each of E maps, all at least 0; nothing of a map of zeros.
 

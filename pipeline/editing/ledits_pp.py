@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.diffusion.guidance import edit_directions, multi_edit_guidance
-from pipeline.diffusion.masks import attention_mask, dilated, noise_mask
+from pipeline.diffusion.masks import attention_mask, change_of_data, dilated, noise_mask, strongest_region
 from pipeline.editing.base import Editor
 from pipeline.editing.problems import Problem
 from pipeline.editing.walk import start_of, take_step
@@ -50,6 +50,12 @@ def where_acted(times_in_mask: Float[Tensor, "E h w"], times_active: Float[Tenso
     return (times_in_mask >= REPORTED_SHARE * times_active) & (times_active > 0)
 
 
+def steady_masks(concepts: list[Concept], changes: Float[Tensor, "E h w"], source: Source) -> Bool[Tensor, "E h w"]:
+    """Where the directions of all steps so far, whose changes are added up here, change the image most."""
+    thresholds = changes.new_tensor([concept.threshold for concept in concepts])
+    return strongest_region(changes, thresholds, source.of_image(changes))
+
+
 def outside_from_source(
     trajectory: Trajectory,
     step: int,
@@ -79,8 +85,9 @@ class LEditsPP(Editor):
 
     method: Literal["ledits_pp"] = "ledits_pp"
     """LEDITS++: several concepts at once, each in a mask of its own."""
-    mask: Literal["intersect", "attention", "noise"] = "intersect"
-    """What bounds a concept: its cross-attention (M1), the largest entries of its noise direction (M2), or both."""
+    mask: Literal["intersect", "attention", "noise", "steady"] = "intersect"
+    """What bounds a concept: its cross-attention (M1), the largest entries of its noise direction (M2), or both. Not in
+    the paper: steady, where the directions of all steps so far together change the image most, without specks."""
     intersect_from_timestep: int = Field(default=800, ge=0)
     """At timesteps above this one an intersected mask is the attention mask alone, as in the Stable Diffusion pipeline
     of the maintained implementation: so early, directions are too diffuse to say where. A timestep, 0 to 999."""
@@ -137,6 +144,7 @@ class LEditsPP(Editor):
         latents, previous = start_of(trajectory, first_step)
         times_in_mask = torch.zeros((len(concepts), *size))
         times_active = torch.zeros((len(concepts), 1, 1))
+        changes = torch.zeros((len(concepts), *size))  # that the directions of all steps so far would make
         history = []
         for step in range(first_step, num_steps):
             timestep = trajectory.timesteps[step]
@@ -147,7 +155,7 @@ class LEditsPP(Editor):
                 [timestep] * rows,
                 [base, *(prompts[number] for number in active)],
                 watch=[(), *(prompts[number].positions for number in active)]
-                if active and self.mask != "noise"
+                if active and self.mask in ("intersect", "attention")
                 else None,
             )
             noise_pred = denoised.noise_preds[0]
@@ -156,7 +164,13 @@ class LEditsPP(Editor):
                 acting = [concepts[number] for number in active]
                 scales = latents.new_tensor([signed_scale(concept) for concept in acting])
                 directions = edit_directions(noise_pred, denoised.noise_preds[1:], scales, user_mask)
-                masks[active] = self._masks(acting, directions, denoised.attention, timestep, trajectory.source)
+                if self.mask == "steady":
+                    changes[active] += change_of_data(
+                        directions.float(), trajectory.source.schedule.alpha_bar(timestep)
+                    )
+                    masks[active] = steady_masks(acting, changes[active], trajectory.source)
+                else:
+                    masks[active] = self._masks(acting, directions, denoised.attention, timestep, trajectory.source)
                 weights = latents.new_tensor([concept.weight for concept in acting])
                 noise_pred = multi_edit_guidance(noise_pred, directions, masks[active], weights)
                 times_in_mask += masks

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.diffusion.masks import dilated
+from pipeline.diffusion.masks import dilated, smooth_attention
 from pipeline.editing.ledits_pp import LEditsPP, is_active
+from pipeline.engine.calls import Denoise, Denoised
 from pipeline.engine.engine import Engine
 from pipeline.errors import EditError, PrepareError
 from pipeline.flow import latent_mask
@@ -166,7 +167,7 @@ def test_a_concept_moves_the_image_towards_its_mean_and_a_removal_moves_it_away(
 
 
 @every_backbone
-@pytest.mark.parametrize("mode", ["intersect", "attention", "noise"])
+@pytest.mark.parametrize("mode", ["intersect", "attention", "noise", "steady"])
 def test_masks_have_the_area_that_their_threshold_leaves(backbone: Any, mode: str) -> None:
     editor = LEditsPP(mask=mode, intersect_from_timestep=1000)
     thresholds = (0.3, 0.83)
@@ -176,7 +177,7 @@ def test_masks_have_the_area_that_their_threshold_leaves(backbone: Any, mode: st
     assert len(edited.history) == N
     for record in edited.history:
         shares = record.masks.double().mean(dim=(1, 2))
-        if mode == "noise":  # one position in 144
+        if mode in ("noise", "steady"):  # one position in 144
             torch.testing.assert_close(shares, 1 - torch.tensor(thresholds).double(), atol=1 / 144 + 1e-6, rtol=0)
         if mode == "attention":  # one position in 9, repeated 4 x 4
             blocks = record.masks.unflatten(1, (3, 4)).unflatten(3, (3, 4))
@@ -199,6 +200,39 @@ def test_the_intersection_lies_in_the_attention_mask_from_its_timestep_on() -> N
     )
     early = Engine(tiny_sd(), call_size=8).run_one(generator)[1].history[0].masks
     assert torch.equal(early, recorded["attention"])
+
+
+def test_a_steady_mask_is_where_all_directions_so_far_changed_the_image_most_and_asks_for_no_attention() -> None:
+    """Written out anew: the power of each step's change of the data prediction, blurred, added up, and its quantile."""
+    threshold, scale = 0.8, 2.0
+    request = EditRequest(concepts=(Concept(prompt="hat", guidance_scale=scale, threshold=threshold),))
+    given = source(tiny_sd(), 1)
+    asked: list[Denoise] = []
+    answers: list[Denoised] = []
+
+    def spied() -> Any:
+        steps = invert_and_edit(given, request, editor=LEditsPP(mask="steady"), keep_history=True)
+        answer: Any = None
+        while True:
+            try:
+                call = steps.send(answer)
+            except StopIteration as end:
+                return end.value
+            answer = yield call
+            if isinstance(call, Denoise) and len(call.timesteps) == 2:  # a step of the edit
+                asked.append(call)
+                answers.append(answer)
+
+    trajectory, edited = Engine(tiny_sd(), call_size=8).run_one(spied())
+    assert len(asked) == N
+    assert all(call.watch is None for call in asked)
+    total = torch.zeros(12, 12)
+    for timestep, answer, record in zip(trajectory.timesteps, answers, edited.history, strict=True):
+        alpha_bar = given.schedule.alpha_bar(timestep)
+        direction = scale * (answer.noise_preds[1] - answer.noise_preds[0])
+        total += smooth_attention(smooth_attention((direction**2).sum(dim=0)[None] * (1 - alpha_bar) / alpha_bar))[0]
+        expected = total >= total.quantile(threshold)
+        assert (record.masks[0] == expected).double().mean() > 0.98  # ties and the last bit may differ
 
 
 def test_a_user_mask_keeps_the_first_steps_direction_inside_it() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,14 @@ def test_the_shipped_weights_are_small_and_safe() -> None:
     files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 40e6
     assert {path.suffix for path in files} <= {".json", ".txt", ".md", ".safetensors"}
+
+
+def test_loading_the_pipeline_asks_for_no_library_that_is_not_needed() -> None:
+    command = "import sys; from pipeline.models.demo.networks import load_pipeline; load_pipeline(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-W", "default", "-c", command, str(WEIGHTS)], capture_output=True, text=True, check=True
+    )
+    assert "torchvision" not in done.stderr
 
 
 def test_a_model_that_was_trained_on_is_saved_like_a_fresh_one(shipped, tmp_path: Path) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from jobs import demo_score
-from pipeline.models.demo.oracle import VALUES
-from pipeline.models.demo.score import SINGLE_EDITS, TARGETS, mask_iou, table
-from pipeline.models.demo.world import Scene, changed_region, edited
+from pipeline.editor import Editor
+from pipeline.models.demo import score
+from pipeline.models.demo.oracle import VALUES, read
+from pipeline.models.demo.score import SINGLE_EDITS, TARGETS, edit_score, load_recipes, mask_iou, round_trips, table
+from pipeline.models.demo.world import Scene, changed_region, draw, edited
 from pipeline.models.loading import DEMO_FOLDER
 
 KINDS = ("drawn", "round_trip")  # images that the oracle is tried on
@@ -48,6 +51,57 @@ def test_every_kind_of_edit_changes_what_it_says_and_nothing_else() -> None:
         differing = {name for name, value in after.attributes().items() if before.attributes()[name] != value}
         assert differing == set(kind.after)
         assert 0 < changed_region(before, after, 128).mean() < 0.3
+
+
+@pytest.fixture(scope="module")
+def editor() -> Editor:
+    return Editor.load(str(DEMO_FOLDER))
+
+
+def test_likeness_to_the_drawn_edit_is_judged_where_something_should_change_and_only_there(
+    editor: Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = SINGLE_EDITS["change_mouth"]
+    before = edited(Scene(), **kind.before)
+    after = edited(before, **kind.after)
+    untouched, perfect = round_trips(editor, [draw(before), draw(after)])
+    truth = changed_region(before, after)
+    spoilt_outside = np.where(truth[..., None], perfect, 255 - perfect)
+    found = {}
+    for name, image in {"perfect": perfect, "outside": spoilt_outside, "unedited": untouched}.items():
+        result = SimpleNamespace(image=image, mask=truth)
+        monkeypatch.setattr(score, "run_edits", lambda *_, result=result: [result])
+        found[name] = edit_score(editor, kind, load_recipes(RECIPES)["change_mouth"], [Scene()]).truth_psnr
+    assert found["perfect"] == found["outside"] == 100
+    assert found["unedited"] < 15
+
+
+# With the wrong mouth these faces settle a pixel beside their place, where the right one fits no better.
+SETTLED_WRONG = (
+    Scene(
+        face_shape="square",
+        face_color="green",
+        background="lavender",
+        center_x=0.4626869259524564,
+        center_y=0.5450499628235828,
+        radius=0.3368429895629978,
+    ),
+    Scene(
+        face_shape="square",
+        face_color="orange",
+        background="navy",
+        hat="red",
+        beard=True,
+        center_x=0.5348828943568784,
+        center_y=0.5536000829736043,
+        radius=0.3010431454443491,
+    ),
+)
+
+
+def test_a_mouth_is_read_even_where_the_wrong_one_displaces_the_face(editor: Editor) -> None:
+    for scene, image in zip(SETTLED_WRONG, round_trips(editor, [draw(scene) for scene in SETTLED_WRONG]), strict=True):
+        assert read(image) == scene.attributes()
 
 
 def test_the_job_writes_every_figure_and_names_what_is_missed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

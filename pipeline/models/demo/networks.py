@@ -10,11 +10,13 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 IMAGE_SIZE = 128
 LATENT_SIZE = 32
@@ -142,7 +144,7 @@ def save_pipeline(
 ) -> None:
     """Write an ordinary diffusers folder with fp16 weights. The networks given are converted in place."""
     tokenizer.backend_tokenizer.no_padding()  # that of the last call would be saved as the model's
-    pipeline = StableDiffusionPipeline(
+    pipeline = stable_diffusion_pipeline()(
         vae=vae.half(),
         text_encoder=text_encoder.half(),
         tokenizer=tokenizer,
@@ -174,8 +176,22 @@ def _change_config(file: Path, **values: str | None) -> None:
     file.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
-def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
-    """Read a folder that `save_pipeline` wrote. `OSError` where it is missing or incomplete."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+def stable_diffusion_pipeline() -> type[DiffusionPipeline]:
+    """Diffusers' class, imported without the advice to install torchvision: images are processed by Pillow here.
+
+    Its module imports image processors that this model has no use for, and transformers warns of each at that moment.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        from diffusers import StableDiffusionPipeline
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    return StableDiffusionPipeline
+
+
+def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Read a folder that `save_pipeline` wrote, as a `StableDiffusionPipeline`. `OSError` where it is incomplete."""
+    pipeline = stable_diffusion_pipeline().from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -1,8 +1,8 @@
 """Reads the attributes of a drawn face back from an image, knowing the world but no model.
 
 Analysis by drawing: of all scenes, find the one whose drawing is closest to the image. Attributes and position are
-improved in turn, each value of an attribute being tried, until nothing gets closer. Cost: 200 to 300 drawings of
-64 x 64 pixels, about 0.1 s. Blurred or slightly misplaced objects are read as what they resemble most; the remaining
+improved in turn, each value of an attribute being tried, until nothing gets closer. Cost: 300 to 400 drawings of
+64 x 64 pixels, about 0.15 s. Blurred or slightly misplaced objects are read as what they resemble most; the remaining
 distance tells how well.
 """
 
@@ -76,6 +76,21 @@ def find(image: UInt8[np.ndarray, "H W 3"]) -> Reading:
             best = settled(target, best, step)
         if before - best.distance < 0.01:
             break
+    return best_mouth(target, best)
+
+
+def best_mouth(target: Float[np.ndarray, "side side 3"], best: Reading) -> Reading:
+    """Every mouth in the place that suits it best.
+
+    A mouth is a few pixels high: with the wrong one the face settles a pixel beside its place, and there the right one
+    fits no better. So each is given the chance to settle by itself.
+    """
+    for mouth in get_args(Mouth):
+        if mouth != best.scene.mouth:
+            start = closest(target, Reading(best.scene, np.inf), [edited(best.scene, mouth=mouth)])
+            for step in STEPS[1:]:
+                start = settled(target, start, step)
+            best = min(best, start, key=lambda reading: reading.distance)
     return best
 
 
