@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from pipeline.counting import RowCounter
+from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.engine.calls import Steps
 from pipeline.engine.engine import Engine
 from pipeline.errors import ModelError, RecipeError
@@ -349,7 +350,12 @@ def _one_edit(
         sections["inversion"] = dict(inversion)
     if editing is not None:
         sections["editing"] = dict(editing)
-    return _recipe(sections)
+    recipe = _recipe(sections)
+    (edit,), (method,) = recipe.edits.values(), recipe.all_methods.values()
+    # A data set may hold rows that ask for no change; whoever calls this for one image has forgotten something.
+    if isinstance(method.editing, LEditsPP) and not edit.concepts:
+        raise RecipeError("edit", [("concepts", "no edit is asked. Say what to add or to remove")])
+    return recipe
 
 
 def _several(concepts: Concepts) -> Sequence[OneConcept]:

@@ -127,7 +127,7 @@ def test_one_concept_may_stand_alone(editor: Editor) -> None:
 
 
 def test_no_edit_asked_is_refused(editor: Editor) -> None:
-    with pytest.raises(RecipeError, match="nothing is asked"):
+    with pytest.raises(RecipeError, match="no edit is asked"):
         editor.edit(PICTURE)
     empty = recipe_from({"source": {"shards": "-"}, "sink": {"folder": "-"}})
     with pytest.raises(RecipeError, match="no edit is asked"):

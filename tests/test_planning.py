@@ -96,6 +96,7 @@ def test_rows_are_those_of_the_methods_formulas(tmp_path):
     assert rows_of(recipe, one, two) == STEPS + STEPS * 2 + STEPS * 2 + 2, "one inversion serves both edits"
     assert rows_of(recipe, {"concepts": [{"prompt": "a hat", "warmup_steps": 4}]}) == STEPS + 2 * 2
     assert rows_of(recipe, {"concepts": [{"prompt": "a hat", "guidance_scale": 0}]}) == STEPS
+    assert rows_of(recipe, {"concepts": []}) == STEPS
 
 
 def test_methods_that_agree_on_the_inversion_share_it_and_others_do_not(tmp_path):

@@ -104,13 +104,12 @@ class LEditsPP(Editor):
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """See `Editor`."""
-        if not request.concepts:
-            instead = "has a target_prompt but no concepts" if request.target_prompt else "has none: nothing is asked"
+        """See `Editor`. No concept at all is allowed: the image comes back unedited."""
+        if request.target_prompt and not request.concepts:
             yield Problem(
                 "no concepts",
-                f"ledits_pp edits by concepts, and this edit {instead}. Name what to change under concepts, or use "
-                f"editing.method {'cfg' if request.target_prompt else 'reconstruct, which changes nothing'}",
+                "ledits_pp edits by concepts, and this edit has a target_prompt but no concepts. Name what to change "
+                "under concepts, or use editing.method cfg",
             )
         for number, concept in enumerate(request.concepts):
             if concept.warmup_steps >= inversion.num_steps:

@@ -8,6 +8,7 @@ sidecars). Retried file by file.
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -17,6 +18,8 @@ from pipeline.reading.shards import FolderRow, ReadTask
 from pipeline.reading.storage import open_fs, retrying
 from pipeline.recipe import SourceConfig
 from pipeline.records import Sample, Unreadable
+
+GONE = (FileNotFoundError, PermissionError, IsADirectoryError)
 
 
 def group_files(files: Iterable[str], source: SourceConfig) -> list[FolderRow]:
@@ -76,7 +79,9 @@ def _read_row(fs: Any, root: str, row: FolderRow, index: int, shard: str, source
             continue
         try:
             content = _read_file(fs, f"{root}/{path}", source.max_member_bytes + 1)
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        except OSError as error:
+            if not isinstance(error, GONE) and error.errno != errno.ELOOP:
+                raise
             problem = problem or f"file {path} was listed but cannot be read ({type(error).__name__})"
             continue
         if len(content) > source.max_member_bytes:

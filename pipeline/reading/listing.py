@@ -41,6 +41,7 @@ class _File:
     url: str  # openable
     size: int
     etag: str
+    leads_nowhere: str = ""  # of a link to nothing: what it should lead to
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +94,26 @@ def list_source(source: SourceConfig) -> Listed:
         left_out.update(_others(listings, SUFFIXES[kind], "no shard"))
         shards = [
             Shard(path=readable(path), url=file.url, format=kind, size=file.size, etag=file.etag)
-            for path, file in _named(listings, SUFFIXES[kind])
+            for path, file in _that_are_there(_named(listings, SUFFIXES[kind]))
         ]
     if kind == "parquet":
         shards = _with_footers(shards, source)
     return Listed(shards=sorted(shards, key=lambda shard: shard.path), left_out=dict(+left_out))
+
+
+def _that_are_there(named: list[tuple[str, _File]]) -> list[tuple[str, _File]]:
+    """The same, or a refusal. A single image that is gone fails its row alone; a shard would take its rows along.
+
+    Raises:
+        SourceError: a shard is a link that leads nowhere.
+    """
+    broken = [f"{path} is a link to {file.leads_nowhere}" for path, file in named if file.leads_nowhere]
+    if broken:
+        raise SourceError(
+            f"of {len(named)} shard(s) {len(broken)} cannot be opened: {listed(broken)}, which does not exist. Restore "
+            "what a link leads to, or remove the link"
+        )
+    return named
 
 
 def _others(listings: list[_Listing], suffixes: tuple[str, ...], what: str) -> Counter[str]:
@@ -172,7 +188,9 @@ def _file(fs: Any, base: str, path: str, info: Mapping[str, Any]) -> _File:
         etag = f"mtime {info['mtime']:.6f}"
     # A signature in a web address is a credential, and no part of a shard's name.
     relative = (path.partition("?")[0] if _is_web(fs) else path).removeprefix(base).lstrip("/")
-    return _File(relative, fs.unstrip_protocol(path), int(info.get("size") or 0), etag)
+    return _File(
+        relative, fs.unstrip_protocol(path), int(info.get("size") or 0), etag, str(info.get("leads_nowhere", ""))
+    )
 
 
 def _is_web(fs: Any) -> bool:

@@ -1,7 +1,11 @@
-"""Files of this machine, listed with symbolic links followed; fsspec's own listing passes over them."""
+"""Files of this machine, listed with symbolic links followed; fsspec's own listing passes over them.
+
+A link that leads nowhere is listed as a file, with what it should lead to under "leads_nowhere".
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -9,8 +13,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from fsspec.utils import glob_translate
-
-from pipeline.errors import SourceError
 
 
 def find_local(root: str) -> dict[str, dict[str, Any]]:
@@ -20,7 +22,6 @@ def find_local(root: str) -> dict[str, dict[str, Any]]:
 
     Raises:
         OSError: a folder cannot be listed.
-        SourceError: a link leads nowhere.
     """
     return {path: info for path, info in _walk(root, None) if info["type"] != "directory"}
 
@@ -30,7 +31,6 @@ def glob_local(pattern: str) -> dict[str, dict[str, Any]]:
 
     Raises:
         OSError: a folder cannot be listed.
-        SourceError: a link that the pattern picks leads nowhere.
     """
     wildcard = re.search(r"[*?\[]", pattern)
     assert wildcard, "a pattern has a wildcard"
@@ -53,14 +53,13 @@ def _walk(root: str, depth: int | None, matches: Any = None) -> Iterator[tuple[s
                 picked = matches is None or matches(path)
                 try:
                     found = entry.stat()  # of what a link leads to
-                except FileNotFoundError as error:
-                    if not entry.is_symlink():
-                        continue  # removed while the folder was listed
-                    if picked and not entry.name.startswith("."):
-                        raise SourceError(
-                            f"{path} is a link to {os.readlink(path)}, which does not exist. Restore what it leads to, "
-                            "or remove the link"
-                        ) from error
+                except OSError as error:
+                    if error.errno not in (errno.ENOENT, errno.ELOOP):
+                        raise
+                    # A link to nothing or to itself, or a file that was removed while the folder was listed.
+                    if picked and entry.is_symlink():
+                        leads_to = os.readlink(path)
+                        yield path, {"name": path, "type": "file", "size": 0, "mtime": 0.0, "leads_nowhere": leads_to}
                     continue
                 kind = _kind(entry.name, found.st_mode)
                 if picked:

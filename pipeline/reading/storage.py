@@ -21,7 +21,7 @@ WITH_PASSWORD = ("ftp://", "sftp://", "ssh://", "http://", "https://", "smb://",
 
 # No second attempt changes these: nothing is there, access is refused, or the disk is full.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
-_FINAL_ERRNOS = {28, 30, 36, 122}  # no space, read-only, name too long, quota
+_FINAL_ERRNOS = {28, 30, 36, 40, 122}  # no space, read-only, name too long, a link to itself, quota
 # Libraries whose connection and timeout errors are no OSError. Known by name: which of them is installed depends on
 # the stores in use. Wrong or absent credentials are botocore errors as well, and final.
 _PASSING = {

@@ -91,11 +91,10 @@ def _measured(file: Any, make: Callable[[BinaryIO], T]) -> tuple[T, int, str]:
 
 
 def _made_locally(path: Path, make: Callable[[BinaryIO], T], durable: bool = True) -> T:
-    path.parent.mkdir(parents=True, exist_ok=True)
     # In the same directory, since only there a rename is atomic; the dot hides it from `data/*.parquet`.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
-        with open(temporary, "w+b") as file:
+        with _opened_in_new_folders(temporary) as file:
             made = make(file)
             if durable:
                 file.flush()
@@ -112,6 +111,15 @@ def _made_locally(path: Path, make: Callable[[BinaryIO], T], durable: bool = Tru
     finally:
         os.close(directory)
     return made
+
+
+def _opened_in_new_folders(path: Path) -> BinaryIO:
+    """A new file; of its folders, a run that was refused may remove an empty one at any moment."""
+    for _ in range(3):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return open(path, "w+b")
+    return open(path, "w+b")
 
 
 @contextmanager
