@@ -2,8 +2,8 @@
 
 Analysis by drawing: of all scenes, find the one whose drawing is closest to the image. Attributes and position are
 improved in turn, each value of an attribute being tried, until nothing gets closer. Cost: about 190 drawings of
-64 x 64 pixels, 0.11 s on one core. Blurred or slightly misplaced objects are read as what they resemble most; the remaining
-distance tells how well.
+64 x 64 pixels, 0.11 s on one core. Blurred or slightly misplaced objects are read as what they resemble most; the
+remaining distance tells how well.
 """
 
 from __future__ import annotations
