@@ -20,6 +20,7 @@ from PIL import Image
 
 import pipeline
 from pipeline.errors import EncodeError
+from pipeline.evaluation.metrics import NAMES as FIGURES
 from pipeline.models.backbone import ModelRecord
 from pipeline.recipe import Recipe, SinkConfig
 from pipeline.records import Edited, Outcome, Rejected, Sample
@@ -28,16 +29,6 @@ from pipeline.writing.instructions import instruction_of
 Row = dict[str, Any]
 """One output row under our own names, and `LABELS`; `as_written` makes it ready for `schema`."""
 LABELS = "labels of the source"  # in a row: {column of the source: number of the class}; no column's name
-
-FIGURES = (
-    "reconstruction_psnr",
-    "image_psnr",
-    "background_psnr",
-    "background_ssim",
-    "mask_share",
-    "edit_change",
-    "rest_change",
-)
 PNG_LEVEL = 4  # of zlib, 0..9: a third of the time of the default 6, for 2 % more bytes
 THUMBNAIL_SIDE = 256  # pixels of the longer side: about 12 kB
 MAX_MESSAGE = 2000  # characters of a reason; a decoder may quote what it read
