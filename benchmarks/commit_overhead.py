@@ -66,7 +66,7 @@ def measure(units: int = UNITS) -> dict[str, Any]:
             started = time.perf_counter()
             (Path(folder) / "plain" / f"{number}.tar").write_bytes(data)
             written = time.perf_counter()
-            with Attempt(finished.manifest.unit, sink):
+            with Attempt(finished.manifest.unit, sink, generation=1):
                 pass
             commit(finished, sink)
             whole.append(time.perf_counter() - written)
@@ -74,7 +74,7 @@ def measure(units: int = UNITS) -> dict[str, Any]:
         on_disk = sum(path.stat().st_size for path in (Path(folder) / "out").rglob("*") if path.is_file())
         finished = unit(units, data, sink)
         tracemalloc.start()
-        with Attempt(finished.manifest.unit, sink):
+        with Attempt(finished.manifest.unit, sink, generation=1):
             pass
         commit(finished, sink)
         _, peak = tracemalloc.get_traced_memory()

@@ -83,7 +83,7 @@ class Here:
         self._tally.begin(todo.extent)
         for task in todo.tasks:
             for unit_input in read_units(task, source, size, todo.committed.has):
-                finished, sink = self._worker.finish(unit_input), self._recipe.sink
+                finished, sink = self._worker.finish(unit_input, claim.generation), self._recipe.sink
                 manifest = replace(finished, sink, claim.check) if todo.retry_failed else commit(finished, sink)
                 if verdict := self._tally.add(manifest):
                     raise RunAborted(verdict)

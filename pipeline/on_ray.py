@@ -131,7 +131,7 @@ class OnRay:
             )
             finished = units.map_batches(
                 EditWorker,
-                fn_constructor_args=(recipe, self.settings, self._tally),
+                fn_constructor_args=(recipe, self.settings, self._tally, claim.generation),
                 batch_size=1,
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(
@@ -236,12 +236,12 @@ def describe_model(recipe: Recipe, call_size: int | None) -> tuple[ModelRecord, 
 class EditWorker:
     """One per GPU: the model is loaded in __init__, once, and used for every unit."""
 
-    def __init__(self, recipe: Recipe, settings: WorkerSettings, tally: Any) -> None:
+    def __init__(self, recipe: Recipe, settings: WorkerSettings, tally: Any, generation: int) -> None:
         from pipeline.models.allocator import keep_freed_memory
         from pipeline.worker import Worker
 
         keep_freed_memory()  # the process is ours
-        self._tally, self._told = tally, 0.0
+        self._tally, self._told, self._generation = tally, 0.0, generation
         self._worker = Worker(recipe, settings, report=self._tell)
 
     def _tell(self, report: InFlight) -> None:
@@ -252,7 +252,7 @@ class EditWorker:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """One unit in, one out; called from `UNITS_AT_ONCE` threads."""
-        return pack_finished(self._worker.finish(unpack_input(batch)))
+        return pack_finished(self._worker.finish(unpack_input(batch), self._generation))
 
 
 class UnitSource(Datasource):

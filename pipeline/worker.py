@@ -85,9 +85,9 @@ class Worker:
         """The loaded model."""
         return self.backbone.record
 
-    def finish(self, unit_input: UnitInput) -> FinishedUnit:
-        """Edit a unit's rows and render its files. May run in several threads at once."""
-        with Attempt(unit_input.unit.id, self.recipe.sink) as attempt:
+    def finish(self, unit_input: UnitInput, generation: int) -> FinishedUnit:
+        """Edit a unit's rows and render its files, under the driver of that generation. For several threads at once."""
+        with Attempt(unit_input.unit.id, self.recipe.sink, generation) as attempt:
             alone = attempt.number >= ALONE_FROM
             progress = _UnitProgress(unit_input, self._report)
             with self._gate.alone() if alone else self._gate.shared():

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import cluster
-from pipeline.writing.attempts import ALONE_FROM, Attempt
+from pipeline.writing.attempts import ALONE_FROM, Attempt, forget_stops, note_stop
 from tests.places import SETTLE_QUICKLY, Place
 from tests.runs import asked, contents, results, write_shards
 
@@ -104,7 +104,7 @@ def test_an_attempt_that_is_left_alive_is_forgotten_and_an_exception_is_no_death
     file = place.root / out / "_attempts" / "u-00000.json"
 
     def fails(number: int) -> None:
-        with Attempt("u-00000", sink) as attempt:
+        with Attempt("u-00000", sink, generation=1) as attempt:
             assert attempt.number == number
             assert file.exists()
             attempt.begin_row(5)
@@ -113,13 +113,33 @@ def test_an_attempt_that_is_left_alive_is_forgotten_and_an_exception_is_no_death
     with pytest.raises(ValueError, match="bad"):
         fails(1)
     assert not file.exists()
-    Attempt("u-00000", sink).__enter__()  # its process dies here
+    Attempt("u-00000", sink, generation=1).__enter__()  # its process dies here
     with pytest.raises(ValueError, match="bad"):
         fails(2)
-    Attempt("u-00000", sink).__enter__().begin_row(5)
-    with Attempt("u-00000", sink) as attempt:
+    Attempt("u-00000", sink, generation=1).__enter__().begin_row(5)
+    with Attempt("u-00000", sink, generation=1) as attempt:
         assert (attempt.number, attempt.killers) == (3, [5])
     assert not file.exists()
+
+
+def test_attempts_under_way_when_their_driver_ended_are_no_deaths(place: Place) -> None:
+    sink = place.sink(out := place.new())
+    Attempt("u-00000", sink, generation=1).__enter__()  # its process dies here, and so with each that follows
+    for generation in range(2, 9):
+        with_row = Attempt("u-00000", sink, generation).__enter__()
+        assert (with_row.number, with_row.killers) == (2, [])
+        with_row.begin_row(5)
+        note_stop(sink, generation)
+    place.settle()
+    forget_stops(sink)
+    files = sorted(path.name for path in (place.root / out).glob("_attempts/*"))
+    assert files == ["00000008.stopped", "u-00000.json"]  # that of the latest attempt alone
+    Attempt("u-00000", sink, generation=9).__enter__().begin_row(4)
+    with Attempt("u-00000", sink, generation=10) as attempt:
+        assert (attempt.number, attempt.killers) == (3, [4])
+    place.settle()
+    forget_stops(sink)
+    assert not list((place.root / out).glob("_attempts/*"))
 
 
 def test_orphans_of_an_attempt_that_died_are_gone_once_its_unit_is_committed(place: Place, calm: Path) -> None:

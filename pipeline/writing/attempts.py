@@ -1,24 +1,29 @@
 """Who killed the process? A unit's attempts, noted before its rows meet the model, outlive a process that dies there.
 
-    _attempts/<unit>.json        there while a unit is at work, and after its process died
+    _attempts/<unit>.json              there while a unit is at work, and after its process died
+    _attempts/<generation>.stopped     that driver was told to stop, or ended by itself
 
 A unit whose process has died twice is done alone in its process, one row after the other, each noted before it begins.
 A row that is found noted after yet another death is not touched again: it goes to quarantine, its unit mates are kept.
 Deaths are counted whatever their cause, since a process that is killed cannot say why: a machine that is lost three
-times with one and the same unit at work counts as well. An exception is no death, and takes its attempt back.
+times with one and the same unit at work counts as well. An exception is no death, and takes its attempt back. Nor is
+the end of a driver that still could say so: its workers end with it, wherever they are, and what they had at work
+counts as not begun (`note_stop`).
 """
 
 from __future__ import annotations
 
 import json
+import posixpath
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
-from pipeline.writing.files import get, put, remove
+from pipeline.writing.files import get, list_folder, put, remove
 
 FOLDER = "_attempts"
+STOPPED = ".stopped"
 ALONE_FROM = 3  # the attempt from which on a unit is done row by row
 
 
@@ -29,6 +34,7 @@ class _Noted:
     deaths: int = 0  # of processes that had this unit at work
     row: int | None = None  # index of the row at work; None where the whole unit is
     killers: list[int] = field(default_factory=list)  # indexes of rows that are not to be touched again
+    generation: int = 0  # of the driver under which the latest attempt began
 
     def to_bytes(self) -> bytes:
         return (json.dumps(asdict(self)) + "\n").encode()
@@ -39,17 +45,24 @@ class Attempt:
 
     Costs an object store three requests per unit.
 
+    Args:
+        unit_id: of the unit.
+        sink: the run's folder.
+        generation: of the driver (writing/lock.py).
+
     Raises:
         SinkError: on entering, the sink cannot be read or written.
     """
 
-    def __init__(self, unit_id: str, sink: SinkConfig) -> None:
-        self._unit_id, self._sink = unit_id, sink
+    def __init__(self, unit_id: str, sink: SinkConfig, generation: int) -> None:
+        self._unit_id, self._sink, self._generation = unit_id, sink, generation
 
     def __enter__(self) -> Attempt:
         self._fs, root = open_fs(self._sink.folder, self._sink.storage_options)
         self._path = f"{root}/{FOLDER}/{self._unit_id}.json"
         before = _parsed(get(self._fs, self._path))
+        if before.deaths and get(self._fs, _stop_path(root, before.generation)) is not None:
+            before.deaths, before.row = before.deaths - 1, None
         self._before = _Noted(before.deaths, None, before.killers + ([] if before.row is None else [before.row]))
         self._note(None)
         return self
@@ -82,7 +95,40 @@ class Attempt:
 
     def _note(self, row: int | None) -> None:
         # As it is to be found after a death: nobody is left to count it then.
-        put(self._fs, self._path, _Noted(self.number, row, self._before.killers).to_bytes())
+        noted = _Noted(self.number, row, self._before.killers, self._generation)
+        put(self._fs, self._path, noted.to_bytes())
+
+
+def note_stop(sink: SinkConfig, generation: int) -> None:
+    """Say that a driver ends: from now on no attempt of its workers that is under way counts as a death.
+
+    Raises:
+        SinkError: the sink cannot be written.
+    """
+    fs, root = open_fs(sink.folder, sink.storage_options)
+    put(fs, _stop_path(root, generation), b"")
+
+
+def forget_stops(sink: SinkConfig) -> None:
+    """Remove what `note_stop` wrote of drivers under which no attempt is left.
+
+    Raises:
+        SinkError: the sink cannot be read, or something cannot be removed.
+    """
+    fs, root = open_fs(sink.folder, sink.storage_options)
+    fs.invalidate_cache()  # s3fs remembers listings
+    there = list_folder(fs, f"{root}/{FOLDER}")
+    stops = [path for path in there if path.endswith(STOPPED)]
+    if not stops:
+        return
+    asked_for = {_parsed(get(fs, path)).generation for path in there if path.endswith(".json")}
+    for path in stops:
+        if posixpath.basename(path) not in {f"{generation:08d}{STOPPED}" for generation in asked_for}:
+            remove(fs, path)
+
+
+def _stop_path(root: str, generation: int) -> str:
+    return f"{root}/{FOLDER}/{generation:08d}{STOPPED}"
 
 
 def _parsed(data: bytes | None) -> _Noted:

@@ -18,6 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
 from pipeline.writing.attempts import FOLDER as ATTEMPTS
+from pipeline.writing.attempts import forget_stops
 from pipeline.writing.commit import Committed
 from pipeline.writing.files import is_temporary, list_folder, remove
 
@@ -44,6 +45,7 @@ def clean(sink: SinkConfig, committed: Committed) -> None:
         # Named like a unit's, or it is none of ours.
         if unit.rpartition("-")[2].isdigit() and committed.has(unit):
             remove(fs, path)
+    forget_stops(sink)
 
 
 def _temporary(root: str) -> Iterator[Path]:
