@@ -24,8 +24,9 @@ from pipeline.todo import Todo, find_todo
 from pipeline.writing.card import BESIDE, CARD, write_card
 from pipeline.writing.cleaning import clean
 from pipeline.writing.commit import Committed, committed_units
+from pipeline.writing.flags import no_empty_folder
 from pipeline.writing.folding import fold_finished_shards
-from pipeline.writing.lock import DriverLock, no_empty_folder
+from pipeline.writing.lock import DriverLock
 from pipeline.writing.merged import Merged
 from pipeline.writing.merging import merge_units
 from pipeline.writing.replace import settle_replacements

@@ -5,6 +5,7 @@
     ├── ModelError         a checkpoint is missing, unsafe or of an unknown kind
     ├── SourceError        nothing can be read: no bucket, no permission, no shard, no image
     ├── SinkError          nothing can be written, or the folder belongs to another run
+    │   └── HeldError      another driver is writing to the folder
     ├── ClusterError       the cluster lacks what the recipe asks for
     ├── RunAborted         an error budget was spent
     └── RowError           one image fails; the run goes on, the image goes to quarantine
@@ -56,6 +57,10 @@ class SourceError(ShardeditError):
 
 class SinkError(ShardeditError):
     """Nothing can be written to the sink, or what stands there belongs to another run."""
+
+
+class HeldError(SinkError):
+    """Another driver is writing to the run's folder, or to a partition that overlaps this one's."""
 
 
 class ClusterError(ShardeditError):

@@ -1,13 +1,19 @@
-"""One driver per run's folder: every driver raises a flag of its own, then looks who else has.
+"""One driver per partition of a run's folder: every driver raises a flag of its own, then looks who else has.
 
-    _lock/<generation>-<owner>.json      the holder is alone with the highest generation; nobody else is alive beside it
+    _lock/<generation>-<owner>.json             of the whole run
+    _lock/<generation>-<I>of<N>-<owner>.json    of one of its partitions
 
-To get in, a driver lists the flags, sees that every holder is dead or has released, raises its own with the next
-generation, *and looks again*. Of two that raise theirs at once at least one then sees the other, whatever the order of
-their requests: it takes its flag down, and tries again. This needs nothing of a store but that a listing shows what was
-put before it began, as with local files, S3 and its like; where listings lag, `SETTLE_S` lets them catch up. No
-conditional put is needed, and no clock. A released flag stays until the next holder removes it, so that generations
-only grow: a driver that was paused, taken over, and wakes up finds a higher one, and stops.
+Two flags exclude each other where their partitions overlap; others do not see each other. To get in, a driver lists the
+flags, sees that every holder beside it is dead or has released, raises its own with the next generation, *and looks
+again*. Of two that raise theirs at once at least one then sees the other, whatever the order of their requests: it
+takes its flag down, and tries again. This needs nothing of a store but that a listing shows what was put before it
+began, as with local files, S3 and its like; where listings lag, `SETTLE_S` lets them catch up. No conditional put is
+needed, and no clock.
+
+Generations grow: a flag that was ever held is only removed by the holder of a higher one that covers its partition. So
+for every driver that ever held a part, a flag at least as high and as wide stays up: nobody takes a generation that a
+part has seen, and a driver that was paused, taken over, and wakes up finds a higher flag over its part, and stops.
+Drivers of disjoint partitions may have the same generation.
 
 A dead holder is known at once on its own machine, elsewhere by a heart that has not beaten for `EXPIRY_S`. That is
 watched, not computed from timestamps: clocks of two machines may differ. A driver that is stopped for longer than that,
@@ -17,57 +23,34 @@ no row lost or doubled: units have fixed names, and are committed to the same by
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
-import posixpath
-import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal
 
-from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import RunAborted, SinkError
+from pipeline.errors import HeldError, RunAborted, SinkError
+from pipeline.partition import WHOLE, Partition
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
 from pipeline.showing import describe, public_url
-from pipeline.writing.files import get, list_folder, put, remove
+from pipeline.writing.files import get, put, remove
+from pipeline.writing.flags import FOLDER, Flag, State, flag_name, flags, generation, owner, parsed, partition_of
 from pipeline.writing.processes import started_at, this_host
 
 log = logging.getLogger(__name__)
 
-FOLDER = "_lock"
 BEAT_S = 5.0
 EXPIRY_S = 30.0  # several beats: one slow request is no death
 SETTLE_S = 2.0  # on other stores than local files: longer than a put takes to show in a listing
 PAUSE_S = 0.002
 LOOKS = 10  # at others that raised their flags at the same time, before a driver takes its own down and begins anew
-FLAG = re.compile(r"(\d{8,})-[0-9a-f]{16}\.json")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Flag:
-    """What a driver says of itself. The host is a hash: names of machines do not belong into shared folders."""
-
-    state: Literal["trying", "holding", "released"]
-    host: str
-    pid: int
-    started: str  # of the process, in ticks since boot: a pid may be given out again
-    beat: int = 0
-    beat_at: float = 0.0  # seconds since 1970 by the holder's clock; for people only
-
-    def to_bytes(self) -> bytes:
-        """As JSON."""
-        return (json.dumps(asdict(self), sort_keys=True) + "\n").encode()
 
 
 class DriverLock:
@@ -76,13 +59,15 @@ class DriverLock:
     Args:
         sink: the run's folder.
         on_lost: called once, with the reason, from the heartbeat's thread, should another driver have taken over.
+        partition: what of the run it is for.
         notify: told when there is something to wait for.
         beat_s: seconds between heartbeats.
         expiry_s: seconds without one after which a lock may be taken over.
         settle_s: see `SETTLE_S`.
 
     Raises:
-        SinkError: on entering, another driver is at work, or the folder cannot be read or written.
+        HeldError: on entering, another driver is at work on a part of it.
+        SinkError: the folder cannot be read or written.
     """
 
     def __init__(
@@ -90,17 +75,17 @@ class DriverLock:
         sink: SinkConfig,
         on_lost: Callable[[str], None],
         *,
+        partition: Partition = WHOLE,
         notify: Callable[[str], None] = log.warning,
         beat_s: float = BEAT_S,
         expiry_s: float = EXPIRY_S,
         settle_s: float = SETTLE_S,
     ) -> None:
-        self._sink, self._on_lost, self._notify = sink, on_lost, notify
+        self._sink, self._on_lost, self._notify, self._partition = sink, on_lost, notify, partition
         self._beat_s, self._expiry_s, self._settle_s = beat_s, expiry_s, settle_s
-        self._owner = secrets.token_hex(8)
         self._me = Flag(state="trying", host=this_host(), pid=os.getpid(), started=started_at(os.getpid()) or "")
         self._name = ""
-        self._dead: set[str] = set()  # flags on other machines whose hearts were watched, and did not beat
+        self._dead: dict[str, bytes] = {}  # flags on other machines, as they stood while no heart beat
         self._lost = ""
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._beat_until_stopped, name="driver-lock", daemon=True)
@@ -109,10 +94,10 @@ class DriverLock:
         """See whether a driver is at work, without a wait and without a write. Of another machine its clock is trusted.
 
         Raises:
-            SinkError: one is.
+            HeldError: one is.
         """
         self._fs, self._root = open_fs(self._sink.folder, self._sink.storage_options)
-        for name, data in self._there().items():
+        for name, data in self._beside().items():
             flag = parsed(data)
             if flag is None or self._state(name, data) != "holding":
                 continue
@@ -136,7 +121,7 @@ class DriverLock:
         self._stop.set()
         self._heart.join()
         try:
-            if self.claim.holds():
+            if self._name in flags(self._fs, self._root):  # one that was taken over may still be up: it is over
                 self._put("released")
         except SinkError as failed:  # the next driver on this machine sees the dead process, others wait
             log.warning("the lock of %s was not released: %s", public_url(self._sink.folder), describe(failed))
@@ -164,64 +149,67 @@ class DriverLock:
         """Take the lock, if need be over; false where another driver is about to.
 
         Raises:
-            SinkError: another driver is at work.
+            HeldError: another driver is at work.
         """
-        highest = self._highest_when_over()
-        if highest is None:
+        if not self._are_over():
             return False
-        self._name = f"{highest + 1:08d}-{self._owner}.json"
+        highest = max(map(generation, flags(self._fs, self._root)), default=0)
+        self._name = flag_name(highest + 1, self._partition, secrets.token_hex(8))
         self._put("trying")
         try:
-            if self._is_alone():
+            if (outranked := self._outranked_when_alone()) is not None:
                 self._put("holding")
-                for name in flags(self._fs, self._root):
-                    if generation(name) < generation(self._name):  # over, or it would not be lower
+                if self.claim.holds():  # or it took so long to say so that another one took over
+                    for name in outranked:
                         remove(self._fs, self._path(name))
-                return True
+                    return True
         except BaseException:
             remove(self._fs, self._path(self._name))
             raise
-        remove(self._fs, self._path(self._name))  # it was never held: no generation is lost with it
+        remove(self._fs, self._path(self._name))  # nothing was done under it: no generation is lost with it
         return False
 
-    def _is_alone(self) -> bool:
-        """Whether, with our flag up, nobody else is alive, and no other generation is as high."""
+    def _outranked_when_alone(self) -> list[str] | None:
+        """With our flag up, what it makes needless, once nobody beside us is alive; None where another goes first."""
+        mine = generation(self._name)
         for _ in range(LOOKS):
             time.sleep(self._settle_s)
-            states = {name: self._state(name, data) for name, data in self._there().items() if name != self._name}
+            there = self._beside()
+            states = {name: self._state(name, data) for name, data in there.items()}
             if any(
                 state == "holding"
-                or (state == "trying" and name > self._name)  # of two that try, the other sees ours and gives way
-                or (state == "over" and generation(name) >= generation(self._name))  # came and went: ours is not new
+                or (state == "trying" and rank(name) > rank(self._name))  # it sees ours, which goes down
+                or (state == "over" and generation(name) >= mine)  # came and went: ours is not new
                 for name, state in states.items()
             ):
-                return False
+                return None
             if "trying" not in states.values():
-                return True
+                return [name for name in states if self._partition.covers(partition_of(name))]
             time.sleep(PAUSE_S)
-        return False
+        return None
 
-    def _there(self) -> dict[str, bytes]:
-        """Every flag that is up, by name. One that is taken down while they are read is left out: it was never held."""
-        read = {name: get(self._fs, self._path(name)) for name in flags(self._fs, self._root)}
+    def _beside(self) -> dict[str, bytes]:
+        """Every other flag that ours excludes, by name. One that is taken down while they are read is left out."""
+        names = (name for name in flags(self._fs, self._root) if partition_of(name).overlaps(self._partition))
+        read = {name: get(self._fs, self._path(name)) for name in names if name != self._name}
         return {name: data for name, data in read.items() if data is not None}
 
     def _state(self, name: str, data: bytes) -> Literal["trying", "holding", "over"]:
         """Of a flag at this moment. One of another machine is over where it is released, or has been watched."""
         flag = parsed(data)
-        if name in self._dead or flag is None or flag.state == "released":
+        if self._dead.get(name) == data or flag is None or flag.state == "released":
             return "over"
         if flag.host == self._me.host and started_at(flag.pid) != flag.started:
             return "over"
         return flag.state
 
-    def _highest_when_over(self) -> int | None:
-        """The highest generation, once every flag is over; None where another driver is about to take the lock.
+    def _are_over(self) -> bool:
+        """Whether all flags beside ours are over; false where another driver is about to take the lock.
 
         Raises:
-            SinkError: a holder is alive.
+            HeldError: a holder is alive.
         """
-        there = self._there()
+        there = self._beside()
         watched: dict[str, bytes] = {}
         for name, data in there.items():
             flag = parsed(data)
@@ -232,16 +220,14 @@ class DriverLock:
             elif state == "holding":
                 raise self._refusal(name, flag, f"process {flag.pid} on this machine")
             else:
-                return None
-        if watched and not self._watched_to_death(watched):
-            return None
-        return max(map(generation, there), default=0)
+                return False
+        return not watched or self._watched_to_death(watched)
 
     def _watched_to_death(self, watched: dict[str, bytes]) -> bool:
         """Whether no heart beat on another machine until it can be taken for dead; false where the flags have changed.
 
         Raises:
-            SinkError: a holder is alive.
+            HeldError: a holder is alive.
         """
         self._notify(
             f"{public_url(self._sink.folder)} is locked by a driver elsewhere. Watching its heartbeat for up to "
@@ -260,10 +246,14 @@ class DriverLock:
         self._dead.update(watched)
         return True
 
-    def _refusal(self, name: str, flag: Flag, where: str) -> SinkError:
+    def _refusal(self, name: str, flag: Flag, where: str) -> HeldError:
         age = max(0.0, time.time() - flag.beat_at)
-        return SinkError(
-            f"{public_url(self._sink.folder)} is being written by another driver ({where}, owner {owner(name)}, last "
+        held = partition_of(name)
+        what = (
+            public_url(self._sink.folder) if held == WHOLE else f"partition {held} of {public_url(self._sink.folder)}"
+        )
+        return HeldError(
+            f"{what} is being written by another driver ({where}, owner {owner(name)}, last "
             f"heartbeat {age:.0f} s ago). Wait until it ends, or end it: the same command then goes on from what is "
             "committed. Nothing needs to be removed by hand"
         )
@@ -271,7 +261,7 @@ class DriverLock:
     def _path(self, name: str) -> str:
         return f"{self._root}/{FOLDER}/{name}"
 
-    def _put(self, state: Literal["trying", "holding", "released"], beat: int = 0) -> None:
+    def _put(self, state: State, beat: int = 0) -> None:
         data = replace(self._me, state=state, beat=beat, beat_at=time.time()).to_bytes()
         put(self._fs, self._path(self._name), data, durable=False)
 
@@ -301,7 +291,7 @@ class Claim:
 
     @property
     def generation(self) -> int:
-        """Higher than that of every driver that held the folder before."""
+        """Higher than that of every driver that held any part of the same partition before."""
         return generation(self.name)
 
     def holds(self) -> bool:
@@ -311,8 +301,17 @@ class Claim:
             SinkError: it cannot be read.
         """
         fs, root = open_fs(self.sink.folder, self.sink.storage_options)
-        there = flags(fs, root)
-        return self.name in there and max(map(generation, there)) == self.generation
+        up, mine = flags(fs, root), partition_of(self.name)
+        if self.name not in up:
+            return False
+        for name in up:
+            if generation(name) > self.generation and partition_of(name).overlaps(mine):
+                data = get(fs, f"{root}/{FOLDER}/{name}")
+                if data is None:  # it gave way, or a higher one took its place
+                    return self.holds()
+                if (flag := parsed(data)) is None or flag.state != "trying":
+                    return False
+        return True
 
     def check(self) -> None:
         """See that it is, now and not as of the last heartbeat.
@@ -328,60 +327,6 @@ class Claim:
             )
 
 
-@contextmanager
-def no_empty_folder(sink: SinkConfig) -> Iterator[None]:
-    """A run that is refused before it wrote anything leaves no new folder behind on a local disk, flags or not.
-
-    Put around the lock: generations may then begin again, for nothing was written under the earlier ones.
-    """
-    fs, root = open_fs(sink.folder, sink.storage_options)
-    new = isinstance(fs, LocalFileSystem) and not os.path.exists(root)
-    try:
-        yield
-    except BaseException:
-        if new:
-            with contextlib.suppress(OSError, SinkError):
-                _remove_if_only_locked(fs, root)
-        raise
-
-
-def _remove_if_only_locked(fs: AbstractFileSystem, root: str) -> None:
-    folder = Path(root, FOLDER)
-    there = [path.name for path in folder.iterdir()]
-    up = (parsed(get(fs, f"{root}/{FOLDER}/{name}")) for name in there)
-    if [path.name for path in Path(root).iterdir()] == [FOLDER] and all(
-        flag and flag.state == "released" for flag in up
-    ):
-        for name in there:
-            remove(fs, f"{root}/{FOLDER}/{name}")
-        folder.rmdir()  # refused by the system where another driver has come in the meantime
-        Path(root).rmdir()
-
-
-def flags(fs: AbstractFileSystem, root: str) -> list[str]:
-    """Names of all flags that are up, ascending.
-
-    Raises:
-        SinkError: the folder cannot be listed.
-    """
-    fs.invalidate_cache()  # s3fs remembers listings
-    names = (posixpath.basename(path) for path in list_folder(fs, f"{root}/{FOLDER}"))
-    return sorted(name for name in names if FLAG.fullmatch(name))
-
-
-def generation(name: str) -> int:
-    """Of a flag, by its name."""
-    return int(name.partition("-")[0])
-
-
-def owner(name: str) -> str:
-    """Of a flag, by its name."""
-    return name.partition("-")[2].removesuffix(".json")
-
-
-def parsed(data: bytes | None) -> Flag | None:
-    """A flag as stored; None where it is absent or none."""
-    try:
-        return Flag(**json.loads(data or b""))
-    except (ValueError, TypeError):
-        return None
+def rank(name: str) -> tuple[int, str]:
+    """Of two flags that are raised at the same time, the one that goes first has the higher one."""
+    return generation(name), owner(name)

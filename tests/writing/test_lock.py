@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.lock import hold_many
-from pipeline.errors import RunAborted, SinkError
+from benchmarks.lock import PARTITIONS, hold_many
+from pipeline.errors import HeldError, RunAborted, SinkError
+from pipeline.partition import WHOLE, Partition
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
 from pipeline.writing import lock as lock_module
-from pipeline.writing.lock import DriverLock, flags, generation
+from pipeline.writing.flags import Flag, flag_name, flags, generation
+from pipeline.writing.lock import DriverLock
 from pipeline.writing.processes import started_at, this_host
 
 pytestmark = pytest.mark.timeout(400)  # moto is installed once
@@ -217,6 +219,61 @@ def test_a_generation_that_came_and_went_in_the_meantime_is_not_used_again(here:
 def test_of_many_processes_one_is_inside_at_a_time(here: SinkConfig) -> None:
     found = hold_many(Path(here.folder), processes=3, holds=60)
     assert found == {"holds": 60, "two_inside": 0, "errors": 0}
+
+
+def test_drivers_of_disjoint_partitions_are_at_work_at_once_and_overlapping_ones_are_refused(sink: SinkConfig) -> None:
+    with driver(sink, partition=Partition(0, 2)) as even, driver(sink, partition=Partition(3, 4)) as fourth:
+        for overlapping in (WHOLE, Partition(0, 2), Partition(2, 4), Partition(1, 2), Partition(0, 3)):
+            with pytest.raises(HeldError, match=r"partition (0/2|3/4) of .* is being written by another driver"):
+                driver(sink, partition=overlapping).__enter__()
+        with driver(sink, partition=Partition(1, 4)) as second:
+            assert [lock.claim.holds() for lock in (even, fourth, second)] == [True] * 3
+    with driver(sink) as whole:
+        assert (generations(sink), states(sink)) == ([whole.claim.generation], ["holding"])  # it covers the others
+    with driver(sink, partition=Partition(0, 2)) as even:
+        assert even.claim.generation > whole.claim.generation
+
+
+@pytest.mark.usefixtures("many_hosts")
+def test_a_driver_that_was_taken_over_never_holds_again_though_other_partitions_go_on(here: SinkConfig) -> None:
+    part, other = Partition(0, 2), Partition(1, 2)
+    paused = driver(here, beat_s=30.0, partition=part)
+    with paused:
+        with driver(here, partition=part):
+            pass
+        for _ in range(2):
+            with driver(here, partition=other):
+                pass
+        fs, root = open_fs(here.folder, here.storage_options)
+        fs.pipe_file(f"{root}/_lock/{paused.claim.name}", b"{}")  # a heartbeat that was on its way
+        assert not paused.claim.holds()
+    with driver(here, partition=part) as last:
+        assert last.claim.generation > paused.claim.generation + 1
+
+
+def test_a_flag_that_is_only_tried_takes_nothing_from_a_holder_and_one_that_is_held_does(here: SinkConfig) -> None:
+    fs, root = open_fs(here.folder, here.storage_options)
+    with driver(here, partition=Partition(0, 2)) as held:
+        name = flag_name(held.claim.generation + 1, WHOLE, "0" * 16)
+        for state, holds in (("trying", True), ("holding", False)):
+            flag = Flag(state=state, host="elsewhere", pid=1, started="")  # type: ignore[arg-type]
+            fs.pipe_file(f"{root}/_lock/{name}", flag.to_bytes())
+            assert held.claim.holds() is holds
+
+
+def test_of_many_processes_with_partitions_one_is_inside_each_at_a_time(here: SinkConfig) -> None:
+    found = hold_many(Path(here.folder), processes=3, holds=60, partitions=PARTITIONS)
+    assert found == {"holds": 60, "two_inside": 0, "errors": 0}
+
+
+def test_partitions_share_a_listing_and_know_which_overlap_and_cover() -> None:
+    listing = range(60)
+    parts = [Partition(index, count) for count in range(1, 7) for index in range(count)]
+    for part in parts:
+        for other in parts:
+            mine, theirs = set(part.of(listing)), set(other.of(listing))
+            assert part.overlaps(other) == bool(mine & theirs)
+            assert part.covers(other) == (theirs <= mine)
 
 
 def test_a_process_is_told_from_dead_ones() -> None:

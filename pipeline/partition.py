@@ -1,0 +1,36 @@
+"""Part I of N of a run's shards: every Nth of the sorted listing, from the Ith on. The whole run is part 0 of 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """Which places of a listing: those that leave the remainder `index` when divided by `count`."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, listing: Sequence[T]) -> Sequence[T]:
+        """Its part of a listing, whose order has to be the same for all."""
+        return listing[self.index :: self.count]
+
+    def overlaps(self, other: Partition) -> bool:
+        """Whether some place of a listing that is long enough is in both (the Chinese remainder theorem)."""
+        return (self.index - other.index) % gcd(self.count, other.count) == 0
+
+    def covers(self, other: Partition) -> bool:
+        """Whether every place of the other one is in this."""
+        return other.count % self.count == 0 and other.index % self.count == self.index
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+WHOLE = Partition()
