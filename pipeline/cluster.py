@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.errors import ClusterError, RecipeError, RunAborted, SinkError
 from pipeline.local import Here, Place
-from pipeline.preflight import check_captions, refuse_missing_layers, refuse_sink_over_source, rows_to_look_at
+from pipeline.preflight import check_captions, refuse_sink_over_source, refuse_what_the_model_lacks, rows_to_look_at
 from pipeline.progress import Display, Watch
 from pipeline.reading.shards import shard_slug
 from pipeline.reading.storage import open_fs
@@ -63,7 +63,7 @@ def run(recipe: Recipe, *, progress: Display = "auto", retry_failed: bool = Fals
     """
     if problems := uploaded_paths(recipe):
         raise RecipeError("recipe", problems)
-    refuse_missing_layers(recipe)
+    refuse_what_the_model_lacks(recipe)
     refuse_sink_over_source(recipe)
     place = _place_of(recipe)
     driver = DriverLock(recipe.sink, on_lost=place.stop, notify=lambda text: _say(text, progress))

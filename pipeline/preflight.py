@@ -5,20 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.editing.fast_diffedit import FastDiffEdit
 from pipeline.editing.masactrl import MutualSelfAttention
+from pipeline.editing.problems import places_of, word_beyond
 from pipeline.errors import RecipeError, SinkError, SourceError
-from pipeline.models.outline import transformer_blocks
+from pipeline.models.outline import Outline, outline_of
 from pipeline.reading.rows import listed
 from pipeline.reading.shards import ReadTask, Shard
 from pipeline.reading.storage import open_fs
 from pipeline.reading.units import read_units
-from pipeline.recipe import Recipe
-from pipeline.records import Sample, Unreadable
+from pipeline.recipe import Method, Recipe
+from pipeline.records import EditRequest, Sample, Unreadable
 from pipeline.sections import SourceConfig
 from pipeline.showing import public_url
 from pipeline.todo import Todo, find_todo
@@ -50,22 +52,53 @@ def refuse_sink_over_source(recipe: Recipe) -> None:
             )
 
 
-def refuse_missing_layers(recipe: Recipe) -> None:
-    """See that the model has the layers that are to be controlled, as far as its configuration is at hand.
+def refuse_what_the_model_lacks(recipe: Recipe) -> None:
+    """See that the model has what methods and edits name, as far as its configuration is at hand.
 
     Raises:
-        RecipeError: it has not.
+        RecipeError: a layer that is to be controlled is missing; an inpainting checkpoint meets a method for a plain
+            one, or the other way round; a word stands where the text encoder has stopped reading.
     """
-    if (blocks := transformer_blocks(recipe.model)) is None:
-        return
+    outline = outline_of(recipe.model)
     problems = [
         (f"methods.{name}.editing" if recipe.methods else "editing", text)
         for name, method in recipe.all_methods.items()
-        if isinstance(method.editing, MutualSelfAttention)
-        for text in method.editing.layer_problems(blocks)
+        for text in _model_problems(method, outline, recipe.model.name)
+    ]
+    problems += [
+        (f"edits.{edit}", f"{text} (method '{name}')" if recipe.methods else text)
+        for edit, request in recipe.edits.items()
+        for name, method in recipe.all_methods.items()
+        for text in _cut_words(request, method, outline)
     ]
     if problems:
         raise RecipeError("recipe", problems)
+
+
+def _model_problems(method: Method, outline: Outline, model: str) -> Iterator[str]:
+    editing = method.editing
+    if outline.transformer_blocks is not None and isinstance(editing, MutualSelfAttention):
+        yield from editing.layer_problems(outline.transformer_blocks)
+    wants = isinstance(editing, FastDiffEdit) and editing.backend == "inpaint"
+    if outline.inpaints is not None and outline.inpaints != wants:
+        yield (
+            f"'{model}' is an inpainting checkpoint, which serves fast_diffedit with backend: inpaint alone. Use that, "
+            "or a plain text-to-image checkpoint"
+            if outline.inpaints
+            else f"backend: inpaint needs an inpainting checkpoint, and '{model}' is a plain one. Use backend: masked, "
+            "or an inpainting checkpoint"
+        )
+
+
+def _cut_words(request: EditRequest, method: Method, outline: Outline) -> Iterator[str]:
+    """Words that the prompts have, and lose where the text encoder stops reading."""
+    whole = {name: getattr(request, name) for name in ("source_prompt", "target_prompt")}
+    read = {name: outline.read_part(prompt) for name, prompt in whole.items()}
+    missing = {problem.word for problem in method.editing.problems(request.model_copy(update=read), method.inversion)}
+    for word in sorted(missing - {""}):
+        for name, prompt in whole.items():
+            if places_of(word, prompt) and not places_of(word, read[name]):
+                yield word_beyond(word, "word", prompt)
 
 
 def _is_in(path: str, folder: str) -> bool:
@@ -76,11 +109,11 @@ def todo_of_plan(recipe: Recipe) -> Todo:
     """What `edit` would find to do, or the error that would end it before it begins. Writes nothing.
 
     Raises:
-        RecipeError: the model lacks a layer that is to be controlled.
+        RecipeError: the model lacks what methods or edits name.
         SourceError: there is nothing to read.
         SinkError: the folder lies over the source, cannot be written, belongs to another run, or is being written.
     """
-    refuse_missing_layers(recipe)
+    refuse_what_the_model_lacks(recipe)
     refuse_sink_over_source(recipe)
     fs, root = open_fs(recipe.sink.folder, recipe.sink.storage_options)
     where = public_url(recipe.sink.folder)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from diffusers import UNet2DConditionModel
 
 from pipeline.cluster import run
 from pipeline.errors import RecipeError, SinkError
-from pipeline.models.outline import transformer_blocks
+from pipeline.models.outline import outline_of
 from pipeline.planning import plan
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.sections import ModelConfig
@@ -41,7 +43,7 @@ def a_recipe(folder: Path, **source: Any) -> Recipe:
 
 def write_rows(folder: Path, layout: str, texts: dict[str, str]) -> Path:
     """Three images, each with these texts under these names."""
-    (folder / "in").mkdir()
+    (folder / "in").mkdir(exist_ok=True)
     if layout == "parquet":
         columns = {name: [text] * 3 for name, text in texts.items()}
         pq.write_table(
@@ -130,22 +132,74 @@ def test_results_that_would_be_read_as_input_are_refused(below: str, tmp_path: P
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["a.parquet"]
 
 
-def test_a_layer_that_the_model_lacks_is_refused_by_its_configuration(tmp_path: Path) -> None:
-    """Counted as the loaded UNet counts them."""
-    model = ModelConfig(name=str(TINY_SD))
-    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(TINY_SD / "unet"))
-    blocks = sum(type(module).__name__ == "BasicTransformerBlock" for module in unet.modules())
-    assert transformer_blocks(model) == blocks
-    settings = recipe_from(
+def settings_for(model: Path | str, folder: Path, edit: dict[str, Any], **sections: Any) -> Recipe:
+    return recipe_from(
         {
-            "source": {"shards": str(write_rows(tmp_path, "parquet", {}) / "in")},
-            "edits": {"target_prompt": "a dog"},
-            "model": {"name": str(TINY_SD)},
-            "inversion": {"method": "ddim", "num_steps": 6},
-            "editing": {"method": "masactrl", "start_layer": blocks},
-            "sink": {"folder": str(tmp_path / "out")},
+            "source": {"shards": str(write_rows(folder, "parquet", {}) / "in")},
+            "edits": edit,
+            "model": {"name": str(model)},
+            "sink": {"folder": str(folder / "out")},
+            **sections,
         }
     )
+
+
+def refused(settings: Recipe, match: str) -> None:
     for ask in (lambda: plan(settings, probe=False), lambda: run(settings, progress="off")):
-        with pytest.raises(RecipeError, match=f"start_layer names layer {blocks}, and the model's {blocks} count"):
+        with pytest.raises(RecipeError, match=match):
             ask()
+    assert not Path(settings.sink.folder).exists()
+
+
+def test_a_layer_that_the_model_lacks_is_refused_by_its_configuration(tmp_path: Path) -> None:
+    """Counted as the loaded UNet counts them."""
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(TINY_SD / "unet"))
+    blocks = sum(type(module).__name__ == "BasicTransformerBlock" for module in unet.modules())
+    assert outline_of(ModelConfig(name=str(TINY_SD))).transformer_blocks == blocks
+    settings = settings_for(
+        TINY_SD,
+        tmp_path,
+        {"target_prompt": "a dog"},
+        inversion={"method": "ddim", "num_steps": 6},
+        editing={"method": "masactrl", "start_layer": blocks},
+    )
+    refused(settings, f"start_layer names layer {blocks}, and the model's {blocks} count")
+
+
+BLEND = {
+    "inversion": {"method": "ddim", "num_steps": 6},
+    "editing": {"method": "prompt_to_prompt"},
+}
+
+
+def test_a_word_behind_what_the_text_encoder_reads_is_refused(tmp_path: Path) -> None:
+    def blending(length: int) -> dict[str, Any]:
+        prompt = " ".join(["red"] * length)
+        return {
+            "source_prompt": f"{prompt} cat",
+            "target_prompt": f"a cat and {prompt} dog",
+            "blend_words": {"source": ["cat"], "target": ["dog"]},
+        }
+
+    tokenizer = outline_of(ModelConfig(name="demo")).tokenizer
+    fits = tokenizer.model_max_length - 2 - len(tokenizer("a cat and dog").input_ids) + 2
+    assert settings_for("demo", tmp_path, blending(fits), **BLEND)  # or the next one shows nothing
+    plan(settings_for("demo", tmp_path, blending(fits), **BLEND), probe=False)
+    refused(settings_for("demo", tmp_path, blending(fits + 9), **BLEND), "the word 'dog' stands beyond what the text")
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+def test_a_checkpoint_and_a_method_that_do_not_fit_are_refused(channels: int, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(TINY_SD, model)
+    config = json.loads((model / "unet" / "config.json").read_text())
+    (model / "unet" / "config.json").write_text(json.dumps(config | {"in_channels": channels}))
+    edit = {"source_prompt": "a cat", "target_prompt": "a dog"}
+    inpaint = {
+        "inversion": {"method": "noise", "num_steps": 6},
+        "editing": {"method": "fast_diffedit", "backend": "inpaint"},
+    }
+    plain = {"inversion": {"method": "ddim", "num_steps": 6}, "editing": {"method": "cfg"}}
+    unfit, text = (inpaint, "is a plain one") if channels == 4 else (plain, "is an inpainting checkpoint")
+    refused(settings_for(model, tmp_path, edit, **unfit), text)
+    assert outline_of(ModelConfig(name=str(model))).inpaints == (channels == 9)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.editing.problems import missing_word, places_of, raise_first, word_count_problems
+from pipeline.editing.problems import missing_word, places_of, raise_first, word_beyond, word_count_problems
 from pipeline.engine.calls import TextConditioning
 from pipeline.errors import PrepareError
 from pipeline.records import Window
@@ -30,10 +30,7 @@ def word_positions(prompt: TextConditioning, word: str, what: str) -> list[int]:
         raise PrepareError(missing_word(word, what, prompt.prompt))
     positions = [1 + token for token, of_word in enumerate(prompt.token_words) if of_word in chosen]
     if chosen - set(prompt.token_words):
-        raise PrepareError(
-            f"the {what} '{word}' stands beyond what the text encoder reads of the prompt '{prompt.prompt}'. Shorten "
-            "the prompt"
-        )
+        raise PrepareError(word_beyond(word, what, prompt.prompt))
     return positions
 
 

@@ -17,6 +17,7 @@ class Problem(NamedTuple):
 
     reason: str  # in a few words without the row's prompts, so that rows can be counted by it
     text: str  # what is wrong, where, and the way out
+    word: str = ""  # that a prompt lacks
 
 
 def raise_first(problems: Iterable[Problem]) -> None:
@@ -103,12 +104,17 @@ def word_problems(words: Iterable[str], what: str, prompt: str, which: str) -> I
     """Words that a prompt lacks. `what` says what they are for, `which` whose prompt it is."""
     for word in words:
         if not places_of(word, prompt):
-            yield Problem(f"{what} '{word}' is not in the {which} prompt", missing_word(word, what, prompt))
+            yield Problem(f"{what} '{word}' is not in the {which} prompt", missing_word(word, what, prompt), word)
 
 
 def missing_word(word: str, what: str, prompt: str) -> str:
     """What is said where a prompt lacks a word."""
     return f"the {what} '{word}' is not a word of the prompt '{prompt}'. Use a word as the prompt has it"
+
+
+def word_beyond(word: str, what: str, prompt: str) -> str:
+    """What is said where a prompt's end, and a word in it, is cut off."""
+    return f"the {what} '{word}' stands beyond what the text encoder reads of the prompt '{prompt}'. Shorten the prompt"
 
 
 def places_of(word: str, prompt: str) -> set[int]:

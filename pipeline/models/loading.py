@@ -70,6 +70,11 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no folder may be one of the hub's: owner/name."""
+    return not name.startswith((".", "/", "~")) and name.count("/") == 1
+
+
 def _locate(config: ModelConfig) -> tuple[Path, str]:
     """The checkpoint's folder, downloaded where it is a hub id, and its resolved revision."""
     if config.name == "demo":
@@ -77,7 +82,7 @@ def _locate(config: ModelConfig) -> tuple[Path, str]:
     folder = Path(config.name).expanduser()
     if folder.is_dir():
         return folder, ""
-    if config.name.startswith((".", "/", "~")) or config.name.count("/") != 1:
+    if not is_hub_id(config.name):
         raise ModelError(f"model.name '{config.name}' is no folder here and no hub id (owner/name). Check the path")
     return fetch(config.name, config.revision, config.variant)
 

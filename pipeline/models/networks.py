@@ -7,7 +7,8 @@ a warning. Here both are errors.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,20 @@ def load_tokenizer(folder: Path) -> Any:
         raise ModelError(
             f"tokenizer/ of the checkpoint cannot be loaded: {_first_words(error)}. Fetch it again"
         ) from error
+
+
+def words_of_tokens(prompt: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """Of each of a prompt's own tokens, the word of `prompt.split()` that it belongs to.
+
+    Found by where tokens stand in the text: adding up the lengths of decoded ones goes wrong where a character is
+    several tokens.
+
+    Args:
+        prompt: the text.
+        offsets: (start, end) of each token in it, as a fast tokenizer tells them.
+    """
+    ends = [match.end() for match in re.finditer(r"\S+", prompt)]
+    return tuple(bisect_right(ends, start) for start, _ in offsets)
 
 
 def check_channels(unet: Mapping[str, Any], vae: Mapping[str, Any], where: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from bisect import bisect_right
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from pipeline.models.attention import (
 )
 from pipeline.models.backbone import ModelRecord
 from pipeline.models.compiling import compiled
+from pipeline.models.networks import words_of_tokens
 
 
 class StableDiffusion:
@@ -62,10 +61,7 @@ class StableDiffusion:
         """See `Backbone`. The length is counted before padding: a fast tokenizer reports the padded one."""
         length = self.tokenizer.model_max_length
         own = self.tokenizer(prompt, truncation=True, max_length=length, return_offsets_mapping=True)
-        # A word's tokens are found by where they stand in the text: adding up the lengths of decoded tokens goes wrong
-        # where a character is several tokens.
-        ends = [match.end() for match in re.finditer(r"\S+", prompt)]
-        token_words = tuple(bisect_right(ends, start) for start, _ in own.offset_mapping[1:-1])
+        token_words = words_of_tokens(prompt, own.offset_mapping[1:-1])
         padded = self.tokenizer(
             prompt, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).to(self.device)

@@ -14,7 +14,9 @@ from pipeline.errors import ModelError
 from pipeline.models import hub as our_hub
 from pipeline.models.checkpoint import files_by_role
 from pipeline.models.loading import load_backbone
+from pipeline.models.outline import outline_of
 from pipeline.recipe import ModelConfig
+from tests.golden.replay import TINY_SD
 from tests.hub import COMMIT, Hub, hub
 from tests.methods import tiny_sd
 
@@ -180,3 +182,11 @@ def test_a_repository_without_diffusers_format_is_refused_before_anything_is_fet
     with pytest.raises(ModelError, match=r"has no model_index\.json"):
         load_backbone(ModelConfig(name="owner/model"), device="cpu")
     assert not served.got
+
+
+def test_what_is_known_without_weights_takes_none(served: Hub) -> None:
+    here, there = outline_of(ModelConfig(name=str(TINY_SD))), outline_of(ModelConfig(name="owner/model"))
+    assert (there.transformer_blocks, there.inpaints) == (here.transformer_blocks, False)
+    assert there.tokenizer is not None
+    assert there.read_part("a cat " * 99) == here.read_part("a cat " * 99)
+    assert not [file for file in served.got if file.endswith(".safetensors")]
