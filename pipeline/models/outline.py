@@ -48,12 +48,12 @@ def outline_of(config: ModelConfig) -> Outline:
     except (KeyError, TypeError, IndexError):
         blocks = None
     channels, latents = unet.get("in_channels"), vae.get("latent_channels")
-    known = isinstance(channels, int) and isinstance(latents, int)
+    inpaints = channels == 2 * latents + 1 if isinstance(channels, int) and isinstance(latents, int) else None
     try:
         tokenizer = load_tokenizer(folder)
     except ModelError:
         tokenizer = None
-    return Outline(blocks, channels == 2 * latents + 1 if known else None, tokenizer)
+    return Outline(blocks, inpaints, tokenizer)
 
 
 def _folder(config: ModelConfig) -> Path | None:
