@@ -53,6 +53,8 @@ def _take_turns(
                     twice.value += bool(found)
                 if not lock.claim.holds():
                     errors.put("the holder does not hold")
+                if _was_taken(folder / f"used-{lock.claim.generation}"):
+                    errors.put("two have one generation")
                 for cell in cells:
                     if not _grows(cell.with_name(cell.name.replace("inside", "generation")), lock.claim.generation):
                         errors.put("a generation came back")
@@ -65,9 +67,9 @@ def _take_turns(
             errors.put(f"{type(error).__name__}: {error}")
 
 
-def _was_taken(cell: Path) -> bool:
+def _was_taken(note: Path) -> bool:
     try:
-        os.close(os.open(cell, os.O_CREAT | os.O_EXCL))
+        os.close(os.open(note, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return True
     return False

@@ -12,8 +12,8 @@ needed, and no clock.
 
 Generations grow: a flag that was ever held is only removed by the holder of a higher one that covers its partition. So
 for every driver that ever held a part, a flag at least as high and as wide stays up: nobody takes a generation that a
-part has seen, and a driver that was paused, taken over, and wakes up finds a higher flag over its part, and stops.
-Drivers of disjoint partitions may have the same generation.
+part has seen, and a driver that was paused, taken over, and wakes up finds a higher flag over its part, and stops. Nor
+do drivers of disjoint partitions ever have the same one: that of partition I of N leaves the remainder I by N.
 
 A dead holder is known at once on its own machine, elsewhere by a heart that has not beaten for `EXPIRY_S`. That is
 watched, not computed from timestamps: clocks of two machines may differ. A driver that is stopped for longer than that,
@@ -154,7 +154,7 @@ class DriverLock:
         if not self._are_over():
             return False
         highest = max(map(generation, flags(self._fs, self._root)), default=0)
-        self._name = flag_name(highest + 1, self._partition, secrets.token_hex(8))
+        self._name = flag_name(next_generation(highest, self._partition), self._partition, secrets.token_hex(8))
         self._put("trying")
         try:
             if (outranked := self._outranked_when_alone()) is not None:
@@ -291,7 +291,7 @@ class Claim:
 
     @property
     def generation(self) -> int:
-        """Higher than that of every driver that held any part of the same partition before."""
+        """Unique in a run's folder, and higher than that of every driver that held any part of the partition before."""
         return generation(self.name)
 
     def holds(self) -> bool:
@@ -325,6 +325,11 @@ class Claim:
                 f"{public_url(self.sink.folder)} was taken over by another driver. What is committed stays, and the "
                 "other goes on"
             )
+
+
+def next_generation(highest: int, partition: Partition) -> int:
+    """Higher than the highest, and never that of a partition which does not overlap this one."""
+    return highest + 1 + (partition.index - highest - 1) % partition.count
 
 
 def rank(name: str) -> tuple[int, str]:
