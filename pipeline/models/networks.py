@@ -44,7 +44,7 @@ def load_networks(folder: Path, variant: str | None, dtypes: Mapping[str, torch.
     networks = {}
     for name, (cls, options) in classes.items():
         try:
-            with _quiet():
+            with quiet():
                 network, info = cls.from_pretrained(folder, subfolder=name, variant=variant, **options)
         except Exception as error:  # a configuration of wrong types fails in as many ways as there are types
             raise ModelError(
@@ -65,15 +65,16 @@ def _correct_side(unet: Any) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No bar for a second of reading, no report of what is an error here. Afterwards the libraries are as before."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
     libraries = (of_diffusers, of_transformers)
     levels = [library.get_verbosity() for library in libraries]
-    bars = of_transformers.is_progress_bar_enabled()
-    of_transformers.disable_progress_bar()
+    with_bars = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in with_bars:
+        library.disable_progress_bar()
     for library in libraries:
         library.set_verbosity_error()
     try:
@@ -81,8 +82,8 @@ def _quiet() -> Iterator[None]:
     finally:
         for library, level in zip(libraries, levels, strict=True):
             library.set_verbosity(level)
-        if bars:
-            of_transformers.enable_progress_bar()
+        for library in with_bars:
+            library.enable_progress_bar()
 
 
 def _check_tensors(name: str, network: Any, info: Mapping[str, Any]) -> None:

@@ -16,7 +16,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
+
+from pipeline.models.networks import quiet
 
 IMAGE_SIZE = 128
 LATENT_SIZE = 32
@@ -181,17 +182,14 @@ def stable_diffusion_pipeline() -> type[DiffusionPipeline]:
 
     Its module imports image processors that this model has no use for, and transformers warns of each at that moment.
     """
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
+    with quiet():
         from diffusers import StableDiffusionPipeline
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     return StableDiffusionPipeline
 
 
 def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Read a folder that `save_pipeline` wrote, as a `StableDiffusionPipeline`. `OSError` where it is incomplete."""
-    pipeline = stable_diffusion_pipeline().from_pretrained(folder, dtype=dtype, local_files_only=True)
+    with quiet():
+        pipeline = stable_diffusion_pipeline().from_pretrained(folder, dtype=dtype, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
