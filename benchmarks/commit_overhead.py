@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 import tracemalloc
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 from pipeline.recipe import SinkConfig
 from pipeline.writing.attempts import Attempt
 from pipeline.writing.commit import FinishedUnit, commit, file_record
+from pipeline.writing.lock import DriverLock
 from pipeline.writing.manifest import Counts, Manifest, Measured, data_path
 
 UNITS = 20
@@ -32,9 +34,10 @@ BYTES = 25_000_000
 def unit(number: int, data: bytes, sink: SinkConfig) -> FinishedUnit:
     """A unit with one file of these bytes."""
     name = f"noise-0123456789-{number:05d}"
-    path = data_path(name, sink)
+    path = data_path(name, 1, sink)
     manifest = Manifest(
         unit=name,
+        generation=1,
         shard="noise.tar",
         chunk=number,
         start=32 * number,
@@ -58,9 +61,10 @@ def measure(units: int = UNITS) -> dict[str, Any]:
     data = np.random.default_rng(0).bytes(BYTES)
     plain: list[float] = []
     whole: list[float] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as until_left:
         sink = SinkConfig(folder=str(Path(folder) / "out"), format="webdataset")
         (Path(folder) / "plain").mkdir()
+        claim = until_left.enter_context(DriverLock(sink, lambda _: None)).claim
         for number in range(units):
             finished = unit(number, data, sink)
             started = time.perf_counter()
@@ -68,7 +72,7 @@ def measure(units: int = UNITS) -> dict[str, Any]:
             written = time.perf_counter()
             with Attempt(finished.manifest.unit, sink, generation=1):
                 pass
-            commit(finished, sink)
+            commit(finished, sink, claim.check)
             whole.append(time.perf_counter() - written)
             plain.append(written - started)
         on_disk = sum(path.stat().st_size for path in (Path(folder) / "out").rglob("*") if path.is_file())
@@ -76,7 +80,7 @@ def measure(units: int = UNITS) -> dict[str, Any]:
         tracemalloc.start()
         with Attempt(finished.manifest.unit, sink, generation=1):
             pass
-        commit(finished, sink)
+        commit(finished, sink, claim.check)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     extra = statistics.median(whole) - statistics.median(plain)

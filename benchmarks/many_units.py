@@ -28,6 +28,7 @@ from pipeline.reading.units import plan_reads
 from pipeline.recipe import SinkConfig
 from pipeline.writing.commit import Committed, committed_units
 from pipeline.writing.folding import fold_finished_shards
+from pipeline.writing.lock import DriverLock
 from pipeline.writing.manifest import Counts, Manifest, Measured, manifest_path
 from pipeline.writing.summary import summarise
 
@@ -54,12 +55,13 @@ for shard in shards:
     (Path(folder) / "_units" / shard_slug(shard.path)).mkdir(parents=True)
     for chunk in range(per_shard):
         manifest = Manifest(
-            unit=unit_id(shard.path, chunk), shard=shard.path, chunk=chunk, start=chunk * size, stop=(chunk + 1) * size,
+            unit=unit_id(shard.path, chunk), generation=1, shard=shard.path, chunk=chunk,
+            start=chunk * size, stop=(chunk + 1) * size,
             is_last=chunk == per_shard - 1, shard_size=1, shard_etag="", recipe_hash="0" * 16, code_version="0",
             model_digest="0" * 16, call_size=8, files=(), counts=nothing,
             measured=Measured(worker_seconds=1.0, workers=1, unet_rows=1),
         )
-        (Path(folder) / manifest_path(manifest.unit)).write_bytes(manifest.to_bytes())
+        (Path(folder) / manifest_path(manifest.unit, 1)).write_bytes(manifest.to_bytes())
 
 def resume():
     committed = Committed()
@@ -69,7 +71,8 @@ def resume():
 
 sink = SinkConfig(folder=folder)
 assert timed("resume_s", resume) == []
-assert timed("fold_s", lambda: fold_finished_shards(sink)) == len(shards)
+with DriverLock(sink, lambda reason: None) as driver:
+    assert timed("fold_s", lambda: fold_finished_shards(sink, driver.claim)) == len(shards)
 assert timed("resume_folded_s", resume) == []
 budget = {"units_now": 0, "max_failed_fraction": 0.5}
 assert timed("summary_s", lambda: summarise(committed_units(sink), shards, **budget)).units == units

@@ -21,15 +21,15 @@ from pipeline.recipe import Recipe
 from pipeline.showing import printable
 from pipeline.tally import Seen, over_budget
 from pipeline.todo import Todo, find_todo
+from pipeline.writing.baseline import Baseline, Counted
 from pipeline.writing.card import BESIDE, CARD, write_card
-from pipeline.writing.cleaning import clean
-from pipeline.writing.commit import Committed, committed_units
+from pipeline.writing.cleaning import begin, clean
+from pipeline.writing.commit import Committed, committed_shards, committed_units
 from pipeline.writing.flags import no_empty_folder
 from pipeline.writing.folding import fold_finished_shards
 from pipeline.writing.lock import DriverLock
 from pipeline.writing.merged import Merged
 from pipeline.writing.merging import merge_units
-from pipeline.writing.replace import settle_replacements
 from pipeline.writing.run_record import (
     check_same_run,
     read_run_record,
@@ -114,17 +114,17 @@ def _place_of(recipe: Recipe) -> Place:
 def _run(
     recipe: Recipe, place: Place, lock: DriverLock, progress: Display, retry_failed: bool, strict: bool
 ) -> Summary:
-    settle_replacements(recipe.sink)
     todo = find_todo(recipe, retry_failed=retry_failed)
     _say(todo.left_out, progress)
-    clean(recipe.sink, todo.committed)
     try:
         if not todo.tasks:
+            _begin(recipe, todo, lock)
             return _finish(recipe, todo, place, lock, progress, strict)
         _say(check_captions(rows_to_look_at(todo.tasks, recipe.source), todo.shards, recipe), progress)
         _say(place.open(todo.before), progress)
         _say(recipe.model.caveat, progress)
-        _record(recipe, todo, place)
+        _record(recipe, todo, place, lock)
+        _begin(recipe, todo, lock)
         with Watch(place.seen, display=progress):
             try:
                 lock.check()
@@ -132,9 +132,9 @@ def _run(
                 lock.check()
             except BaseException:  # Ctrl-C as well: what is committed by then is worth its summary
                 try:
-                    if not lock.lost:
-                        _summary(recipe, todo, place.seen(), strict)
-                except SinkError as error:  # most likely what ended the run
+                    lock.claim.check()
+                    _summary(recipe, todo, place.seen(), lock, strict)
+                except (SinkError, RunAborted) as error:  # most likely what ended the run
                     log.warning("no summary was written: %s", error)
                 raise
         return _finish(recipe, todo, place, lock, progress, strict)
@@ -147,11 +147,18 @@ def _say(text: str, progress: Display) -> None:
         print(printable(text), file=sys.stderr, flush=True)
 
 
-def _record(recipe: Recipe, todo: Todo, place: Place) -> None:
+def _begin(recipe: Recipe, todo: Todo, lock: DriverLock) -> None:
+    """Say what this driver goes on from, and remove what earlier ones left that does not count."""
+    begin(recipe.sink, lock.claim, todo.counted, todo.committed)
+    clean(recipe.sink, lock.claim, Baseline.of(todo.counted, lock.claim.generation), todo.noise)
+
+
+def _record(recipe: Recipe, todo: Todo, place: Place, lock: DriverLock) -> None:
     """Write run.json, or see that this is the run which it describes."""
     settings = place.settings
     record = run_record(recipe, todo.shards, place.model, settings.call_size, settings.threads)
     if todo.before is None:
+        lock.claim.check()
         write_run_record(record, recipe.sink)
         return
     check_same_run(todo.before, record, recipe.sink)
@@ -161,22 +168,28 @@ def _record(recipe: Recipe, todo: Todo, place: Place) -> None:
 
 def _finish(recipe: Recipe, todo: Todo, place: Place, lock: DriverLock, progress: Display, strict: bool) -> Summary:
     """What is left once every unit has been edited: to merge their files, to add up, and to say what is there."""
-    committed = Committed()
-    for manifest in committed_units(recipe.sink):
-        committed.add(manifest)
+    committed, counted = Committed(), Counted()
+    noise: list[str] = []
+    for found in committed_shards(recipe.sink):
+        noise += found.noise
+        for manifest in found.manifests:
+            committed.add(manifest)
+            counted.add(manifest)
+    clean(recipe.sink, lock.claim, Baseline.of(counted, lock.claim.generation), noise)
     if all(committed.has_whole_shard(shard_slug(shard.path)) for shard in todo.shards):
-        merge_units(recipe.sink, place.merge, lock.check)
-    summary = _summary(recipe, todo, place.seen(), strict)
+        merge_units(recipe.sink, place.merge, lock.claim)
+    summary = _summary(recipe, todo, place.seen(), lock, strict)
     record = read_run_record(recipe.sink)
+    lock.claim.check()
     if summary.complete and record is not None and write_card(recipe.sink, record, summary) != CARD:
         _say(f"{CARD} is not ours and stays; the dataset's card is {BESIDE}", progress)
     return summary
 
 
-def _summary(recipe: Recipe, todo: Todo, seen: Seen, strict: bool) -> Summary:
+def _summary(recipe: Recipe, todo: Todo, seen: Seen, lock: DriverLock, strict: bool) -> Summary:
     from pipeline.evaluation.report import write_report
 
-    fold_finished_shards(recipe.sink)
+    fold_finished_shards(recipe.sink, lock.claim)
     fs, root = open_fs(recipe.sink.folder, recipe.sink.storage_options)
     summary = summarise(
         committed_units(recipe.sink),
@@ -186,6 +199,7 @@ def _summary(recipe: Recipe, todo: Todo, seen: Seen, strict: bool) -> Summary:
         strict=strict,
         merged=Merged(fs, root),
     )
+    lock.claim.check()
     write_summary(summary, recipe.sink)
     write_report(recipe.sink)
     return summary

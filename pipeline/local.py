@@ -19,7 +19,6 @@ from pipeline.writing.commit import commit
 from pipeline.writing.lock import Claim
 from pipeline.writing.merged import Contents
 from pipeline.writing.merging import Job, merge_here
-from pipeline.writing.replace import replace
 from pipeline.writing.run_record import RunRecord
 
 if TYPE_CHECKING:
@@ -83,8 +82,8 @@ class Here:
         self._tally.begin(todo.extent)
         for task in todo.tasks:
             for unit_input in read_units(task, source, size, todo.committed.has):
-                finished, sink = self._worker.finish(unit_input, claim.generation), self._recipe.sink
-                manifest = replace(finished, sink, claim.check) if todo.retry_failed else commit(finished, sink)
+                finished = self._worker.finish(unit_input, claim.generation)
+                manifest = commit(finished, self._recipe.sink, claim.check)
                 if verdict := self._tally.add(manifest):
                     raise RunAborted(verdict)
 

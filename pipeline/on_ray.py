@@ -41,7 +41,6 @@ from pipeline.writing.commit import Committed, commit
 from pipeline.writing.lock import Claim
 from pipeline.writing.merged import Contents
 from pipeline.writing.merging import Job, build
-from pipeline.writing.replace import replace
 from pipeline.writing.run_record import RunRecord
 
 # Read and write tasks import this module and need neither model nor engine: those are imported in the functions that
@@ -147,7 +146,7 @@ class OnRay:
             )
             try:
                 finished.write_datasink(
-                    UnitSink(recipe.sink, self._tally, claim if todo.retry_failed else None),
+                    UnitSink(claim, self._tally),
                     ray_remote_args={"num_cpus": IO_CPUS},
                     concurrency=pool.workers,
                 )
@@ -292,13 +291,12 @@ class UnitSink(Datasink[None]):
     """Ray Data's side of writing. A unit may come twice, after a lost node: committing again leaves the same files.
 
     Args:
-        sink: where to.
+        claim: the driver's, on the folder where units go.
         tally: the actor that counts.
-        replacing: the driver's claim on the folder, where units replace earlier commits.
     """
 
-    def __init__(self, sink: SinkConfig, tally: Any, replacing: Claim | None) -> None:
-        self._sink, self._tally, self._replacing = sink, tally, replacing
+    def __init__(self, claim: Claim, tally: Any) -> None:
+        self._claim, self._tally = claim, tally
 
     def write(self, blocks: Any, ctx: Any) -> None:
         """Commit the units of some blocks.
@@ -308,10 +306,7 @@ class UnitSink(Datasink[None]):
         """
         for block in blocks:
             for finished in unpack_finished(block):
-                if self._replacing:
-                    manifest = replace(finished, self._sink, self._replacing.check)
-                else:
-                    manifest = commit(finished, self._sink)
+                manifest = commit(finished, self._claim.sink, self._claim.check)
                 if verdict := ray.get(self._tally.add.remote(manifest)):
                     raise RunAborted(verdict)
 

@@ -12,7 +12,8 @@ from pipeline.reading.shards import ReadTask, Shard, shard_slug
 from pipeline.reading.units import plan_reads
 from pipeline.recipe import Recipe
 from pipeline.tally import Extent
-from pipeline.writing.commit import Committed, committed_units
+from pipeline.writing.baseline import Counted
+from pipeline.writing.commit import Committed, committed_shards
 from pipeline.writing.run_record import RunRecord, check_same_run, read_run_record, run_record
 
 
@@ -26,7 +27,8 @@ class Todo:
     committed: Committed
     extent: Extent
     tasks: list[ReadTask]  # what is left to read; empty where everything is committed
-    retry_failed: bool = False  # units with failures are among what is left, and replace their earlier commits
+    counted: Counted  # every unit that is committed, those with failures too
+    noise: tuple[str, ...]  # files of commits that do not count
 
 
 def find_todo(recipe: Recipe, *, retry_failed: bool = False) -> Todo:
@@ -47,10 +49,13 @@ def find_todo(recipe: Recipe, *, retry_failed: bool = False) -> Todo:
         # What the model is shows only once it is loaded: `cluster.run` looks at that later.
         same_model = ModelRecord(**before.model)
         check_same_run(before, run_record(recipe, shards, same_model, before.call_size, before.threads), recipe.sink)
-    committed = Committed()
+    committed, counted = Committed(), Counted()
     images = Counter[str]()
-    if before is not None:
-        for manifest in committed_units(recipe.sink):
+    noise: list[str] = []
+    for shard in committed_shards(recipe.sink) if before is not None else ():
+        noise += shard.noise
+        for manifest in shard.manifests:
+            counted.add(manifest)
             if retry_failed and manifest.counts.failed:
                 continue
             committed.add(manifest)
@@ -68,7 +73,8 @@ def find_todo(recipe: Recipe, *, retry_failed: bool = False) -> Todo:
         committed=committed,
         extent=_extent(shards, committed, images),
         tasks=tasks,
-        retry_failed=retry_failed,
+        counted=counted,
+        noise=tuple(noise),
     )
 
 

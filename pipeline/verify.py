@@ -11,7 +11,6 @@ import io
 import logging
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from threading import Lock
@@ -23,28 +22,21 @@ from pipeline.checking import Asked, BrokenError, Key, read_keys, row_problems
 from pipeline.reading.shards import shard_slug
 from pipeline.reading.storage import open_fs, retrying
 from pipeline.recipe import SinkConfig
-from pipeline.writing.commit import Committed, committed_units
-from pipeline.writing.files import get, is_temporary, local_copy, remove
-from pipeline.writing.lock import DriverLock
-from pipeline.writing.manifest import (
-    KINDS,
-    PARTS,
-    FileRecord,
-    Manifest,
-    kind_of,
-    manifest_path,
-    shard_path,
-    split_unit_id,
-)
-from pipeline.writing.merged import INDEX, OUTPUT, Merged, Slot
-from pipeline.writing.replace import take_back, take_back_merged
+from pipeline.writing.baseline import FOLDER as BASELINES
+from pipeline.writing.baseline import Baselines, Counted, baseline_path
+from pipeline.writing.commit import Committed, CommittedShard, committed_shards
+from pipeline.writing.files import get, is_temporary, local_copy
+from pipeline.writing.lock import Claim, DriverLock
+from pipeline.writing.manifest import KINDS, PARTS, FileRecord, Manifest, kind_of, manifest_path
+from pipeline.writing.merged import OUTPUT, Merged, Slot
+from pipeline.writing.repair import take_back
 from pipeline.writing.run_record import RunRecord
 
 log = logging.getLogger(__name__)
 
 CHECKERS = 4  # units checked side by side
 HELD = 4  # merged files whose rows are known at a time: data and quarantine, at the seam of two of each
-FOLDERS = (*KINDS, PARTS, "_units", "_shards", OUTPUT)
+FOLDERS = (*KINDS, PARTS, "_units", "_shards", OUTPUT, BASELINES)
 MAX_FINDINGS = 1000  # kept; all are counted and repaired
 SEEN_BY_EDIT = {"missing unit", "missing file", "wrong size", "not merged"}  # what `shardedit edit` does again unasked
 
@@ -103,23 +95,28 @@ def verify(sink: SinkConfig, record: RunRecord, *, repair: bool = False) -> Verd
     Raises:
         SinkError: the folder cannot be read or, with `repair`, not be changed.
     """
-    with DriverLock(sink, log.warning) if repair else nullcontext():
-        return _verify(sink, record, repair)
+    if not repair:
+        return _verify(sink, record, None)
+    with DriverLock(sink, log.warning) as lock:
+        return _verify(sink, record, lock.claim)
 
 
-def _verify(sink: SinkConfig, record: RunRecord, repair: bool) -> Verdict:
+def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> Verdict:
     fs, root = open_fs(sink.folder, sink.storage_options)
     fs.invalidate_cache()
     # Listed first: what is committed in the meantime is then no stray.
     there = {folder: _names(fs, root, folder) for folder in FOLDERS}
     asked = Asked.of(record)
-    verdict, done, known = Verdict(), Committed(), {INDEX}
+    verdict, done, counted = Verdict(), Committed(), Counted()
+    broken: set[str] = set()  # files of damaged units, and those of nobody
+    known = {baseline_path(baseline.generation) for baseline in Baselines(fs, root).all}
     shards = {shard_slug(path): path for path, _, _ in record.input}
     with ThreadPoolExecutor(CHECKERS) as pool:
         merged = _MergedFiles(fs, root, asked, pool)
-        for manifest, findings in _checked(fs, root, sink, asked, merged):
+        known.add(merged.index_path)
+        for shard, manifest, findings in _checked(fs, root, sink, asked, merged):
             verdict.units += 1
-            known.update((manifest_path(manifest.unit), shard_path(split_unit_id(manifest.unit)[0])))
+            known.update(shard.used)
             known.update(file.path for file in manifest.files)
             alone = [file for file in manifest.files if not merged.holds(file, manifest.unit)]
             verdict.files += len(alone)
@@ -130,13 +127,14 @@ def _verify(sink: SinkConfig, record: RunRecord, repair: bool) -> Verdict:
             for finding in findings:
                 verdict.note(finding)
             done.add(manifest)
-            if findings and repair:
-                take_back(manifest, sink)
-            elif findings and not SEEN_BY_EDIT & {finding.kind for finding in findings}:
+            if not findings:
+                counted.add(manifest)
+                continue
+            own = (manifest_path(manifest.unit, manifest.generation), *(file.path for file in manifest.files))
+            broken.update(path for path in own if any(path in names for names in there.values()))
+            if not SEEN_BY_EDIT & {finding.kind for finding in findings}:
                 verdict.needs_repair = True
         _note_merged(verdict, merged, known)
-    if repair and merged.damaged:
-        take_back_merged(merged.damaged, sink)
     missing = {slug: text for slug in shards if (text := _uncommitted(done, slug))}
     for slug, text in missing.items():
         verdict.note(Finding(kind="missing unit", path=shards[slug], text=text))
@@ -147,13 +145,20 @@ def _verify(sink: SinkConfig, record: RunRecord, repair: bool) -> Verdict:
         if is_temporary(name):  # left to `shardedit edit`, which removes it when it is old enough
             verdict.temporary += 1
             continue
-        text = "is no manifest" if name.startswith(("_units", "_shards")) else "no manifest or index lists it"
-        verdict.note(Finding(kind="stray file", path=name, text=text))
-        if repair:
-            remove(fs, f"{root}/{name}")
-        else:
-            verdict.needs_repair = True
+        verdict.note(Finding(kind="stray file", path=name, text=_STRAYS.get(name.partition("/")[0], _NO_MANIFEST)))
+        verdict.needs_repair = True
+        broken.add(name)
+    if repairing and verdict.needs_repair:
+        take_back(counted, merged.damaged, sorted(broken), sink, repairing)
     return verdict
+
+
+_NO_MANIFEST = "no manifest or index that counts lists it"
+_STRAYS = {
+    "_units": "is no manifest, or one that does not count",
+    "_shards": "holds no manifest that counts, or none that is not elsewhere, too",
+    BASELINES: "is no baseline, or one that a later driver's replaces",
+}
 
 
 def _note_merged(verdict: Verdict, merged: _MergedFiles, known: set[str]) -> None:
@@ -202,6 +207,11 @@ class _MergedFiles:
         self._findings: dict[str, list[Finding]] = {}  # by path of the contents; of every slot that was read
         self._rows: dict[str, dict[str, list[Key]] | None] = {}  # of the last few: rows by unit; None: unreadable
         self.damaged: set[str] = set()  # paths of contents
+
+    @property
+    def index_path(self) -> str:
+        """Of the index that counts; "" where there is none."""
+        return self._merged.path
 
     def holds(self, file: FileRecord, unit: str) -> bool:
         """Whether a merged file holds what a unit's manifest lists."""
@@ -262,19 +272,19 @@ class _MergedFiles:
 
 def _checked(
     fs: AbstractFileSystem, root: str, sink: SinkConfig, asked: Asked, merged: _MergedFiles
-) -> Iterator[tuple[Manifest, list[Finding]]]:
-    manifests = committed_units(sink, trusted=False)
+) -> Iterator[tuple[CommittedShard, Manifest, list[Finding]]]:
+    units = ((shard, manifest) for shard in committed_shards(sink, trusted=False) for manifest in shard.manifests)
     with ThreadPoolExecutor(CHECKERS) as pool:
-        while window := list(islice(manifests, CHECKERS)):
-            found = pool.map(lambda manifest: _check_unit(fs, root, manifest, asked, merged), window)
-            yield from zip(window, found, strict=True)
+        while window := list(islice(units, CHECKERS)):
+            found = pool.map(lambda unit: _check_unit(fs, root, unit[1], asked, merged), window)
+            yield from ((shard, manifest, findings) for (shard, manifest), findings in zip(window, found, strict=True))
 
 
 def _check_unit(
     fs: AbstractFileSystem, root: str, manifest: Manifest, asked: Asked, merged: _MergedFiles
 ) -> list[Finding]:
     findings = [
-        Finding(kind="manifest", path=manifest_path(manifest.unit), text=text)
+        Finding(kind="manifest", path=manifest_path(manifest.unit, manifest.generation), text=text)
         for text in _manifest_problems(manifest, asked)
     ]
     rows: list[Key] = []
@@ -297,7 +307,7 @@ def _check_unit(
             findings.append(Finding(kind="does not open", path=file.path, text=str(error)))
             readable = False
     if readable and (problems := list(row_problems(manifest, rows, asked))):
-        where = manifest.files[0].path if manifest.files else manifest_path(manifest.unit)
+        where = manifest.files[0].path if manifest.files else manifest_path(manifest.unit, manifest.generation)
         findings += [Finding(kind="rows", path=where, text=text) for text in problems]
         for file in manifest.files:
             if merged.holds(file, manifest.unit):

@@ -104,6 +104,7 @@ class Worker:
             unit_input,
             rows,
             self.recipe,
+            generation=generation,
             model_digest=self.model.digest,
             call_size=self.settings.call_size,
             measured=Measured(worker_seconds=round(seconds, 6), workers=self.settings.workers, unet_rows=unet_rows),

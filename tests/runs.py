@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Container
@@ -17,6 +18,7 @@ from PIL import Image
 from pipeline.writing.files import is_temporary
 
 EDITS = ("b", "a")
+GENERATION = re.compile(r"-\d{8}(?=\.(?:json|parquet|tar)\b)")
 SECRET = "PLANTED-SECRET-4711"
 
 
@@ -70,19 +72,25 @@ def recipe_data(
 def contents(folder: Path) -> dict[str, Any]:
     """What a run has written and must be equal in every run: files by path; manifests without what they measured.
 
-    Not what a kill left of a write: temporary files, which count for nothing.
+    Not what a kill left of a write: temporary files, which count for nothing. Nor the generations of drivers: of two
+    files that differ in theirs alone, the second keeps it.
     """
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if is_temporary(name):
             continue
-        if name.startswith(("data/", "quarantine/", "_parts/", "_output/")) and path.is_file():
-            found[name] = path.read_bytes()
-        elif name.startswith("_units/") and path.is_file():
-            manifest = json.loads(path.read_text())
-            manifest.pop("measured")
-            found[name] = manifest
+        plain = GENERATION.sub("", name)
+        if plain not in found:
+            name = plain
+        if name.startswith(("data/", "quarantine/", "_parts/", "_output/data/", "_output/quarantine/")):
+            if path.is_file():
+                found[name] = path.read_bytes()
+        elif name.startswith(("_units/", "_output/index")) and path.is_file():
+            about = json.loads(GENERATION.sub("", path.read_text()))
+            about.pop("generation")
+            about.pop("measured", None)
+            found[name] = about
     return found
 
 

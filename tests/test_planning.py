@@ -230,7 +230,7 @@ SHARDS, UNITS = 200, 100  # twenty thousand units of one row each, without an im
 def manifest_of(shard: Shard, chunk: int, recipe: Recipe) -> Manifest:
     """Of a unit that is committed, and in which nothing came out."""
     return Manifest(
-        unit=unit_id(shard.path, chunk), shard=shard.path, chunk=chunk, start=chunk, stop=chunk + 1,
+        unit=unit_id(shard.path, chunk), generation=1, shard=shard.path, chunk=chunk, start=chunk, stop=chunk + 1,
         is_last=chunk == UNITS - 1, shard_size=shard.size, shard_etag=shard.etag, recipe_hash=recipe.hash,
         code_version="0", model_digest=MODEL.digest, call_size=8, files=(),
         counts=Counts(images=1, asked=0, ok=0, failed=0, failed_by_stage={}, failed_by_class={}),
@@ -268,12 +268,12 @@ def test_twenty_thousand_units_are_planned_and_found_again_within_a_minute_and_i
     *folded, finished, last = fresh.shards
     for shard in folded:
         manifests = [manifest_of(shard, chunk, recipe) for chunk in range(UNITS)]
-        (out / shard_path(shard_slug(shard.path))).write_bytes(folded_bytes(manifests))
+        (out / shard_path(shard_slug(shard.path), 1)).write_bytes(folded_bytes(manifests))
     for shard, first in ((finished, 0), (last, left)):
         (out / "_units" / shard_slug(shard.path)).mkdir(parents=True)
         for chunk in range(first, UNITS):
             manifest = manifest_of(shard, chunk, recipe)
-            (out / manifest_path(manifest.unit)).write_bytes(manifest.to_bytes())
+            (out / manifest_path(manifest.unit, 1)).write_bytes(manifest.to_bytes())
     place.settle()
 
     again = planned()

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import cluster
-from pipeline.writing.attempts import ALONE_FROM, Attempt, forget_stops, note_stop
+from pipeline.writing.attempts import ALONE_FROM, Attempt, Note, forget_stops, note_stop, take_over
 from tests.places import SETTLE_QUICKLY, Place
 from tests.runs import asked, contents, results, write_shards
 
@@ -95,13 +95,13 @@ def test_every_row_of_a_unit_may_kill_and_none_is_lost(place: Place) -> None:
     poison = ("im00", "im01", "im02")
     assert run_until_it_survives(deadly_recipe(place, out.name), *poison) == [ALONE_FROM + 2, 0]
     assert results(out) == asked(shards=1, rows=6)
-    assert [path.stem[-5:] for path in (out / "data").iterdir()] == ["00001"]
-    assert [path.stem[-5:] for path in (out / "quarantine").iterdir()] == ["00000"]
+    assert [path.stem[-14:-9] for path in (out / "data").iterdir()] == ["00001"]
+    assert [path.stem[-14:-9] for path in (out / "quarantine").iterdir()] == ["00000"]
 
 
 def test_an_attempt_that_is_left_alive_is_forgotten_and_an_exception_is_no_death(place: Place) -> None:
     sink = place.sink(out := place.new())
-    file = place.root / out / "_attempts" / "u-00000.json"
+    file = place.root / out / "_attempts" / "u-00000-00000001.json"
 
     def fails(number: int) -> None:
         with Attempt("u-00000", sink, generation=1) as attempt:
@@ -126,6 +126,7 @@ def test_attempts_under_way_when_their_driver_ended_are_no_deaths(place: Place) 
     sink = place.sink(out := place.new())
     Attempt("u-00000", sink, generation=1).__enter__()  # its process dies here, and so with each that follows
     for generation in range(2, 9):
+        take_over([Note("u-00000", generation - 1)], sink, generation)
         with_row = Attempt("u-00000", sink, generation).__enter__()
         assert (with_row.number, with_row.killers) == (2, [])
         with_row.begin_row(5)
@@ -133,10 +134,15 @@ def test_attempts_under_way_when_their_driver_ended_are_no_deaths(place: Place) 
     place.settle()
     forget_stops(sink)
     files = sorted(path.name for path in (place.root / out).glob("_attempts/*"))
-    assert files == ["00000008.stopped", "u-00000.json"]  # that of the latest attempt alone
+    assert files[-2:] == ["u-00000-00000007.json", "u-00000-00000008.json"]
+    assert [name for name in files if name.endswith(".stopped")] == [f"{at:08d}.stopped" for at in range(2, 9)]
+    take_over([Note("u-00000", 7), Note("u-00000", 8)], sink, 9)
     Attempt("u-00000", sink, generation=9).__enter__().begin_row(4)
+    take_over([Note("u-00000", 9)], sink, 10)
     with Attempt("u-00000", sink, generation=10) as attempt:
         assert (attempt.number, attempt.killers) == (3, [4])
+    for note in (place.root / out).glob("_attempts/*.json"):
+        note.unlink()
     place.settle()
     forget_stops(sink)
     assert not list((place.root / out).glob("_attempts/*"))
@@ -149,7 +155,7 @@ def test_orphans_of_an_attempt_that_died_are_gone_once_its_unit_is_committed(pla
     for folder in ("quarantine", "_attempts"):
         (out / folder).mkdir(exist_ok=True)
     data = next((out / "data").iterdir())
-    manifest = next((out / "_units").glob(f"*/{data.stem[-5:]}.json"))
+    manifest = next((out / "_units").glob(f"*/{data.stem[-14:]}.json"))
     manifest.unlink()
     (out / "quarantine" / data.name).write_bytes(b"of a row that has since succeeded")
     (out / "_attempts" / f"{data.stem.removeprefix('part-')}.json").write_text('{"deaths": 1}')

@@ -148,7 +148,7 @@ def test_rows_that_the_source_tells_are_counted_and_a_rerun_counts_those_before(
     recipe = recipe_from(recipe_data(tmp_path / "in", tmp_path / "out", engine="local", unit_size=2))
     cluster.run(recipe, progress="off")
     assert [(seen.images + (seen.images_left or 0), seen.estimated) for seen in watched] == [(10, False)] * len(watched)
-    next((tmp_path / "out" / "_units").glob("0-*/00001.json")).unlink()
+    next((tmp_path / "out" / "_units").glob("0-*/00001-*.json")).unlink()
     watched.clear()
     monkeypatch.setattr("pipeline.writing.folding.FOLD_FROM", 10**6)
     cluster.run(recipe, progress="off")

@@ -21,6 +21,7 @@ from pipeline.recipe import recipe_from
 from pipeline.runs import find_run
 from pipeline.verify import Verdict, verify
 from pipeline.writing import folding
+from pipeline.writing.lock import DriverLock
 from tests.runs import asked, contents, png, recipe_data, results, write_shards
 
 pytestmark = pytest.mark.timeout(120)
@@ -56,6 +57,12 @@ def run(pristine: Path, tmp_path: Path) -> Path:
 def verdict_on(folder: Path, *, repair: bool = False) -> Verdict:
     found = find_run(str(folder))
     return verify(found.sink, found.record, repair=repair)
+
+
+def fold(run: Path) -> None:
+    sink = find_run(str(run)).sink
+    with DriverLock(sink, lambda _: None) as driver:
+        folding.fold_finished_shards(sink, driver.claim)
 
 
 def first_data(run: Path) -> Path:
@@ -148,15 +155,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "stray file": (
         lambda run: shutil.copy(first_data(run), run / "data" / "part-x.parquet"),
         "stray file",
-        "no manifest or index lists it",
+        "no manifest or index that counts lists it",
     ),
     "uncommitted unit": (
-        lambda run: min((run / "_units").rglob("00001.json")).unlink(),
+        lambda run: min((run / "_units").rglob("00001-*.json")).unlink(),
         "missing unit",
         "chunk 1 not committed",
     ),
     "broken manifest": (
-        lambda run: min((run / "_units").rglob("00001.json")).write_text("{"),
+        lambda run: min((run / "_units").rglob("00001-*.json")).write_text("{"),
         "stray file",
         "is no manifest",
     ),
@@ -169,7 +176,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
 
 
 def edit_manifest(run: Path, **values: Any) -> None:
-    path = min((run / "_units").rglob("00001.json"))
+    path = min((run / "_units").rglob("00001-*.json"))
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
@@ -218,7 +225,7 @@ def test_a_damaged_unit_of_a_folded_shard_is_taken_back_alone(
     run: Path, pristine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folding, "FOLD_FROM", 1)
-    folding.fold_finished_shards(find_run(str(run)).sink)
+    fold(run)
     assert len(list((run / "_shards").iterdir())) == 2
     assert verdict_on(run).clean
     flip_a_byte(run)
@@ -293,12 +300,12 @@ def test_a_merged_run_is_clean_and_counts_its_files(merged: Path) -> None:
 
 
 def copy_the_first(run: Path) -> None:
-    shutil.copy(first_data(run), run / "data" / "train-00007-of-00009.parquet")
+    shutil.copy(first_data(run), run / "data" / "train-00007-of-00009-0123abcd.parquet")
 
 
 def unmerge(run: Path) -> None:
     """What a kill leaves that came before the index, were the units' own files still there."""
-    (run / "_output" / "index.json").unlink()
+    next((run / "_output").glob("index-*.json")).unlink()
 
 
 MERGED_DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -312,7 +319,7 @@ MERGED_DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing contents": (lambda run: min((run / "_output" / "data").iterdir()).unlink(), "missing file"),
     "missing index": (unmerge, "missing file"),
     "file of another merging": (copy_the_first, "stray file"),
-    "uncommitted unit": (lambda run: min((run / "_units").rglob("00001.json")).unlink(), "missing unit"),
+    "uncommitted unit": (lambda run: min((run / "_units").rglob("00001-*.json")).unlink(), "missing unit"),
     "unit of another recipe": (lambda run: edit_manifest(run, recipe_hash="0" * 16), "manifest"),
 }
 

@@ -1,7 +1,10 @@
 """Who killed the process? A unit's attempts, noted before its rows meet the model, outlive a process that dies there.
 
-    _attempts/<unit>.json              there while a unit is at work, and after its process died
-    _attempts/<generation>.stopped     that driver was told to stop, or ended by itself
+    _attempts/UNIT-GENERATION.json     there while a unit is at work, and after its process died
+    _attempts/GENERATION.stopped       that driver was told to stop, or ended by itself
+
+A driver takes the notes of earlier ones over as it begins (writing/cleaning.py). What their workers may still note,
+should they live, has names of its own.
 
 A unit whose process has died twice is done alone in its process, one row after the other, each noted before it begins.
 A row that is found noted after yet another death is not touched again: it goes to quarantine, its unit mates are kept.
@@ -15,16 +18,26 @@ from __future__ import annotations
 
 import json
 import posixpath
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
+from typing import NamedTuple
+
+from fsspec import AbstractFileSystem
 
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
 from pipeline.writing.files import get, list_folder, put, remove
+from pipeline.writing.manifest import split_generation, split_unit_id
 
 FOLDER = "_attempts"
 STOPPED = ".stopped"
 ALONE_FROM = 3  # the attempt from which on a unit is done row by row
+
+
+def note_path(unit_id: str, generation: int) -> str:
+    """Where a unit's attempts are noted, relative to the run's folder."""
+    return f"{FOLDER}/{unit_id}-{generation:08d}.json"
 
 
 @dataclass(slots=True)
@@ -59,7 +72,7 @@ class Attempt:
 
     def __enter__(self) -> Attempt:
         self._fs, root = open_fs(self._sink.folder, self._sink.storage_options)
-        self._path = f"{root}/{FOLDER}/{self._unit_id}.json"
+        self._path = f"{root}/{note_path(self._unit_id, self._generation)}"
         before = _parsed(get(self._fs, self._path))
         if before.deaths and get(self._fs, _stop_path(root, before.generation)) is not None:
             before.deaths, before.row = before.deaths - 1, None
@@ -97,6 +110,37 @@ class Attempt:
         # As it is to be found after a death: nobody is left to count it then.
         noted = _Noted(self.number, row, self._before.killers, self._generation)
         put(self._fs, self._path, noted.to_bytes())
+
+
+class Note(NamedTuple):
+    """A unit's attempts, as noted under one driver."""
+
+    unit: str
+    generation: int
+
+
+def notes_there(fs: AbstractFileSystem, root: str) -> list[Note]:
+    """All of a run's folder.
+
+    Raises:
+        SinkError: they cannot be listed.
+    """
+    named = (split_generation(path) for path in list_folder(fs, f"{root}/{FOLDER}"))
+    # Named like a unit's, or it is none of ours.
+    return sorted(Note(*name) for name in named if name is not None and split_unit_id(name[0])[1].isdigit())
+
+
+def take_over(notes: Iterable[Note], sink: SinkConfig, generation: int) -> None:
+    """Let deaths that were noted under earlier drivers count under another one, from the last of each unit's notes.
+
+    Raises:
+        SinkError: a note cannot be read or written.
+    """
+    fs, root = open_fs(sink.folder, sink.storage_options)
+    for unit, noted in dict(sorted(notes)).items():
+        data = get(fs, f"{root}/{note_path(unit, noted)}")
+        if data is not None and noted < generation:
+            put(fs, f"{root}/{note_path(unit, generation)}", data)
 
 
 def note_stop(sink: SinkConfig, generation: int) -> None:

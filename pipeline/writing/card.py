@@ -1,8 +1,8 @@
 """README.md: the dataset card, by which `datasets.load_dataset(FOLDER)` and dataset hubs know what is what.
 
-Its head names the files of each configuration ("default": the results, "quarantine": what failed), their features and
-how many rows they have; its text says how they were made. A README.md of somebody else's is never touched: ours then
-stands beside it as README.shardedit.md.
+Its head names the files of each configuration that count ("default": the results, "quarantine": what failed), their
+features and how many rows they have; its text says how they were made. A README.md of somebody else's is never touched:
+ours then stands beside it as README.shardedit.md.
 
 `datasets` opens all configurations of a folder in the format of the first: beside tars the Parquet of the quarantine
 cannot be one, and has to be opened by its path.
@@ -11,7 +11,7 @@ cannot be one, and has to be opened by its path.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +22,7 @@ from fsspec import AbstractFileSystem
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
 from pipeline.records import EditRequest
+from pipeline.writing.commit import committed_units
 from pipeline.writing.files import get, put, read_part
 from pipeline.writing.instructions import instruction_of
 from pipeline.writing.manifest import KINDS, SUFFIXES
@@ -32,6 +33,7 @@ from pipeline.writing.summary import Summary
 
 CARD = "README.md"
 BESIDE = "README.shardedit.md"  # where a card of the user's is in the way
+NAMED = 1000  # files at most; a name takes about 50 bytes
 MARK = "<!-- Written by shardedit, anew at the end of every run. Remove this line to keep your changes. -->"
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
 CONFIGURATIONS = {"data": "default", "quarantine": "quarantine"}
@@ -46,11 +48,19 @@ def write_card(sink: SinkConfig, record: RunRecord, summary: Summary) -> str:
     fs, root = open_fs(sink.folder, sink.storage_options)
     before = get(fs, f"{root}/{CARD}")
     name = CARD if before is None or MARK.encode() in before else BESIDE
-    put(fs, f"{root}/{name}", card(sink, record, summary, _kinds(fs, root, sink, summary)).encode("utf-8", "replace"))
+    merged = Merged(fs, root)
+    kinds, files = _kinds(fs, root, sink, summary, merged), _files(sink, merged)
+    put(fs, f"{root}/{name}", card(sink, record, summary, kinds, files).encode("utf-8", "replace"))
     return name
 
 
-def card(sink: SinkConfig, record: RunRecord, summary: Summary, kinds: Mapping[str, dict[str, Any]]) -> str:
+def card(
+    sink: SinkConfig,
+    record: RunRecord,
+    summary: Summary,
+    kinds: Mapping[str, dict[str, Any]],
+    files: Mapping[str, Sequence[str]],
+) -> str:
     """The text of the card.
 
     Args:
@@ -58,13 +68,14 @@ def card(sink: SinkConfig, record: RunRecord, summary: Summary, kinds: Mapping[s
         record: its run.json.
         summary: its numbers.
         kinds: of "data" and "quarantine", as far as there are rows: `dataset_info` of their configuration.
+        files: of both, relative to the run's folder.
     """
     in_one_format = [kind for kind in kinds if kind == "data" or sink.format == "parquet"]
     head: dict[str, Any] = {
         "configs": [
             {
                 "config_name": CONFIGURATIONS[kind],
-                "data_files": [{"split": "train", "path": _pattern(kind, sink)}],
+                "data_files": [{"split": "train", "path": _paths(kind, sink, files.get(kind, ()))}],
             }
             for kind in in_one_format
         ],
@@ -79,7 +90,11 @@ def card(sink: SinkConfig, record: RunRecord, summary: Summary, kinds: Mapping[s
     return f"---\n{front}---\n{MARK}\n\n" + "\n\n".join(_text(sink, record, summary)) + "\n"
 
 
-def _pattern(kind: str, sink: SinkConfig) -> str:
+def _paths(kind: str, sink: SinkConfig, files: Sequence[str]) -> str | list[str]:
+    # By name, since beside them may stand what a driver wrote that was taken over; where that would be too long for a
+    # card, by pattern.
+    if len(files) <= NAMED:
+        return list(files)
     suffix = SUFFIXES[sink.format] if kind == "data" else "parquet"
     return f"{kind}/{'train' if sink.shard_size else 'part'}-*.{suffix}"
 
@@ -138,9 +153,23 @@ def _cell(text: str) -> str:
     return "".join(f"\\{sign}" if sign in "\\`*_{}[]<>|#!" else sign for sign in kept)
 
 
-def _kinds(fs: AbstractFileSystem, root: str, sink: SinkConfig, summary: Summary) -> dict[str, dict[str, Any]]:
+def _files(sink: SinkConfig, merged: Merged) -> dict[str, list[str]]:
+    """Paths of the files that count, by kind; where there are more than `NAMED`, some of them."""
+    if sink.shard_size:
+        return {kind: [slot.file.path for slot in merged.slots(kind) if slot.file] for kind in KINDS}
+    files: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for manifest in committed_units(sink):
+        for kind, file in manifest.by_kind.items():
+            files[kind].append(file.path)
+        if max(map(len, files.values())) > NAMED:
+            break
+    return files
+
+
+def _kinds(
+    fs: AbstractFileSystem, root: str, sink: SinkConfig, summary: Summary, merged: Merged
+) -> dict[str, dict[str, Any]]:
     """`dataset_info` of what there is, by kind."""
-    merged = Merged(fs, root)
     found = {}
     for kind, rows in zip(KINDS, (summary.done, summary.failed), strict=True):
         if not rows:

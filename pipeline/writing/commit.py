@@ -1,8 +1,8 @@
 """How files come to stand in the run's folder, and what of them counts.
 
-A unit's files have names that derive from its input alone; its manifest is written last and is the commit. A data file
-without a manifest is noise: a rerun writes the same file again, or removes it where the unit has none of that kind any
-more. So a run may die anywhere, and two workers may commit one unit, without a row lost or doubled.
+A unit's files have names that derive from its input and its driver's generation; its manifest is written last and is
+the commit. A data file without a manifest that counts is noise, which the next driver removes. So a run may die
+anywhere, two workers may commit one unit, and a driver that was taken over may go on, without a row lost or doubled.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import hashlib
 import json
 import logging
 import posixpath
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from pipeline.errors import SinkError
 from pipeline.reading.storage import open_fs, retrying
 from pipeline.recipe import SinkConfig
 from pipeline.showing import describe, public_url
+from pipeline.writing.baseline import LOOKS, Baselines
 from pipeline.writing.files import get, list_folder, put, remove
 from pipeline.writing.manifest import (
     KINDS,
@@ -35,6 +36,7 @@ from pipeline.writing.manifest import (
     manifest_path,
     quarantine_path,
     shard_path,
+    split_generation,
     split_unit_id,
 )
 from pipeline.writing.merged import Merged
@@ -57,21 +59,30 @@ def file_record(path: str, data: bytes, rows: int) -> FileRecord:
     return FileRecord(path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=rows)
 
 
-def commit(finished: FinishedUnit, sink: SinkConfig) -> Manifest:
+def commit(finished: FinishedUnit, sink: SinkConfig, check: Callable[[], None]) -> Manifest:
     """Write a unit's files and then its manifest. Doing it again, or twice at once, leaves the same files.
+
+    Args:
+        finished: the unit.
+        sink: where the run stands.
+        check: raises where another driver has taken the folder over. A driver that is stopped after that, and wakes up
+            too late, harms nothing: its files have names of their own, and its manifest counts for nothing
+            (writing/baseline.py).
 
     Raises:
         SinkError: the sink does not take them; the unit is then not committed.
     """
+    check()
     fs, root = open_fs(sink.folder, sink.storage_options)
-    unit = finished.manifest.unit
+    unit, generation = finished.manifest.unit, finished.manifest.generation
     # An attempt that died before its manifest may have written a kind of file that this one has not: its rows may
     # since have been found to kill their process.
-    for path in {data_path(unit, sink), quarantine_path(unit, sink)} - {path for path, _ in finished.files}:
+    of_unit = {data_path(unit, generation, sink), quarantine_path(unit, generation, sink)}
+    for path in of_unit - {path for path, _ in finished.files}:
         remove(fs, f"{root}/{path}")
     for path, data in finished.files:
         put(fs, f"{root}/{path}", data)
-    put(fs, f"{root}/{manifest_path(finished.manifest.unit)}", finished.manifest.to_bytes())
+    put(fs, f"{root}/{manifest_path(unit, generation)}", finished.manifest.to_bytes())
     return finished.manifest
 
 
@@ -109,87 +120,186 @@ class Committed:
         )
 
 
-def committed_units(sink: SinkConfig, *, trusted: bool = True) -> Iterator[Manifest]:
-    """Every manifest whose files exist with the listed size, shard by shard; nothing is held but one window of shards.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommittedShard:
+    """What is committed of one shard."""
 
-    A manifest that does not parse, or whose files are missing or of another size, does not count: its unit is done
-    again. With `trusted=False` the files are not looked at.
+    slug: str
+    manifests: tuple[Manifest, ...]  # of the units that count, by chunk
+    paths: tuple[str, ...]  # of its manifests, single and folded, that were there
+    used: tuple[str, ...]  # of these, where those that count stand
+
+    @property
+    def noise(self) -> list[str]:
+        """Paths of manifests that do not count, and of copies."""
+        return [path for path in self.paths if path not in self.used]
+
+    @property
+    def folds(self) -> list[str]:
+        """Paths of folded manifests."""
+        return [path for path in self.paths if path.startswith("_shards/")]
+
+
+def committed_units(sink: SinkConfig, *, trusted: bool = True) -> Iterator[Manifest]:
+    """Every manifest that counts: see `committed_shards`.
 
     Raises:
-        SinkError: the folder cannot be listed.
+        SinkError: the folder cannot be read.
     """
-    fs, root = open_fs(sink.folder, sink.storage_options)
-    fs.invalidate_cache()  # s3fs remembers listings
-    merged = Merged(fs, root) if trusted else None
-    # In this order, since folding goes from the first to the second: a shard is seen in one of them, or in both.
-    loose = {posixpath.basename(path.rstrip("/")) for path in list_folder(fs, f"{root}/_units")}
-    folded = {posixpath.basename(path).removesuffix(".json") for path in list_folder(fs, f"{root}/_shards")}
-    slugs = iter(sorted(loose | folded))
+    for shard in committed_shards(sink, trusted=trusted):
+        yield from shard.manifests
+
+
+def committed_shards(sink: SinkConfig, *, trusted: bool = True) -> Iterator[CommittedShard]:
+    """The commits that count, each unit once, shard by shard; nothing is held but one window of shards.
+
+    Of a unit's commits the one of the highest generation counts that writing/baseline.py admits. Where it does not
+    parse, or its files are missing or of another size than listed, the unit is not committed, and done again.
+    With `trusted=False` the files are not looked at.
+
+    Raises:
+        SinkError: the folder cannot be read.
+    """
+    reader = Commits(sink, trusted=trusted)
+    slugs = iter(reader.slugs())
     with ThreadPoolExecutor(LISTERS) as pool:
         while window := list(islice(slugs, 4 * LISTERS)):
-            for manifests in pool.map(lambda slug: units_of_shard(fs, root, slug, merged), window):
-                yield from manifests
+            yield from pool.map(reader.shard, window)
 
 
-def units_of_shard(fs: AbstractFileSystem, root: str, slug: str, merged: Merged | None) -> list[Manifest]:
-    """A shard's part of `committed_units`, by chunk; each unit once, though folding may be half done.
+class Commits:
+    """The commits of a run's folder, opened for reading.
 
     Args:
-        fs: the file system.
-        root: of the run's folder in it.
-        slug: of the shard.
-        merged: where units' files may be instead; None: they are not looked at.
+        sink: where the run stands.
+        trusted: whether units whose files are not there count for nothing.
 
     Raises:
-        SinkError: it cannot be read.
+        SinkError: the folder cannot be read.
     """
-    paths = [path for path in list_folder(fs, f"{root}/_units/{slug}") if path.endswith(".json")]
-    loose = [manifest for path in paths if (manifest := _parsed(fs, path)) is not None]
-    # After the loose ones, which only go once the folded ones are there. Loose ones win: their unit was done again.
-    chunks = {manifest.chunk: manifest for manifest in (*_folded(fs, f"{root}/{shard_path(slug)}"), *loose)}
-    manifests = [chunks[chunk] for chunk in sorted(chunks)]
-    if merged is None:
-        return manifests
-    there = _whole(fs, root, slug, manifests, merged)
-    if len(there) < len(manifests) and merged.changed:  # merged, and so removed, while they were looked for
-        merged.reload()
-        there = _whole(fs, root, slug, manifests, merged)
-    for manifest in manifests:
-        if manifest.unit not in there:
-            log.warning("a file of unit %s is missing or not of the listed size: it is done again", manifest.unit)
-    return [manifest for manifest in manifests if manifest.unit in there]
+
+    def __init__(self, sink: SinkConfig, *, trusted: bool = True) -> None:
+        self._fs, self._root = open_fs(sink.folder, sink.storage_options)
+        self._fs.invalidate_cache()  # s3fs remembers listings
+        self._merged = Merged(self._fs, self._root) if trusted else None
+        self._baselines = Baselines(self._fs, self._root)
+        # In this order, since folding goes from the first to the second: a shard is seen in one of them, or in both.
+        self.loose = {posixpath.basename(path.rstrip("/")) for path in list_folder(self._fs, f"{self._root}/_units")}
+        self._folds = self._list_folds()
+
+    def slugs(self) -> list[str]:
+        """Of the shards with commits, ascending."""
+        return sorted(self.loose | self._folds.keys())
+
+    def shard(self, slug: str) -> CommittedShard:
+        """What is committed of one shard.
+
+        Raises:
+            SinkError: it cannot be read.
+        """
+        folds = self._folds.get(slug, [])
+        for _ in range(LOOKS):
+            found = self._look(slug, folds)
+            if found is not None:
+                return found if self._merged is None else self._whole(found, self._merged)
+            self._fs.invalidate_cache()  # a driver at work folds, or removes what it has done again
+            folds = self._list_folds().get(slug, [])
+        raise SinkError(f"the manifests of {slug} change all the time. Run the same command again")
+
+    def _list_folds(self) -> dict[str, list[int]]:
+        """The generations of a shard's folded files, highest first, by slug."""
+        folds: dict[str, list[int]] = {}
+        for path in list_folder(self._fs, f"{self._root}/_shards"):
+            if split := split_generation(path):
+                folds.setdefault(split[0], []).append(split[1])
+        return {slug: sorted(generations, reverse=True) for slug, generations in folds.items()}
+
+    def _look(self, slug: str, folds: list[int]) -> CommittedShard | None:
+        """None where something vanished while it was read."""
+        may_count = self._baselines.may_count(slug)
+        loose: dict[str, tuple[int, int]] = {}
+        folder = f"_units/{slug}"
+        for path in list_folder(self._fs, f"{self._root}/{folder}") if slug in self.loose else ():
+            if split := split_generation(path):
+                loose[f"{folder}/{posixpath.basename(path)}"] = (int(split[0]), split[1])
+        chosen: dict[int, tuple[int, str, Manifest | None]] = {}  # by chunk: generation, where it stands, manifest
+        for fold in folds:
+            path = shard_path(slug, fold)
+            folded = _folded(self._fs, f"{self._root}/{path}", slug)
+            if folded is None:
+                return None
+            for manifest in folded:
+                _choose(chosen, may_count, (manifest.chunk, manifest.generation), path, manifest)
+        # After the folded ones, which win where both have the same: a driver that has folded removes the single ones.
+        for path, (chunk, generation) in loose.items():
+            _choose(chosen, may_count, (chunk, generation), path, None)
+        manifests: list[Manifest] = []
+        used: set[str] = set()
+        for chunk, (generation, path, one) in sorted(chosen.items()):
+            if one is None:
+                data = get(self._fs, f"{self._root}/{path}")
+                if data is None:
+                    return None
+                one = _parsed(data, path, (slug, chunk, generation))
+            if one is not None:
+                manifests.append(one)
+                used.add(path)
+        there = [*loose, *(shard_path(slug, fold) for fold in folds)]
+        return CommittedShard(
+            slug=slug,
+            manifests=tuple(manifests),
+            paths=tuple(sorted(there)),
+            used=tuple(sorted(used)),
+        )
+
+    def _whole(self, found: CommittedShard, merged: Merged) -> CommittedShard:
+        """Without the units whose files are not there."""
+        there = _whole(self._fs, self._root, found.slug, found.manifests, merged)
+        if len(there) < len(found.manifests) and merged.changed:  # merged, and so removed, while they were looked for
+            merged.reload()
+            there = _whole(self._fs, self._root, found.slug, found.manifests, merged)
+        for manifest in found.manifests:
+            if manifest.unit not in there:
+                log.warning("a file of unit %s is missing or not of the listed size: it is done again", manifest.unit)
+        return replace(found, manifests=tuple(one for one in found.manifests if one.unit in there))
 
 
-def _parsed(fs: AbstractFileSystem, path: str) -> Manifest | None:
-    data = get(fs, path)
-    if data is None:
-        return None
+def _choose(
+    chosen: dict[int, tuple[int, str, Manifest | None]],
+    may_count: Callable[[int, int], bool],
+    commit: tuple[int, int],
+    path: str,
+    manifest: Manifest | None,
+) -> None:
+    chunk, generation = commit
+    if may_count(chunk, generation) and (chunk not in chosen or chosen[chunk][0] < generation):
+        chosen[chunk] = (generation, path, manifest)
+
+
+def _parsed(data: bytes, path: str, named: tuple[str, int, int]) -> Manifest | None:
+    """A manifest; None for what is none, or is not of the unit and generation (slug, chunk, generation) of its name."""
     try:
-        return Manifest.model_validate_json(data)
+        manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
-        log.warning("%s is no manifest, its unit is done again: %s", public_url(path), error.errors()[0]["msg"])
+        log.warning("%s is no manifest, its unit is done again: %s", path, error.errors()[0]["msg"])
         return None
+    slug, chunk, generation = named
+    if (manifest.unit, manifest.chunk, manifest.generation) != (f"{slug}-{chunk:05d}", chunk, generation):
+        log.warning("%s is the manifest of another unit, its own is done again", path)
+        return None
+    return manifest
 
 
-def manifest_of(fs: AbstractFileSystem, root: str, unit_id: str) -> Manifest | None:
-    """A unit's manifest, alone or folded, whether or not its files are there; None for a unit that is not committed.
-
-    Raises:
-        SinkError: it cannot be read.
-    """
-    slug, chunk = split_unit_id(unit_id)
-    if (manifest := _parsed(fs, f"{root}/{manifest_path(unit_id)}")) is not None:
-        return manifest
-    folded = _folded(fs, f"{root}/{shard_path(slug)}")
-    return next((manifest for manifest in folded if manifest.chunk == int(chunk)), None)
-
-
-def _folded(fs: AbstractFileSystem, path: str) -> list[Manifest]:
+def _folded(fs: AbstractFileSystem, path: str, slug: str) -> list[Manifest] | None:
+    """Manifests of a folded file; None where there is no such file."""
     data = get(fs, path)
     if data is None:
-        return []
+        return None
     try:
-        return [Manifest.model_validate(manifest) for manifest in json.loads(data)["units"]]
+        manifests = [Manifest.model_validate(manifest) for manifest in json.loads(data)["units"]]
+        if any(manifest.unit != f"{slug}-{manifest.chunk:05d}" for manifest in manifests):
+            raise ValueError("it holds units of another shard")
+        return manifests
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s is damaged, its shard is done again: %s", public_url(path), describe(error))
         return []

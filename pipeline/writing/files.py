@@ -10,8 +10,9 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -21,6 +22,16 @@ from pipeline.reading.storage import retrying
 from pipeline.showing import describe, public_url
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Made(Generic[T]):
+    """A file that was written piece by piece."""
+
+    by: T  # what the function returned that wrote it
+    size: int  # bytes
+    sha256: str
+
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -55,24 +66,29 @@ def _put_local(path: Path, data: bytes, durable: bool) -> None:
     _made_locally(path, lambda file: file.write(data), durable)
 
 
-def put_made(fs: AbstractFileSystem, path: str, make: Callable[[BinaryIO], T]) -> tuple[T, int, str]:
+def put_made(
+    fs: AbstractFileSystem, path: str, make: Callable[[BinaryIO], T], name: Callable[[Made[T]], str]
+) -> Made[T]:
     """Write a file that `make` writes piece by piece, whole or not at all: for files that are not held in memory.
 
     An object store gets it from a temporary file of this machine, which needs as much room.
 
-    Returns:
-        What `make` returned; the file's size in bytes and its SHA-256.
+    Args:
+        fs: where to.
+        path: in it, with the beginning of the name.
+        make: writes the content.
+        name: the file's name in that folder, found when it is made.
 
     Raises:
         SinkError: says which file, and why not.
     """
     try:
         if isinstance(fs, LocalFileSystem):
-            return _made_locally(Path(path), lambda file: _measured(file, make))
+            return _made_locally(Path(path), lambda file: _measured(file, make), True, name)
         with tempfile.NamedTemporaryFile(prefix="shardedit-", suffix=TEMPORARY_SUFFIX) as file:
             made = _measured(file, make)
             file.flush()
-            retrying()(fs.put_file, file.name, path)
+            retrying()(fs.put_file, file.name, f"{posixpath.dirname(path)}/{name(made)}")
             return made
     except SinkError:  # of what `make` reads
         raise
@@ -83,14 +99,16 @@ def put_made(fs: AbstractFileSystem, path: str, make: Callable[[BinaryIO], T]) -
         ) from error
 
 
-def _measured(file: Any, make: Callable[[BinaryIO], T]) -> tuple[T, int, str]:
+def _measured(file: Any, make: Callable[[BinaryIO], T]) -> Made[T]:
     made = make(file)
     size = file.tell()
     file.seek(0)
-    return made, size, hashlib.file_digest(file, "sha256").hexdigest()
+    return Made(made, size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def _made_locally(path: Path, make: Callable[[BinaryIO], T], durable: bool = True) -> T:
+def _made_locally(
+    path: Path, make: Callable[[BinaryIO], T], durable: bool = True, name: Callable[[T], str] | None = None
+) -> T:
     # In the same directory, since only there a rename is atomic; the dot hides it from `data/*.parquet`.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
@@ -99,7 +117,7 @@ def _made_locally(path: Path, make: Callable[[BinaryIO], T], durable: bool = Tru
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, path.with_name(name(made)) if name else path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

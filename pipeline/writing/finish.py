@@ -25,6 +25,7 @@ def finish_unit(
     encoded: Sequence[Row | Rejected],
     recipe: Recipe,
     *,
+    generation: int,
     model_digest: str,
     call_size: int,
     measured: Measured,
@@ -35,6 +36,7 @@ def finish_unit(
         unit_input: what was read.
         encoded: one row or rejection per (image, edit, method) asked for, in any order.
         recipe: decides formats and the order of edits and methods.
+        generation: of the driver.
         model_digest: of the model that made the results.
         call_size: rows of a UNet call.
         measured: goes into the manifest beside what is reproducible.
@@ -46,9 +48,13 @@ def finish_unit(
     _check_once_each(unit_input, rows, failed)
     files: list[tuple[str, bytes, int]] = []
     if rows:
-        files.append((data_path(unit.id, recipe.sink), _render(rows, recipe, labels_of(unit_input.rows)), len(rows)))
+        files.append(
+            (data_path(unit.id, generation, recipe.sink), _render(rows, recipe, labels_of(unit_input.rows)), len(rows))
+        )
     if failed:
-        files.append((quarantine_path(unit.id, recipe.sink), render_quarantine(failed, unit.id), len(failed)))
+        files.append(
+            (quarantine_path(unit.id, generation, recipe.sink), render_quarantine(failed, unit.id), len(failed))
+        )
     counts = Counts(
         images=len(unit_input.rows),
         asked=len(encoded),
@@ -59,6 +65,7 @@ def finish_unit(
     )
     manifest = Manifest(
         unit=unit.id,
+        generation=generation,
         shard=unit.shard,
         chunk=unit.chunk,
         start=unit.start,

@@ -1,6 +1,9 @@
 """The manifest of a unit: what was read, what was written, how it went. Its existence is the commit.
 
-    _units/<shard slug>/<chunk>.json      or, of a finished shard, all of them in _shards/<shard slug>.json
+    _units/SLUG/CHUNK-GENERATION.json      or, of a finished shard, all of them in _shards/SLUG-GENERATION.json
+
+Names carry the generation of the driver whose run wrote them (writing/lock.py): what one driver writes, no other can
+overwrite. Which generation of a unit counts, writing/baseline.py says.
 
 The files that it lists stand in _parts/ until the run is whole and they are merged (writing/merging.py), or in data/
 and quarantine/ from the beginning where `sink.shard_size` is 0.
@@ -11,16 +14,18 @@ Everything but `measured` derives from the input, the recipe and the model: two 
 from __future__ import annotations
 
 import json
+import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.recipe import SinkConfig
-from pipeline.records import Unit
 
 SUFFIXES = {"parquet": "parquet", "webdataset": "tar"}
 KINDS = ("data", "quarantine")  # of files: results, and what failed
 PARTS = "_parts"  # folder of units' files until they are merged
+# Of the files that are never merged: the unit, and the generation.
+PART_NAME = re.compile(r"part-(.+-\d{5,})-(\d{8,})\.(?:parquet|tar)")
 
 
 class Part(BaseModel):
@@ -60,8 +65,9 @@ class Measured(Part):
 class Manifest(Part):
     """See the module."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     unit: str
+    generation: int  # of the driver whose run made it
     shard: str  # path relative to the source
     chunk: int
     start: int  # index of the first row in the shard
@@ -87,27 +93,27 @@ class Manifest(Part):
         return (json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=True) + "\n").encode()
 
 
-def manifest_path(unit: Unit | str) -> str:
+def manifest_path(unit_id: str, generation: int) -> str:
     """Where a unit's manifest stands, relative to the run's folder."""
-    slug, chunk = split_unit_id(unit if isinstance(unit, str) else unit.id)
-    return f"_units/{slug}/{chunk}.json"
-
-
-def data_path(unit_id: str, sink: SinkConfig) -> str:
-    """Where a unit's results stand, relative to the run's folder."""
-    return _file_path("data", unit_id, SUFFIXES[sink.format], sink)
-
-
-def quarantine_path(unit_id: str, sink: SinkConfig) -> str:
-    """Where what failed in a unit stands, relative to the run's folder."""
-    return _file_path("quarantine", unit_id, "parquet", sink)
-
-
-def _file_path(kind: str, unit_id: str, suffix: str, sink: SinkConfig) -> str:
-    if not sink.shard_size:  # never merged: readers of data/ are to see it
-        return f"{kind}/part-{unit_id}.{suffix}"
     slug, chunk = split_unit_id(unit_id)
-    return f"{PARTS}/{kind}/{slug}/{chunk}.{suffix}"
+    return f"_units/{slug}/{chunk}-{generation:08d}.json"
+
+
+def data_path(unit_id: str, generation: int, sink: SinkConfig) -> str:
+    """Where a unit's results stand, relative to the run's folder."""
+    return _file_path("data", unit_id, generation, SUFFIXES[sink.format], sink)
+
+
+def quarantine_path(unit_id: str, generation: int, sink: SinkConfig) -> str:
+    """Where what failed in a unit stands, relative to the run's folder."""
+    return _file_path("quarantine", unit_id, generation, "parquet", sink)
+
+
+def _file_path(kind: str, unit_id: str, generation: int, suffix: str, sink: SinkConfig) -> str:
+    if not sink.shard_size:  # never merged: readers of data/ are to see it
+        return f"{kind}/part-{unit_id}-{generation:08d}.{suffix}"
+    slug, chunk = split_unit_id(unit_id)
+    return f"{PARTS}/{kind}/{slug}/{chunk}-{generation:08d}.{suffix}"
 
 
 def kind_of(path: str) -> str:
@@ -115,9 +121,18 @@ def kind_of(path: str) -> str:
     return path.removeprefix(f"{PARTS}/").partition("/")[0]
 
 
-def shard_path(slug: str) -> str:
-    """Where the manifests of a finished shard stand once they are folded into one file (writing/folding.py)."""
-    return f"_shards/{slug}.json"
+def shard_path(slug: str, generation: int) -> str:
+    """Where the manifests of a finished shard stand once a driver has folded them (writing/folding.py)."""
+    return f"_shards/{slug}-{generation:08d}.json"
+
+
+def split_generation(path: str) -> tuple[str, int] | None:
+    """What stands before the generation in a file's name, and that; None for a name without one.
+
+    E.g. ("00003", 1) of "_units/faces-0001-3fa2b1c4/00003-00000001.json".
+    """
+    found = re.fullmatch(r"(.+)-(\d{8,})\.json", path.rpartition("/")[2])
+    return (found[1], int(found[2])) if found else None
 
 
 def split_unit_id(unit_id: str) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """Where a unit's rows stand once units are merged into files of their own size: the index, and how it is read.
 
-    _output/index.json            every file that counts, in their order; put in one piece, it is what decides
-    _output/KIND/NAME.json        the contents of one of them: its units, and where in the file their rows are
+    _output/index-GENERATION.json   every file that counts, in their order; put in one piece, the highest decides
+    _output/KIND/NAME.json          the contents of one of them: its units, and where in the file their rows are
 
 A unit's file that its manifest lists is in a merged file where that file is there with the indexed size and its
 contents hold the unit with the listed hash; else it stands by itself, as before (writing/manifest.py). So a unit that
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import posixpath
+import re
 from bisect import bisect_right
 from dataclasses import dataclass
 from threading import Lock
@@ -20,13 +21,16 @@ from typing import Literal
 from fsspec import AbstractFileSystem
 from pydantic import ValidationError
 
+from pipeline.errors import SinkError
+from pipeline.showing import public_url
+from pipeline.writing.baseline import LOOKS
 from pipeline.writing.files import get, list_folder
 from pipeline.writing.manifest import KINDS, FileRecord, Manifest, Part, kind_of, split_unit_id
 
 log = logging.getLogger(__name__)
 
 OUTPUT = "_output"
-INDEX = f"{OUTPUT}/index.json"
+INDEX = re.compile(r"index-(\d{8,})\.json")
 CACHED = 32  # contents held at a time; units come in the order of the files
 
 
@@ -59,8 +63,11 @@ class Slot(Part):
 class Index(Part):
     """Every merged file that counts, by kind."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
+    generation: int  # of the driver that wrote it
     slots: dict[str, tuple[Slot, ...]]
+    # Of files that its driver, or an earlier one, is about to remove, unless it has ended: no later one uses the names.
+    dying: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
         """JSON in one fixed spelling."""
@@ -108,8 +115,8 @@ class Merged:
         """Read the index anew: it may have been written in the meantime."""
         with self._lock:
             self._cache: dict[str, tuple[Contents, dict[str, MergedUnit]] | None] = {}
-            self._data = get(self._fs, f"{self._root}/{INDEX}")
-            self.index = _parsed(self._data)
+            self.path, self._data = _highest(self._fs, self._root)
+            self.index = _parsed(self.path, self._data)
             self._sizes: dict[str, int] = {}
             if self.index and self._trusted:
                 for kind in KINDS:
@@ -121,7 +128,7 @@ class Merged:
     @property
     def changed(self) -> bool:
         """Whether the index is another than when it was read."""
-        return get(self._fs, f"{self._root}/{INDEX}") != self._data
+        return _highest(self._fs, self._root) != (self.path, self._data)
 
     def slots(self, kind: str) -> tuple[Slot, ...]:
         """The files of a kind, in their order."""
@@ -198,11 +205,43 @@ def read_contents(fs: AbstractFileSystem, root: str, path: str) -> Contents | No
         return None
 
 
-def _parsed(data: bytes | None) -> Index | None:
+def index_path(generation: int) -> str:
+    """Where a driver's index stands, relative to the run's folder."""
+    return f"{OUTPUT}/index-{generation:08d}.json"
+
+
+def index_paths(fs: AbstractFileSystem, root: str) -> list[str]:
+    """All indexes, relative to the run's folder, ascending: the last one counts.
+
+    Raises:
+        SinkError: they cannot be listed.
+    """
+    names = sorted(posixpath.basename(path) for path in list_folder(fs, f"{root}/{OUTPUT}"))
+    return [f"{OUTPUT}/{name}" for name in names if INDEX.fullmatch(name)]
+
+
+def _highest(fs: AbstractFileSystem, root: str) -> tuple[str, bytes | None]:
+    """The index that counts, and its path; "" where there is none."""
+    for _ in range(LOOKS):
+        fs.invalidate_cache()
+        paths = index_paths(fs, root)
+        if not paths:
+            return "", None
+        data = get(fs, f"{root}/{paths[-1]}")
+        if data is not None:
+            return paths[-1], data
+    raise SinkError(f"{public_url(f'{root}/{OUTPUT}')} changes all the time. Run the same command again")
+
+
+def _parsed(path: str, data: bytes | None) -> Index | None:
     if data is None:
         return None
     try:
-        return Index.model_validate_json(data)
+        index = Index.model_validate_json(data)
     except ValidationError as error:
-        log.warning("%s is damaged, its units are done again: %s", INDEX, error.errors()[0]["msg"])
+        log.warning("%s is damaged, its units are done again: %s", path, error.errors()[0]["msg"])
         return None
+    if path != index_path(index.generation):
+        log.warning("%s is another driver's, its units are done again", path)
+        return None
+    return index

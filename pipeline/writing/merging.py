@@ -1,49 +1,47 @@
 """A finished run's units are merged into files of about `sink.shard_size` bytes, named as dataset hubs expect them.
 
-    _parts/data/SLUG/CHUNK.parquet ...   ->   data/train-00000-of-00012.parquet ...      the same for quarantine/
+    _parts/data/SLUG/CHUNK-GENERATION.parquet ...   ->   data/train-00000-of-00012-1a2b3c4d.parquet ...
+                                                         the same for quarantine/
 
 What goes where derives from the units and their sizes alone, in the order of their names: any run over the same input
-cuts the same files, whoever writes them. The files come first, each with its contents (writing/merged.py), then the
-index in one piece, then what they replace is removed. So a kill leaves the old state or the new one, and the same
-command goes on: files that are written already are kept.
+cuts the same files, whoever writes them. A name ends in eight digits of what the file holds, so that nobody overwrites
+it with anything else. The files come first, each with its contents (writing/merged.py), then the index in one piece,
+then what they replace is removed. So a kill leaves the old state or the new one, and the same command goes on: files
+that are written already are kept.
 
 The first merging decides where files begin. Later ones, after `--retry-failed` or `verify --repair`, write only those
-anew whose units have changed; beside a file of that name that still counts, with eight digits of its contents in the
-name.
+anew whose units have changed.
+
+A file that comes out as one that another driver may still be about to remove (writing/indexing.py) takes more digits.
 
 Memory: one unit's file, and one row group. Disk: an object store gets each file from a temporary one of this machine.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import posixpath
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
-from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import SinkError
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
 from pipeline.showing import public_url
-from pipeline.writing.commit import LISTERS, committed_units
-from pipeline.writing.files import get, list_folder, put, put_made, read_part, remove, size_of
+from pipeline.writing.commit import committed_units
+from pipeline.writing.files import Made, get, list_folder, put, put_made, read_part, size_of
+from pipeline.writing.indexing import SPLIT, contents_path, left_by_merging, remove_empty, replace_index
+from pipeline.writing.lock import Claim
 from pipeline.writing.manifest import KINDS, PARTS, SUFFIXES, FileRecord, Manifest
 from pipeline.writing.merged import (
-    INDEX,
     OUTPUT,
     Contents,
     Index,
@@ -59,8 +57,6 @@ from pipeline.writing.quarantine import SHARED as SHARED_IN_QUARANTINE
 from pipeline.writing.rows import shared_columns, with_features
 from pipeline.writing.spans import END_OF_TAR, end_of_members, table_of, tar_of
 
-SPLIT = "train"  # the name that `datasets` gives to a dataset of one part
-OUTPUT_NAME = re.compile(rf"{SPLIT}-\d{{5,}}-of-\d{{5,}}(-[0-9a-f]{{8}})?\.(parquet|tar|json)")
 TAR_RECORD = 10240  # bytes; a tar is filled up to whole ones
 BATCH_ROWS = 16  # rows of a unit's file that are read at a time
 
@@ -72,8 +68,9 @@ Unit = tuple[str, FileRecord]
 class Job:
     """One merged file that is to be written."""
 
-    path: str  # relative to the run's folder
-    contents: str  # path of its `Contents`
+    stem: str  # of its path, relative to the run's folder; what it holds completes it
+    suffix: str
+    avoid: frozenset[str]  # paths that it must not have
     sources: tuple[tuple[FileRecord, Span], ...]  # each unit's file as listed, and where its rows stand now
 
 
@@ -86,7 +83,7 @@ def merge_here(sink: SinkConfig, jobs: Iterable[Job]) -> Iterator[Contents]:
     return (build(sink, job) for job in jobs)
 
 
-def merge_units(sink: SinkConfig, write: Build, check: Callable[[], None]) -> bool:
+def merge_units(sink: SinkConfig, write: Build, claim: Claim) -> bool:
     """Merge the files of a run all of whose units are committed; whether anything was written.
 
     Only for the one driver of a folder.
@@ -94,9 +91,10 @@ def merge_units(sink: SinkConfig, write: Build, check: Callable[[], None]) -> bo
     Args:
         sink: where the run stands.
         write: writes merged files, here or elsewhere.
-        check: raises where another driver has taken the folder over.
+        claim: the driver's.
 
     Raises:
+        RunAborted: another driver has taken the folder over.
         SinkError: the folder cannot be listed, read or written; what is merged already stays.
     """
     if not sink.shard_size:
@@ -105,37 +103,34 @@ def merge_units(sink: SinkConfig, write: Build, check: Callable[[], None]) -> bo
     fs.invalidate_cache()
     merged = Merged(fs, root)
     firsts = _firsts(committed_units(sink), merged, sink.shard_size)
-    slots: dict[str, list[Slot]] = {kind: [] for kind in KINDS}
-    written = Counter[str]()
+    left = left_by_merging(fs, root)
+    slots: dict[str, dict[int, Slot]] = {kind: {} for kind in KINDS}
+    asked: list[tuple[str, int, str]] = []  # (kind, number, first unit) of the files that are written
 
     def jobs() -> Iterator[Job]:
         for kind, number, units in _groups(committed_units(sink), firsts):
-            place = _Place(fs, root, sink, merged, kind, number, len(firsts[kind]))
+            place = _Place(fs, root, sink, merged, left, kind, number, len(firsts[kind]))
             if (there := place.kept(units)) is not None:
-                slots[kind].append(there)
+                slots[kind][number] = there
             else:
-                job = place.job(units)
-                slots[kind].append(Slot(first=units[0][0], file=None, contents=job.contents))
-                yield job
+                asked.append((kind, number, units[0][0]))
+                yield place.job(units)
 
-    done = {contents_path(one.file.path): one for one in write(sink, jobs())}
-    written.update(done.keys())
+    written = 0
+    for contents in write(sink, jobs()):
+        kind, number, first = asked[written]
+        path = contents.file.path
+        slots[kind][number] = Slot(first=first, file=contents.file, contents=contents_path(path))
+        written += 1
+    index = Index(
+        generation=claim.generation,
+        slots={kind: tuple(slot for _, slot in sorted(slots[kind].items())) for kind in KINDS},
+    )
+    replace_index(sink, merged, index, claim, _unit_files(fs, root))
     for kind in KINDS:
-        slots[kind] = [
-            slot.model_copy(update={"file": done[slot.contents].file}) if slot.file is None else slot
-            for slot in slots[kind]
-        ]
-    index = Index(slots={kind: tuple(slots[kind]) for kind in KINDS})
-    check()
-    if index != merged.index:
-        put(fs, f"{root}/{INDEX}", index.to_bytes())
-    _remove_replaced(fs, root, index)
+        remove_empty(fs, f"{root}/{PARTS}/{kind}")
+    remove_empty(fs, f"{root}/{PARTS}")
     return bool(written)
-
-
-def contents_path(path: str) -> str:
-    """Where the contents of a merged file stand."""
-    return f"{OUTPUT}/{posixpath.splitext(path)[0]}.json"
 
 
 def _firsts(manifests: Iterable[Manifest], merged: Merged, shard_size: int) -> dict[str, list[str]]:
@@ -186,6 +181,7 @@ class _Place:
     root: str
     sink: SinkConfig
     merged: Merged
+    left: Sequence[str]  # files of ours that are there, whether or not the index names them
     kind: str
     number: int
     total: int
@@ -198,29 +194,34 @@ class _Place:
             contents = self.merged.contents(slot) if self.merged.counts(slot) else None
             if contents is not None and _holds(contents, units):
                 return slot
-        path = self.path(units)
-        contents = read_contents(self.fs, self.root, contents_path(path))
-        if contents is None or contents.file.path != path or not _holds(contents, units):
-            return None
-        if size_of(self.fs, f"{self.root}/{path}") != contents.file.size:
-            return None
-        # Written by a merging that was killed before its index.
-        return Slot(first=units[0][0], file=contents.file, contents=contents_path(path))
+        for path in self.left:  # written by a merging that was killed before its index
+            if not path.startswith(f"{OUTPUT}/{self.stem}-"):
+                continue
+            contents = read_contents(self.fs, self.root, path)
+            if contents is None or contents_path(contents.file.path) != path or not _holds(contents, units):
+                continue
+            if contents.file.path in self.avoid or path in self.avoid:
+                continue
+            if size_of(self.fs, f"{self.root}/{contents.file.path}") == contents.file.size:
+                return Slot(first=units[0][0], file=contents.file, contents=path)
+        return None
 
     def job(self, units: Sequence[Unit]) -> Job:
         """What is to be written."""
-        path = self.path(units)
         sources = [(file, self.merged.find(file, unit) or Span(file.path, unit, file.rows)) for unit, file in units]
-        return Job(path, contents_path(path), tuple(sources))
-
-    def path(self, units: Sequence[Unit]) -> str:
-        """The file's name, which no file has that still counts."""
         suffix = SUFFIXES[self.sink.format] if self.kind == "data" else "parquet"
-        stem = f"{self.kind}/{SPLIT}-{self.number:05d}-of-{self.total:05d}"
-        if not self.merged.needs(f"{stem}.{suffix}"):
-            return f"{stem}.{suffix}"
-        text = "\n".join(f"{unit} {file.sha256}" for unit, file in units)
-        return f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.{suffix}"
+        return Job(self.stem, suffix, self.avoid, tuple(sources))
+
+    @property
+    def stem(self) -> str:
+        """What the file's path begins with."""
+        return f"{self.kind}/{SPLIT}-{self.number:05d}-of-{self.total:05d}"
+
+    @property
+    def avoid(self) -> frozenset[str]:
+        """Paths of the stem that a driver may be about to remove."""
+        dying = self.merged.index.dying if self.merged.index else ()
+        return frozenset(path for path in dying if self.stem in path)
 
 
 def _holds(contents: Contents, units: Sequence[Unit]) -> bool:
@@ -235,16 +236,29 @@ def build(sink: SinkConfig, job: Job) -> Contents:
     """
     fs, root = open_fs(sink.folder, sink.storage_options)
     fs.invalidate_cache()
-    merge = _merge_tars if job.path.endswith(".tar") else partial(_merge_parquet, shared=_shared(sink, job))
-    units, size, sha256 = put_made(fs, f"{root}/{job.path}", lambda file: merge(fs, root, job, file))
-    file = FileRecord(path=job.path, size=size, sha256=sha256, rows=sum(unit.rows for unit in units))
-    contents = Contents(file=file, units=tuple(units))
-    put(fs, f"{root}/{job.contents}", (contents.model_dump_json(indent=1) + "\n").encode())
+    merge = _merge_tars if job.suffix == "tar" else partial(_merge_parquet, shared=_shared(sink, job))
+    name = partial(_name, job)
+    made = put_made(fs, f"{root}/{job.stem}", lambda file: merge(fs, root, job, file), name)
+    path = f"{posixpath.dirname(job.stem)}/{name(made)}"
+    file = FileRecord(path=path, size=made.size, sha256=made.sha256, rows=sum(unit.rows for unit in made.by))
+    contents = Contents(file=file, units=tuple(made.by))
+    put(fs, f"{root}/{contents_path(path)}", (contents.model_dump_json(indent=1) + "\n").encode())
     return contents
 
 
+def _name(job: Job, made: Made[list[MergedUnit]]) -> str:
+    """Of a merged file and of its contents: another one for other bytes, and for other units with the same bytes."""
+    text = "\n".join([made.sha256, *(f"{unit.unit} {unit.sha256}" for unit in made.by)])
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    for digits in range(8, len(digest) + 1, 8):
+        path = f"{job.stem}-{digest[:digits]}.{job.suffix}"
+        if not {path, contents_path(path)} & job.avoid:
+            return posixpath.basename(path)
+    raise SinkError(f"{job.stem} was written and removed too often. Set another sink.folder")
+
+
 def _shared(sink: SinkConfig, job: Job) -> Sequence[str]:
-    return SHARED_IN_QUARANTINE if job.path.startswith("quarantine/") else shared_columns(sink)
+    return SHARED_IN_QUARANTINE if job.stem.startswith("quarantine/") else shared_columns(sink)
 
 
 def _merge_tars(fs: AbstractFileSystem, root: str, job: Job, out: BinaryIO) -> list[MergedUnit]:
@@ -282,7 +296,7 @@ def _merge_parquet(
             writer.write_table(table)
             written += table.num_rows
     if written != row:
-        raise SinkError(f"{job.path} got {written} rows, its units list {row}. Run: shardedit verify --repair")
+        raise SinkError(f"{job.stem} got {written} rows, its units list {row}. Run: shardedit verify --repair")
     return units
 
 
@@ -331,26 +345,12 @@ def _check(file: FileRecord, data: bytes) -> None:
         )
 
 
-def _remove_replaced(fs: AbstractFileSystem, root: str, index: Index) -> None:
-    """Remove units' own files, all of which are merged, and files of ours that the index does not name."""
-    slots = [slot for slots in index.slots.values() for slot in slots]
-    named = {path for slot in slots if slot.file for path in (slot.file.path, slot.contents)}
-    fs.invalidate_cache()
-    with ThreadPoolExecutor(LISTERS) as pool:
-        for folder in (*KINDS, *(f"{OUTPUT}/{kind}" for kind in KINDS)):
-            there = [posixpath.basename(path) for path in list_folder(fs, f"{root}/{folder}")]
-            old = [name for name in there if OUTPUT_NAME.fullmatch(name) and f"{folder}/{name}" not in named]
-            list(pool.map(lambda name, folder=folder: remove(fs, f"{root}/{folder}/{name}"), old))
-        for kind in KINDS:
-            for path in list_folder(fs, f"{root}/{PARTS}/{kind}"):
-                slug = posixpath.basename(path.rstrip("/"))
-                list(pool.map(partial(remove, fs), list_folder(fs, f"{root}/{PARTS}/{kind}/{slug}")))
-                _remove_empty(fs, f"{root}/{PARTS}/{kind}/{slug}")
-            _remove_empty(fs, f"{root}/{PARTS}/{kind}")
-    _remove_empty(fs, f"{root}/{PARTS}")
-
-
-def _remove_empty(fs: AbstractFileSystem, path: str) -> None:
-    if isinstance(fs, LocalFileSystem):  # object stores have no folders
-        with contextlib.suppress(OSError):
-            os.rmdir(Path(path))
+def _unit_files(fs: AbstractFileSystem, root: str) -> list[str]:
+    """Units' own files, relative to the run's folder."""
+    found = []
+    for kind in KINDS:
+        for folder in list_folder(fs, f"{root}/{PARTS}/{kind}"):
+            slug = posixpath.basename(folder.rstrip("/"))
+            paths = list_folder(fs, f"{root}/{PARTS}/{kind}/{slug}")
+            found += [f"{PARTS}/{kind}/{slug}/{posixpath.basename(path)}" for path in paths]
+    return found

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from pipeline.reading.units import Shard
 
 RUN_FILE = "run.json"
-# Of all that stands in a run's folder. 2: results without a region have no mask; other figures.
-SCHEMA_VERSION: Literal[2] = 2
+# Of all that stands in a run's folder. 2: results without a region have no mask; other figures. 3: names of files carry
+# the generation of the driver that wrote them, or digits of their contents.
+SCHEMA_VERSION: Literal[3] = 3
 PACKAGES = ("torch", "diffusers", "transformers", "ray", "pyarrow", "pillow", "numpy", "webdataset")
 SHOWN_DIFFERENCES = 12
 _MISSING = "nothing"
@@ -44,7 +45,7 @@ class RunRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     recipe_hash: str
     settings: dict[str, Any]  # what decides results: `Recipe.result_settings`, credentials removed
     recipe: dict[str, Any]  # the whole resolved recipe

@@ -103,11 +103,12 @@ def write_unit(recipe: Recipe, chunk: int, images: int, text: str, failing: int)
         rows,
         encoded,
         recipe,
+        generation=1,
         model_digest=MODEL.digest,
         call_size=16,
         measured=Measured(worker_seconds=4.0, workers=1, unet_rows=1000),
     )
-    commit(finished, recipe.sink)
+    commit(finished, recipe.sink, lambda: None)
 
 
 @pytest.fixture

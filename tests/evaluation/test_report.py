@@ -298,7 +298,7 @@ def test_a_run_that_was_cut_short_is_reported_as_far_as_it_got(make_run):
 
 def test_files_that_no_manifest_names_are_not_looked_at(make_run):
     recipe = make_run(images=2)
-    Path(recipe.sink.folder, "_parts", "data", "faces-3fa2b1c4", "00007.parquet").write_bytes(b"torn")
+    Path(recipe.sink.folder, "_parts", "data", "faces-3fa2b1c4", "00007-00000001.parquet").write_bytes(b"torn")
     _, page = report_of(recipe)
     assert len(page.results) == 4
 

@@ -7,13 +7,18 @@ from typing import Any
 import numpy as np
 
 from pipeline.models.backbone import ModelRecord
+from pipeline.reading.storage import open_fs
+from pipeline.recipe import Recipe
 from pipeline.records import Concept, Edited, EditRequest, Rejected, Sample, Unit, UnitInput
+from pipeline.writing.files import put
+from pipeline.writing.flags import FOLDER, flags
+from pipeline.writing.lock import Claim
 from pipeline.writing.manifest import Measured
 from pipeline.writing.rows import encode_png
 
 MODEL = ModelRecord(name="analytic", revision="", digest="0123456789abcdef", dtype="float32", device="cpu")
 MEASURED = Measured(worker_seconds=1.5, workers=1, unet_rows=12)
-NOW = {"model_digest": MODEL.digest, "call_size": 8, "measured": MEASURED}
+NOW = {"generation": 1, "model_digest": MODEL.digest, "call_size": 8, "measured": MEASURED}
 
 
 def make_sample(index: int, **fields: object) -> Sample:
@@ -72,3 +77,17 @@ def make_unit(*indexes: int, chunk: int = 0, is_last: bool = True) -> UnitInput:
         is_last=is_last,
     )
     return UnitInput(unit=unit, shard_size=1000, shard_etag="v1", rows=tuple(make_sample(index) for index in indexes))
+
+
+def unclaimed() -> None:
+    """A look at the lock where nobody else is at work."""
+
+
+def claim(recipe: Recipe, generation: int = 1) -> Claim:
+    """What a driver of that generation holds: its flag is put up, and every other one taken down."""
+    fs, root = open_fs(recipe.sink.folder, recipe.sink.storage_options)
+    for name in flags(fs, root):
+        fs.rm_file(f"{root}/{FOLDER}/{name}")
+    name = f"{generation:08d}-{generation:016x}.json"
+    put(fs, f"{root}/{FOLDER}/{name}", b"{}")
+    return Claim(recipe.sink, name)

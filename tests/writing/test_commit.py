@@ -20,7 +20,7 @@ from pipeline.writing.finish import finish_unit
 from pipeline.writing.manifest import Manifest, manifest_path
 from pipeline.writing.rows import Row, encode_outcome
 from pipeline.writing.summary import summarise
-from tests.writing.making import MODEL, NOW, make_edited, make_rejected, make_unit
+from tests.writing.making import MODEL, NOW, make_edited, make_rejected, make_unit, unclaimed
 
 RecipeFor = Callable[..., Recipe]
 
@@ -51,7 +51,7 @@ def recipe(request: pytest.FixtureRequest, recipe_for: RecipeFor, tmp_path: Path
 
 def test_what_was_committed_is_found_again_with_its_counts(recipe: Recipe) -> None:
     for chunk in (0, 1):
-        commit(finished(recipe, chunk, is_last=chunk == 1), recipe.sink)
+        commit(finished(recipe, chunk, is_last=chunk == 1), recipe.sink, unclaimed)
     manifests = list(committed_units(recipe.sink))
     assert [manifest.chunk for manifest in manifests] == [0, 1]
     assert [manifest.is_last for manifest in manifests] == [False, True]
@@ -59,18 +59,18 @@ def test_what_was_committed_is_found_again_with_its_counts(recipe: Recipe) -> No
     assert (counts.images, counts.asked, counts.ok, counts.failed) == (2, 4, 3, 1)
     assert counts.failed_by_stage == {"decode": 1}
     assert [file.path for file in manifests[0].files] == [
-        "_parts/data/faces-0001-3fa2b1c4/00000.parquet",
-        "_parts/quarantine/faces-0001-3fa2b1c4/00000.parquet",
+        "_parts/data/faces-0001-3fa2b1c4/00000-00000001.parquet",
+        "_parts/quarantine/faces-0001-3fa2b1c4/00000-00000001.parquet",
     ]
 
 
 def test_files_that_are_never_merged_stand_where_readers_look_from_the_beginning(recipe_for: RecipeFor) -> None:
     recipe = recipe_for(shard_size=0)
-    commit(finished(recipe), recipe.sink)
+    commit(finished(recipe), recipe.sink, unclaimed)
     (manifest,) = committed_units(recipe.sink)
     assert [file.path for file in manifest.files] == [
-        "data/part-faces-0001-3fa2b1c4-00000.parquet",
-        "quarantine/part-faces-0001-3fa2b1c4-00000.parquet",
+        "data/part-faces-0001-3fa2b1c4-00000-00000001.parquet",
+        "quarantine/part-faces-0001-3fa2b1c4-00000-00000001.parquet",
     ]
 
 
@@ -82,7 +82,7 @@ def test_the_manifest_is_written_after_every_file(recipe: Recipe, monkeypatch: p
         put(fs, path, data)
 
     monkeypatch.setattr(commit_module, "put", remember)
-    commit(finished(recipe), recipe.sink)
+    commit(finished(recipe), recipe.sink, unclaimed)
     folders = [path.rpartition("/out/")[2].rpartition("/faces-")[0] for path in written]
     assert folders == ["_parts/data", "_parts/quarantine", "_units"]
 
@@ -97,26 +97,26 @@ def test_a_manifest_that_cannot_be_written_leaves_no_committed_unit(
 
     monkeypatch.setattr(commit_module, "put", fail_at_the_manifest)
     with pytest.raises(SinkError):
-        commit(finished(recipe), recipe.sink)
+        commit(finished(recipe), recipe.sink, unclaimed)
     monkeypatch.undo()
     assert list(committed_units(recipe.sink)) == []
-    commit(finished(recipe), recipe.sink)
+    commit(finished(recipe), recipe.sink, unclaimed)
     assert len(list(committed_units(recipe.sink))) == 1
 
 
 def test_committing_twice_changes_nothing(recipe: Recipe) -> None:
     fs, root = fsspec.core.url_to_fs(recipe.sink.folder)
-    commit(finished(recipe), recipe.sink)
+    commit(finished(recipe), recipe.sink, unclaimed)
     before = {path: fs.cat_file(path) for path in fs.find(root)}
-    commit(finished(recipe), recipe.sink)
+    commit(finished(recipe), recipe.sink, unclaimed)
     assert {path: fs.cat_file(path) for path in fs.find(root)} == before
 
 
 @pytest.mark.parametrize("damage", ["shorter", "gone", "manifest"])
 def test_a_unit_whose_files_are_not_as_listed_does_not_count(recipe: Recipe, damage: str) -> None:
     fs, root = fsspec.core.url_to_fs(recipe.sink.folder)
-    manifest = commit(finished(recipe), recipe.sink)
-    target = f"{root}/{manifest_path(manifest.unit) if damage == 'manifest' else manifest.files[0].path}"
+    manifest = commit(finished(recipe), recipe.sink, unclaimed)
+    target = f"{root}/{manifest_path(manifest.unit, 1) if damage == 'manifest' else manifest.files[0].path}"
     if damage == "gone":
         fs.rm(target)
     else:
@@ -162,7 +162,7 @@ def test_rows_stand_in_the_order_of_the_shard_then_of_the_recipes_edits(recipe_f
 
 
 def test_a_unit_without_rows_is_committed_by_its_manifest_alone(recipe: Recipe) -> None:
-    manifest = commit(finish_unit(make_unit(), [], recipe, **NOW), recipe.sink)
+    manifest = commit(finish_unit(make_unit(), [], recipe, **NOW), recipe.sink, unclaimed)
     assert manifest.files == ()
     assert [found.unit for found in committed_units(recipe.sink)] == [manifest.unit]
 
@@ -201,7 +201,7 @@ def test_no_sink_is_reached_without_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     sink = SinkConfig(folder=str(tmp_path / "file" / "out"))
     with pytest.raises(SinkError, match="cannot be"):
-        commit(finished(recipe_from({"source": {"shards": "x"}, "sink": {"folder": sink.folder}})), sink)
+        commit(finished(recipe_from({"source": {"shards": "x"}, "sink": {"folder": sink.folder}})), sink, unclaimed)
 
 
 def test_the_rate_of_a_summary_counts_workers_that_share_the_time(recipe_for: RecipeFor) -> None:

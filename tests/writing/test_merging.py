@@ -16,18 +16,17 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import SinkError
+from pipeline.errors import RunAborted, SinkError
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import Recipe
-from pipeline.writing import merging, replace
-from pipeline.writing.commit import commit, committed_units, manifest_of
+from pipeline.writing import indexing, merging
+from pipeline.writing.commit import commit, committed_units
 from pipeline.writing.finish import finish_unit
 from pipeline.writing.merged import Merged, Span
 from pipeline.writing.merging import merge_here, merge_units
-from pipeline.writing.replace import settle_replacements
 from pipeline.writing.rows import encode_outcome
 from pipeline.writing.spans import samples_of, table_of
-from tests.writing.making import MODEL, NOW, make_edited, make_rejected, make_unit
+from tests.writing.making import MODEL, NOW, claim, make_edited, make_rejected, make_unit, unclaimed
 
 UNITS = 5
 SIZES = {"parquet": 85_000, "webdataset": 55_000}  # bytes: room for two units, not for three
@@ -49,7 +48,7 @@ def make(request: pytest.FixtureRequest, recipe_for: MakeRecipe, tmp_path: Path)
         fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
 
 
-def do_unit(recipe: Recipe, chunk: int, *, failing: bool = False, write: Callable[..., Any] = commit) -> None:
+def do_unit(recipe: Recipe, chunk: int, *, failing: bool = False, generation: int = 1) -> None:
     """A unit of two images, the second of which fails in odd units; with `failing`, so does the first of all."""
     at = 2 * chunk
     outcomes = [
@@ -58,7 +57,7 @@ def do_unit(recipe: Recipe, chunk: int, *, failing: bool = False, write: Callabl
     ]
     rows = [encode_outcome(outcome, recipe, MODEL, 8) for outcome in outcomes]
     unit = make_unit(at, at + 1, chunk=chunk, is_last=chunk == UNITS - 1)
-    write(finish_unit(unit, rows, recipe, **NOW), recipe.sink)
+    commit(finish_unit(unit, rows, recipe, **NOW | {"generation": generation}), recipe.sink, unclaimed)
 
 
 def do_all(recipe: Recipe, *, failing: int | None = None) -> Recipe:
@@ -67,24 +66,20 @@ def do_all(recipe: Recipe, *, failing: int | None = None) -> Recipe:
     return recipe
 
 
-def redo(recipe: Recipe, chunk: int) -> None:
-    """What `--retry-failed` does with a unit whose fault is over."""
-    do_unit(recipe, chunk, write=lambda finished, sink: replace.replace(finished, sink, lambda: None))
-
-
-def merge(recipe: Recipe) -> bool:
-    return merge_units(recipe.sink, merge_here, lambda: None)
+def merge(recipe: Recipe, generation: int = 1) -> bool:
+    return merge_units(recipe.sink, merge_here, claim(recipe, generation))
 
 
 def files(recipe: Recipe) -> dict[str, bytes]:
     """Every file of data, quarantine and what says what they hold."""
     fs, root = open_fs(recipe.sink.folder, {})
     found = {path[len(root) + 1 :]: path for path in fs.find(root)}
-    return {name: fs.cat_file(path) for name, path in found.items() if not name.startswith("_units")}
+    return {name: fs.cat_file(path) for name, path in found.items() if not name.startswith(("_units", "_lock"))}
 
 
 def names(recipe: Recipe, start: str = "") -> list[str]:
-    return sorted(name for name in files(recipe) if name.startswith(start))
+    """Without the digits of what they hold."""
+    return sorted(re.sub(r"-[0-9a-f]{8}(?=\.)", "", name) for name in files(recipe) if name.startswith(start))
 
 
 def rows_of(recipe: Recipe, span: Span) -> list[int]:
@@ -156,7 +151,8 @@ def test_rows_of_small_units_share_row_groups_and_keep_schema_and_bytes(make: Ma
     apart, together = do_all(make("apart", shard_size=0)), do_all(make("together", shard_size=10**9))
     merge(together)
     tables = [pq.read_table(io.BytesIO(data)) for name, data in files(apart).items() if name.startswith("data/")]
-    merged = pq.ParquetFile(io.BytesIO(files(together)["data/train-00000-of-00001.parquet"]))
+    (data,) = (data for name, data in files(together).items() if name.startswith("data/train-00000-of-00001-"))
+    merged = pq.ParquetFile(io.BytesIO(data))
     assert merged.num_row_groups == 1
     assert merged.schema_arrow.equals(tables[0].schema, check_metadata=True)
     assert merged.read().drop_columns("recipe_hash").to_pylist() == [
@@ -181,8 +177,8 @@ def killed_after(steps: int, patch: pytest.MonkeyPatch) -> None:
 
         return step
 
-    for name in ("put", "put_made", "remove"):
-        patch.setattr(merging, name, counted(getattr(merging, name)))
+    for module, name in ((merging, "put"), (merging, "put_made"), (indexing, "put"), (indexing, "remove")):
+        patch.setattr(module, name, counted(getattr(module, name)))
 
 
 @pytest.mark.parametrize("format", ["parquet", "webdataset"])
@@ -229,17 +225,17 @@ def test_what_is_done_again_is_written_anew_with_its_file_alone_and_a_kill_leave
         merge(recipe)
         before = files(recipe)
         assert as_readers_see_it(recipe) == wanted(failing=2)
-        redo(recipe, 2)
+        do_unit(recipe, 2, generation=2)
         assert as_readers_see_it(recipe) == wanted(), "the new commit counts before it is merged"
         with pytest.MonkeyPatch.context() as patch:
             killed_after(steps, patch)
             try:
-                merge(recipe)
+                merge(recipe, 2)
                 break
             except KilledError:
                 pass
         assert as_readers_see_it(recipe) == wanted(), f"after {steps} operations"
-        merge(recipe)
+        merge(recipe, 3)
         assert as_globs_see_it(recipe) == wanted(), f"after {steps} operations"
         steps += 1
     assert steps > 6
@@ -247,9 +243,9 @@ def test_what_is_done_again_is_written_anew_with_its_file_alone_and_a_kill_leave
     assert as_globs_see_it(recipe) == as_readers_see_it(recipe) == wanted()
     kept = {name for name in before if name.startswith("data/") and after.get(name) == before[name]}
     assert len(kept) == 2, "the other files are left alone"
-    (new,) = set(names(recipe, "data/")) - kept
+    (new,) = {name for name in after if name.startswith("data/")} - kept
     assert re.fullmatch(r"data/train-0000\d-of-00003-[0-9a-f]{8}\.(parquet|tar)", new)
-    assert not merge(recipe)
+    assert not merge(recipe, 2)
 
 
 def test_a_kind_that_is_left_without_rows_in_one_of_its_files_is_cut_anew(make: MakeRecipe) -> None:
@@ -260,15 +256,12 @@ def test_a_kind_that_is_left_without_rows_in_one_of_its_files_is_cut_anew(make: 
     fs, root = open_fs(recipe.sink.folder, {})
     assert len(Merged(fs, root).slots("quarantine")) == 1
 
-    def all_good(finished: Any, sink: Any) -> None:
-        replace.replace(finished, sink, lambda: None)
-
     for chunk in (1, 3, 4):
         at = 2 * chunk
         rows = [encode_outcome(make_edited(index), recipe, MODEL, 8) for index in (at, at + 1)]
         unit = make_unit(at, at + 1, chunk=chunk, is_last=chunk == UNITS - 1)
-        all_good(finish_unit(unit, rows, recipe, **NOW), recipe.sink)
-    merge(recipe)
+        commit(finish_unit(unit, rows, recipe, **NOW | {"generation": 2}), recipe.sink, unclaimed)
+    merge(recipe, 2)
     assert names(recipe, "quarantine") == []
     assert as_globs_see_it(recipe) == Counter((index, "data") for index in range(2 * UNITS))
 
@@ -281,16 +274,19 @@ def test_the_units_of_a_file_that_is_not_as_indexed_are_done_again_and_end_in_th
     merge(recipe)
     before = files(recipe)
     fs, root = open_fs(recipe.sink.folder, {})
-    lost = f"{root}/data/train-00001-of-00003.parquet"
+    (lost,) = (f"{root}/{name}" for name in before if name.startswith("data/train-00001-of-00003-"))
     if damage == "gone":
         fs.rm_file(lost)
     else:
         fs.pipe_file(lost, fs.cat_file(lost)[:-1])
     assert [manifest.chunk for manifest in committed_units(recipe.sink)] == [0, 1, 4]
     for chunk in (2, 3):
-        do_unit(recipe, chunk)
-    merge(recipe)
-    assert files(recipe) == before
+        do_unit(recipe, chunk, generation=2)
+    merge(recipe, 2)
+    after = files(recipe)
+    for index in (one.pop(f"_output/index-0000000{at}.json") for at, one in ((1, before), (2, after))):
+        assert json.loads(index)["dying"] == []
+    assert after == before
 
 
 def test_a_unit_whose_bytes_have_changed_is_not_taken_into_a_file(make: MakeRecipe) -> None:
@@ -300,47 +296,48 @@ def test_a_unit_whose_bytes_have_changed_is_not_taken_into_a_file(make: MakeReci
     data = bytearray(fs.cat_file(path))
     data[len(data) // 2] ^= 1
     fs.pipe_file(path, bytes(data))
-    with pytest.raises(SinkError, match=r"00000\.parquet has other bytes than were committed"):
+    with pytest.raises(SinkError, match=r"00000-00000001\.parquet has other bytes than were committed"):
         merge(recipe)
 
 
-def test_a_driver_that_has_lost_the_folder_leaves_the_index_and_the_units_alone(make: MakeRecipe) -> None:
+def test_a_driver_that_has_lost_the_folder_removes_nothing(make: MakeRecipe) -> None:
     recipe = do_all(make("out"))
-
-    def lost() -> None:
-        raise KilledError
-
-    with pytest.raises(KilledError):
+    lost = claim(recipe, 1)
+    claim(recipe, 2)
+    with pytest.raises(RunAborted, match="was taken over"):
         merge_units(recipe.sink, merge_here, lost)
-    assert "_output/index.json" not in files(recipe)
     assert len(names(recipe, "_parts/data")) == UNITS
     assert as_readers_see_it(recipe) == wanted()
 
 
-def test_a_replacement_of_a_merged_unit_is_settled_after_a_kill(make: MakeRecipe) -> None:
+def test_a_file_that_a_driver_may_still_be_removing_is_written_under_another_name(make: MakeRecipe) -> None:
     recipe = do_all(make("out"), failing=2)
     merge(recipe)
-    for steps in range(6):
-        with pytest.MonkeyPatch.context() as patch:
-            left = [steps]
+    old = {name for name in files(recipe) if name.startswith("data/")}
+    do_unit(recipe, 2, generation=2)
 
-            def counted(function: Any, left: list[int] = left) -> Any:
-                def step(*args: Any) -> Any:
-                    left[0] -= 1
-                    if left[0] < 0:
-                        raise KilledError
-                    return function(*args)
+    def stopped(fs: Any, path: str) -> None:
+        raise KilledError
 
-                return step
-
-            patch.setattr(replace, "put", counted(replace.put))
-            patch.setattr(replace, "remove", counted(replace.remove))
-            with contextlib.suppress(KilledError):
-                redo(recipe, 2)
-        settle_replacements(recipe.sink)
-        assert as_readers_see_it(recipe) in (wanted(failing=2), wanted())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(indexing, "remove", stopped)
+        with pytest.raises(KilledError):
+            merge(recipe, 2)
+    # Meanwhile another driver: what it makes of the unit is what the first one made.
+    do_unit(recipe, 2, failing=True, generation=3)
+    merge(recipe, 3)
     fs, root = open_fs(recipe.sink.folder, {})
-    assert manifest_of(fs, root, "faces-0001-3fa2b1c4-00002") is not None
-    redo(recipe, 2)
-    merge(recipe)
-    assert as_globs_see_it(recipe) == wanted()
+    going = set(dying(recipe))
+    assert len(going & old) == 1
+    for name in going:  # the second one wakes up
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm_file(f"{root}/{name}")
+    assert as_readers_see_it(recipe) == as_globs_see_it(recipe) == wanted(failing=2)
+
+
+def dying(recipe: Recipe) -> tuple[str, ...]:
+    """What a later index keeps in mind of an earlier driver's removals."""
+    fs, root = open_fs(recipe.sink.folder, {})
+    index = Merged(fs, root).index
+    assert index is not None
+    return index.dying
