@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from pipeline.cli import main
+from pipeline.entry import main
 
 if __name__ == "__main__":
     main(["edit", *sys.argv[1:]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from pipeline.cli import main
+from pipeline.entry import main
 
 if __name__ == "__main__":
     main(["status", *sys.argv[1:]])

@@ -2,7 +2,7 @@
 
 Torch and Ray take seconds to import: what needs them is imported by the command that does, so that help is instant.
 Exit codes: 0 done, 1 failed or stopped early, 2 a recipe that cannot work, 3 done with failed results under --strict,
-130 interrupted. docs/commands.md says them all.
+128 and the signal's number where one stopped it. docs/commands.md says them all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,12 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 import pipeline
+from pipeline import stopping
 from pipeline.errors import ShardeditError
 from pipeline.models.allocator import keep_freed_memory
 from pipeline.printing import PlainFormatter, out, say_error, show_plan, show_status, show_summary, show_verdict
 from pipeline.showing import typed
-
-INTERRUPTED = 130  # what shells expect of a command that Ctrl-C ended
 
 app = typer.Typer(
     name="shardedit",
@@ -65,9 +64,10 @@ def reported(debug: bool) -> Iterator[None]:
             sys.stderr.write(shown_traceback())
         say_error(f"{type(error).__name__}: {error}")
         raise typer.Exit(error.exit_code) from error
-    except KeyboardInterrupt as error:
-        say_error("Interrupted. What is committed stays: the same command goes on from there.")
-        raise typer.Exit(INTERRUPTED) from error
+    except stopping.Stopped as error:
+        with suppress(OSError):  # the terminal may have gone
+            say_error(stopping.last_words(error))
+        raise typer.Exit(error.exit_code) from error
     except typer.Exit:
         raise
     except Exception as error:

@@ -9,8 +9,10 @@ import glob
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
+from pipeline import stopping
 from pipeline.errors import ClusterError, RecipeError, RunAborted, SinkError
 from pipeline.local import Here, Place
 from pipeline.preflight import check_captions, refuse_sink_over_source, refuse_what_the_model_lacks, rows_to_look_at
@@ -21,6 +23,7 @@ from pipeline.recipe import Recipe
 from pipeline.showing import printable
 from pipeline.tally import Seen, over_budget
 from pipeline.todo import Todo, find_todo
+from pipeline.writing.attempts import forget_stops, note_stop
 from pipeline.writing.baseline import Baseline, Counted
 from pipeline.writing.card import BESIDE, CARD, write_card
 from pipeline.writing.cleaning import begin, clean
@@ -60,6 +63,7 @@ def run(recipe: Recipe, *, progress: Display = "auto", retry_failed: bool = Fals
         ModelError: the checkpoint cannot be used.
         ClusterError: the cluster lacks what the recipe asks for, or failed.
         RunAborted: an error budget was spent, on the way or in the end; what is committed stays.
+        Stopped: a `KeyboardInterrupt`; SIGINT came while this ran in the main thread. What is committed stays.
     """
     if problems := uploaded_paths(recipe):
         raise RecipeError("recipe", problems)
@@ -67,7 +71,10 @@ def run(recipe: Recipe, *, progress: Display = "auto", retry_failed: bool = Fals
     refuse_sink_over_source(recipe)
     place = _place_of(recipe)
     driver = DriverLock(recipe.sink, on_lost=place.stop, notify=lambda text: _say(text, progress))
-    with no_empty_folder(recipe.sink), driver as lock:
+    with no_empty_folder(recipe.sink), stopping.orderly() as stop, driver as lock:
+        stop.when_told = partial(note_stop, recipe.sink, lock.claim.generation)
+        stop.when_ended = partial(lock.__exit__, None, None, None)
+        stopping.check()
         summary = _run(recipe, place, lock, progress, retry_failed, strict)
     if summary.outcome == "over the error budget":  # too few units to be judged on the way, or a lower budget since
         raise RunAborted(over_budget(recipe.run, summary.planned, summary.failed))
@@ -116,24 +123,29 @@ def _run(
 ) -> Summary:
     todo = find_todo(recipe, retry_failed=retry_failed)
     _say(todo.left_out, progress)
+    stopping.check()
     try:
         if not todo.tasks:
             _begin(recipe, todo, lock)
             return _finish(recipe, todo, place, lock, progress, strict)
         _say(check_captions(rows_to_look_at(todo.tasks, recipe.source), todo.shards, recipe), progress)
+        stopping.check()
         _say(place.open(todo.before), progress)
+        stopping.check()
         _say(recipe.model.caveat, progress)
         _record(recipe, todo, place, lock)
         _begin(recipe, todo, lock)
         with Watch(place.seen, display=progress):
             try:
                 lock.check()
+                stopping.at_work()
                 place.edit(todo, lock.claim)
                 lock.check()
             except BaseException:  # Ctrl-C as well: what is committed by then is worth its summary
                 try:
                     lock.claim.check()
-                    _summary(recipe, todo, place.seen(), lock, strict)
+                    so_far = _summary(recipe, todo, place.seen(), lock, strict)
+                    stopping.note_committed(so_far.images)
                 except (SinkError, RunAborted) as error:  # most likely what ended the run
                     log.warning("no summary was written: %s", error)
                 raise
@@ -168,9 +180,11 @@ def _record(recipe: Recipe, todo: Todo, place: Place, lock: DriverLock) -> None:
 
 def _finish(recipe: Recipe, todo: Todo, place: Place, lock: DriverLock, progress: Display, strict: bool) -> Summary:
     """What is left once every unit has been edited: to merge their files, to add up, and to say what is there."""
+    stopping.at_work()
     committed, counted = Committed(), Counted()
     noise: list[str] = []
     for found in committed_shards(recipe.sink):
+        stopping.check()
         noise += found.noise
         for manifest in found.manifests:
             committed.add(manifest)
@@ -178,6 +192,7 @@ def _finish(recipe: Recipe, todo: Todo, place: Place, lock: DriverLock, progress
     clean(recipe.sink, lock.claim, Baseline.of(counted, lock.claim.generation), noise)
     if all(committed.has_whole_shard(shard_slug(shard.path)) for shard in todo.shards):
         merge_units(recipe.sink, place.merge, lock.claim)
+        forget_stops(recipe.sink)
     summary = _summary(recipe, todo, place.seen(), lock, strict)
     record = read_run_record(recipe.sink)
     lock.claim.check()

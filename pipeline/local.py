@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from pipeline import stopping
 from pipeline.errors import RunAborted
 from pipeline.models.backbone import ModelRecord
 from pipeline.pool import Resources, WorkerSettings, plan_pool
@@ -82,6 +83,7 @@ class Here:
         self._tally.begin(todo.extent)
         for task in todo.tasks:
             for unit_input in read_units(task, source, size, todo.committed.has):
+                stopping.check()
                 finished = self._worker.finish(unit_input, claim.generation)
                 manifest = commit(finished, self._recipe.sink, claim.check)
                 if verdict := self._tally.add(manifest):

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from typing import Any
 
@@ -26,8 +26,9 @@ from ray.data.datasource import Datasink, Datasource
 from ray.data.datasource import ReadTask as RayReadTask
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline import stopping
 from pipeline.blocks import pack_finished, pack_input, unpack_finished, unpack_input
-from pipeline.errors import ClusterError, RunAborted, ShardeditError
+from pipeline.errors import ClusterError, RunAborted, ShardeditError, SinkError
 from pipeline.models.backbone import ModelRecord
 from pipeline.pool import IO_CPUS, Resources, WorkerSettings, plan_pool
 from pipeline.reading.shards import ReadTask, shard_slug
@@ -37,6 +38,7 @@ from pipeline.showing import describe
 from pipeline.stderr_filter import without_lines
 from pipeline.tally import InFlight, Seen, Tally
 from pipeline.todo import Todo
+from pipeline.writing.attempts import note_stop
 from pipeline.writing.commit import Committed, commit
 from pipeline.writing.lock import Claim
 from pipeline.writing.merged import Contents
@@ -57,6 +59,8 @@ MERGE_CPUS = 0.5  # of a task that merges the files of units: it copies more tha
 # Ray's core says this, as an error, of every pool of Ray Data's that may restart its workers (ray-project/ray#57733).
 # What it warns of cannot happen here: the arguments stand on the driver's node, with which the run ends.
 RAYS_WARNING = "has constructor arguments in the object store and max_restarts > 0"
+SECONDS_TO_ANSWER = 5.0  # a tally whose cluster has died never does
+SECONDS_BETWEEN_CHECKS = 0.2  # for a signal, while a task is waited for
 SECONDS_BETWEEN_REPORTS = 0.5  # of a worker, about what it has finished
 STALLED_AFTER_S = 2 * 3600.0  # nothing moved: GPU nodes may take long to come, and a first model to download
 
@@ -110,7 +114,7 @@ class OnRay:
             return describe_model(self._recipe, call_size)  # the same machine: saves the start of a process
         options = {"num_gpus": self.pool.gpus_per_worker, "num_cpus": self.pool.cpus_per_worker}
         try:
-            described: tuple[ModelRecord, int] = ray.get(
+            described: tuple[ModelRecord, int] = waited_for(
                 ray.remote(**options)(describe_model).remote(self._recipe, call_size)
             )
         except ray.exceptions.RayError as error:
@@ -120,7 +124,7 @@ class OnRay:
     def edit(self, todo: Todo, claim: Claim) -> None:
         """See `Place`."""
         recipe, pool = self._recipe, self.pool
-        ray.get(self._tally.begin.remote(todo.extent))
+        waited_for(self._tally.begin.remote(todo.extent))
         with _data_context():
             units = ray.data.read_datasource(
                 UnitSource(todo.tasks, recipe.source, recipe.run.unit_size, todo.committed),
@@ -145,15 +149,19 @@ class OnRay:
                 max_task_retries=RESTARTS,
             )
             try:
-                finished.write_datasink(
-                    UnitSink(claim, self._tally),
-                    ray_remote_args={"num_cpus": IO_CPUS},
-                    concurrency=pool.workers,
-                )
+                with stopping.interruptible():  # Ray Data takes its job down when it is left
+                    finished.write_datasink(
+                        UnitSink(claim, self._tally),
+                        ray_remote_args={"num_cpus": IO_CPUS},
+                        concurrency=pool.workers,
+                    )
             except Exception as error:
-                if verdict := self.seen().verdict:
-                    raise RunAborted(verdict) from error
-                raise named(error) from error
+                verdict = self.seen().verdict
+                reason = RunAborted(verdict) if verdict else named(error)
+                if not isinstance(reason, ClusterError):  # no worker's death: those that live are ended with the job
+                    with suppress(SinkError):
+                        note_stop(recipe.sink, claim.generation)
+                raise reason from error
 
     def merge(self, sink: SinkConfig, jobs: Iterable[Job]) -> Iterator[Contents]:
         """See `Place`. A task per file; only so many are begun as the cluster has CPUs for."""
@@ -169,9 +177,9 @@ class OnRay:
             for job in chain([first], jobs):
                 pending.append(task.remote(sink, job))
                 if len(pending) > most:
-                    yield ray.get(pending.popleft())
+                    yield waited_for(pending.popleft())
             while pending:
-                yield ray.get(pending.popleft())
+                yield waited_for(pending.popleft())
         except ray.exceptions.RayError as error:
             raise named(error) from error
 
@@ -179,7 +187,7 @@ class OnRay:
         """See `Place`."""
         if self._tally is not None and ray.is_initialized():
             try:
-                self._last_seen = ray.get(self._tally.seen.remote())
+                self._last_seen = ray.get(self._tally.seen.remote(), timeout=SECONDS_TO_ANSWER)
             except ray.exceptions.RayError as error:
                 log.debug("progress is not known: %s", describe(error))  # the job itself will say what is wrong
         return self._last_seen
@@ -210,17 +218,32 @@ def connect() -> bool:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # "Token authentication is enabled", on every start: news to operators of a cluster, not to users of a private one.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    # Ray's core would take SIGTERM for a crash, print a C++ stack and abort. Of its variable Ray takes note on import.
+    ray._private.ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
     try:
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(logging_level=logging.WARNING)
-        else:
-            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+        with stopping.unchanged():  # Ray would let SIGTERM raise SystemExit wherever the main thread is
+            if os.environ.get("RAY_ADDRESS"):
+                ray.init(logging_level=logging.WARNING)
+            else:
+                ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ClusterError(
             f"Ray cannot be {'reached' if os.environ.get('RAY_ADDRESS') else 'started'} ({describe(error)}). Check "
             "RAY_ADDRESS and the token (RAY_AUTH_TOKEN), or set run.engine=local to work in one process"
         ) from error
     return True
+
+
+def waited_for(ref: Any) -> Any:
+    """What a task returns; a signal ends the wait.
+
+    Raises:
+        RayError: it failed.
+        Stopped: see `stopping.check`.
+    """
+    while not ray.wait([ref], timeout=SECONDS_BETWEEN_CHECKS)[0]:
+        stopping.check()
+    return ray.get(ref)
 
 
 def describe_model(recipe: Recipe, call_size: int | None) -> tuple[ModelRecord, int]:

@@ -1,4 +1,4 @@
-"""Keep a known line of native code off standard error. What Python prints, and every other line, comes through.
+"""Keep known lines of native code off standard error. What Python prints, and every other line, comes through.
 
 Ray's C++ core writes to file descriptor 2 itself, where no logger of Python's can stop it.
 """
@@ -16,8 +16,8 @@ SECONDS_TO_END = 2.0
 
 
 @contextmanager
-def without_lines(unwanted: str) -> Iterator[None]:
-    """Drop lines that hold a text from what is written to file descriptor 2 meanwhile.
+def without_lines(*unwanted: str) -> Iterator[None]:
+    """Drop lines that hold one of some texts from what is written to file descriptor 2 meanwhile.
 
     A process of its own does it, not a thread: should this one be aborted, its last words still come out. Where there
     is no `grep`, or no standard error, nothing is dropped.
@@ -29,7 +29,8 @@ def without_lines(unwanted: str) -> Iterator[None]:
             yield
             return
         stack.callback(os.close, before)
-        command = ["grep", "--line-buffered", "--invert-match", "--fixed-strings", "--", unwanted]
+        command = ["grep", "--line-buffered", "--invert-match", "--fixed-strings"]
+        command += [f"--regexp={text}" for text in unwanted]
         try:
             # A session of its own: Ctrl-C is for us, and what we say about it has to come through.
             grep = subprocess.Popen(

@@ -12,12 +12,14 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from threading import Lock
 from typing import Any
 
 from fsspec import AbstractFileSystem
 
+from pipeline import stopping
 from pipeline.checking import Asked, BrokenError, Key, read_keys, row_problems
 from pipeline.reading.shards import shard_slug
 from pipeline.reading.storage import open_fs, retrying
@@ -97,7 +99,8 @@ def verify(sink: SinkConfig, record: RunRecord, *, repair: bool = False) -> Verd
     """
     if not repair:
         return _verify(sink, record, None)
-    with DriverLock(sink, log.warning) as lock:
+    with stopping.orderly() as stop, DriverLock(sink, log.warning) as lock:
+        stop.when_ended = partial(lock.__exit__, None, None, None)
         return _verify(sink, record, lock.claim)
 
 
@@ -115,6 +118,7 @@ def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> Ver
         merged = _MergedFiles(fs, root, asked, pool)
         known.add(merged.index_path)
         for shard, manifest, findings in _checked(fs, root, sink, asked, merged):
+            stopping.check()
             verdict.units += 1
             known.update(shard.used)
             known.update(file.path for file in manifest.files)

@@ -153,7 +153,7 @@ class Worker:
 
     def close(self) -> None:
         """Let the encoder threads go."""
-        self._encoders.shutdown()
+        self._encoders.shutdown(cancel_futures=True)
 
 
 def asked_of(row: Sample | Unreadable, recipe: Recipe) -> list[tuple[str, str]]:

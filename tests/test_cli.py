@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from pipeline import cli, demo
+from pipeline import cli, demo, stopping
 from pipeline.editing import EDITORS
 from pipeline.inversion import INVERSIONS
 from pipeline.models.demo.shards import write_demo_shards
@@ -210,14 +211,15 @@ def test_a_fault_of_ours_names_itself_and_keeps_its_traceback(config, monkeypatc
     assert "Traceback" in shown.stderr
 
 
-def test_ctrl_c_says_how_to_go_on(config, monkeypatch):
-    def interrupted(_, **__):
-        raise KeyboardInterrupt
+def test_a_stop_is_one_line_and_an_exit_code(config, monkeypatch):
+    def stopped(_, **__):
+        raise stopping.Stopped(signal.SIGTERM)
 
-    monkeypatch.setattr("pipeline.cluster.run", interrupted)
+    monkeypatch.setattr("pipeline.cluster.run", stopped)
     done = shardedit("edit", config)
-    assert done.exit_code == 130
-    assert "the same command goes on" in done.stderr
+    assert done.exit_code == 143
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Stopped by SIGTERM.")
 
 
 def test_plan_prints_numbers_and_writes_nothing(config):

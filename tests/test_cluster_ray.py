@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -37,6 +38,7 @@ from pipeline import cluster
 from pipeline.errors import ClusterError, EncodeError, RunAborted
 from pipeline.on_ray import UNITS_AT_ONCE
 from pipeline.recipe import Recipe, recipe_from
+from pipeline.stopping import Stopped
 from pipeline.writing.attempts import ALONE_FROM
 from pipeline.writing.summary import Summary
 from tests.places import SETTLE_QUICKLY, Place, local_place, s3_place
@@ -280,6 +282,31 @@ def test_a_row_that_kills_its_worker_is_quarantined_in_one_run_and_its_neighbour
     before = rows_of_data(calm)
     assert rows_of_data(contents(tmp_path)) == [row for row in before if row["key"] != "im07"]
     assert not list((tmp_path / "_attempts").iterdir())
+
+
+@pytest.mark.usefixtures("two_cpus")
+def test_a_unit_that_is_stopped_ever_again_on_ray_is_whole_in_the_end_and_no_row_is_blamed(
+    source: Path, calm: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = recipe_from(recipe_data(source, tmp_path, engine="ray"))
+
+    def stop_at_work() -> None:
+        until = time.monotonic() + 60
+        while not list(tmp_path.glob("_attempts/*.json")) and time.monotonic() < until:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    for _ in range(ALONE_FROM + 1):
+        stopper = threading.Thread(target=stop_at_work)
+        stopper.start()
+        with pytest.raises(Stopped):
+            cluster.run(recipe, progress="off")
+        stopper.join()
+    assert list(tmp_path.glob("_attempts/*.json")), "no unit was at work"
+    summary = cluster.run(recipe, progress="off")
+    assert (summary.complete, summary.failed_by_class) == (True, {"DecodeError": 2})
+    assert contents(tmp_path) == calm
+    assert not list(tmp_path.glob("_attempts/*"))
 
 
 def test_a_gpu_that_is_not_there_is_refused_at_once_and_nothing_is_written(

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pipeline"
 # From the ground up. A module may import from its own layer and from those below it.
 LAYERS = [
-    {"errors", "showing", "partition"},
+    {"errors", "showing", "partition", "stopping"},
     {"diffusion"},
     {"records"},
     {"engine"},

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pipeline import stopping
 from pipeline.engine.calls import (
     Call,
     DecodeLatents,
@@ -117,7 +118,7 @@ class Engine:
         """Run generators to their end, and yield each as it finishes, in whatever order.
 
         The iterable is drawn from as places become free. A generator that raises ends alone, with its exception in
-        its `Finished`; KeyboardInterrupt and other non-errors end everything.
+        its `Finished`; KeyboardInterrupt and other non-errors end everything, a signal between two UNet calls.
 
         Args:
             generators: of any number.
@@ -130,6 +131,7 @@ class Engine:
             self._sessions.append(session)
         try:
             while not session.is_over:
+                stopping.check()
                 with self._lock:
                     if not session.finished:
                         self._advance()

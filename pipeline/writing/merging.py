@@ -32,6 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
+from pipeline import stopping
 from pipeline.errors import SinkError
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
@@ -80,7 +81,9 @@ Build = Callable[[SinkConfig, Iterable[Job]], Iterator[Contents]]
 
 def merge_here(sink: SinkConfig, jobs: Iterable[Job]) -> Iterator[Contents]:
     """Write files one after the other, in this process."""
-    return (build(sink, job) for job in jobs)
+    for job in jobs:
+        stopping.check()
+        yield build(sink, job)
 
 
 def merge_units(sink: SinkConfig, write: Build, claim: Claim) -> bool:
