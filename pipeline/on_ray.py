@@ -59,6 +59,8 @@ MERGE_CPUS = 0.5  # of a task that merges the files of units: it copies more tha
 # Ray's core says this, as an error, of every pool of Ray Data's that may restart its workers (ray-project/ray#57733).
 # What it warns of cannot happen here: the arguments stand on the driver's node, with which the run ends.
 RAYS_WARNING = "has constructor arguments in the object store and max_restarts > 0"
+# Its core says this, again and again, where a signal reached the processes of a local Ray as well.
+RAYS_COMPLAINT = "Failed to push error to driver for task"
 SECONDS_TO_ANSWER = 5.0  # a tally whose cluster has died never does
 SECONDS_BETWEEN_CHECKS = 0.2  # for a signal, while a task is waited for
 SECONDS_BETWEEN_REPORTS = 0.5  # of a worker, about what it has finished
@@ -95,7 +97,7 @@ class OnRay:
         """See `Place`."""
         recipe = self._recipe
         self._ours = connect()
-        self._until_closed.enter_context(without_lines(RAYS_WARNING))
+        self._until_closed.enter_context(without_lines(RAYS_WARNING, RAYS_COMPLAINT))
         self.pool = pool = plan_pool(recipe.run, resources_of_cluster())
         self.model, call_size = self._describe_model(before.call_size if before else None)
         self.settings = WorkerSettings(
