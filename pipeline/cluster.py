@@ -143,9 +143,9 @@ def _run(
                 lock.check()
             except BaseException:  # Ctrl-C as well: what is committed by then is worth its summary
                 try:
-                    lock.claim.check()
-                    so_far = _summary(recipe, todo, place.seen(), lock, strict)
-                    stopping.note_committed(so_far.images)
+                    if lock.claim.holds():  # or the summary is another driver's
+                        so_far = _summary(recipe, todo, place.seen(), lock, strict)
+                        stopping.note_committed(so_far.images)
                 except (SinkError, RunAborted) as error:  # most likely what ended the run
                     log.warning("no summary was written: %s", error)
                 raise
