@@ -28,8 +28,8 @@ from pipeline.writing.lock import DriverLock
 
 CELLS = 12  # stand for shards: partitions of 1, 2, 3, 4 and 6 share some and miss others
 PARTITIONS = tuple(Partition(index, count) for count in (1, 2, 3, 4, 6) for index in range(count))
-WAIT_S = 0.02  # at most
-PART_HOLDS = 2_000  # after each, the sums are written
+WAIT_S = 0.1  # at most
+PART_HOLDS = 500  # after each, the sums are written
 
 
 def _take_turns(

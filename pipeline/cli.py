@@ -26,6 +26,7 @@ import pipeline
 from pipeline import stopping
 from pipeline.errors import ShardeditError
 from pipeline.models.allocator import keep_freed_memory
+from pipeline.partition import WHOLE, Partition
 from pipeline.printing import PlainFormatter, out, say_error, show_plan, show_status, show_summary, show_verdict
 from pipeline.showing import typed
 
@@ -47,6 +48,15 @@ Where = Annotated[
     typer.Argument(
         metavar="OUT_OR_CONFIG",
         help="A run's folder (path or URL); or its recipe, with settings to change as in `edit`.",
+        show_default=False,
+    ),
+]
+Part = Annotated[
+    str,
+    typer.Option(
+        "--partition",
+        metavar="I/N",
+        help="Every Nth shard alone, from the Ith on (from 0), beside commands that do the others.",
         show_default=False,
     ),
 ]
@@ -78,6 +88,14 @@ def reported(debug: bool) -> Iterator[None]:
         if not debug:
             say_error(kept(text))
         raise typer.Exit(1) from error
+
+
+def parsed_partition(text: str) -> Partition:
+    """What was typed after --partition."""
+    try:
+        return Partition.parsed(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--partition") from error
 
 
 def verdict_on(error: Exception) -> str:
@@ -139,9 +157,11 @@ def edit(
     strict: Annotated[
         bool, typer.Option("--strict", help="End with exit code 3 where any result failed, not only too many.")
     ] = False,
+    partition: Part = "0/1",
     debug: Debug = False,
 ) -> None:
     """Edit every image of a dataset. The same command goes on where an earlier one stopped."""
+    part = parsed_partition(partition)
     with reported(debug):
         from pipeline.recipe import load_recipe
 
@@ -149,7 +169,7 @@ def edit(
         # Only a recipe that can work pays for starting Ray.
         from pipeline.cluster import run
 
-        summary = run(recipe, retry_failed=retry_failed, strict=strict)
+        summary = run(recipe, retry_failed=retry_failed, strict=strict, partition=part)
         show_summary(summary, recipe)
         raise typer.Exit(summary.exit_code)
 
@@ -160,20 +180,23 @@ def plan(
     overrides: Overrides = None,
     as_json: AsJson = False,
     probe: Annotated[bool, typer.Option(help="Time the model on two images; without, no time is estimated.")] = True,
+    partition: Part = "0/1",
     debug: Debug = False,
 ) -> None:
     """Say what a run would take: images, results, UNet rows, bytes, time. Nothing is edited or written."""
+    part = parsed_partition(partition)
     with reported(debug):
         from pipeline.recipe import load_recipe
 
         recipe = load_recipe(config, overrides or [])
         from pipeline import planning
 
-        made = planning.plan(recipe, probe=probe)
+        made = planning.plan(recipe, probe=probe, partition=part)
         if as_json:
             print(json.dumps(made.as_dict(), indent=1))
         else:
-            show_plan(made, typed(str(config), overrides or []))
+            here = "" if part == WHOLE else f" --partition {part}"
+            show_plan(made, typed(str(config), overrides or []) + here)
 
 
 @app.command()

@@ -9,17 +9,22 @@ import glob
 import logging
 import os
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 
 from pipeline import stopping
-from pipeline.errors import ClusterError, RecipeError, RunAborted, SinkError
+from pipeline.errors import ClusterError, HeldError, RecipeError, RunAborted, SinkError
+from pipeline.evaluation.wording import count
 from pipeline.local import Here, Place
+from pipeline.partition import WHOLE, Partition
 from pipeline.preflight import check_captions, refuse_sink_over_source, refuse_what_the_model_lacks, rows_to_look_at
 from pipeline.progress import Display, Watch
 from pipeline.reading.shards import shard_slug
 from pipeline.reading.storage import open_fs
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, SinkConfig
 from pipeline.showing import printable
 from pipeline.tally import Seen, over_budget
 from pipeline.todo import Todo, find_todo
@@ -30,31 +35,47 @@ from pipeline.writing.cleaning import begin, clean
 from pipeline.writing.commit import Committed, committed_shards, committed_units
 from pipeline.writing.flags import no_empty_folder
 from pipeline.writing.folding import fold_finished_shards
-from pipeline.writing.lock import DriverLock
+from pipeline.writing.lock import Claim, DriverLock
 from pipeline.writing.merged import Merged
 from pipeline.writing.merging import merge_units
 from pipeline.writing.run_record import (
+    RunRecord,
     check_same_run,
     read_run_record,
     run_record,
     versions_that_differ,
     write_run_record,
 )
-from pipeline.writing.summary import Summary, summarise, write_summary
+from pipeline.writing.summary import Summary, Totals, summarise, write_summary
 
 log = logging.getLogger(__name__)
 
+BEGINNING = "_lock/begin"  # a lock of its own, for the time until run.json is there
+WAIT_S = 1.0  # between looks at it
 RAYS_COPIES = "working_dir_files"  # the folder in which Ray unpacks the working directories of jobs
 
 
-def run(recipe: Recipe, *, progress: Display = "auto", retry_failed: bool = False, strict: bool = False) -> Summary:
+def run(
+    recipe: Recipe,
+    *,
+    progress: Display = "auto",
+    retry_failed: bool = False,
+    strict: bool = False,
+    partition: Partition = WHOLE,
+) -> Summary:
     """Edit everything that the recipe asks for and that is not committed yet; then write summary.json and report.html.
+
+    With a partition, edit its shards alone, beside other commands at work on other partitions. Where it ends and
+    shards of others are left, nothing is merged and no summary written: the last one does that. The summary that is
+    returned then says "partition complete", and counts what all have committed so far.
 
     Args:
         recipe: the run. `run.engine` decides between one process and Ray; both write the same bytes.
         progress: a bar, lines, neither, or what fits the terminal.
         retry_failed: edit units with failures again as well; what comes out replaces their earlier commits.
         strict: failed results within the error budget give the summary's exit code 3 instead of 0.
+        partition: which of the run's shards. Units are the same however they are shared out: a run may go on with
+            other partitions, or without.
 
     Raises:
         RecipeError: a path leads into the uploaded copy of a Ray job's working directory.
@@ -70,15 +91,37 @@ def run(recipe: Recipe, *, progress: Display = "auto", retry_failed: bool = Fals
     refuse_what_the_model_lacks(recipe)
     refuse_sink_over_source(recipe)
     place = _place_of(recipe)
-    driver = DriverLock(recipe.sink, on_lost=place.stop, notify=lambda text: _say(text, progress))
-    with no_empty_folder(recipe.sink), stopping.orderly() as stop, driver as lock:
-        stop.when_told = partial(note_stop, recipe.sink, lock.claim.generation)
-        stop.when_ended = partial(lock.__exit__, None, None, None)
-        stopping.check()
-        summary = _run(recipe, place, lock, progress, retry_failed, strict)
+
+    def hold(part: Partition = WHOLE) -> AbstractContextManager[DriverLock]:
+        notify = partial(_say, progress=progress)
+        return _held(DriverLock(recipe.sink, on_lost=place.stop, partition=part, notify=notify), recipe.sink, stop)
+
+    with no_empty_folder(recipe.sink), stopping.orderly() as stop:
+        try:
+            with hold(partition) as lock:
+                todo, summary = _run(recipe, place, lock, progress, retry_failed, strict, partition)
+        except HeldError:  # maybe by the one that finishes, while there is nothing left to do here
+            todo, summary = find_todo(recipe, retry_failed=retry_failed, partition=partition), None
+            if partition == WHOLE or todo.tasks:
+                raise
+        if summary is None:
+            summary = _finish_as_last(recipe, todo, place, hold, progress, strict, partition)
     if summary.outcome == "over the error budget":  # too few units to be judged on the way, or a lower budget since
         raise RunAborted(over_budget(recipe.run, summary.planned, summary.failed))
     return summary
+
+
+@contextmanager
+def _held(driver: DriverLock, sink: SinkConfig, stop: stopping.Orderly) -> Iterator[DriverLock]:
+    """The lock, held; given back by a stop as well."""
+    try:
+        with driver as lock:
+            stop.when_told = partial(note_stop, sink, lock.claim.generation)
+            stop.when_ended = partial(lock.__exit__, None, None, None)
+            stopping.check()
+            yield lock
+    finally:
+        stop.when_told = stop.when_ended = None
 
 
 def uploaded_paths(recipe: Recipe) -> list[tuple[str, str]]:
@@ -119,21 +162,28 @@ def _place_of(recipe: Recipe) -> Place:
 
 
 def _run(
-    recipe: Recipe, place: Place, lock: DriverLock, progress: Display, retry_failed: bool, strict: bool
-) -> Summary:
-    todo = find_todo(recipe, retry_failed=retry_failed)
+    recipe: Recipe,
+    place: Place,
+    lock: DriverLock,
+    progress: Display,
+    retry_failed: bool,
+    strict: bool,
+    partition: Partition,
+) -> tuple[Todo, Summary | None]:
+    """Edit what is left; no summary for a partition, which may not be the last."""
+    todo = find_todo(recipe, retry_failed=retry_failed, partition=partition)
     _say(todo.left_out, progress)
     stopping.check()
     try:
         if not todo.tasks:
             _begin(recipe, todo, lock)
-            return _finish(recipe, todo, place, lock, progress, strict)
+            return todo, _end(recipe, todo, place, lock, progress, strict)
         _say(check_captions(rows_to_look_at(todo.tasks, recipe.source), todo.shards, recipe), progress)
         stopping.check()
-        _say(place.open(todo.before), progress)
-        stopping.check()
-        _say(recipe.model.caveat, progress)
-        _record(recipe, todo, place, lock)
+        if todo.only is None or todo.before is not None:
+            _open(recipe, todo, todo.before, place, lock.claim, progress)
+        else:
+            _open_in_turn(recipe, todo, place, lock.claim, progress)
         _begin(recipe, todo, lock)
         with Watch(place.seen, display=progress):
             try:
@@ -143,13 +193,13 @@ def _run(
                 lock.check()
             except BaseException:  # Ctrl-C as well: what is committed by then is worth its summary
                 try:
-                    if lock.claim.holds():  # or the summary is another driver's
+                    if todo.only is None and lock.claim.holds():  # or the summary is another driver's
                         so_far = _summary(recipe, todo, place.seen(), lock, strict)
                         stopping.note_committed(so_far.images)
                 except (SinkError, RunAborted) as error:  # most likely what ended the run
                     log.warning("no summary was written: %s", error)
                 raise
-        return _finish(recipe, todo, place, lock, progress, strict)
+        return todo, _end(recipe, todo, place, lock, progress, strict)
     finally:
         place.close()
 
@@ -161,21 +211,87 @@ def _say(text: str, progress: Display) -> None:
 
 def _begin(recipe: Recipe, todo: Todo, lock: DriverLock) -> None:
     """Say what this driver goes on from, and remove what earlier ones left that does not count."""
-    begin(recipe.sink, lock.claim, todo.counted, todo.committed)
-    clean(recipe.sink, lock.claim, Baseline.of(todo.counted, lock.claim.generation), todo.noise)
+    begin(recipe.sink, lock.claim, todo.counted, todo.committed, todo.only)
+    clean(recipe.sink, lock.claim, Baseline.of(todo.counted, lock.claim.generation, only=todo.only), todo.noise)
 
 
-def _record(recipe: Recipe, todo: Todo, place: Place, lock: DriverLock) -> None:
-    """Write run.json, or see that this is the run which it describes."""
+def _open(recipe: Recipe, todo: Todo, before: RunRecord | None, place: Place, claim: Claim, progress: Display) -> None:
+    """Load the model; write run.json, or see that this is the run which it describes."""
+    _say(place.open(before), progress)
+    stopping.check()
+    _say(recipe.model.caveat, progress)
     settings = place.settings
     record = run_record(recipe, todo.shards, place.model, settings.call_size, settings.threads)
-    if todo.before is None:
-        lock.claim.check()
+    if before is None:
+        claim.check()
         write_run_record(record, recipe.sink)
         return
-    check_same_run(todo.before, record, recipe.sink)
-    for difference in versions_that_differ(todo.before, record):
+    check_same_run(before, record, recipe.sink)
+    for difference in versions_that_differ(before, record):
         log.warning("other versions than the run began with, bits may differ: %s", difference)
+
+
+def _open_in_turn(recipe: Recipe, todo: Todo, place: Place, claim: Claim, progress: Display) -> None:
+    """The same for partitions that begin a run together: the first to load its model decides the call size for all."""
+    beginning = recipe.sink.model_copy(update={"folder": f"{recipe.sink.folder.rstrip('/')}/{BEGINNING}"})
+    while True:
+        try:
+            with DriverLock(beginning, on_lost=log.info, notify=log.info) as first:
+                _open(recipe, todo, read_run_record(recipe.sink), place, first.claim, progress)
+                return
+        except HeldError:
+            time.sleep(WAIT_S)
+            stopping.check()
+            if (before := read_run_record(recipe.sink)) is not None:
+                _open(recipe, todo, before, place, claim, progress)
+                return
+
+
+def _end(recipe: Recipe, todo: Todo, place: Place, lock: DriverLock, progress: Display, strict: bool) -> Summary | None:
+    """Finish the run; of a partition, which may not be the last, fold its shards."""
+    if todo.only is None:
+        return _finish(recipe, todo, place, lock, progress, strict)
+    fold_finished_shards(recipe.sink, lock.claim, todo.only)
+    return None
+
+
+def _finish_as_last(
+    recipe: Recipe,
+    todo: Todo,
+    place: Place,
+    hold: Callable[[], AbstractContextManager[DriverLock]],
+    progress: Display,
+    strict: bool,
+    partition: Partition,
+) -> Summary:
+    """Finish the run where no shard of any partition is left; else say what is.
+
+    Two that end at once both come here, when nobody holds a partition any more: one gets the whole folder.
+    """
+    mine = todo.only or frozenset()
+    committed, totals = Committed(), Totals()
+    for manifest in committed_units(recipe.sink):
+        committed.add(manifest)
+        totals.add(manifest)
+    left = {slug for shard in todo.shards if not committed.has_whole_shard(slug := shard_slug(shard.path))}
+    try:
+        if not left:
+            with hold() as lock:
+                return _finish(recipe, todo, place, lock, progress, strict)
+        others = f"{count(len(left - mine), 'shard')} of others left"
+    except HeldError:
+        others = "another driver is at work on what is left, or finishes the run"
+    finally:
+        place.close()
+    if not left & mine:
+        _say(f"partition {partition.index} of {partition.count} done; {others}", progress)
+    return totals.summary(
+        complete=False,
+        part_complete=not left & mine,
+        units_now=place.seen().units,
+        max_failed_fraction=recipe.run.max_failed_fraction,
+        strict=strict,
+    )
 
 
 def _finish(recipe: Recipe, todo: Todo, place: Place, lock: DriverLock, progress: Display, strict: bool) -> Summary:
@@ -189,6 +305,8 @@ def _finish(recipe: Recipe, todo: Todo, place: Place, lock: DriverLock, progress
         for manifest in found.manifests:
             committed.add(manifest)
             counted.add(manifest)
+    if todo.only is not None:  # the lock is not the one that the partition began with
+        begin(recipe.sink, lock.claim, counted, committed)
     clean(recipe.sink, lock.claim, Baseline.of(counted, lock.claim.generation), noise)
     if all(committed.has_whole_shard(shard_slug(shard.path)) for shard in todo.shards):
         merge_units(recipe.sink, place.merge, lock.claim)

@@ -29,6 +29,18 @@ class Partition:
         """Whether every place of the other one is in this."""
         return other.count % self.count == 0 and other.index % self.count == self.index
 
+    @staticmethod
+    def parsed(text: str) -> Partition:
+        """Of "I/N".
+
+        Raises:
+            ValueError: it is none, or I is not below N.
+        """
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            raise ValueError(f"'{text}' is no partition: give I/N, with I from 0 to N-1, as in 0/4")
+        return Partition(int(index), int(count))
+
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
 

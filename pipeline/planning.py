@@ -19,6 +19,7 @@ import torch
 from pipeline.counting import RowCounter
 from pipeline.errors import RowError
 from pipeline.flow import asked_without
+from pipeline.partition import WHOLE, Partition
 from pipeline.preflight import check_captions, todo_of_plan
 from pipeline.probe import PROBE_SECONDS, Probe, probe_model
 from pipeline.reading.prepare import requests_of
@@ -59,12 +60,13 @@ class Plan:
         return dataclasses.asdict(self)
 
 
-def plan(recipe: Recipe, *, probe: bool = True) -> Plan:
+def plan(recipe: Recipe, *, probe: bool = True, partition: Partition = WHOLE) -> Plan:
     """Look at the source, count, and probe the model.
 
     Args:
         recipe: the run.
         probe: load the model and time it; without, there is no estimate of time and output bytes.
+        partition: which of its shards.
 
     Raises:
         RecipeError: the captions are to be the source prompts, and are not where the recipe says.
@@ -72,8 +74,8 @@ def plan(recipe: Recipe, *, probe: bool = True) -> Plan:
         SinkError: the sink would end the run before it begins.
         ModelError: the model cannot be loaded.
     """
-    todo = todo_of_plan(recipe)
-    shards = todo.shards
+    todo = todo_of_plan(recipe, partition)
+    shards = partition.of(todo.shards)
     images, images_note = count_images(shards, recipe)
     rows, complete = first_rows(shards, recipe, images)
     cost = cost_of(rows, recipe)

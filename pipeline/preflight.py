@@ -15,6 +15,7 @@ from pipeline.editing.masactrl import MutualSelfAttention
 from pipeline.editing.problems import places_of, word_beyond
 from pipeline.errors import RecipeError, SinkError, SourceError
 from pipeline.models.outline import Outline, outline_of
+from pipeline.partition import WHOLE, Partition
 from pipeline.reading.rows import listed
 from pipeline.reading.shards import ReadTask, Shard
 from pipeline.reading.storage import open_fs
@@ -105,7 +106,7 @@ def _is_in(path: str, folder: str) -> bool:
     return f"{path.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
 
 
-def todo_of_plan(recipe: Recipe) -> Todo:
+def todo_of_plan(recipe: Recipe, partition: Partition = WHOLE) -> Todo:
     """What `edit` would find to do, or the error that would end it before it begins. Writes nothing.
 
     Raises:
@@ -122,8 +123,8 @@ def todo_of_plan(recipe: Recipe) -> Todo:
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             reason = "cannot be written to" if there.is_dir() else "is no folder"
             raise SinkError(f"sink.folder {where}: {there} {reason}. Set another sink.folder, or its permissions")
-    DriverLock(recipe.sink, on_lost=lambda _: None).look()
-    return find_todo(recipe)
+    DriverLock(recipe.sink, on_lost=lambda _: None, partition=partition).look()
+    return find_todo(recipe, partition=partition)
 
 
 def check_captions(rows: Iterable[Sample | Unreadable], shards: Sequence[Shard], recipe: Recipe) -> str:

@@ -71,7 +71,9 @@ def show_summary(summary: Summary, recipe: Recipe) -> None:
     rows["results"] = f"{folder}/data"
     rows["report"] = f"{folder}/report.html"
     show_rows(rows)
-    if not summary.complete:
+    if summary.outcome == "partition complete":
+        out.print("Shards of other partitions are left: the last one to end merges, and writes summary and report.")
+    elif not summary.complete:
         out.print("Stopped early: the same command goes on from here.")
 
 

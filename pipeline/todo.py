@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.models.backbone import ModelRecord
+from pipeline.partition import WHOLE, Partition
 from pipeline.reading.listing import list_source
 from pipeline.reading.shards import ReadTask, Shard, shard_slug
 from pipeline.reading.units import plan_reads
@@ -19,11 +20,12 @@ from pipeline.writing.run_record import RunRecord, check_same_run, read_run_reco
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Todo:
-    """A run that is about to start, or to go on."""
+    """A run that is about to start or to go on, or one partition of it."""
 
-    shards: list[Shard]
+    shards: list[Shard]  # of the whole run
     left_out: str  # what the source holds beside them, in a line; "" for nothing
     before: RunRecord | None  # of the run that is being continued
+    only: frozenset[str] | None  # slugs of the shards that the rest is about; None: of all
     committed: Committed
     extent: Extent
     tasks: list[ReadTask]  # what is left to read; empty where everything is committed
@@ -31,12 +33,13 @@ class Todo:
     noise: tuple[str, ...]  # files of commits that do not count
 
 
-def find_todo(recipe: Recipe, *, retry_failed: bool = False) -> Todo:
+def find_todo(recipe: Recipe, *, retry_failed: bool = False, partition: Partition = WHOLE) -> Todo:
     """List what there is and take off what is done. Writes nothing.
 
     Args:
         recipe: the run.
         retry_failed: units in which anything failed are not done.
+        partition: whose shards to do; those of others are listed, and left alone.
 
     Raises:
         SourceError: there is nothing to read.
@@ -49,19 +52,21 @@ def find_todo(recipe: Recipe, *, retry_failed: bool = False) -> Todo:
         # What the model is shows only once it is loaded: `cluster.run` looks at that later.
         same_model = ModelRecord(**before.model)
         check_same_run(before, run_record(recipe, shards, same_model, before.call_size, before.threads), recipe.sink)
+    part = partition.of(shards)
+    only = None if partition == WHOLE else frozenset(shard_slug(shard.path) for shard in part)
     committed, counted = Committed(), Counted()
     images = Counter[str]()
     noise: list[str] = []
-    for shard in committed_shards(recipe.sink) if before is not None else ():
+    for shard in committed_shards(recipe.sink, only=only) if before is not None else ():
         noise += shard.noise
         for manifest in shard.manifests:
             counted.add(manifest)
             if retry_failed and manifest.counts.failed:
                 continue
             committed.add(manifest)
-            images[shard_slug(manifest.shard)] += manifest.counts.images
+            images[shard.slug] += manifest.counts.images
     tasks = plan_reads(
-        shards,
+        part,
         recipe.run.unit_size,
         committed.has,
         lambda shard_path: committed.has_whole_shard(shard_slug(shard_path)),
@@ -70,8 +75,9 @@ def find_todo(recipe: Recipe, *, retry_failed: bool = False) -> Todo:
         shards=shards,
         left_out=source.note(),
         before=before,
+        only=only,
         committed=committed,
-        extent=_extent(shards, committed, images),
+        extent=_extent(part, committed, images),
         tasks=tasks,
         counted=counted,
         noise=tuple(noise),

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import posixpath
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -150,18 +150,20 @@ def committed_units(sink: SinkConfig, *, trusted: bool = True) -> Iterator[Manif
         yield from shard.manifests
 
 
-def committed_shards(sink: SinkConfig, *, trusted: bool = True) -> Iterator[CommittedShard]:
+def committed_shards(
+    sink: SinkConfig, *, trusted: bool = True, only: Container[str] | None = None
+) -> Iterator[CommittedShard]:
     """The commits that count, each unit once, shard by shard; nothing is held but one window of shards.
 
     Of a unit's commits the one of the highest generation counts that writing/baseline.py admits. Where it does not
     parse, or its files are missing or of another size than listed, the unit is not committed, and done again.
-    With `trusted=False` the files are not looked at.
+    With `trusted=False` the files are not looked at. `only`: slugs of shards beside which none is read; None: all are.
 
     Raises:
         SinkError: the folder cannot be read.
     """
     reader = Commits(sink, trusted=trusted)
-    slugs = iter(reader.slugs())
+    slugs = (slug for slug in reader.slugs() if only is None or slug in only)
     with ThreadPoolExecutor(LISTERS) as pool:
         while window := list(islice(slugs, 4 * LISTERS)):
             yield from pool.map(reader.shard, window)

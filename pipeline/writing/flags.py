@@ -104,12 +104,14 @@ def no_empty_folder(sink: SinkConfig) -> Iterator[None]:
 
 def _remove_if_only_locked(fs: AbstractFileSystem, root: str) -> None:
     folder = Path(root, FOLDER)
-    there = [path.name for path in folder.iterdir()]
-    up = (parsed(get(fs, f"{root}/{FOLDER}/{name}")) for name in there)
+    there = [path for path in folder.rglob("*") if not path.is_dir()]
+    up = (parsed(get(fs, str(path))) for path in there)
     if [path.name for path in Path(root).iterdir()] == [FOLDER] and all(
         flag and flag.state == "released" for flag in up
     ):
-        for name in there:
-            remove(fs, f"{root}/{FOLDER}/{name}")
+        for path in there:
+            remove(fs, str(path))
+        for inner in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+            inner.rmdir()
         folder.rmdir()  # refused by the system where another driver has come in the meantime
         Path(root).rmdir()

@@ -121,6 +121,8 @@ def read_run_record(sink: SinkConfig) -> RunRecord | None:
     where = public_url(sink.folder)
     if data is None:
         if stranger := _first_stranger(fs, root):
+            if get(fs, f"{root}/{RUN_FILE}") is not None:  # another partition began in between
+                return read_run_record(sink)
             raise SinkError(
                 f"{where} holds {stranger}/ but no {RUN_FILE}: it is no run of ours. Set another sink.folder"
             )

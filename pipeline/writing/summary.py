@@ -17,14 +17,15 @@ from pipeline.writing.manifest import FileRecord, Manifest
 from pipeline.writing.merged import Merged
 
 SUMMARY_FILE = "summary.json"
-Outcome = Literal["complete", "complete with failures", "over the error budget", "stopped early"]
+Outcome = Literal["complete", "complete with failures", "over the error budget", "stopped early", "partition complete"]
 EXIT_CODES: dict[Outcome, int] = {
     "complete": 0,
     "complete with failures": 0,  # within the budget: schedulers call a job with any other code a failed one
     "over the error budget": 1,
     "stopped early": 1,
+    "partition complete": 0,  # of a command that works on a part of a run; never in summary.json
 }
-STRICT_EXIT_CODE = 3  # of "complete with failures", where the caller asked for it
+STRICT_EXIT_CODE = 3  # where there are failures within the budget, and the caller asked for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,14 +123,23 @@ class Totals:
     def _is_merged(self, file: FileRecord, unit: str) -> bool:
         return self._merged is not None and self._merged.find(file, unit) is not None
 
-    def summary(self, *, complete: bool, units_now: int, max_failed_fraction: float, strict: bool = False) -> Summary:
-        """What was added, as a summary."""
+    def summary(
+        self,
+        *,
+        complete: bool,
+        units_now: int,
+        max_failed_fraction: float,
+        strict: bool = False,
+        part_complete: bool = False,
+    ) -> Summary:
+        """What was added, as a summary. `part_complete`: the shards that are left are those of other partitions."""
         sums, seconds = self._sums, self._seconds
         outcome: Outcome = "complete with failures" if sums["failed"] else "complete"
         if sums["failed"] > max_failed_fraction * sums["asked"]:
             outcome = "over the error budget"
         if not complete:
-            outcome = "stopped early"
+            outcome = "partition complete" if part_complete else "stopped early"
+        failed = outcome in ("complete with failures", "partition complete") and sums["failed"] > 0
         return Summary(
             planned=sums["asked"],
             done=sums["ok"],
@@ -147,7 +157,7 @@ class Totals:
             failed_by_stage=dict(sorted(self._stages.items())),
             failed_by_class=dict(sorted(self._classes.items())),
             outcome=outcome,
-            exit_code=STRICT_EXIT_CODE if strict and outcome == "complete with failures" else EXIT_CODES[outcome],
+            exit_code=STRICT_EXIT_CODE if strict and failed else EXIT_CODES[outcome],
         )
 
 

@@ -261,6 +261,40 @@ def test_a_flag_that_is_only_tried_takes_nothing_from_a_holder_and_one_that_is_h
             assert held.claim.holds() is holds
 
 
+@pytest.mark.usefixtures("many_hosts")
+def test_a_listing_that_lags_less_than_drivers_settle_lets_one_in(s3_server: Any) -> None:
+    s3_server.bucket("locks")
+    sink = SinkConfig(folder=f"s3://locks/{secrets.token_hex(4)}", storage_options=s3_server.storage_options)
+    listed, put = lock_module.flags, lock_module.put
+    put_at, barrier, outcomes = dict[str, float](), threading.Barrier(2), list[str]()
+
+    def noted(fs: Any, path: str, data: bytes, **options: Any) -> None:
+        put(fs, path, data, **options)
+        put_at.setdefault(path.rpartition("/")[2], time.monotonic())
+
+    def lagging(*where: Any) -> list[str]:
+        return [name for name in listed(*where) if name in put_at and time.monotonic() - put_at[name] > 0.4]
+
+    def take_and_hold() -> None:
+        barrier.wait()
+        try:
+            with driver(sink, settle_s=0.6, expiry_s=20.0):
+                outcomes.append("held")
+                time.sleep(5)
+        except HeldError:
+            outcomes.append("refused")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lock_module, "flags", lagging)
+        patch.setattr(lock_module, "put", noted)
+        threads = [threading.Thread(target=take_and_hold) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(outcomes) == ["held", "refused"]
+
+
 def test_of_many_processes_with_partitions_one_is_inside_each_at_a_time(here: SinkConfig) -> None:
     found = hold_many(Path(here.folder), processes=3, holds=60, partitions=PARTITIONS)
     assert found == {"holds": 60, "two_inside": 0, "errors": 0}
