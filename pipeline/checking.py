@@ -1,4 +1,6 @@
-"""What is wrong with the rows of a file or unit: pictures that do not open, results that are missing or there twice."""
+"""What is wrong with the rows of a file or unit: pictures that do not open, results that are missing or there twice,
+and rows that were not made as run.json and the unit's manifest say.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pipeline.flow import seed_for
 from pipeline.reading.shards import shard_slug
 from pipeline.showing import describe
 from pipeline.writing.manifest import Manifest, kind_of
@@ -30,12 +33,15 @@ ROWS_AT_ONCE = 16
 class Asked:
     """What run.json says of every unit."""
 
-    methods: tuple[str, ...]
+    methods: Mapping[str, str]  # their inversions, by name
+    seed: int  # of the run
     unit_size: int
     recipe_hash: str
     model_digest: str
     call_size: int
+    columns: Mapping[str, Any]  # of every result, and what they hold
     shards: Mapping[str, str]  # path by slug
+    inputs: Mapping[str, tuple[int, str]]  # (bytes, etag) by path
     names: Mapping[str, str]  # of columns that are not our own
 
     @staticmethod
@@ -43,12 +49,22 @@ class Asked:
         """Of a run."""
         recipe = record.recipe
         return Asked(
-            methods=tuple(recipe["methods"]) or (recipe["editing"]["method"],),
+            methods={name: one["inversion"]["method"] for name, one in recipe["methods"].items()}
+            or {recipe["editing"]["method"]: recipe["inversion"]["method"]},
+            seed=recipe["run"]["seed"],
             unit_size=recipe["run"]["unit_size"],
             recipe_hash=record.recipe_hash,
             model_digest=record.model["digest"],
             call_size=record.call_size,
+            columns={
+                "model": record.model["name"],
+                "model_revision": record.model["revision"],
+                "model_digest": record.model["digest"],
+                "recipe_hash": record.recipe_hash,
+                "call_size": record.call_size,
+            },
             shards={shard_slug(path): path for path, _, _ in record.input},
+            inputs={path: (size, etag) for path, size, etag in record.input},
             names=column_names_of({"recipe": recipe}),
         )
 
@@ -63,6 +79,8 @@ class Key:
     edit: str
     method: str
     ok: bool  # in data/
+    made_by: str  # version of this package; of what failed, unit, stage and class of the error
+    problem: str = ""  # what run.json contradicts
 
     def text(self) -> str:
         """For findings."""
@@ -91,13 +109,28 @@ def read_keys(path: str, opened: BinaryIO, asked: Asked, pool: Executor | None =
     try:
         rows = _tar_rows(opened, asked) if path.endswith(".tar") else _parquet_rows(opened, is_data, asked)
         while some := list(islice(rows, ROWS_AT_ONCE)):
-            found = [Key(row["shard"], row["index"], row["id"], row["edit"], row["method"], is_data) for row, _ in some]
+            found = [_key(row, is_data, asked) for row, _ in some]
             has_mask = [row.get("mask_share") is not None for row, _ in some]
             list(decode(_check_pictures, found, [pictures for _, pictures in some], has_mask))
             keys += found
     except (pa.ArrowException, tarfile.TarError, OSError, ValueError, KeyError) as error:
         raise BrokenError(describe(error)) from error
     return keys
+
+
+def _key(row: Mapping[str, Any], is_data: bool, asked: Asked) -> Key:
+    made_by = row["code_version"] if is_data else "\n".join((row["unit"], row["stage"], row["error_class"]))
+    problem = _contradiction(row, asked) if is_data else ""
+    return Key(row["shard"], row["index"], row["id"], row["edit"], row["method"], is_data, made_by, problem)
+
+
+def _contradiction(row: Mapping[str, Any], asked: Asked) -> str:
+    if (inversion := asked.methods.get(row["method"])) is None:
+        return f"has method {row['method']}, which run.json does not have"
+    for name, value in (*asked.columns.items(), ("seed", seed_for(asked.seed, row["id"], inversion))):
+        if row[name] != value:
+            return f"has {name} {row[name]}, by run.json it is {value}"
+    return ""
 
 
 def _parquet_rows(opened: BinaryIO, is_data: bool, asked: Asked) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
@@ -150,6 +183,14 @@ def row_problems(manifest: Manifest, rows: list[Key], asked: Asked) -> Iterator[
             yield f"{found} row(s) of unit {manifest.unit} in {name}, its manifest says {says}"
     if counts.asked != counts.ok + counts.failed:
         yield f"the manifest of unit {manifest.unit} asks for {counts.asked}, and has {counts.ok} + {counts.failed}"
+    if counts.images != (count := manifest.stop - manifest.start):
+        yield f"the manifest of unit {manifest.unit} counts {counts.images} images in {count} rows"
+    yield from _failures_problems(manifest, rows)
+    for one in rows:
+        if one.problem:
+            yield f"{one.text()} {one.problem}"
+        elif one.ok and one.made_by != manifest.code_version:
+            yield f"{one.text()} was made by version {one.made_by}, its manifest says {manifest.code_version}"
     for row, count in Counter((row.index, row.edit, row.method) for row in rows).items():
         if count > 1:
             twice = next(one for one in rows if (one.index, one.edit, one.method) == row)
@@ -162,6 +203,8 @@ def row_problems(manifest: Manifest, rows: list[Key], asked: Asked) -> Iterator[
             continue
         edits.setdefault(one.index, set()).add((one.edit, one.method))
         ids.setdefault(one.index, set()).add(one.id)
+    if manifest.stop - manifest.start > asked.unit_size:
+        return  # said already; and no loop is as long as a damaged manifest asks for
     for index in range(manifest.start, manifest.stop):
         pairs = edits.get(index, set())
         if not pairs:
@@ -170,3 +213,16 @@ def row_problems(manifest: Manifest, rows: list[Key], asked: Asked) -> Iterator[
             yield f"({next(iter(ids[index]))}, {edit}, {method}) is missing"
         if len(ids.get(index, ())) > 1:
             yield f"row {index} of {manifest.shard} has several ids"
+
+
+def _failures_problems(manifest: Manifest, rows: list[Key]) -> Iterator[str]:
+    """Whether the manifest counts failures as they stand in quarantine/."""
+    failed = [one.made_by.split("\n") for one in rows if not one.ok]
+    if others := sorted({unit for unit, _, _ in failed if unit != manifest.unit}):
+        yield f"rows in quarantine/ name unit {others[0]}, not {manifest.unit}"
+    for name, says, found in (
+        ("stage", manifest.counts.failed_by_stage, Counter(stage for _, stage, _ in failed)),
+        ("reason", manifest.counts.failed_by_class, Counter(error_class for _, _, error_class in failed)),
+    ):
+        if says != found:
+            yield f"failures of unit {manifest.unit} by {name} are {dict(found)}, its manifest says {says}"

@@ -222,17 +222,21 @@ def verify(
     repair: Annotated[
         bool, typer.Option("--repair", help="Take back damaged units and remove stray files, for `edit` to make again.")
     ] = False,
+    no_source: Annotated[
+        bool, typer.Option("--no-source", help="Do not list the source, e.g. where it is no longer there.")
+    ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Check that a run's output is whole: every file read, hashed and opened, every result there once."""
+    """Check that a run's output is whole: every file read, hashed and opened, every result of the source there once."""
     with reported(debug):
         from pipeline.runs import find_run
 
         run = find_run(where, overrides or [])
         from pipeline.verify import verify as check
 
-        verdict = check(run.sink, run.record, repair=repair)
+        source = None if no_source else run.source
+        verdict = check(run.sink, run.record, repair=repair, source=source, source_is_needed=run.by_recipe)
         if as_json:
             print(json.dumps(verdict.as_dict(), indent=1))
         else:
@@ -257,7 +261,9 @@ def regenerate(
         from pipeline.regenerate import regenerate as make
 
         made = make(run, key, edit=edit, method=method)
-        out.print(f"{made.id}, {made.edit}, {made.method} in {made.file}", markup=False)
+        out.print(f"{made.id}, {made.edit}, {made.method} in {made.file}, row {made.row}", markup=False)
+        for line in made.did:
+            out.print(f"  {line}", markup=False)
         for line in made.changed:
             out.print(f"  changed since: {line}", markup=False)
         for line in made.differences:

@@ -38,6 +38,7 @@ from pipeline.writing.folding import fold_finished_shards
 from pipeline.writing.lock import Claim, DriverLock
 from pipeline.writing.merged import Merged
 from pipeline.writing.merging import merge_units
+from pipeline.writing.paths import refuse_links
 from pipeline.writing.run_record import (
     RunRecord,
     check_same_run,
@@ -90,6 +91,7 @@ def run(
         raise RecipeError("recipe", problems)
     refuse_what_the_model_lacks(recipe)
     refuse_sink_over_source(recipe)
+    refuse_links(recipe.sink)
     place = _place_of(recipe)
 
     def hold(part: Partition = WHOLE) -> AbstractContextManager[DriverLock]:

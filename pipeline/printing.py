@@ -128,12 +128,22 @@ def show_verdict(verdict: Verdict, run: Run) -> None:
     if verdict.temporary:
         found = count(verdict.temporary, "temporary file")
         out.print(f"Note: a killed run left {found}, which nothing reads; `shardedit edit` removes what is a day old.")
+    if verdict.left_out:
+        out.print(f"Note: of the source {verdict.left_out}.", markup=False)
     if verdict.clean:
-        out.print(f"Whole: {looked}.")
+        out.print(f"{'Whole' if verdict.source_was_listed else 'Whole as far as run.json tells'}: {looked}.")
+    else:
+        out.print(f"{count(verdict.wrong, 'problem')} in {looked}.")
+    if not verdict.source_was_listed:
+        why = verdict.source_unreachable or "it was not listed. Give the recipe, which says how to open it"
+        out.print(f"Not checked against the source: {why}", markup=False)
+    if verdict.repairs:
+        does = "Repaired" if verdict.repaired else "--repair would"
+        out.print(f"{does}: {', '.join(verdict.repairs)}.", markup=False)
+    if verdict.clean or not verdict.edit_repairs:
         return
-    out.print(f"{count(verdict.wrong, 'problem')} in {looked}.")
     # Not "&&": a repair ends with 1 as well, for what it found.
-    steps = [f"shardedit verify {run.where} --repair; "] if verdict.needs_repair else []
+    steps = [f"shardedit verify {run.where} --repair; "] if verdict.needs_repair and not verdict.repaired else []
     out.print(f"To repair: {''.join(steps)}shardedit edit {run.config}", markup=False)
 
 

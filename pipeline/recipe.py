@@ -40,7 +40,6 @@ from pipeline.inversion.base import Inversion
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.records import EditRequest
 from pipeline.sections import ModelConfig, RunConfig, Section, SinkConfig, SourceConfig
-from pipeline.showing import public_url
 
 if TYPE_CHECKING:
     AnyInversion = Inversion
@@ -66,6 +65,12 @@ def _or_one_edit(schema: dict[str, Any]) -> None:
     schema.clear()
     (request,) = named.get("patternProperties", {"": named.get("additionalProperties")}).values()
     schema |= {"description": named.pop("description"), "anyOf": [dict(request), named]}
+
+
+def hash_of(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of `Recipe.result_settings`, first 16 hexadecimal digits."""
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 class Recipe(Section):
@@ -114,9 +119,10 @@ class Recipe(Section):
     def result_settings(self) -> dict[str, Any]:
         """The settings that decide what a run writes: a rerun with others is another run."""
         data = json.loads(self.canonical_json())
-        # A presigned address is another one tomorrow; the run is the same.
-        data["source"]["shards"] = [public_url(url) for url in data["source"]["shards"]]
         for section, keys in {
+            # Where the shards are: the run goes by the listing, which names, sizes and versions them (run.json's
+            # `input`). So a folder and a pattern that picks all of it are one source, and so is one that was moved.
+            "source": ("shards", "check"),
             "sink": ("folder",),
             "run": ("engine", "workers", "gpus_per_worker", "images_in_flight", "max_failed_fraction"),
         }.items():
@@ -128,8 +134,7 @@ class Recipe(Section):
     @property
     def hash(self) -> str:
         """SHA-256 of `result_settings`, first 16 hexadecimal digits."""
-        text = json.dumps(self.result_settings(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hash_of(self.result_settings())
 
     def problems(self) -> list[tuple[str, str]]:
         """What parses but cannot work: pairs that do not fit, edits that a method cannot serve."""

@@ -49,6 +49,8 @@ class Comparison:
     edit: str
     method: str
     file: str  # where it is stored
+    row: int  # in that file, from 0
+    did: tuple[str, ...]  # what was read, edited and compared, in words
     differences: tuple[str, ...]  # none: equal in every byte
     changed: tuple[str, ...]  # what is other than when it was made: source, model, versions
 
@@ -61,9 +63,14 @@ class Comparison:
 @dataclass(frozen=True, slots=True)
 class _Stored:
     manifest: Manifest
-    file: str
+    span: Span
+    row: int  # of the span, from 0
     about: dict[str, Any]  # id, key, index, edit, method
     parts: dict[str, Any]  # columns of a Parquet row, or members of a tar
+
+    @property
+    def file(self) -> str:
+        return self.span.path
 
 
 def regenerate(run: Run, key: str, *, edit: str | None = None, method: str | None = None) -> Comparison:
@@ -94,17 +101,28 @@ def regenerate(run: Run, key: str, *, edit: str | None = None, method: str | Non
             for result in edit_rows([row], recipe, engine)
             if _name_of(result) == (about["edit"], about["method"])
         ]
+    sample = row.sample if isinstance(row, Unreadable) else row
+    differences, compared = (
+        _compared(stored, made[0], recipe, labels_of([row]))
+        if made
+        else (["the row is not asked for this any more"], "nothing")
+    )
+    seed = f"seed {made[0]['seed']}" if made and not isinstance(made[0], Rejected) else "no result"
+    threads = f", {record.threads} thread(s)" if on_cpu else ""
     now = run_record(recipe, [], backbone.record, record.call_size, record.threads)
     return Comparison(
         id=about["id"],
         edit=about["edit"],
         method=about["method"],
         file=stored.file,
-        differences=tuple(
-            _differences(stored, made[0], recipe, labels_of([row]))
-            if made
-            else ["the row is not asked for this any more"]
+        row=stored.span.start + stored.row,
+        did=(
+            f"read: row {sample.index} of {public_url(shard.url)}, {len(sample.image):,} bytes of image",
+            f"edited: {about['edit']} by {about['method']}, {seed}, call size {record.call_size}, "
+            f"on {backbone.record.device}{threads}",
+            f"compared: {compared}",
         ),
+        differences=tuple(differences),
         changed=(*_source_changes(stored.manifest, shard), *_changes(record, now)),
     )
 
@@ -135,13 +153,13 @@ def _find(run: Run, key: str, edit: str | None, method: str | None) -> _Stored:
         if shards and manifest.shard not in shards:
             continue
         for span in merged.spans(manifest):
-            for about, parts in _rows_of(fs, root, span, key):
+            for at, about, parts in _rows_of(fs, root, span, key):
                 if edit not in (None, about["edit"]) or method not in (None, about["method"]):
                     continue
                 if span.kind == "quarantine":
                     failed = f"; it failed in stage {about['stage']}: {about['error_class']}: {about['message']}"
                 else:
-                    found.append(_Stored(manifest, span.path, about, parts))
+                    found.append(_Stored(manifest, span, at, about, parts))
     where = public_url(run.sink.folder)
     if not found:
         raise SinkError(f"{where} has no result '{key}'{failed}")
@@ -154,18 +172,18 @@ def _find(run: Run, key: str, edit: str | None, method: str | None) -> _Stored:
 
 def _rows_of(
     fs: AbstractFileSystem, root: str, span: Span, key: str
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Rows of a unit with that id or key, and what is stored of them."""
+) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
+    """Rows of a unit with that id or key: their place in it, their names, and what is stored of them."""
     if span.path.endswith(".tar"):
-        for sample in samples_of(fs, root, span):
+        for at, sample in enumerate(samples_of(fs, root, span)):
             about = json.loads(sample["json"])
             if key in (about["id"], about["key"]):
-                yield about, sample
+                yield at, about, sample
         return
     for at, name in enumerate(table_of(fs, root, span, ["id", "key"]).to_pylist()):
         if key in (name["id"], name["key"]):
             (row,) = table_of(fs, root, replace(span, start=span.start + at, rows=1)).to_pylist()
-            yield row, row
+            yield at, row, row
 
 
 def _recipe_of(run: Run) -> Recipe:
@@ -212,9 +230,10 @@ def _changes(before: RunRecord, now: RunRecord) -> Iterator[str]:
     yield from (f"version of {line}" for line in versions_that_differ(before, now))
 
 
-def _differences(stored: _Stored, made: Row | Rejected, recipe: Recipe, labels: Labels) -> list[str]:
+def _compared(stored: _Stored, made: Row | Rejected, recipe: Recipe, labels: Labels) -> tuple[list[str], str]:
+    """What differs, and what was compared, in words."""
     if isinstance(made, Rejected):
-        return [f"it fails now, in stage {made.stage}: {made.error_class}: {made.message}"]
+        return [f"it fails now, in stage {made.stage}: {made.error_class}: {made.message}"], "nothing"
     if stored.file.endswith(".tar"):
         (parts,) = tar_samples(io.BytesIO(render_tar([made], recipe.sink)))
         now: Mapping[str, Any] = parts
@@ -223,11 +242,20 @@ def _differences(stored: _Stored, made: Row | Rejected, recipe: Recipe, labels: 
         data = render_parquet([as_written(made, recipe.sink, labels)], schema(recipe.sink, labels))
         now = pq.read_table(pa.BufferReader(data)).to_pylist()[0]
     names = [*stored.parts, *(name for name in now if name not in stored.parts)]
-    return [
-        _difference(name, stored.parts.get(name), now.get(name))
-        for name in names
-        if stored.parts.get(name) != now.get(name)
-    ]
+    pairs = {name: (stored.parts.get(name), now.get(name)) for name in names}
+    differences = [_difference(name, *pair) for name, pair in pairs.items() if pair[0] != pair[1]]
+    what = "members" if stored.file.endswith(".tar") else "columns"
+    equal = len(names) - len(differences)
+    return differences, ", ".join([f"{equal} of {len(names)} {what} equal", *_pixels_equal(pairs)])
+
+
+def _pixels_equal(pairs: Mapping[str, tuple[Any, Any]]) -> Iterator[str]:
+    """Of every picture, how many of its pixels are the same."""
+    for name, pair in pairs.items():
+        one, other = map(_picture, pair)
+        if one is not None and other is not None and one.shape == other.shape:
+            same = (one == other).all(axis=2)
+            yield f"{name} {int(same.sum()):,} of {same.size:,} pixels"
 
 
 def _difference(name: str, before: Any, now: Any) -> str:

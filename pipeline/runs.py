@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from pipeline.errors import RecipeError, SinkError
-from pipeline.recipe import SinkConfig, load_recipe
+from pipeline.recipe import Recipe, SinkConfig, SourceConfig, load_recipe
 from pipeline.showing import public_url, typed
 from pipeline.writing.run_record import RunRecord, read_run_record
 
@@ -20,6 +22,10 @@ class Run:
     sink: SinkConfig
     record: RunRecord
     source_options: Mapping[str, Any]  # to open the input; run.json holds none, for they may be secret
+    # The input: the recipe's own. Of a folder alone what its run.json names, where that is a place on this machine;
+    # else None, for a record may come from a stranger, and no address in it is opened unasked.
+    source: SourceConfig | None
+    by_recipe: bool  # the recipe was given
     where: str  # how to name the run on a command line, quoted
     config: str  # the same of its recipe
 
@@ -35,10 +41,10 @@ def find_run(where: str, overrides: Sequence[str] = ()) -> Run:
         RecipeError: the recipe does not describe a possible run, or a folder was given with overrides.
         SinkError: no run is there.
     """
-    options: Mapping[str, Any] = {}
+    recipe: Recipe | None = None
     if os.path.isfile(where) or (where.endswith((".yaml", ".yml")) and "://" not in where and not os.path.isdir(where)):
         recipe = load_recipe(where, overrides)
-        sink, options = recipe.sink, recipe.source.storage_options
+        sink = recipe.sink
         named = config = typed(where, overrides)
     elif overrides:
         problem = f"changes a recipe, and {public_url(where)} is a run's folder. Give the recipe, or the folder alone"
@@ -52,4 +58,22 @@ def find_run(where: str, overrides: Sequence[str] = ()) -> Run:
             f"{public_url(sink.folder)} holds no run: run.json is missing. Give the folder that `shardedit edit` wrote "
             "to (sink.folder), or its recipe"
         )
-    return Run(sink=sink, record=record, source_options=options, where=named, config=config)
+    return Run(
+        sink=sink,
+        record=record,
+        source_options=recipe.source.storage_options if recipe else {},
+        source=recipe.source if recipe else _local_source(record),
+        by_recipe=recipe is not None,
+        where=named,
+        config=config,
+    )
+
+
+def _local_source(record: RunRecord) -> SourceConfig | None:
+    """The source that run.json names by absolute paths of this machine; None for any other."""
+    try:
+        source = SourceConfig.model_validate(record.recipe["source"])
+    except ValidationError:
+        return None
+    paths = [url.removeprefix("file://") for url in source.shards]
+    return source if all(os.path.isabs(path) for path in paths) else None

@@ -62,6 +62,9 @@ class SourceConfig(Section):
     """Bytes of a member; larger ones are quarantined unread."""
     max_row_concepts: int = Field(default=256, ge=1)
     """Concepts that a row's own edits may have together; each costs UNet rows."""
+    check: Literal["auto", "content"] = "auto"
+    """How a later start sees that a shard is what the run began with. auto: by the store's entity tag; a local file by
+    its size and a look at 64 kB of it, not by its time. content: by all its bytes, which every start then reads."""
 
     @field_validator("shards", mode="before")
     @classmethod

@@ -1,4 +1,5 @@
-"""Is a run's output whole? Every file is read, hashed and opened, every row counted, against manifests and run.json.
+"""Is a run's output whole? Every file is read, hashed and opened, every row counted, against manifests and run.json;
+and these against what derives from them, and against the source's listing (consistency.py).
 
 Held at a time: the files of `CHECKERS` units, the names of all files, and what the rows of a few merged files answer.
 Those files themselves are read piece by piece, an object store's from a copy in this machine's temporary folder.
@@ -9,102 +10,78 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from threading import Lock
-from typing import Any
 
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import stopping
 from pipeline.checking import Asked, BrokenError, Key, read_keys, row_problems
-from pipeline.reading.shards import shard_slug
+from pipeline.consistency import REPORT_FILE, FromSource, look_at_source, summary_problem
+from pipeline.findings import SEEN_BY_EDIT, Finding, Verdict
+from pipeline.reading.shards import shard_slug, unit_id
 from pipeline.reading.storage import open_fs, retrying
-from pipeline.recipe import SinkConfig
+from pipeline.recipe import SinkConfig, SourceConfig
 from pipeline.writing.baseline import FOLDER as BASELINES
 from pipeline.writing.baseline import Baselines, Counted, baseline_path
 from pipeline.writing.commit import Committed, CommittedShard, committed_shards
-from pipeline.writing.files import get, is_temporary, local_copy
+from pipeline.writing.files import NotAFileError, get, is_temporary, local_copy, size_of
 from pipeline.writing.lock import Claim, DriverLock
 from pipeline.writing.manifest import KINDS, PARTS, FileRecord, Manifest, kind_of, manifest_path
 from pipeline.writing.merged import OUTPUT, Merged, Slot
+from pipeline.writing.paths import refuse_links
 from pipeline.writing.repair import take_back
-from pipeline.writing.run_record import RunRecord
+from pipeline.writing.run_record import RUN_FILE, RunRecord
+from pipeline.writing.summary import SUMMARY_FILE, Totals, write_summary
 
 log = logging.getLogger(__name__)
 
 CHECKERS = 4  # units checked side by side
 HELD = 4  # merged files whose rows are known at a time: data and quarantine, at the seam of two of each
 FOLDERS = (*KINDS, PARTS, "_units", "_shards", OUTPUT, BASELINES)
-MAX_FINDINGS = 1000  # kept; all are counted and repaired
-SEEN_BY_EDIT = {"missing unit", "missing file", "wrong size", "not merged"}  # what `shardedit edit` does again unasked
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One thing that is wrong."""
-
-    # missing unit, missing file, wrong size, changed bytes, does not open, rows, manifest, not merged, stray file
-    kind: str
-    path: str  # relative to the run's folder; of a missing unit, the shard
-    text: str
-
-
-@dataclass(slots=True, kw_only=True)
-class Verdict:
-    """What was looked at and found."""
-
-    units: int = 0
-    files: int = 0
-    bytes: int = 0
-    done: int = 0  # rows in data/
-    failed: int = 0  # rows in quarantine/
-    loose: int = 0  # files of units that are not merged
-    temporary: int = 0  # files of writes that a kill cut: no findings, since nothing reads them
-    wrong: int = 0  # findings in all
-    by_kind: dict[str, int] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)  # the first `MAX_FINDINGS`
-    needs_repair: bool = False  # another run alone would not put it right
-
-    @property
-    def clean(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.wrong
-
-    def note(self, finding: Finding) -> None:
-        """Count a finding."""
-        self.wrong += 1
-        self.by_kind[finding.kind] = self.by_kind.get(finding.kind, 0) + 1
-        if len(self.findings) < MAX_FINDINGS:
-            self.findings.append(finding)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"clean": self.clean, **asdict(self)}
-
-
-def verify(sink: SinkConfig, record: RunRecord, *, repair: bool = False) -> Verdict:
+def verify(
+    sink: SinkConfig,
+    record: RunRecord,
+    *,
+    repair: bool = False,
+    source: SourceConfig | None = None,
+    source_is_needed: bool = True,
+) -> Verdict:
     """Check a run that is not at work: what it is writing meanwhile would look like strays.
 
     Args:
         sink: where it stands.
         record: its run.json.
         repair: take back the commits of damaged units and remove strays; the next `shardedit edit` makes them again.
+            Where nothing else is wrong, write summary and report again.
+        source: where the input is: what it lists is what the run should hold. None: it is not looked at.
+        source_is_needed: a source that cannot be listed is a finding, not a note.
 
     Raises:
         SinkError: the folder cannot be read or, with `repair`, not be changed.
     """
-    if not repair:
-        return _verify(sink, record, None)
-    with stopping.orderly() as stop, DriverLock(sink, log.warning) as lock:
-        stop.when_ended = partial(lock.__exit__, None, None, None)
-        return _verify(sink, record, lock.claim)
+    if repair:
+        refuse_links(sink)
+        with stopping.orderly() as stop, DriverLock(sink, log.warning) as lock:
+            stop.when_ended = partial(lock.__exit__, None, None, None)
+            verdict, ends = _verify(sink, record, lock.claim)
+    else:
+        verdict, ends = _verify(sink, record, None)
+    if source is not None:
+        _note_source(verdict, look_at_source(record, source), ends, source_is_needed)
+    verdict.repaired = repair and bool(verdict.repairs)
+    return verdict
 
 
-def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> Verdict:
+def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> tuple[Verdict, dict[str, int]]:
+    """The verdict, and the row after the last of every shard that is done."""
     fs, root = open_fs(sink.folder, sink.storage_options)
     fs.invalidate_cache()
     # Listed first: what is committed in the meantime is then no stray.
@@ -113,10 +90,15 @@ def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> Ver
     verdict, done, counted = Verdict(), Committed(), Counted()
     broken: set[str] = set()  # files of damaged units, and those of nobody
     known = {baseline_path(baseline.generation) for baseline in Baselines(fs, root).all}
+    for text in record.problems():
+        verdict.note(Finding(kind="run record", path=RUN_FILE, text=text))
     shards = {shard_slug(path): path for path, _, _ in record.input}
+    ends: dict[str, int] = {}
+    bad = 0  # units
     with ThreadPoolExecutor(CHECKERS) as pool:
         merged = _MergedFiles(fs, root, asked, pool)
         known.add(merged.index_path)
+        totals = merged.totals()
         for shard, manifest, findings in _checked(fs, root, sink, asked, merged):
             stopping.check()
             verdict.units += 1
@@ -131,9 +113,13 @@ def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> Ver
             for finding in findings:
                 verdict.note(finding)
             done.add(manifest)
+            totals.add(manifest)
+            if manifest.is_last:
+                ends[manifest.shard] = manifest.stop
             if not findings:
                 counted.add(manifest)
                 continue
+            bad += 1
             own = (manifest_path(manifest.unit, manifest.generation), *(file.path for file in manifest.files))
             broken.update(path for path in own if any(path in names for names in there.values()))
             if not SEEN_BY_EDIT & {finding.kind for finding in findings}:
@@ -145,16 +131,33 @@ def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> Ver
     if verdict.loose and not missing and record.recipe["sink"].get("shard_size"):
         text = f"{verdict.loose} file(s) of units stand in {PARTS}/ and are not merged yet"
         verdict.note(Finding(kind="not merged", path="data", text=text))
-    for name in sorted(name for names in there.values() for name in names if name not in known):
-        if is_temporary(name):  # left to `shardedit edit`, which removes it when it is old enough
-            verdict.temporary += 1
-            continue
-        verdict.note(Finding(kind="stray file", path=name, text=_STRAYS.get(name.partition("/")[0], _NO_MANIFEST)))
+    left = sorted(name for names in there.values() for name in names if name not in known)
+    strays = [name for name in left if not is_temporary(name)]
+    verdict.temporary = len(left) - len(strays)  # left to `shardedit edit`, which removes those that are old enough
+    for name in strays:
+        verdict.note(Finding(kind="stray file", path=name, text=_about_stray(name)))
         verdict.needs_repair = True
-        broken.add(name)
-    if repairing and verdict.needs_repair:
-        take_back(counted, merged.damaged, sorted(broken), sink, repairing)
-    return verdict
+        broken.add(name.rstrip("/"))
+    if verdict.needs_repair:
+        for number, text in (
+            (bad, "take back {} damaged unit(s)"),
+            (len(merged.damaged), "take back {} damaged merged file(s)"),
+            (len(strays), "remove {} stray file(s)"),
+        ):
+            verdict.repairs += [text.format(number)] if number else []
+        if repairing:  # what is in a folder goes before the folder
+            take_back(counted, merged.damaged, sorted(broken, reverse=True), sink, repairing)
+    if not verdict.edit_repairs:
+        _note_derived(verdict, sink, record, totals, repairing is not None)
+    return verdict, ends
+
+
+def _about_stray(name: str) -> str:
+    if name.endswith("/"):
+        return "is a folder, where a file should be"
+    if "/" not in name:
+        return "is a file, where a folder should be"
+    return _STRAYS.get(name.partition("/")[0], _NO_MANIFEST)
 
 
 _NO_MANIFEST = "no manifest or index that counts lists it"
@@ -163,6 +166,40 @@ _STRAYS = {
     "_shards": "holds no manifest that counts, or none that is not elsewhere, too",
     BASELINES: "is no baseline, or one that a later driver's replaces",
 }
+
+
+def _note_derived(verdict: Verdict, sink: SinkConfig, record: RunRecord, totals: Totals, repair: bool) -> None:
+    """Summary and report of a run that is done, and in which nothing else is wrong."""
+    fs, root = open_fs(sink.folder, sink.storage_options)
+    budget = record.recipe["run"]["max_failed_fraction"]
+    now = totals.summary(complete=True, units_now=0, max_failed_fraction=budget)
+    if text := summary_problem(fs, root, now):
+        verdict.note(Finding(kind="summary", path=SUMMARY_FILE, text=text))
+        verdict.repairs.append(f"write {SUMMARY_FILE}")
+        if repair:
+            write_summary(now, sink)
+    if size_of(fs, f"{root}/{REPORT_FILE}") is None:
+        verdict.note(Finding(kind="report", path=REPORT_FILE, text="is missing"))
+        verdict.repairs.append(f"write {REPORT_FILE}")
+        if repair:
+            from pipeline.evaluation.report import write_report  # which takes time to import
+
+            write_report(sink)
+
+
+def _note_source(verdict: Verdict, found: FromSource, ends: Mapping[str, int], is_needed: bool) -> None:
+    """Add what the source's listing says of the run."""
+    verdict.source_was_listed, verdict.source_unreachable = not found.unreachable, found.unreachable
+    verdict.left_out = found.left_out
+    if found.unreachable and is_needed:
+        text = "cannot be listed: nothing tells whether it holds more than was edited. Without it: verify --no-source"
+        verdict.note(Finding(kind="source", path="source.shards", text=text))
+    for shard, problem in found.problems:
+        verdict.note(Finding(kind="source", path=shard, text=f"{problem} since the run began"))
+    for shard, rows in found.rows.items():
+        if ends.get(shard, rows) != rows:
+            text = f"has {rows} row(s), its units end after {ends[shard]}"
+            verdict.note(Finding(kind="source", path=shard, text=text))
 
 
 def _note_merged(verdict: Verdict, merged: _MergedFiles, known: set[str]) -> None:
@@ -183,7 +220,11 @@ def _names(fs: AbstractFileSystem, root: str, folder: str) -> set[str]:
     if not fs.exists(f"{root}/{folder}"):
         return set()
     start = len(root.rstrip("/")) + 1
-    return {path[start:] for path in retrying()(fs.find, f"{root}/{folder}")}
+    names = {path[start:] for path in retrying()(fs.find, f"{root}/{folder}")}
+    if isinstance(fs, LocalFileSystem):  # other stores have no folders
+        for above, folders, _ in os.walk(f"{root}/{folder}"):
+            names.update(f"{above}/{name}/"[start:] for name in folders if name.endswith((".json", ".parquet", ".tar")))
+    return names
 
 
 def _uncommitted(done: Committed, slug: str) -> str:
@@ -193,8 +234,9 @@ def _uncommitted(done: Committed, slug: str) -> str:
     chunks = done.chunks.get(slug, 0)
     if not chunks:
         return "none of its units is committed"
-    gaps = [chunk for chunk in range(chunks.bit_length()) if not chunks >> chunk & 1]
-    named = ", ".join(map(str, gaps[:10])) + (f" and {len(gaps) - 10} more" if len(gaps) > 10 else "")
+    count = chunks.bit_length() - chunks.bit_count()
+    gaps = list(islice((chunk for chunk in range(chunks.bit_length()) if not chunks >> chunk & 1), 10))
+    named = ", ".join(map(str, gaps)) + (f" and {count - 10} more" if count > 10 else "")
     parts = [f"chunk {named} not committed"] if gaps else []
     if slug not in done.last:
         parts.append(f"nothing after chunk {chunks.bit_length() - 1} is committed")
@@ -216,6 +258,10 @@ class _MergedFiles:
     def index_path(self) -> str:
         """Of the index that counts; "" where there is none."""
         return self._merged.path
+
+    def totals(self) -> Totals:
+        """To add up units whose files may be merged."""
+        return Totals(self._merged)
 
     def holds(self, file: FileRecord, unit: str) -> bool:
         """Whether a merged file holds what a unit's manifest lists."""
@@ -280,17 +326,18 @@ def _checked(
     units = ((shard, manifest) for shard in committed_shards(sink, trusted=False) for manifest in shard.manifests)
     with ThreadPoolExecutor(CHECKERS) as pool:
         while window := list(islice(units, CHECKERS)):
-            found = pool.map(lambda unit: _check_unit(fs, root, unit[1], asked, merged), window)
+            found = pool.map(lambda unit: _check_unit(fs, root, unit[0], unit[1], asked, merged), window)
             yield from ((shard, manifest, findings) for (shard, manifest), findings in zip(window, found, strict=True))
 
 
 def _check_unit(
-    fs: AbstractFileSystem, root: str, manifest: Manifest, asked: Asked, merged: _MergedFiles
+    fs: AbstractFileSystem, root: str, shard: CommittedShard, manifest: Manifest, asked: Asked, merged: _MergedFiles
 ) -> list[Finding]:
-    findings = [
-        Finding(kind="manifest", path=manifest_path(manifest.unit, manifest.generation), text=text)
-        for text in _manifest_problems(manifest, asked)
-    ]
+    problems = [*_manifest_problems(manifest, asked)]
+    if manifest.is_last and manifest.chunk != shard.manifests[-1].chunk:
+        problems.append("it says that it is the last of its shard, and later ones are committed")
+    stands = manifest_path(manifest.unit, manifest.generation)
+    findings = [Finding(kind="manifest", path=stands, text=text) for text in problems]
     rows: list[Key] = []
     readable = True
     for file in manifest.files:
@@ -298,15 +345,26 @@ def _check_unit(
             some = merged.rows(file, manifest.unit)
             readable = readable and some is not None
             rows += some or []
+            if some is not None and len(some) != file.rows:
+                text = f"has {len(some)} row(s) of unit {manifest.unit}, which lists {file.rows}"
+                findings.append(Finding(kind="rows", path=file.path, text=text))
             continue
-        data = get(fs, f"{root}/{file.path}")
+        data, text = None, f"unit {manifest.unit} lists it"
+        try:
+            data = get(fs, f"{root}/{file.path}")
+        except NotAFileError as error:
+            text = str(error)
         if data is None:
-            findings.append(Finding(kind="missing file", path=file.path, text=f"unit {manifest.unit} lists it"))
+            findings.append(Finding(kind="missing file", path=file.path, text=text))
             readable = False
             continue
         findings += _byte_problems(file, len(data), hashlib.sha256(data).hexdigest())
         try:
-            rows += read_keys(file.path, io.BytesIO(data), asked)
+            found = read_keys(file.path, io.BytesIO(data), asked)
+            rows += found
+            if len(found) != file.rows:
+                text = f"has {len(found)} row(s), unit {manifest.unit} lists {file.rows}"
+                findings.append(Finding(kind="rows", path=file.path, text=text))
         except BrokenError as error:
             findings.append(Finding(kind="does not open", path=file.path, text=str(error)))
             readable = False
@@ -322,8 +380,15 @@ def _check_unit(
 def _manifest_problems(manifest: Manifest, asked: Asked) -> Iterator[str]:
     if asked.shards.get(shard_slug(manifest.shard)) != manifest.shard:
         yield f"its shard {manifest.shard} is not in run.json's input"
-    if manifest.start != manifest.chunk * asked.unit_size or manifest.stop - manifest.start > asked.unit_size:
+    if manifest.unit != unit_id(manifest.shard, manifest.chunk):
+        yield f"unit {manifest.unit} is none of shard {manifest.shard}"
+    count = manifest.stop - manifest.start
+    is_full = count == asked.unit_size or (manifest.is_last and 0 <= count < asked.unit_size)
+    if manifest.start != manifest.chunk * asked.unit_size or not is_full:
         yield f"rows {manifest.start} to {manifest.stop} are not those of chunk {manifest.chunk}"
+    version = (manifest.shard_size, manifest.shard_etag)
+    if (listed := asked.inputs.get(manifest.shard, version)) != version:
+        yield f"its shard had {version[0]} bytes and version '{version[1]}', by run.json {listed[0]} and '{listed[1]}'"
     for name in ("recipe_hash", "model_digest", "call_size"):
         if getattr(manifest, name) != getattr(asked, name):
             yield f"{name} is {getattr(manifest, name)}, run.json says {getattr(asked, name)}"

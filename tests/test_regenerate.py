@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ def test_a_result_comes_out_with_the_same_bytes(run: Path) -> None:
     for key in ("s1.tar/im05", "im05"):
         made = shardedit("regenerate", run, key, "--edit", "a")
         assert made.exit_code == 0, made.output
-        assert "s1.tar/im05, a, ledits_pp" in made.stdout
+        assert "s1.tar/im05, a, ledits_pp in data/train-00000-of-00001" in made.stdout
+        assert re.search(r"read: row 2 of .*/in/s1.tar, [0-9,]+ bytes of image", made.stdout), made.stdout
+        assert re.search(r"edited: a by ledits_pp, seed \d+, call size 4, on cpu, \d+ thread", made.stdout)
+        assert re.search(r"compared: (\d+) of \1 (columns|members) equal, .*2,240 of 2,240 pixels", made.stdout)
         assert "equal in every byte" in made.stdout
         assert "changed since" not in made.stdout
 
@@ -86,6 +90,7 @@ def test_other_pixels_are_told_with_their_psnr_and_another_model_by_its_digest(t
     assert "changed since: model: digest was other-" in made.stdout
     assert "differs: image: PSNR 48.1 dB, 100.00% of the pixels differ" in made.stdout
     assert "differs: mask" not in made.stdout
+    assert re.search(r"compared: \d+ of \d+ columns equal, image 0 of 2,240 pixels, mask 2,240 of 2,240", made.stdout)
 
 
 def brighter(data: bytes) -> bytes:

@@ -33,6 +33,7 @@ from pipeline.evaluation.wording import breakable, count, shown
 from pipeline.reading.storage import retrying
 from pipeline.recipe import SinkConfig
 from pipeline.writing.files import put, remove
+from pipeline.writing.paths import refuse_links
 
 if TYPE_CHECKING:
     from pipeline.models.image_text import ImageTextModel
@@ -62,6 +63,7 @@ def write_report(
         SinkError: no run is there, or the report cannot be written.
     """
     run = RunFolder(sink)
+    refuse_links(run.sink)
     written = set()
     for path, text in render_report(run, results, score_model):
         put(run.fs, f"{run.root}/{path}", text.encode())

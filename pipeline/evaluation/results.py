@@ -7,11 +7,14 @@ groups, so that reading figures costs little; of a tar, the part with a unit is 
 from __future__ import annotations
 
 import json
+import logging
 import posixpath
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import SinkError
 from pipeline.evaluation.metrics import NAMES
@@ -19,12 +22,16 @@ from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
 from pipeline.showing import public_url
 from pipeline.writing.commit import committed_units
-from pipeline.writing.files import get
+from pipeline.writing.files import NotAFileError, get
 from pipeline.writing.manifest import Manifest
 from pipeline.writing.merged import Merged, Span
-from pipeline.writing.run_record import check_schema, column_names_of
+from pipeline.writing.paths import first_problem
+from pipeline.writing.run_record import column_names_of, read_run_record
 from pipeline.writing.spans import samples_of, table_of
+from pipeline.writing.summary import SUMMARY_FILE
 from pipeline.writing.webdataset import pictures_of
+
+log = logging.getLogger(__name__)
 
 READERS = 8  # units read side by side
 INPUTS = ("input", "input_thumbnail")  # columns, one of which is there
@@ -88,6 +95,13 @@ class Totals:
             self.spans.setdefault(span.kind, []).append(span)
 
 
+class _SummaryParts(BaseModel):
+    """What is read of summary.json."""
+
+    images_per_second: float | None = None
+    complete: bool = False
+
+
 class RunFolder:
     """A run's folder, opened for reading.
 
@@ -101,24 +115,28 @@ class RunFolder:
     def __init__(self, sink: SinkConfig | str) -> None:
         self.sink = SinkConfig(folder=sink) if isinstance(sink, str) else sink
         self.fs, self.root = open_fs(self.sink.folder, self.sink.storage_options)
-        record = self._json("run.json")
+        record = read_run_record(self.sink)
         if record is None:
             raise SinkError(
                 f"{public_url(self.sink.folder)} holds no run: run.json is missing. Give the folder that "
                 "`shardedit edit` wrote to (sink.folder)"
             )
-        check_schema(record, public_url(self.sink.folder))
-        self.record = record
-        self._names = column_names_of(record)
-        self.summary = self._json("summary.json")
+        self.record = record.model_dump(mode="json")
+        self._names = column_names_of(self.record)
+        self.summary = self._summary()
         self.totals = Totals()
         merged = Merged(self.fs, self.root)
         for manifest in committed_units(self.sink):  # drawn once, none is kept: a long run has a million
             self.totals.add(manifest, merged)
 
-    def _json(self, name: str) -> dict[str, Any] | None:
-        data = get(self.fs, f"{self.root}/{name}")
-        return None if data is None else json.loads(data)
+    def _summary(self) -> dict[str, Any] | None:
+        """As stored; None where it is missing or damaged, for the next `edit` writes it again."""
+        try:
+            data = get(self.fs, f"{self.root}/{SUMMARY_FILE}")
+            return None if data is None else _SummaryParts.model_validate_json(data).model_dump()
+        except (NotAFileError, ValidationError) as error:
+            log.warning("%s is none: %s", SUMMARY_FILE, first_problem(error))
+            return None
 
     @property
     def name(self) -> str:

@@ -26,6 +26,7 @@ from pipeline.reading.local import find_local, glob_local
 from pipeline.reading.rows import IMAGE_EXTENSIONS, extension, listed, readable
 from pipeline.reading.shards import Format, Shard
 from pipeline.reading.storage import open_fs, retrying, storage_errors
+from pipeline.reading.versions import tag_of, versions
 from pipeline.recipe import SourceConfig
 from pipeline.showing import public_url
 
@@ -92,9 +93,11 @@ def list_source(source: SourceConfig) -> Listed:
         left_out.update(unused)
     else:
         left_out.update(_others(listings, SUFFIXES[kind], "no shard"))
+        named = _that_are_there(_named(listings, SUFFIXES[kind]))
+        found = versions([(file.url, file.etag) for _, file in named], source)
         shards = [
-            Shard(path=readable(path), url=file.url, format=kind, size=file.size, etag=file.etag)
-            for path, file in _that_are_there(_named(listings, SUFFIXES[kind]))
+            Shard(path=readable(path), url=file.url, format=kind, size=file.size, etag=found[file.url])
+            for path, file in named
         ]
     if kind == "parquet":
         shards = _with_footers(shards, source)
@@ -183,9 +186,9 @@ def _list_path(fs: Any, path: str, literal: bool) -> tuple[str, dict[str, Any], 
 
 
 def _file(fs: Any, base: str, path: str, info: Mapping[str, Any]) -> _File:
-    etag = str(info.get("ETag") or info.get("etag") or "").strip('"')
-    if not etag and "mtime" in info:  # a local file's version is when it was written
-        etag = f"mtime {info['mtime']:.6f}"
+    etag = tag_of(info)
+    if not etag and "mtime" in info and not isinstance(fs, LocalFileSystem):  # all that is told, of SFTP for example
+        etag = f"mtime {float(info['mtime']):.6f}"
     # A signature in a web address is a credential, and no part of a shard's name.
     relative = (path.partition("?")[0] if _is_web(fs) else path).removeprefix(base).lstrip("/")
     return _File(
@@ -276,9 +279,10 @@ def _folder_shards(listings: list[_Listing], source: SourceConfig) -> tuple[list
         known = around[base]
         rows = [row for row in group_files(known, source) if row.image in picked[base]]
         used = [known[name] for row in rows for name in (row.image, row.caption, row.edit, row.mask) if name]
+        tags = versions([(file.url, file.etag) for file in used], source)
         unused = picked[base].keys() - {file.relative for file in used}
         left_out.update(f"beside no image ({_suffix(picked[base][name])})" for name in unused)
-        versions = "\n".join(f"{file.relative}\t{file.size}\t{file.etag}" for file in used)
+        parts = [repr(rows), *(f"{file.relative}\t{file.size}\t{tags[file.url]}" for file in used)]
         if rows:
             shards.append(
                 Shard(
@@ -286,7 +290,7 @@ def _folder_shards(listings: list[_Listing], source: SourceConfig) -> tuple[list
                     url=base,
                     format="folder",
                     size=sum(file.size for file in used),
-                    etag=hashlib.sha256(versions.encode("utf-8", "surrogateescape")).hexdigest()[:16],
+                    etag=hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32],
                     rows=len(rows),
                     files=tuple(rows),
                 )

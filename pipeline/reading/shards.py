@@ -31,7 +31,7 @@ class Shard:
     url: str  # openable with the source's storage options
     format: Format
     size: int  # bytes, as listed
-    etag: str  # version as the store tells it (of a local file: its time of change); "" where it tells none
+    etag: str  # version as the store or a look at the bytes tells it (reading/versions.py); "" where neither does
     rows: int | None = None  # None: only a read can tell (tar), or the file is damaged
     row_groups: tuple[int, ...] = ()  # Parquet: rows of each group
     files: tuple[FolderRow, ...] = ()  # folder: its images with their sidecars, sorted

@@ -127,7 +127,7 @@ def notes_there(fs: AbstractFileSystem, root: str) -> list[Note]:
     """
     named = (split_generation(path) for path in list_folder(fs, f"{root}/{FOLDER}"))
     # Named like a unit's, or it is none of ours.
-    return sorted(Note(*name) for name in named if name is not None and split_unit_id(name[0])[1].isdigit())
+    return sorted(Note(*name) for name in named if name is not None and split_unit_id(name[0])[1].isdecimal())
 
 
 def take_over(notes: Iterable[Note], sink: SinkConfig, generation: int) -> None:

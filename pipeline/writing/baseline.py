@@ -26,8 +26,9 @@ from pydantic import ValidationError
 
 from pipeline.errors import SinkError
 from pipeline.showing import public_url
-from pipeline.writing.files import get, list_folder
+from pipeline.writing.files import NotAFileError, get, list_folder
 from pipeline.writing.manifest import Manifest, Part, split_unit_id
+from pipeline.writing.paths import Bits, Generation, first_problem
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +61,9 @@ class Counted:
 class Baseline(Part):
     """One driver's."""
 
-    generation: int
+    generation: Generation
     whole: bool  # shards that are not listed have no unit that counts; else nothing is said of them
-    shards: dict[str, dict[int, str]]  # as in `Counted`, in hexadecimal digits
+    shards: dict[str, dict[Generation, Bits]]  # as in `Counted`, in hexadecimal digits
 
     @staticmethod
     def of(counted: Counted, generation: int, *, only: Iterable[str] | None = None) -> Baseline:
@@ -115,7 +116,7 @@ class Baselines:
         self.all: list[Baseline] = []
         for _ in range(LOOKS):
             paths = sorted(path for path in list_folder(fs, f"{root}/{FOLDER}") if path.endswith(".json"))
-            contents = [get(fs, path) for path in paths]
+            contents = [_content(fs, path) for path in paths]
             if None not in contents:
                 break
             fs.invalidate_cache()
@@ -129,7 +130,7 @@ class Baselines:
                     continue
                 why = "it bears another's name"
             except ValidationError as error:
-                why = error.errors()[0]["msg"]
+                why = first_problem(error)
             log.warning("%s is damaged, and says nothing of what counts: %s", public_url(path), why)
 
     def of(self, slug: str) -> Baseline | None:
@@ -143,6 +144,13 @@ class Baselines:
             return lambda chunk, generation: True
         begun, counted = baseline.generation, baseline.generations(slug)
         return lambda chunk, generation: generation >= begun or bool(counted.get(generation, 0) >> chunk & 1)
+
+
+def _content(fs: AbstractFileSystem, path: str) -> bytes | None:
+    try:
+        return get(fs, path)
+    except NotAFileError:
+        return b""
 
 
 def baseline_path(generation: int) -> str:

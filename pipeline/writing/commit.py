@@ -8,7 +8,6 @@ anywhere, two workers may commit one unit, and a driver that was taken over may 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import posixpath
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -20,14 +19,14 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import SinkError
 from pipeline.reading.storage import open_fs, retrying
 from pipeline.recipe import SinkConfig
 from pipeline.showing import describe, public_url
 from pipeline.writing.baseline import LOOKS, Baselines
-from pipeline.writing.files import get, list_folder, put, remove
+from pipeline.writing.files import NotAFileError, get, list_folder, put, remove
 from pipeline.writing.manifest import (
     KINDS,
     FileRecord,
@@ -40,6 +39,7 @@ from pipeline.writing.manifest import (
     split_unit_id,
 )
 from pipeline.writing.merged import Merged
+from pipeline.writing.paths import first_problem
 
 log = logging.getLogger(__name__)
 
@@ -222,7 +222,7 @@ class Commits:
         loose: dict[str, tuple[int, int]] = {}
         folder = f"_units/{slug}"
         for path in list_folder(self._fs, f"{self._root}/{folder}") if slug in self.loose else ():
-            if split := split_generation(path):
+            if (split := split_generation(path)) and split[0].isdecimal():
                 loose[f"{folder}/{posixpath.basename(path)}"] = (int(split[0]), split[1])
         chosen: dict[int, tuple[int, str, Manifest | None]] = {}  # by chunk: generation, where it stands, manifest
         for fold in folds:
@@ -239,7 +239,10 @@ class Commits:
         used: set[str] = set()
         for chunk, (generation, path, one) in sorted(chosen.items()):
             if one is None:
-                data = get(self._fs, f"{self._root}/{path}")
+                try:
+                    data = get(self._fs, f"{self._root}/{path}")
+                except NotAFileError:
+                    data = b""
                 if data is None:
                     return None
                 one = _parsed(data, path, (slug, chunk, generation))
@@ -283,7 +286,7 @@ def _parsed(data: bytes, path: str, named: tuple[str, int, int]) -> Manifest | N
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
-        log.warning("%s is no manifest, its unit is done again: %s", path, error.errors()[0]["msg"])
+        log.warning("%s is no manifest, its unit is done again: %s", path, first_problem(error))
         return None
     slug, chunk, generation = named
     if (manifest.unit, manifest.chunk, manifest.generation) != (f"{slug}-{chunk:05d}", chunk, generation):
@@ -292,19 +295,34 @@ def _parsed(data: bytes, path: str, named: tuple[str, int, int]) -> Manifest | N
     return manifest
 
 
+class _FoldedUnits(BaseModel):
+    """The manifests of a shard, each of which may be damaged on its own."""
+
+    units: list[Any]
+
+
 def _folded(fs: AbstractFileSystem, path: str, slug: str) -> list[Manifest] | None:
     """Manifests of a folded file; None where there is no such file."""
-    data = get(fs, path)
-    if data is None:
-        return None
     try:
-        manifests = [Manifest.model_validate(manifest) for manifest in json.loads(data)["units"]]
-        if any(manifest.unit != f"{slug}-{manifest.chunk:05d}" for manifest in manifests):
-            raise ValueError("it holds units of another shard")
-        return manifests
-    except (ValueError, KeyError, TypeError) as error:
-        log.warning("%s is damaged, its shard is done again: %s", public_url(path), describe(error))
+        data = get(fs, path)
+        if data is None:
+            return None
+        folded = _FoldedUnits.model_validate_json(data)
+    except (NotAFileError, ValidationError) as error:
+        log.warning("%s is damaged, its shard is done again: %s", public_url(path), first_problem(error))
         return []
+    manifests = []
+    for item in folded.units:
+        try:
+            manifest = Manifest.model_validate(item)
+        except ValidationError as error:
+            log.warning("%s holds what is no manifest: %s", public_url(path), first_problem(error))
+            continue
+        if manifest.unit == f"{slug}-{manifest.chunk:05d}":
+            manifests.append(manifest)
+        else:
+            log.warning("%s holds a manifest of unit %s, of another shard", public_url(path), manifest.unit)
+    return manifests
 
 
 def _whole(fs: AbstractFileSystem, root: str, slug: str, manifests: Iterable[Manifest], merged: Merged) -> set[str]:

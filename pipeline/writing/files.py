@@ -7,6 +7,7 @@ import hashlib
 import os
 import posixpath
 import secrets
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,10 @@ class Made(Generic[T]):
 
 
 TEMPORARY_SUFFIX = ".tmp"
+
+
+class NotAFileError(SinkError):
+    """A folder stands where a file of ours is looked for, or a pipe, which nobody may ever write to."""
 
 
 def put(fs: AbstractFileSystem, path: str, data: bytes, *, durable: bool = True) -> None:
@@ -117,7 +122,10 @@ def _made_locally(
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        os.replace(temporary, path.with_name(name(made)) if name else path)
+        path = path.with_name(name(made)) if name else path
+        with contextlib.suppress(OSError):
+            os.rmdir(path)  # an empty folder in the file's place; nothing else is removed by this
+        os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -175,13 +183,20 @@ def get(fs: AbstractFileSystem, path: str) -> bytes | None:
     """A file's content, or None where there is none.
 
     Raises:
+        NotAFileError: something else stands there.
         SinkError: it can neither be read nor be said to be missing.
     """
     try:
+        if isinstance(fs, LocalFileSystem) and not stat.S_ISREG(os.stat(path).st_mode):
+            raise IsADirectoryError(path)
         data: bytes = retrying()(fs.cat_file, path)
         return data
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except IsADirectoryError as error:
+        raise NotAFileError(
+            f"{public_url(path)} is no file: a folder or pipe stands where a file is needed. Move it away"
+        ) from error
     except Exception as error:
         raise SinkError(
             f"{public_url(path)} cannot be read: {describe(error)}. Check sink.folder and its permissions"
@@ -214,8 +229,15 @@ def remove(fs: AbstractFileSystem, path: str) -> None:
         SinkError: it can neither be removed nor be said to be missing.
     """
     try:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             retrying()(fs.rm_file, path)
+    except IsADirectoryError as error:
+        try:
+            os.rmdir(path)  # an empty one, in a file's place
+        except OSError:
+            raise NotAFileError(
+                f"{public_url(path)} is no file but a folder that is not empty. Move it away"
+            ) from error
     except Exception as error:
         raise SinkError(
             f"{public_url(path)} cannot be removed: {describe(error)}. Check sink.folder and its permissions"
@@ -229,8 +251,10 @@ def list_folder(fs: AbstractFileSystem, path: str) -> dict[str, int]:
         SinkError: it cannot be listed.
     """
     try:
-        return {entry["name"]: entry["size"] or 0 for entry in retrying()(fs.ls, path, detail=True)}
-    except FileNotFoundError:
+        entries = retrying()(fs.ls, path, detail=True)
+        # A file is listed as itself; it holds nothing.
+        return {entry["name"]: entry["size"] or 0 for entry in entries if entry["name"].rstrip("/") != path}
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except Exception as error:
         raise SinkError(

@@ -63,11 +63,6 @@ def replace_index(sink: SinkConfig, before: Merged, index: Index, claim: Claim, 
         put(fs, f"{root}/{index_path(index.generation)}", index.model_copy(update={"dying": others}).to_bytes())
 
 
-def contents_path(path: str) -> str:
-    """Where the contents of a merged file stand."""
-    return f"{OUTPUT}/{posixpath.splitext(path)[0]}.json"
-
-
 def left_by_merging(fs: AbstractFileSystem, root: str) -> list[str]:
     """Merged files and their contents, whether or not an index names them, relative to the run's folder."""
     folders = (*KINDS, *(f"{OUTPUT}/{kind}" for kind in KINDS))

@@ -17,9 +17,10 @@ import json
 import re
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.recipe import SinkConfig
+from pipeline.writing.paths import Chunk, Count, FilePath, Generation, Sha256, UnitId, is_of_unit
 
 SUFFIXES = {"parquet": "parquet", "webdataset": "tar"}
 KINDS = ("data", "quarantine")  # of files: results, and what failed
@@ -31,49 +32,50 @@ PART_NAME = re.compile(r"part-(.+-\d{5,})-(\d{8,})\.(?:parquet|tar)")
 class Part(BaseModel):
     """Base of what is written as JSON."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class FileRecord(Part):
     """One written file."""
 
-    path: str  # relative to the run's folder, "/"-separated
-    size: int  # bytes
-    sha256: str
-    rows: int
+    path: FilePath
+    size: Count  # bytes
+    sha256: Sha256
+    rows: Count
 
 
 class Counts(Part):
     """How a unit went. `asked` counts results, one per (image, edit, method); every one is ok or failed."""
 
-    images: int
-    asked: int
-    ok: int
-    failed: int
-    failed_by_stage: dict[str, int]
-    failed_by_class: dict[str, int]
+    images: Count
+    asked: Count
+    ok: Count
+    failed: Count
+    failed_by_stage: dict[str, Count]
+    failed_by_class: dict[str, Count]
 
 
 class Measured(Part):
     """What may differ from run to run."""
 
-    worker_seconds: float  # the worker's share of time; the sum over a worker's units is the time it was busy
-    workers: int  # that were planned for the run which made the unit
-    unet_rows: int  # asked for in that time; units that overlap in a worker share theirs, the sum is exact
+    # The worker's share of time; the sum over a worker's units is the time it was busy.
+    worker_seconds: float = Field(ge=0)
+    workers: int = Field(ge=1)  # that were planned for the run which made the unit
+    unet_rows: Count  # asked for in that time; units that overlap in a worker share theirs, the sum is exact
 
 
 class Manifest(Part):
     """See the module."""
 
     schema_version: Literal[2] = 2
-    unit: str
-    generation: int  # of the driver whose run made it
+    unit: UnitId
+    generation: Generation  # of the driver whose run made it
     shard: str  # path relative to the source
-    chunk: int
-    start: int  # index of the first row in the shard
-    stop: int  # index after the last
+    chunk: Chunk
+    start: Count  # index of the first row in the shard
+    stop: Count  # index after the last
     is_last: bool  # of its shard
-    shard_size: int
+    shard_size: Count
     shard_etag: str
     recipe_hash: str
     code_version: str
@@ -82,6 +84,17 @@ class Manifest(Part):
     files: tuple[FileRecord, ...]
     counts: Counts
     measured: Measured
+
+    @model_validator(mode="after")
+    def _is_of_its_unit(self) -> Manifest:
+        slug, chunk = split_unit_id(self.unit)
+        if int(chunk) != self.chunk:
+            raise ValueError(f"unit {self.unit} is not chunk {self.chunk} of its shard")
+        if others := [file.path for file in self.files if not is_of_unit(file.path, slug, chunk)]:
+            raise ValueError(f"{others[0]} is no file of unit {self.unit}")
+        if len(self.by_kind) < len(self.files):
+            raise ValueError(f"unit {self.unit} has two files of a kind")
+        return self
 
     @property
     def by_kind(self) -> dict[str, FileRecord]:

@@ -19,13 +19,14 @@ from threading import Lock
 from typing import Literal
 
 from fsspec import AbstractFileSystem
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from pipeline.errors import SinkError
 from pipeline.showing import public_url
 from pipeline.writing.baseline import LOOKS
-from pipeline.writing.files import get, list_folder
+from pipeline.writing.files import NotAFileError, get, list_folder
 from pipeline.writing.manifest import KINDS, FileRecord, Manifest, Part, kind_of, split_unit_id
+from pipeline.writing.paths import ContentsPath, Count, Generation, MergedPath, Sha256, UnitId, first_problem, is_merged
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +38,17 @@ CACHED = 32  # contents held at a time; units come in the order of the files
 class MergedUnit(Part):
     """Where one unit's rows are."""
 
-    unit: str
-    sha256: str  # of the unit's own file, as its manifest lists it
-    rows: int
-    start: int  # first row in the merged file
-    begin: int = 0  # of a tar: its first byte in the merged file
-    end: int = 0  # of a tar: the byte after its last
+    unit: UnitId
+    sha256: Sha256  # of the unit's own file, as its manifest lists it
+    rows: Count
+    start: Count  # first row in the merged file
+    begin: Count = 0  # of a tar: its first byte in the merged file
+    end: Count = 0  # of a tar: the byte after its last
+
+
+def contents_path(path: str) -> str:
+    """Where the contents of a merged file stand."""
+    return f"{OUTPUT}/{posixpath.splitext(path)[0]}.json"
 
 
 class Contents(Part):
@@ -51,23 +57,48 @@ class Contents(Part):
     file: FileRecord
     units: tuple[MergedUnit, ...]
 
+    @model_validator(mode="after")
+    def _fills_its_file(self) -> Contents:
+        row = byte = 0
+        for one in self.units:
+            if one.start != row or not byte == one.begin <= one.end:
+                raise ValueError(f"unit {one.unit} does not begin where the one before it ends")
+            row, byte = one.start + one.rows, one.end
+        if not is_merged(self.file.path) or row != self.file.rows or byte > self.file.size:
+            raise ValueError(f"{self.file.path} is no merged file of these units")
+        return self
+
 
 class Slot(Part):
     """One merged file of the index: the units from `first` to before the next slot's; the first, all before too."""
 
-    first: str  # unit
+    first: UnitId
     file: FileRecord | None  # None: it was damaged and taken back; its units are done again
-    contents: str  # path of its `Contents`
+    contents: ContentsPath
+
+    @model_validator(mode="after")
+    def _is_of_one_kind(self) -> Slot:
+        if self.file and not (is_merged(self.file.path) and self.contents == contents_path(self.file.path)):
+            raise ValueError(f"{self.file.path} is no merged file with contents in {self.contents}")
+        return self
 
 
 class Index(Part):
     """Every merged file that counts, by kind."""
 
     schema_version: Literal[2] = 2
-    generation: int  # of the driver that wrote it
+    generation: Generation  # of the driver that wrote it
     slots: dict[str, tuple[Slot, ...]]
     # Of files that its driver, or an earlier one, is about to remove, unless it has ended: no later one uses the names.
-    dying: tuple[str, ...] = ()
+    dying: tuple[MergedPath, ...] = ()
+
+    @model_validator(mode="after")
+    def _has_files_of_its_kinds(self) -> Index:
+        for kind, slots in self.slots.items():
+            others = [slot.file.path for slot in slots if slot.file and kind_of(slot.file.path) != kind]
+            if kind not in KINDS or others:
+                raise ValueError(f"{kind} is no kind of files, or not that of {', '.join(others)}")
+        return self
 
     def to_bytes(self) -> bytes:
         """JSON in one fixed spelling."""
@@ -195,13 +226,21 @@ def read_contents(fs: AbstractFileSystem, root: str, path: str) -> Contents | No
     Raises:
         SinkError: the store cannot be read.
     """
-    data = get(fs, f"{root}/{path}")
+    data = _get(fs, f"{root}/{path}")
     if data is None:
         return None
     try:
         return Contents.model_validate_json(data)
     except ValidationError as error:
-        log.warning("%s is damaged, its units are done again: %s", path, error.errors()[0]["msg"])
+        log.warning("%s is damaged, its units are done again: %s", path, first_problem(error))
+        return None
+
+
+def _get(fs: AbstractFileSystem, path: str) -> bytes | None:
+    try:
+        return get(fs, path)
+    except NotAFileError as error:
+        log.warning("%s", error)
         return None
 
 
@@ -227,7 +266,10 @@ def _highest(fs: AbstractFileSystem, root: str) -> tuple[str, bytes | None]:
         paths = index_paths(fs, root)
         if not paths:
             return "", None
-        data = get(fs, f"{root}/{paths[-1]}")
+        try:
+            data = get(fs, f"{root}/{paths[-1]}")
+        except NotAFileError:
+            data = b""
         if data is not None:
             return paths[-1], data
     raise SinkError(f"{public_url(f'{root}/{OUTPUT}')} changes all the time. Run the same command again")
@@ -239,7 +281,7 @@ def _parsed(path: str, data: bytes | None) -> Index | None:
     try:
         index = Index.model_validate_json(data)
     except ValidationError as error:
-        log.warning("%s is damaged, its units are done again: %s", path, error.errors()[0]["msg"])
+        log.warning("%s is damaged, its units are done again: %s", path, first_problem(error))
         return None
     if path != index_path(index.generation):
         log.warning("%s is another driver's, its units are done again", path)

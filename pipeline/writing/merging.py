@@ -39,7 +39,7 @@ from pipeline.recipe import SinkConfig
 from pipeline.showing import public_url
 from pipeline.writing.commit import committed_units
 from pipeline.writing.files import Made, get, list_folder, put, put_made, read_part, size_of
-from pipeline.writing.indexing import SPLIT, contents_path, left_by_merging, remove_empty, replace_index
+from pipeline.writing.indexing import SPLIT, left_by_merging, remove_empty, replace_index
 from pipeline.writing.lock import Claim
 from pipeline.writing.manifest import KINDS, PARTS, SUFFIXES, FileRecord, Manifest
 from pipeline.writing.merged import (
@@ -50,6 +50,7 @@ from pipeline.writing.merged import (
     MergedUnit,
     Slot,
     Span,
+    contents_path,
     order,
     read_contents,
 )

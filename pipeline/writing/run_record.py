@@ -11,22 +11,23 @@ import contextlib
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fsspec import AbstractFileSystem
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 import pipeline
 from pipeline.errors import SinkError
 from pipeline.models.backbone import ModelRecord
 from pipeline.reading.storage import open_fs, retrying
-from pipeline.recipe import Recipe, SinkConfig
+from pipeline.recipe import Recipe, SinkConfig, hash_of
 from pipeline.sections import COLUMN_NAMES
 from pipeline.showing import public_url
-from pipeline.writing.files import get, put
+from pipeline.writing.files import NotAFileError, get, put
+from pipeline.writing.paths import first_problem
 
 if TYPE_CHECKING:
     from pipeline.reading.units import Shard
@@ -38,6 +39,41 @@ SCHEMA_VERSION: Literal[3] = 3
 PACKAGES = ("torch", "diffusers", "transformers", "ray", "pyarrow", "pillow", "numpy", "webdataset")
 SHOWN_DIFFERENCES = 12
 _MISSING = "nothing"
+
+
+class _Named(BaseModel):
+    method: str
+
+
+class _Method(BaseModel):
+    inversion: _Named
+    editing: _Named
+
+
+class _Source(BaseModel):
+    shards: list[str]
+
+
+class _Sink(BaseModel):
+    columns: Literal[*COLUMN_NAMES]  # type: ignore[valid-type]
+    format: Literal["parquet", "webdataset"]
+    shard_size: Annotated[int, Field(ge=0)]
+
+
+class _Run(BaseModel):
+    seed: int
+    unit_size: Annotated[int, Field(ge=1)]
+    max_failed_fraction: float
+
+
+class _Recipe(_Method):
+    """Those parts of a recipe that readers of run.json rely on."""
+
+    source: _Source
+    edits: dict[str, dict[str, Any]]
+    methods: dict[str, _Method]
+    sink: _Sink
+    run: _Run
 
 
 class RunRecord(BaseModel):
@@ -52,9 +88,42 @@ class RunRecord(BaseModel):
     model: dict[str, str]
     call_size: int  # rows of a UNet call
     threads: int  # of a CPU worker
+    sha256: str = ""  # of all else that is recorded
     input_fingerprint: str
     input: list[tuple[str, int, str]]  # (shard path, bytes, etag), sorted
     versions: dict[str, str]
+
+    @field_validator("recipe")
+    @classmethod
+    def _has_what_readers_need(cls, recipe: dict[str, Any]) -> dict[str, Any]:
+        _Recipe.model_validate(recipe)
+        return recipe
+
+    @field_validator("model")
+    @classmethod
+    def _describes_a_model(cls, model: dict[str, str]) -> dict[str, str]:
+        if model.keys() != {field.name for field in fields(ModelRecord)}:
+            raise ValueError(f"it has {', '.join(model)}")
+        return model
+
+    @property
+    def digest(self) -> str:
+        """What `sha256` should be."""
+        data = self.model_dump(mode="json", exclude={"sha256"})
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    def problems(self) -> list[str]:
+        """What was changed since it was written, as far as it can tell by itself."""
+        found = []
+        if self.sha256 != self.digest:
+            found.append("was changed since it was written: its own SHA-256 is another")
+        if self.recipe_hash != hash_of(self.settings):
+            found.append(f"its recipe_hash {self.recipe_hash} is not that of its settings, {hash_of(self.settings)}")
+        if self.input_fingerprint != _fingerprint(self.input):
+            found.append("its input_fingerprint is not that of its input")
+        return found + [
+            f"its recipe contradicts its settings: {line}" for line in _misfits("", self.settings, self.recipe)
+        ]
 
     def to_bytes(self) -> bytes:
         """JSON, one shard per line: a listing may be long, and two of them should compare well."""
@@ -67,15 +136,15 @@ class RunRecord(BaseModel):
 
 def run_record(recipe: Recipe, shards: Sequence[Shard], model: ModelRecord, call_size: int, threads: int) -> RunRecord:
     """Describe a run that is about to start."""
-    listing = sorted((shard.path, shard.size, _version_of(shard)) for shard in shards)
-    return RunRecord(
+    listing = run_input(shards)
+    record = RunRecord(
         recipe_hash=recipe.hash,
-        settings=_public(recipe.result_settings()),
+        settings=recipe.result_settings(),
         recipe=_public(json.loads(recipe.canonical_json())),
         model=asdict(model),
         call_size=call_size,
         threads=threads,
-        input_fingerprint=hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
+        input_fingerprint=_fingerprint(listing),
         input=listing,
         versions={
             "shardedit": pipeline.__version__,
@@ -83,6 +152,16 @@ def run_record(recipe: Recipe, shards: Sequence[Shard], model: ModelRecord, call
             **_versions(),
         },
     )
+    return record.model_copy(update={"sha256": record.digest})
+
+
+def run_input(shards: Iterable[Shard]) -> list[tuple[str, int, str]]:
+    """What a run records of its input: (path, bytes, etag) of every shard, sorted."""
+    return sorted((shard.path, shard.size, shard.etag) for shard in shards)
+
+
+def _fingerprint(listing: Sequence[tuple[str, int, str]]) -> str:
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def _versions() -> dict[str, str]:
@@ -92,13 +171,6 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
-
-
-def _version_of(shard: Shard) -> str:
-    """What changes when a shard's content does. A folder is one shard of many files."""
-    if not shard.files:
-        return shard.etag
-    return hashlib.sha256(repr((shard.etag, shard.files)).encode("utf-8", "replace")).hexdigest()[:32]
 
 
 def _public(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -117,21 +189,25 @@ def read_run_record(sink: SinkConfig) -> RunRecord | None:
     """
     fs, root = open_fs(sink.folder, sink.storage_options)
     fs.invalidate_cache()
-    data = get(fs, f"{root}/{RUN_FILE}")
     where = public_url(sink.folder)
+    try:
+        data = get(fs, f"{root}/{RUN_FILE}")
+    except NotAFileError:
+        data = b""
     if data is None:
         if stranger := _first_stranger(fs, root):
             if get(fs, f"{root}/{RUN_FILE}") is not None:  # another partition began in between
                 return read_run_record(sink)
             raise SinkError(
-                f"{where} holds {stranger}/ but no {RUN_FILE}: it is no run of ours. Set another sink.folder"
+                f"{where} holds {stranger}/ but no {RUN_FILE}: it is lost, and with it what made the results, or this "
+                "is no run of ours. Restore the file from a copy, or set another sink.folder"
             )
         return None
     try:
         check_schema(json.loads(data), where)
         return RunRecord.model_validate_json(data)
     except ValueError as error:
-        what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        what = first_problem(error)
         raise SinkError(f"{where}/{RUN_FILE} is no record of a run ({what}). Set another sink.folder") from error
 
 
@@ -161,7 +237,7 @@ def check_schema(record: Any, where: str) -> None:
 
 
 def _first_stranger(fs: AbstractFileSystem, root: str) -> str | None:
-    folders = ("data", "quarantine", "_parts", "_units")
+    folders = ("data", "quarantine", "_parts", "_units", "_shards", "_output")
     return next((folder for folder in folders if retrying()(fs.exists, f"{root}/{folder}")), None)
 
 
@@ -180,7 +256,7 @@ def check_same_run(before: RunRecord, now: RunRecord, sink: SinkConfig) -> None:
     differences = [
         *_differences("", before.settings, now.settings),
         *_differences("model (loaded).", before.model, now.model),
-        *_input_differences(before, now),
+        *(f"input: {path} {text}" for path, text in input_differences(before.input, now.input)),
     ]
     if not differences:
         return
@@ -206,23 +282,40 @@ def _differences(prefix: str, before: Any, now: Any) -> list[str]:
     return [f"{prefix.removesuffix('.')}: was {_shown(before)}, is {_shown(now)}"]
 
 
+def _misfits(prefix: str, part: Any, whole: Any) -> list[str]:
+    """Where `whole` has not all that `part` has."""
+    if isinstance(part, dict) and isinstance(whole, dict):
+        inner = [_misfits(f"{prefix}{key}.", part[key], whole.get(key, _MISSING)) for key in part]
+        return [line for lines in inner for line in lines]
+    return [] if part == whole else [f"{prefix.removesuffix('.')} is {_shown(whole)}, was {_shown(part)}"]
+
+
 def _shown(value: Any) -> str:
     text = value if value is _MISSING else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-def _input_differences(before: RunRecord, now: RunRecord) -> list[str]:
-    if before.input_fingerprint == now.input_fingerprint:
-        return []
-    old = {path: rest for path, *rest in before.input}
-    new = {path: rest for path, *rest in now.input}
-    lines = [f"input: {path} is gone" for path in sorted(old.keys() - new.keys())]
-    lines += [f"input: {path} is new" for path in sorted(new.keys() - old.keys())]
+def input_differences(
+    before: Iterable[tuple[str, int, str]], now: Iterable[tuple[str, int, str]]
+) -> list[tuple[str, str]]:
+    """What has become of a run's input since: (path, in which way it is another)."""
+    old = {path: (size, etag) for path, size, etag in before}
+    new = {path: (size, etag) for path, size, etag in now}
+    found = [(path, "is gone") for path in sorted(old.keys() - new.keys())]
+    found += [(path, "is new") for path in sorted(new.keys() - old.keys())]
     for path in sorted(old.keys() & new.keys()):
-        if old[path] != new[path]:
-            sizes = f"was {old[path][0]} bytes, is {new[path][0]}"
-            lines.append(f"input: {path} has changed ({sizes})")
-    return lines
+        (size, etag), (size_now, etag_now) = old[path], new[path]
+        if size != size_now:
+            found.append((path, f"has changed (was {size} bytes, is {size_now})"))
+        elif etag != etag_now:
+            otherwise = etag.startswith("sha256 ") != etag_now.startswith("sha256 ")
+            text = (
+                "was looked at otherwise (set source.check as before)"
+                if otherwise
+                else "has changed (of the same size)"
+            )
+            found.append((path, f"{text}: its version was {etag}, is {etag_now}"))
+    return found
 
 
 def versions_that_differ(before: RunRecord, now: RunRecord) -> list[str]:
