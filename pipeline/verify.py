@@ -98,7 +98,6 @@ def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> tup
     with ThreadPoolExecutor(CHECKERS) as pool:
         merged = _MergedFiles(fs, root, asked, pool)
         known.add(merged.index_path)
-        totals = merged.totals()
         for shard, manifest, findings in _checked(fs, root, sink, asked, merged):
             stopping.check()
             verdict.units += 1
@@ -113,7 +112,7 @@ def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> tup
             for finding in findings:
                 verdict.note(finding)
             done.add(manifest)
-            totals.add(manifest)
+            merged.totals.add(manifest)
             if manifest.is_last:
                 ends[manifest.shard] = manifest.stop
             if not findings:
@@ -148,7 +147,7 @@ def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> tup
         if repairing:  # what is in a folder goes before the folder
             take_back(counted, merged.damaged, sorted(broken, reverse=True), sink, repairing)
     if not verdict.edit_repairs:
-        _note_derived(verdict, sink, record, totals, repairing is not None)
+        _note_derived(verdict, sink, record, merged.totals, repairing is not None)
     return verdict, ends
 
 
@@ -249,6 +248,7 @@ class _MergedFiles:
     def __init__(self, fs: AbstractFileSystem, root: str, asked: Asked, pool: Executor) -> None:
         self._fs, self._root, self._asked, self._pool = fs, root, asked, pool
         self._merged = Merged(fs, root, trusted=False)
+        self.totals = Totals(self._merged)  # of the units, whose files may be merged
         self._lock = Lock()
         self._findings: dict[str, list[Finding]] = {}  # by path of the contents; of every slot that was read
         self._rows: dict[str, dict[str, list[Key]] | None] = {}  # of the last few: rows by unit; None: unreadable
@@ -258,10 +258,6 @@ class _MergedFiles:
     def index_path(self) -> str:
         """Of the index that counts; "" where there is none."""
         return self._merged.path
-
-    def totals(self) -> Totals:
-        """To add up units whose files may be merged."""
-        return Totals(self._merged)
 
     def holds(self, file: FileRecord, unit: str) -> bool:
         """Whether a merged file holds what a unit's manifest lists."""
