@@ -29,6 +29,7 @@ from pipeline.errors import BlackImageError, EditError, InvertError, RowError, S
 from pipeline.evaluation.metrics import figures
 from pipeline.inversion.base import Inversion, draw_from
 from pipeline.models.backbone import Backbone
+from pipeline.reading.decoder import Decodes
 from pipeline.reading.prepare import prepare, requests_of, restore, restore_mask
 from pipeline.recipe import Method, Recipe
 from pipeline.records import (
@@ -49,13 +50,15 @@ NEARLY_BLACK = 8  # of 255: what compression leaves of a black image
 PREPARED_AHEAD = 4  # images decoded before the engine asks for them
 
 
-def edit_rows(rows: Iterable[Sample | Unreadable], recipe: Recipe, engine: Engine) -> Iterator[Decoded | Rejected]:
+def edit_rows(
+    rows: Iterable[Sample | Unreadable], recipe: Recipe, engine: Engine, decoder: Decodes
+) -> Iterator[Decoded | Rejected]:
     """Edit the rows of a unit: every (image, edit, method) asked for comes back once, as `Decoded` or `Rejected`.
 
     Outcomes come in whatever order they finish. Several units may run on one engine, from several threads.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:
-        ready = _ahead(rows, lambda row: prepare_row(row, recipe, engine.backbone), pool)
+        ready = _ahead(rows, lambda row: prepare_row(row, recipe, engine.backbone, decoder), pool)
         for finished in engine.run(_edit_ready(one, recipe, engine.backbone) for one in ready):
             if finished.error is not None:  # a fault of ours, not of a row: those become outcomes
                 raise finished.error
@@ -77,9 +80,11 @@ def _ahead(
         yield pending.popleft().result()
 
 
-def edit_row(row: Sample | Unreadable, recipe: Recipe, backbone: Backbone) -> Steps[list[Decoded | Rejected]]:
+def edit_row(
+    row: Sample | Unreadable, recipe: Recipe, backbone: Backbone, decoder: Decodes
+) -> Steps[list[Decoded | Rejected]]:
     """All edits of one row by all methods of the recipe."""
-    return (yield from _edit_ready(prepare_row(row, recipe, backbone), recipe, backbone))
+    return (yield from _edit_ready(prepare_row(row, recipe, backbone, decoder), recipe, backbone))
 
 
 def _edit_ready(
@@ -90,7 +95,9 @@ def _edit_ready(
     return (yield from edit_prepared(ready, recipe.all_methods, recipe.run.seed, backbone))
 
 
-def prepare_row(row: Sample | Unreadable, recipe: Recipe, backbone: Backbone) -> Prepared | list[Decoded | Rejected]:
+def prepare_row(
+    row: Sample | Unreadable, recipe: Recipe, backbone: Backbone, decoder: Decodes
+) -> Prepared | list[Decoded | Rejected]:
     """Decode and check one row; or everything that was asked of it, rejected."""
     if isinstance(row, Unreadable):
         return [
@@ -109,7 +116,8 @@ def prepare_row(row: Sample | Unreadable, recipe: Recipe, backbone: Backbone) ->
     except Exception as error:
         return [rejected(row, edit, method, "prepare", error) for edit, method in asked_without(recipe)]
     try:
-        return prepare(row, recipe, size=recipe.model.size or backbone.image_size, multiple=backbone.multiple)
+        size = recipe.model.size or backbone.image_size
+        return prepare(row, recipe, size=size, multiple=backbone.multiple, decoder=decoder)
     except Exception as error:
         return [rejected(row, edit, method, "decode", error) for edit in requests for method in recipe.all_methods]
 

@@ -14,6 +14,7 @@ from pipeline.engine.engine import Engine
 from pipeline.flow import edit_row, outcome_of
 from pipeline.models.backbone import Backbone
 from pipeline.models.loading import load_backbone
+from pipeline.reading.decoder import Decoder
 from pipeline.recipe import Recipe
 from pipeline.records import Edited, Outcome, Rejected, Sample
 from pipeline.worker import call_size_for
@@ -85,7 +86,8 @@ def probe_model(
 
 def _edit(samples: Sequence[Sample], recipe: Recipe, engine: Engine, why: list[str]) -> list[Outcome]:
     outcomes: list[Outcome] = []
-    for finished in engine.run(edit_row(sample, recipe, engine.backbone) for sample in samples):
+    decoder = Decoder(recipe.source)
+    for finished in engine.run(edit_row(sample, recipe, engine.backbone, decoder) for sample in samples):
         if finished.error is not None:
             raise finished.error
         outcomes += [outcome_of(result) for result in finished.value]

@@ -21,6 +21,7 @@ from pipeline.errors import SinkError, SourceError
 from pipeline.evaluation.metrics import psnr
 from pipeline.flow import edit_rows, outcome_of
 from pipeline.models.loading import load_backbone
+from pipeline.reading.decoder import Decoder
 from pipeline.reading.shards import Shard
 from pipeline.reading.storage import open_fs
 from pipeline.reading.units import list_shards, plan_reads, read_units
@@ -98,7 +99,7 @@ def regenerate(run: Run, key: str, *, edit: str | None = None, method: str | Non
         engine = Engine(backbone, call_size=record.call_size)
         made = [
             encode_outcome(outcome_of(result), recipe, backbone.record, record.call_size)
-            for result in edit_rows([row], recipe, engine)
+            for result in edit_rows([row], recipe, engine, Decoder(recipe.source))
             if _name_of(result) == (about["edit"], about["method"])
         ]
     sample = row.sample if isinstance(row, Unreadable) else row

@@ -60,6 +60,12 @@ class SourceConfig(Section):
     """Pixels of an image; larger ones are quarantined before they are decoded."""
     max_member_bytes: int = Field(default=256 * 2**20, ge=1)
     """Bytes of a member; larger ones are quarantined unread."""
+    decode_seconds: int = Field(default=30, ge=1)
+    """Seconds of CPU time that decoding an image or a mask may take; what takes longer is quarantined. 64 megapixels
+    take 1 to 5."""
+    decode_memory: int = Field(default=1536 * 2**20, ge=64 * 2**20)
+    """Bytes of memory that decoding an image or a mask may take; what needs more is quarantined. 64 megapixels take 0.5
+    to 1.2 GiB."""
     max_row_concepts: int = Field(default=256, ge=1)
     """Concepts that a row's own edits may have together; each costs UNet rows."""
     check: Literal["auto", "content"] = "auto"

@@ -22,6 +22,7 @@ from pipeline.flow import asked_without, edit_rows, outcome_of
 from pipeline.models.backbone import Backbone, ModelRecord
 from pipeline.models.loading import load_backbone
 from pipeline.pool import WorkerSettings
+from pipeline.reading.decoder import Decoder
 from pipeline.reading.prepare import requests_of
 from pipeline.recipe import Recipe
 from pipeline.records import Decoded, Rejected, Sample, UnitInput, Unreadable
@@ -68,6 +69,7 @@ class Worker:
         self.settings = settings
         if not torch.cuda.is_available():
             torch.set_num_threads(settings.threads)
+        self._decoder = Decoder(recipe.source)  # starts beside the loading of the model
         self.backbone = backbone or load_backbone(recipe.model)
         in_flight = recipe.run.images_in_flight
         self.engine = Engine(
@@ -140,7 +142,7 @@ class Worker:
     ) -> list[Row | Rejected]:
         encoded: list[Row | Rejected] = []
         pending: deque[Future[Row | Rejected]] = deque()
-        for result in edit_rows(unit_rows, self.recipe, self.engine):
+        for result in edit_rows(unit_rows, self.recipe, self.engine, self._decoder):
             progress.note(result)
             pending.append(self._encoders.submit(self._encode, result))
             # A result waits as pixels until it is encoded: only so many may.

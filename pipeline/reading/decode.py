@@ -6,13 +6,16 @@ decoded, and modes that `convert("RGB")` would get wrong (transparency, 16 bit, 
 
 from __future__ import annotations
 
+import math
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from io import BytesIO
+from typing import cast
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from pipeline.errors import DecodeError
@@ -26,6 +29,7 @@ Image.init()
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 Picture = bytes | Image.Image  # encoded, as a dataset holds it, or opened, as a Python user may hold it
 _ORIENTATION_TAG = 0x0112
+BAND_PIXELS = 1 << 20  # converted at a time
 _SWAPPING = (5, 6, 7, 8)  # orientations that exchange height and width
 
 
@@ -41,9 +45,10 @@ def decode(picture: Picture, max_pixels: int) -> tuple[np.ndarray, int]:
 
     Raises:
         DecodeError: the bytes are no image, are cut, hold several pictures, or more pixels than allowed.
+        MemoryError: there is not enough of it.
     """
     image, orientation = _open(picture, max_pixels, "image")
-    return _guard("image", lambda: np.array(_to_rgb(image), dtype=np.uint8)), orientation
+    return _guard("image", lambda: _to_rgb(image)), orientation
 
 
 def decode_mask(picture: Picture, max_pixels: int, image_orientation: int, image_size: tuple[int, int]) -> np.ndarray:
@@ -126,6 +131,8 @@ def _identify(data: bytes, what: str) -> Image.Image:
         raise DecodeError(f"the {what} is of no known format (known: {', '.join(FORMATS)}), or damaged") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DecodeError(f"the {what} has more pixels than Pillow opens") from error
+    except MemoryError:
+        raise
     except Exception as error:
         raise _decode_error(what, error) from error
 
@@ -150,11 +157,22 @@ def _loses_low_bytes(picture: Picture) -> bool:
     return header.startswith(b"\x89PNG") and header[24:25] == b"\x10" and header[25:26] in (b"\x02", b"\x04", b"\x06")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    """Pixels, converted band by band: a picture of 64 megapixels takes hundreds of megabytes in every further mode."""
+    pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return Image.fromarray(to_8_bit(np.asarray(image), f"{image.mode} image")).convert("RGB")
-    if image.mode == "CMYK":
-        return _from_cmyk(image)
+        pixels[:] = to_8_bit(np.asarray(image), f"{image.mode} image")[..., None]
+        return pixels
+    convert = _from_cmyk(image) if image.mode == "CMYK" else _flattened
+    rows = max(1, BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        pixels[top:bottom] = np.asarray(convert(image.crop((0, top, image.width, bottom))))
+    return pixels
+
+
+def _flattened(image: Image.Image) -> Image.Image:
+    """In RGB, what is transparent on white."""
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         if image.mode in ("La", "RGBa"):
             image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
@@ -164,7 +182,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_8_bit(pixels: np.ndarray, name: str) -> np.ndarray:
+def to_8_bit(pixels: np.ndarray, name: str) -> UInt8[np.ndarray, "..."]:
     """Pixels of more than 8 bits. The scale is the type's, never the picture's own: equal values stay equal.
 
     Args:
@@ -174,9 +192,8 @@ def to_8_bit(pixels: np.ndarray, name: str) -> np.ndarray:
     Raises:
         DecodeError: a value has no meaning on that scale.
     """
-    values = pixels.astype(np.float64)
-    low, high = float(values.min()), float(values.max())
-    if not np.isfinite(values).all() or low < 0:
+    low, high = float(pixels.min()), float(pixels.max())  # either is NaN where any value is
+    if not math.isfinite(low) or not math.isfinite(high) or low < 0:
         raise DecodeError(f"the {name} has values without a meaning as brightness: {low} to {high}")
     if pixels.dtype.kind == "f":
         if high > 255:
@@ -186,27 +203,31 @@ def to_8_bit(pixels: np.ndarray, name: str) -> np.ndarray:
         if high > MAX_16_BIT:
             raise DecodeError(f"the {name} has values up to {high:.0f}. Store 8 or 16 bits")
         scale = 255.0 / MAX_16_BIT
-    return np.rint(values * scale).astype(np.uint8)
+    scaled = np.empty(pixels.shape, dtype=np.uint8)
+    rows = max(1, BAND_PIXELS // max(1, pixels[:1].size))
+    for top in range(0, len(pixels), rows):
+        scaled[top : top + rows] = np.rint(pixels[top : top + rows].astype(np.float64) * scale)
+    return scaled
 
 
-def _from_cmyk(image: Image.Image) -> Image.Image:
-    if profile := image.info.get("icc_profile"):
-        try:
-            converted = ImageCms.profileToProfile(
-                image, ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB"
+def _from_cmyk(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """How to convert: by the profile that it brings, if that works, else by the plain formula, as viewers do."""
+    profile = image.info.get("icc_profile")
+    if profile:
+        with suppress(ImageCms.PyCMSError, OSError, ValueError):
+            transform = ImageCms.buildTransform(
+                ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile("sRGB"), "CMYK", "RGB"
             )
-        except (ImageCms.PyCMSError, OSError, ValueError):
-            converted = None  # a broken or unfitting profile: the plain formula is what viewers use then
-        if converted is not None:
-            return converted
-    return image.convert("RGB")
+            ImageCms.applyTransform(image.crop((0, 0, 1, 1)), transform)
+            return lambda band: cast(Image.Image, ImageCms.applyTransform(band, transform))
+    return lambda band: band.convert("RGB")
 
 
 def _guard(what, function):  # type: ignore[no-untyped-def]
     """Pillow's decoders raise whatever their formats' parsers do: every one of them means that these bytes fail."""
     try:
         return function()
-    except DecodeError:
+    except (DecodeError, MemoryError):
         raise
     except Exception as error:
         raise _decode_error(what, error) from error

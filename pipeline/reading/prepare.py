@@ -18,17 +18,19 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from pipeline.errors import DecodeError, PrepareError
-from pipeline.reading.decode import Picture, decode, decode_mask
+from pipeline.reading.decode import Picture
+from pipeline.reading.decoder import Decodes, Here
 from pipeline.recipe import Recipe, parse_edits
 from pipeline.records import EditRequest, Placement, Prepared, Sample
 
 MAX_PROMPT = 2000  # characters of a caption that become a prompt; a text encoder reads about 300
 MAX_ASPECT = 16  # a bucket's longer side over its shorter: beyond it, nothing of the image would be left
 
+HERE = Here()
 BUCKET_AREA = 0.1  # an image that is a bucket already keeps its pixels: by how much its area may differ
 
 
-def prepare(sample: Sample, recipe: Recipe, *, size: int, multiple: int) -> Prepared:
+def prepare(sample: Sample, recipe: Recipe, *, size: int, multiple: int, decoder: Decodes = HERE) -> Prepared:
     """Decode a sample, bring it to model size, and find out what to change in it.
 
     Args:
@@ -36,24 +38,36 @@ def prepare(sample: Sample, recipe: Recipe, *, size: int, multiple: int) -> Prep
         recipe: the run's.
         size: side of the model's square, or of the square with the bucket's area, in pixels.
         multiple: what both sides must be multiples of.
+        decoder: of the image and the mask.
 
     Raises:
-        DecodeError: the bytes are no image that may be opened.
+        DecodeError: the bytes are no image that may be opened, or take too much to decode.
         PrepareError: no usable edit, a mask of another shape, or a size that the model cannot take.
     """
-    return prepare_picture(sample, sample.image, sample.mask, recipe, size=size, multiple=multiple)
+    return prepare_picture(sample, sample.image, sample.mask, recipe, size=size, multiple=multiple, decoder=decoder)
 
 
 def prepare_picture(
-    sample: Sample, image: Picture, mask: Picture | None, recipe: Recipe, *, size: int, multiple: int
+    sample: Sample,
+    image: Picture,
+    mask: Picture | None,
+    recipe: Recipe,
+    *,
+    size: int,
+    multiple: int,
+    decoder: Decodes = HERE,
 ) -> Prepared:
     """`prepare` for an image and a mask that do not stand in the sample as bytes."""
     requests = requests_of(sample, recipe)
-    original, orientation = decode(image, recipe.source.max_pixels)
+    original, orientation = decoder.image(image, recipe.source.max_pixels)
     placement = place((original.shape[0], original.shape[1]), recipe.model.fit, size=size, multiple=multiple)
     user_mask = None
     if mask is not None:
-        user_mask = _user_mask(mask, recipe.source.max_pixels, orientation, placement.original)
+        try:
+            user_mask = decoder.mask(mask, recipe.source.max_pixels, orientation, placement.original)
+        except DecodeError as error:
+            raise PrepareError(f"{error}") from error
+        user_mask = _at_image_size(user_mask, placement.original)
     return Prepared(
         sample=sample,
         original=original,
@@ -158,12 +172,8 @@ def restore_mask(mask: Bool[np.ndarray, "h w"], placement: Placement) -> Bool[np
     return result
 
 
-def _user_mask(picture: Picture, max_pixels: int, orientation: int, size: tuple[int, int]) -> UInt8[np.ndarray, "H W"]:
+def _at_image_size(mask: UInt8[np.ndarray, "h w"], size: tuple[int, int]) -> UInt8[np.ndarray, "H W"]:
     """The user's mask at the image's (height, width)."""
-    try:
-        mask = decode_mask(picture, max_pixels, orientation, size)
-    except DecodeError as error:
-        raise PrepareError(f"{error}") from error
     if mask.shape != size:
         # Of the same shape at another scale is fine; a pixel of rounding in its smaller side is, too.
         height, width = mask.shape

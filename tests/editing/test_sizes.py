@@ -14,6 +14,7 @@ from pipeline.diffusion.masks import smooth_attention
 from pipeline.editing import EDITORS
 from pipeline.engine.engine import Engine
 from pipeline.flow import edit_row, outcome_of
+from pipeline.reading.prepare import HERE
 from pipeline.recipe import recipe_from
 from pipeline.records import Edited, Sample
 from tests.methods import tiny_sd
@@ -55,7 +56,9 @@ def test_every_method_works_on_the_smallest_and_the_longest_canvas(size: int, fi
     out = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)).save(out, "PNG")
     sample = Sample(id="a", shard="", key="a", index=0, image=out.getvalue())
-    results = [outcome_of(one) for one in Engine(tiny_sd(), call_size=16).run_one(edit_row(sample, recipe, tiny_sd()))]
+    results = [
+        outcome_of(one) for one in Engine(tiny_sd(), call_size=16).run_one(edit_row(sample, recipe, tiny_sd(), HERE))
+    ]
     assert {one.method for one in results} == set(SETTINGS)
     for one in results:
         assert isinstance(one, Edited), one

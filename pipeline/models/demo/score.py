@@ -30,6 +30,7 @@ from pipeline.models.allocator import keep_freed_memory
 from pipeline.models.demo.networks import IMAGE_SIZE, LATENT_SIZE, load_pipeline
 from pipeline.models.demo.oracle import VALUES, read
 from pipeline.models.demo.world import Attribute, Scene, changed_region, complete_caption, draw, edited
+from pipeline.reading.prepare import HERE
 from pipeline.recipe import Recipe, load_recipe, recipe_from
 from pipeline.records import Edited, Sample
 
@@ -236,7 +237,7 @@ def run_edits(editor: Editor, scenes: Sequence[Scene], recipe: Recipe) -> list[E
         for index, scene in enumerate(scenes)
     ]
     outcomes: dict[int, Edited] = {}
-    for finished in editor.engine.run(edit_row(sample, recipe, editor.backbone) for sample in samples):
+    for finished in editor.engine.run(edit_row(sample, recipe, editor.backbone, HERE) for sample in samples):
         if finished.error is not None:
             raise finished.error
         outcome = outcome_of(*finished.value)

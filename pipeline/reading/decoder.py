@@ -1,0 +1,103 @@
+"""Decode a row's pictures in a process that may be killed: what breaks a limit fails alone, with the reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from pipeline.errors import DecodeError
+from pipeline.reading import decode as plain
+from pipeline.reading.channel import ClosedError, LateError
+from pipeline.reading.decode import Picture
+from pipeline.reading.guarded import BreachError, Limits, borrowed, warm_up
+
+if TYPE_CHECKING:
+    from pipeline.recipe import SourceConfig
+
+ATTEMPTS = 2  # the second in a fresh process: the first may have died of something else
+
+
+class Decodes(Protocol):
+    """What decodes pictures."""
+
+    def image(self, picture: Picture, max_pixels: int) -> tuple[np.ndarray, int]:
+        """See `pipeline.reading.decode.decode`."""
+
+    def mask(self, picture: Picture, max_pixels: int, orientation: int, size: tuple[int, int]) -> np.ndarray:
+        """See `pipeline.reading.decode.decode_mask`."""
+
+
+class Here:
+    """In this process, without limits: for pictures that the user holds already."""
+
+    def image(self, picture: Picture, max_pixels: int) -> tuple[np.ndarray, int]:
+        """See `Decodes`."""
+        return plain.decode(picture, max_pixels)
+
+    def mask(self, picture: Picture, max_pixels: int, orientation: int, size: tuple[int, int]) -> np.ndarray:
+        """See `Decodes`."""
+        return plain.decode_mask(picture, max_pixels, orientation, size)
+
+
+class Decoder:
+    """In a guarded process, with the same results and errors. May be used from several threads.
+
+    Args:
+        source: says what a picture may take, `decode_seconds` and `decode_memory`.
+    """
+
+    def __init__(self, source: SourceConfig) -> None:
+        self._limits = Limits.for_pictures(source)
+        warm_up(self._limits)
+
+    def image(self, picture: Picture, max_pixels: int) -> tuple[np.ndarray, int]:
+        """See `Decodes`."""
+        head, pixels = self._ask("image", picture, max_pixels, {})
+        return pixels, int(head["orientation"])
+
+    def mask(self, picture: Picture, max_pixels: int, orientation: int, size: tuple[int, int]) -> np.ndarray:
+        """See `Decodes`."""
+        return self._ask("mask", picture, max_pixels, {"orientation": orientation, "size": size})[1]
+
+    def _ask(
+        self, what: str, picture: Picture, max_pixels: int, more: dict[str, Any]
+    ) -> tuple[dict[str, Any], np.ndarray]:
+        assert isinstance(picture, bytes), "a row's pictures are encoded"
+        question = {"job": what, "max_pixels": max_pixels, **more}
+        for attempt in range(ATTEMPTS):
+            try:
+                head, blobs = self._once(question, picture)
+            except BreachError as breach:
+                if attempt + 1 == ATTEMPTS or not breach.may_pass:
+                    raise DecodeError(f"the {what} {breach} when it was decoded") from None
+                continue
+            if "problem" in head:
+                raise DecodeError(str(head["problem"]))
+            if "fault" in head:
+                raise RuntimeError(f"the decoder has a fault:\n{head['fault']}")
+            return head, _array(head["shape"], blobs, max_pixels)
+        raise AssertionError("the last attempt ends with a result or an error")
+
+    def _once(self, question: dict[str, Any], picture: bytes) -> tuple[dict[str, Any], list[bytearray]]:
+        with borrowed(self._limits) as guarded:
+            try:
+                seconds = self._limits.wall_seconds
+                guarded.channel.send(question, [picture], seconds=seconds)
+                answer = guarded.channel.receive(seconds=seconds)
+                if "memory" in answer[0]:
+                    raise MemoryError
+            except (ClosedError, LateError, MemoryError) as error:
+                raise guarded.breach(error) from None
+        return answer
+
+
+def _array(shape: Sequence[int], blobs: Sequence[bytearray], max_pixels: int) -> np.ndarray:
+    """What a process that read strangers' bytes says is an array, if it can be one."""
+    height, width, *channels = shape
+    (data,) = blobs
+    if len(data) != math.prod(shape) or not 0 < height * width <= max_pixels or channels not in ([], [3]):
+        raise DecodeError("its decoder answered with what is no picture")
+    return np.frombuffer(data, dtype=np.uint8).reshape(shape)
