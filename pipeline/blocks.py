@@ -11,7 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.records import Sample, Unit, UnitInput, Unreadable
+from pipeline.reading.packing import pack_row, unpack_row
+from pipeline.records import Unit, UnitInput, Unreadable
 from pipeline.writing.commit import FinishedUnit
 from pipeline.writing.manifest import Manifest
 
@@ -26,7 +27,12 @@ def pack_input(unit_input: UnitInput) -> pa.Table:
     """A unit as read: one row of `READ`."""
     blobs: list[bytes] = []
     labels: list[Mapping[str, Any]] = []  # the same for all rows of a file, and long
-    rows = [_pack_row(row, blobs, labels) for row in unit_input.rows]
+    rows = []
+    for row in unit_input.rows:
+        sample = row.sample if isinstance(row, Unreadable) else row
+        if sample.labels not in labels:
+            labels.append(sample.labels)
+        rows.append({**pack_row(row, blobs), "labels": labels.index(sample.labels)})
     unit = {name: getattr(unit_input.unit, name) for name in ("id", "shard", "chunk", "start", "stop", "is_last")}
     head = {"unit": unit, "shard_size": unit_input.shard_size, "shard_etag": unit_input.shard_etag}
     head["labels"] = labels
@@ -43,62 +49,8 @@ def unpack_input(table: pa.Table) -> UnitInput:
         unit=Unit(**head["unit"]),
         shard_size=head["shard_size"],
         shard_etag=head["shard_etag"],
-        rows=tuple(_unpack_row(item, row["blobs"], labels) for item in json.loads(row["rows"])),
+        rows=tuple(unpack_row(item, row["blobs"], labels[item["labels"]]) for item in json.loads(row["rows"])),
     )
-
-
-def _pack_row(row: Sample | Unreadable, blobs: list[bytes], labels: list[Mapping[str, Any]]) -> dict[str, Any]:
-    def blob(data: bytes) -> int:
-        blobs.append(data)
-        return len(blobs) - 1
-
-    sample = row.sample if isinstance(row, Unreadable) else row
-    if sample.labels not in labels:
-        labels.append(sample.labels)
-    packed: dict[str, Any] = {
-        "id": sample.id,
-        "shard": sample.shard,
-        "key": sample.key,
-        "index": sample.index,
-        "image": blob(sample.image),
-        "image_name": sample.image_name,
-        "image_path": sample.image_path,
-        "caption": sample.caption,
-        "mask": None if sample.mask is None else blob(sample.mask),
-        # Bytes are JSON text that nobody has parsed yet; they keep their kind, since errors speak of it.
-        "edits": {"blob": blob(sample.edits)} if isinstance(sample.edits, bytes) else {"value": sample.edits},
-        "columns": dict(sample.columns),
-        "members": {name: blob(data) for name, data in sample.members.items()},
-        "labels": labels.index(sample.labels),
-    }
-    if isinstance(row, Unreadable):
-        packed["unreadable"] = [row.error_class, row.message]
-    return packed
-
-
-def _unpack_row(
-    packed: dict[str, Any], blobs: list[bytes], labels: list[dict[str, tuple[str, ...]]]
-) -> Sample | Unreadable:
-    edits: Mapping[str, Any] = packed["edits"]
-    sample = Sample(
-        id=packed["id"],
-        shard=packed["shard"],
-        key=packed["key"],
-        index=packed["index"],
-        image=blobs[packed["image"]],
-        image_name=packed["image_name"],
-        image_path=packed["image_path"],
-        caption=packed["caption"],
-        mask=None if packed["mask"] is None else blobs[packed["mask"]],
-        edits=blobs[edits["blob"]] if "blob" in edits else edits["value"],
-        columns=packed["columns"],
-        members={name: blobs[at] for name, at in packed["members"].items()},
-        labels=labels[packed["labels"]],
-    )
-    if "unreadable" in packed:
-        error_class, message = packed["unreadable"]
-        return Unreadable(sample=sample, error_class=error_class, message=message)
-    return sample
 
 
 def pack_finished(finished: FinishedUnit) -> pa.Table:

@@ -66,6 +66,9 @@ class SourceConfig(Section):
     decode_memory: int = Field(default=1536 * 2**20, ge=64 * 2**20)
     """Bytes of memory that decoding an image or a mask may take; what needs more is quarantined. 64 megapixels take 0.5
     to 1.2 GiB."""
+    read_memory: int = Field(default=4 * 2**30, ge=256 * 2**20)
+    """Bytes of memory that reading a Parquet file may take; a row group that needs more is quarantined. Its largest
+    page decides: 1,024 rows in files of many writers."""
     max_row_concepts: int = Field(default=256, ge=1)
     """Concepts that a row's own edits may have together; each costs UNet rows."""
     check: Literal["auto", "content"] = "auto"

@@ -55,6 +55,11 @@ class Limits:
         """What decoding one image or mask may take."""
         return cls(source.decode_memory, source.decode_seconds, "source.decode_memory")
 
+    @classmethod
+    def for_parquet(cls, source: SourceConfig) -> Limits:
+        """What reading a few rows of a Parquet file may take."""
+        return cls(source.read_memory, source.decode_seconds, "source.read_memory")
+
     @property
     def wall_seconds(self) -> float:
         """What a job may take by the clock."""

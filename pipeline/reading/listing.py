@@ -322,7 +322,7 @@ def _with_footer(shard: Shard, source: SourceConfig) -> tuple[Shard, Exception |
         for attempt in retrying():
             with attempt, fs.open(path, "rb", block_size=1 << 20) as file:
                 try:
-                    groups = parquet.layout_of(parquet.open_parquet(file), source).row_groups
+                    extent = parquet.read_extent(file, source)
                 except parquet.DamagedFileError as error:
                     return shard, error
-    return replace(shard, rows=sum(groups), row_groups=groups), None
+    return replace(shard, rows=sum(extent.row_groups), row_groups=extent.row_groups, row_bytes=extent.row_bytes), None

@@ -1,41 +1,35 @@
-"""Rows of a Parquet file, row group by row group, through fsspec; the file is never loaded as a whole.
+"""Parquet files, read in a process that may be killed: footers, dictionaries and pages claim what they like.
 
-Columns without a setting:
+That process (reading/parquet_rows.py) gets a file that asks this one for its bytes, piece by piece: it knows neither
+the store nor its credentials. Rows come back as JSON and bytes.
 
-    image      the first of IMAGE_COLUMNS that is binary or Hugging Face's struct{bytes, path}; else the only such one
-    caption    source.caption; where that is the default "txt" and absent: "caption", then "text"
-    mask       source.mask, else "mask" where it is binary
-    edit       source.edit, else "edits": JSON text or a struct
-    key        the first of KEY_COLUMNS that holds text or integers, else the row's index, zero-padded
-
-Other binary columns become members, all others columns (as JSON: times and decimals as text, NaN as null).
-Stands beside Ray's and Hugging Face's readers since these fail, or drop whole blocks, on one damaged page.
+Memory: beside `source.read_memory` of that process, one row here and one piece of the file.
 """
 
 from __future__ import annotations
 
-import base64
-import datetime
-import json
-import math
-from collections import Counter
+import errno
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
-from pipeline.reading.rows import Names, RowProblemError, damaged_row, listed, split_edits, unreadable
+from pipeline.reading.channel import ClosedError, LateError
+from pipeline.reading.guarded import BreachError, Guarded, Limits, borrowed
+from pipeline.reading.packing import Labels, unpack_row
+from pipeline.reading.rows import damaged_row
 from pipeline.recipe import SourceConfig
 from pipeline.records import Sample, Unreadable
-from pipeline.showing import describe
 
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "img", "image_bytes", "input_image", "input")
-KEY_COLUMNS = ("__key__", "id", "key")
 BATCH_ROWS = 16  # decoded at a time: bounds memory
+PIECE = 8 << 20  # bytes of the file that are sent at once
+TAIL = 64 << 10  # bytes of a file's end that are fetched at first: most footers are shorter
+MAX_FOOTER = 64 << 20  # bytes; real ones have a few megabytes
+PARSERS = 2  # footers that are parsed side by side
+
 Row = Sample | Unreadable
+_parsers = threading.Semaphore(PARSERS)
 
 
 class DamagedFileError(Exception):
@@ -46,115 +40,40 @@ class NoImageColumnError(DamagedFileError):
     """The file is sound, but nothing in it can be an image."""
 
 
+class _DamagedGroupError(Exception):
+    """A part of the file cannot be read."""
+
+
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """Which column is what; "" where there is none."""
+class Extent:
+    """What a footer says of a file's size."""
 
-    image: str
-    caption: str
-    mask: str
-    key: str
     row_groups: tuple[int, ...]  # rows of each
-    labels: Mapping[str, tuple[str, ...]]  # columns of numbers that `datasets` declares as classes: their names
+    row_bytes: int  # of a row on average, unpacked, in the row group where that is most
 
 
-def is_damage(error: BaseException) -> bool:
-    """Whether pyarrow complains about the data. It does so as an OSError without errno, too, unlike any storage."""
-    known = (DamagedFileError, pa.ArrowException, UnicodeDecodeError)
-    return isinstance(error, known) or (type(error) is OSError and error.errno is None)
-
-
-def open_parquet(file: BinaryIO) -> pq.ParquetFile:
-    """Open a file so that pages are read as they are needed.
-
-    Raises:
-        DamagedFileError: it is no Parquet or is cut.
-    """
-    try:
-        return pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
-    except Exception as error:
-        if not is_damage(error):
-            raise
-        raise DamagedFileError(f"it is no Parquet file, or it is cut: {describe(error)}") from error
-
-
-def layout_of(file: pq.ParquetFile, source: SourceConfig) -> Layout:
-    """Which column of a file is what.
+def read_extent(file: BinaryIO, source: SourceConfig) -> Extent:
+    """What the footer of a file says.
 
     Raises:
         NoImageColumnError: lists the columns that there are.
-        DamagedFileError: the footer contradicts itself, or columns share a name.
+        DamagedFileError: it is no Parquet, is cut, contradicts itself, or takes too much to read.
+        OSError: the store broke off.
     """
+    size = file.seek(0, 2)
+    tail = _tail_of(file, size)
     try:
-        schema, metadata = file.schema_arrow, file.metadata
-        row_groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DamagedFileError(f"its footer is damaged: {describe(error)}") from error
-    if min(row_groups, default=0) < 0 or sum(row_groups) != metadata.num_rows:
-        raise DamagedFileError(f"its footer is damaged: {metadata.num_rows} rows, but {sum(row_groups)} in its groups")
-    if twice := [name for name, count in Counter(schema.names).items() if count > 1]:
-        raise DamagedFileError(f"several of its columns have one name: {listed(twice)}. Rename all but one")
-    images = [field.name for field in schema if is_image_type(field.type)]
-    texts = [field.name for field in schema if _is_text(field.type)]
-    mask = source.mask or "mask"
-    captions = (source.caption, "caption", "text") if source.caption == "txt" else (source.caption,)
-    if source.image is not None:
-        image = source.image if source.image in images else None
-        missing = f"no binary column '{source.image}', which source.image asks for"
-    else:
-        candidates = [name for name in images if name != mask]
-        known = [name for name in IMAGE_COLUMNS if name in candidates]
-        image = known[0] if known else candidates[0] if len(candidates) == 1 else None
-        missing = f"no column that is known to hold images (binary columns: {listed(candidates)})"
-    if image is None:
-        raise NoImageColumnError(
-            f"it has {missing}; its columns: {listed(schema.names)}. Name the image's in source.image"
-        )
-    keys = [name for name in KEY_COLUMNS if name in schema.names and _is_key(schema.field(name).type)]
-    return Layout(
-        image=image,
-        caption=next((name for name in captions if name in texts), ""),
-        mask=mask if mask in images else "",
-        key=keys[0] if keys else "",
-        row_groups=row_groups,
-        labels=_labels_of(schema),
-    )
-
-
-def _labels_of(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
-    """What the metadata of `datasets` says of columns that hold numbers of classes."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {
-            name: tuple(map(str, feature["names"]))
-            for name, feature in features.items()
-            if isinstance(feature, dict)
-            and feature.get("_type") == "ClassLabel"
-            and isinstance(feature.get("names"), list)
-            and name in schema.names
-            and pa.types.is_integer(schema.field(name).type)
-        }
-    except (KeyError, ValueError, TypeError, AttributeError):  # none, or not as `datasets` writes it
-        return {}
-
-
-def names_of_repeated_keys(file: pq.ParquetFile, layout: Layout) -> dict[int, str]:
-    """What follows the shard in the id of a row, by index, where that cannot be the row's key: it was there before."""
-    if not layout.key:
-        return {}
-    column = file.read(columns=[layout.key]).column(0)
-    # Python is only asked where keys are doubled or blank: this runs once per task, for all rows of the file.
-    is_blank = not pa.types.is_integer(column.type) and pc.any(pc.equal(column.cast(pa.string()), "")).as_py()
-    if column.null_count == 0 and not is_blank and len(column.unique()) == len(column):
-        return {}
-    names = Names()
-    given = {}
-    for index, scalar in enumerate(column):
-        key = _key(_python(scalar), index)
-        name, _ = names.take(key, index)
-        if name != key:
-            given[index] = name
-    return given
+        with _parsers, borrowed(Limits.for_parquet(source)) as guarded:
+            conversation = _Conversation(guarded, file, size)
+            conversation.ask({"job": "extent", **_question(source, size, tail)}, tail)
+            head, _ = conversation.answer()
+    except BreachError as breach:
+        raise DamagedFileError(f"reading its footer {breach}") from None
+    if "no_image" in head:
+        raise NoImageColumnError(head["no_image"])
+    if "damaged" in head:
+        raise DamagedFileError(head["damaged"])
+    return Extent(tuple(head["row_groups"]), head["row_bytes"])
 
 
 def read_rows(
@@ -168,205 +87,155 @@ def read_rows(
 ) -> Iterator[Row | None]:
     """Rows [start, stop) in order; None for a row whose index nobody `wants`.
 
-    A file that cannot be read at all gives one Unreadable; a damaged page one for every row that is lost by it. What
-    seems damaged is read a second time from a fresh open before it is believed.
+    A file that cannot be read at all gives one Unreadable; a damaged page, or one that takes too much to read, one for
+    every row that is lost by it. What seems damaged is read a second time from a fresh open before it is believed, and
+    what takes too much row by row.
 
     Raises:
         OSError: the store broke off; another attempt may succeed.
     """
-    position, failed_at = start, -1
+    position, failed_at, batch = start, -1, BATCH_ROWS
     while True:
-        with open_file() as handle:
-            try:
-                file = open_parquet(handle)
-                layout = layout_of(file, source)
-                names = names_of_repeated_keys(file, layout)
-            except Exception as error:
-                if not is_damage(error):
-                    raise
-                if failed_at != position:
-                    failed_at = position
-                    continue
-                text = _reason(error)
-                for index in range(position, position + 1 if stop is None else stop):
-                    yield _lost(shard, index, f"the shard cannot be read: {text}") if wants(index) else None
+        while stop is not None and position < stop and not wants(position):
+            yield None
+            position += 1
+        if position == stop and position > start:
+            return
+        reading = _Reading(shard, source, position, stop, batch)
+        try:
+            for row in reading.rows(open_file):
+                yield row if wants(position) else None
+                position += 1
+            return
+        except (DamagedFileError, _DamagedGroupError, BreachError) as error:
+            if failed_at != position:
+                failed_at = position
+                batch = 1 if isinstance(error, BreachError) else batch
+                continue
+            problem = f"it {error}" if isinstance(error, BreachError) else f"{error}"
+            if not reading.row_groups:
+                lost, message = position + 1 if stop is None else stop, f"the shard cannot be read: {problem}"
+            else:
+                group, first, lost = _group_at(reading.row_groups, position)
+                part = f"row group {group} of the shard (rows {first} to {lost - 1})"
+                verdict = f"{error}" if isinstance(error, BreachError) else f"is damaged: {error}"
+                message = f"{part} {verdict}"
+            while position < (lost if stop is None else min(lost, stop)):
+                row = damaged_row(shard, f"@{position}", f"@{position}", position, message)
+                yield row if wants(position) else None
+                position += 1
+            if not reading.row_groups or position == sum(reading.row_groups):
                 return
-            end = sum(layout.row_groups) if stop is None else stop
-            builder = _Builder(shard, source, layout, names)
-            try:
-                for row in _rows_of(file, layout, position, end, builder, wants):
-                    yield row
-                    position += 1
-                return
-            except Exception as error:
-                if not is_damage(error):
-                    raise
-                if failed_at != position:
-                    failed_at = position
-                    continue
-                group, first, after = _group_at(layout, position)
-                message = f"row group {group} of the shard (rows {first} to {after - 1}) is damaged: {_reason(error)}"
-                while position < min(after, end):
-                    yield _lost(shard, position, message) if wants(position) else None
-                    position += 1
+            batch = BATCH_ROWS
 
 
-def _rows_of(
-    file: pq.ParquetFile, layout: Layout, start: int, stop: int, builder: _Builder, wants: Callable[[int], bool]
-) -> Iterator[Row | None]:
-    after = 0
-    for group, count in enumerate(layout.row_groups):
-        first, after = after, after + count
-        rows = range(max(start, first), min(stop, after))
-        if not any(wants(row) for row in rows):
-            yield from (None for _ in rows)
-            continue
-        # A group is always read from its first row, so that batches, and with them what a damage costs, are the same
-        # whichever row was asked for.
-        index = first
-        for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group]):
-            for offset in range(batch.num_rows):
-                if index + offset in rows:
-                    yield builder.build(batch, offset, index + offset) if wants(index + offset) else None
-            index += batch.num_rows
-            if index >= rows.stop:
-                break
-        if index < rows.stop:
-            raise DamagedFileError(f"it ends after {index - first} of its {count} rows")
+class _Reading:
+    """One attempt to read rows from a position on."""
+
+    def __init__(self, shard: str, source: SourceConfig, start: int, stop: int | None, batch: int) -> None:
+        self._source = source
+        self._about = {"job": "rows", "shard": shard, "start": start, "stop": stop, "batch": batch}
+        self._labels: Labels = {}
+        self.row_groups: tuple[int, ...] = ()  # once they are known
+
+    def rows(self, open_file: Callable[[], BinaryIO]) -> Iterator[Row]:
+        with open_file() as file:
+            size = file.seek(0, 2)
+            tail = _tail_of(file, size)
+            with borrowed(Limits.for_parquet(self._source)) as guarded:
+                conversation = _Conversation(guarded, file, size)
+                conversation.ask(self._about | _question(self._source, size, tail), tail)
+                while True:
+                    head, blobs = conversation.answer()
+                    if "row" in head:
+                        yield unpack_row(head["row"], [bytes(blob) for blob in blobs], self._labels)
+                    elif "row_groups" in head:
+                        self.row_groups = tuple(head["row_groups"])
+                        self._labels = {name: tuple(classes) for name, classes in head["labels"].items()}
+                    else:
+                        break
+        if "damaged" in head or "no_image" in head:
+            problem = head.get("damaged") or head["no_image"]
+            raise _DamagedGroupError(problem) if self.row_groups else DamagedFileError(problem)
 
 
-def _group_at(layout: Layout, position: int) -> tuple[int, int, int]:
+class _Conversation:
+    """With a process that reads a file of ours."""
+
+    def __init__(self, guarded: Guarded, file: BinaryIO, size: int) -> None:
+        self._guarded, self._file, self._size = guarded, file, size
+
+    def ask(self, question: dict[str, Any], tail: bytes) -> None:
+        """Send a job."""
+        with self._breaches():
+            self._guarded.channel.send(question, [tail], seconds=self._guarded.limits.wall_seconds)
+
+    def answer(self) -> tuple[dict[str, Any], list[bytearray]]:
+        """The next message that is no request for bytes of the file; those are served.
+
+        Raises:
+            BreachError: the process broke a limit.
+            OSError: the store broke off.
+        """
+        while True:
+            with self._breaches():
+                head, blobs = self._guarded.channel.receive(seconds=self._guarded.limits.wall_seconds)
+                if "memory" in head:
+                    raise MemoryError
+            if "fault" in head:
+                raise RuntimeError(f"the reader has a fault:\n{head['fault']}")
+            if "read" not in head:
+                return head, blobs
+            data = self._piece(*head["read"])
+            with self._breaches():
+                self._guarded.channel.send({}, [data], seconds=self._guarded.limits.wall_seconds)
+
+    def _piece(self, start: int, count: int) -> bytes:
+        count = max(0, min(count, PIECE, self._size - start))
+        return _read_exactly(self._file, start, count)
+
+    @contextmanager
+    def _breaches(self) -> Iterator[None]:
+        """Turn the end of the process into what it broke."""
+        try:
+            yield
+        except (ClosedError, LateError, MemoryError) as error:
+            raise self._guarded.breach(error) from None
+
+
+def _question(source: SourceConfig, size: int, tail: bytes) -> Mapping[str, Any]:
+    known = source.model_dump(mode="json", exclude={"storage_options", "shards"})
+    return {"source": {**known, "shards": ["unused"]}, "size": size, "tail": size - len(tail)}
+
+
+def _tail_of(file: BinaryIO, size: int) -> bytes:
+    """The end of a file, with its footer.
+
+    Raises:
+        DamagedFileError: the footer claims to be longer than any that is real.
+    """
+    tail = _read_exactly(file, max(0, size - TAIL), min(size, TAIL))
+    length = int.from_bytes(tail[-8:-4], "little") + 8
+    if tail[-4:] != b"PAR1" or not len(tail) < length <= size:
+        return tail  # whole, or none, as the reader will say
+    if length > MAX_FOOTER:
+        raise DamagedFileError(f"its footer claims {length} bytes, more than the {MAX_FOOTER} that are read")
+    return _read_exactly(file, size - length, length)
+
+
+def _read_exactly(file: BinaryIO, start: int, count: int) -> bytes:
+    file.seek(start)
+    data = file.read(count)
+    if len(data) != count:
+        raise OSError(errno.EIO, f"the store sent {len(data)} of {count} bytes")
+    return data
+
+
+def _group_at(row_groups: tuple[int, ...], position: int) -> tuple[int, int, int]:
     """Row group that holds a row, its first row, and the index after its last row."""
     after = 0
-    for group, count in enumerate(layout.row_groups):
+    for group, count in enumerate(row_groups):
         first, after = after, after + count
         if position < after:
             return group, first, after
     raise IndexError(position)
-
-
-class _Builder:
-    """Makes rows out of record batches."""
-
-    def __init__(self, shard: str, source: SourceConfig, layout: Layout, names: dict[int, str]) -> None:
-        self.shard = shard
-        self.source = source
-        self.layout = layout
-        self.names = names  # of rows whose key was there before
-
-    def build(self, batch: pa.RecordBatch, offset: int, index: int) -> Row:
-        """One row."""
-        layout = self.layout
-        problems: list[str] = []
-        values = {name: _python(column[offset]) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
-        key = _key(values.pop(layout.key) if layout.key else None, index)
-        held = values[layout.image]
-        path = held.get("path") if isinstance(held, dict) else None
-        image = self._binary(layout.image, values.pop(layout.image), problems)
-        if image is None and not problems:
-            problems.append(f"column {layout.image} is empty")
-        # A column may be named "", which the layout takes for none.
-        mask = self._binary(layout.mask, values.pop(layout.mask), problems) if layout.mask else None
-        caption = (values.pop(layout.caption) or "") if layout.caption else ""
-        try:
-            values, edits = split_edits(values, self.source)
-        except RowProblemError as error:
-            problems.append(f"row {error}")
-            edits = None
-        members = {
-            name: self._binary(name, values.pop(name), problems)
-            for name in batch.schema.names
-            if name in values and is_image_type(batch.schema.field(name).type)
-        }
-        sample = Sample(
-            id=f"{self.shard}/{self.names.get(index, key)}",
-            shard=self.shard,
-            key=key,
-            index=index,
-            image=image or b"",
-            image_name=layout.image,
-            image_path=path if isinstance(path, str) else "",
-            caption=caption.strip(),
-            mask=mask,
-            edits=edits,
-            columns={name: plain(value) for name, value in values.items()},
-            members={name: content for name, content in members.items() if content is not None},
-            labels={name: classes for name, classes in layout.labels.items() if name in values},
-        )
-        return unreadable(sample, problems[0]) if problems else sample
-
-    def _binary(self, name: str, value: Any, problems: list[str]) -> bytes | None:
-        """Bytes of a binary column or of a struct{bytes, path}; None where there are none."""
-        if isinstance(value, dict):
-            if value.get("bytes") is None and value.get("path"):
-                problems.append(f"column {name} holds only a path and no bytes: store the image in the file")
-            value = value.get("bytes")
-        if value is not None and len(value) > self.source.max_member_bytes:
-            problems.append(
-                f"column {name} has {len(value)} bytes, more than source.max_member_bytes "
-                f"({self.source.max_member_bytes})"
-            )
-            return None
-        return value
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, DamagedFileError) else describe(error)
-
-
-def _lost(shard: str, index: int, message: str) -> Unreadable:
-    """A row in a damaged part: its key is not known."""
-    return damaged_row(shard, f"@{index}", f"@{index}", index, message)
-
-
-def _key(value: Any, index: int) -> str:
-    return f"{index:08d}" if value is None or value == "" else str(value)
-
-
-def _python(scalar: pa.Scalar) -> Any:
-    """A scalar as Python has it; text that is not UTF-8 and times that Python has not come as text."""
-    try:
-        return scalar.as_py()
-    except (ValueError, OverflowError, pa.ArrowException):
-        if _is_text(scalar.type):
-            return scalar.cast(pa.binary()).as_py().decode("utf-8", "backslashreplace")
-        try:
-            return scalar.cast(pa.string()).as_py()
-        except pa.ArrowException:
-            return f"a {scalar.type} out of range"
-
-
-def plain(value: Any) -> Any:
-    """The same as JSON has it: NaN as null, times and decimals as text, bytes as base64."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return base64.b64encode(value).decode()
-    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
-        return value.isoformat()
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-
-
-def is_image_type(kind: pa.DataType) -> bool:
-    """Whether a column may hold encoded images: binary, or Hugging Face's struct{bytes, path}."""
-    if pa.types.is_struct(kind):
-        return any(kind.field(at).name == "bytes" and _is_binary(kind.field(at).type) for at in range(kind.num_fields))
-    return bool(_is_binary(kind))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _is_key(kind: pa.DataType) -> bool:
-    return _is_text(kind) or bool(pa.types.is_integer(kind))

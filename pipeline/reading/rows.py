@@ -13,8 +13,8 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from pipeline.recipe import SourceConfig
 from pipeline.records import Sample, Unreadable
+from pipeline.sections import SourceConfig
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm", "pbm", "jp2", "avif")
 DEFAULT_MASK = "mask.png"

@@ -34,6 +34,7 @@ class Shard:
     etag: str  # version as the store or a look at the bytes tells it (reading/versions.py); "" where neither does
     rows: int | None = None  # None: only a read can tell (tar), or the file is damaged
     row_groups: tuple[int, ...] = ()  # Parquet: rows of each group
+    row_bytes: int = 0  # Parquet: of a row on average, unpacked, in the row group where that is most
     files: tuple[FolderRow, ...] = ()  # folder: its images with their sidecars, sorted
 
 

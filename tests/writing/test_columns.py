@@ -213,7 +213,7 @@ def test_a_tars_json_holds_objects_and_no_text_of_them(source: Path, tmp_path: P
 
 
 def test_what_datasets_would_not_write_as_features_is_no_reason_to_fail(tmp_path: Path) -> None:
-    from pipeline.reading.parquet import _labels_of
+    from pipeline.reading.parquet_rows import _labels_of
 
     table = pa.schema([("label", pa.int64()), ("text", pa.string())])
     for metadata in (
