@@ -13,9 +13,8 @@ The functions here are generators over one image. The engine runs those of many 
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -25,10 +24,11 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from pipeline.engine.calls import DecodeLatents, EncodeImage, Fork, Steps
 from pipeline.engine.engine import Engine
-from pipeline.errors import BlackImageError, EditError, InvertError, RowError, Stage
+from pipeline.errors import BlackImageError, ClusterError, EditError, InvertError, RowError, Stage
 from pipeline.evaluation.metrics import figures
 from pipeline.inversion.base import Inversion, draw_from
 from pipeline.models.backbone import Backbone
+from pipeline.reading.ahead import Ahead
 from pipeline.reading.decoder import Decodes
 from pipeline.reading.prepare import prepare, requests_of, restore, restore_mask
 from pipeline.recipe import Method, Recipe
@@ -47,7 +47,6 @@ from pipeline.records import (
 )
 
 NEARLY_BLACK = 8  # of 255: what compression leaves of a black image
-PREPARED_AHEAD = 4  # images decoded before the engine asks for them
 
 
 def edit_rows(
@@ -58,26 +57,17 @@ def edit_rows(
     Outcomes come in whatever order they finish. Several units may run on one engine, from several threads.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:
-        ready = _ahead(rows, lambda row: prepare_row(row, recipe, engine.backbone, decoder), pool)
-        for finished in engine.run(_edit_ready(one, recipe, engine.backbone) for one in ready):
-            if finished.error is not None:  # a fault of ours, not of a row: those become outcomes
-                raise finished.error
-            yield from finished.value
-
-
-def _ahead(
-    rows: Iterable[Sample | Unreadable],
-    prepare_one: Callable[[Sample | Unreadable], Prepared | list[Decoded | Rejected]],
-    pool: ThreadPoolExecutor,
-) -> Iterator[Prepared | list[Decoded | Rejected]]:
-    """Rows made ready in their order, a few before they are wanted, so that no GPU waits for a decoder."""
-    pending: deque[Future[Prepared | list[Decoded | Rejected]]] = deque()
-    for row in rows:
-        pending.append(pool.submit(prepare_one, row))
-        if len(pending) > PREPARED_AHEAD:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+        ready = Ahead(rows, lambda row: prepare_row(row, recipe, engine.backbone, decoder))
+        pool.submit(ready.fill)
+        steps = (None if one is None else _edit_ready(one, recipe, engine.backbone) for one in ready)
+        try:
+            for finished in engine.run(steps):
+                if finished.error is not None:  # a fault of ours, not of a row: those become outcomes
+                    raise finished.error
+                yield from finished.value
+                ready.let_go(finished.index)
+        finally:
+            ready.close()
 
 
 def edit_row(
@@ -118,6 +108,8 @@ def prepare_row(
     try:
         size = recipe.model.size or backbone.image_size
         return prepare(row, recipe, size=size, multiple=backbone.multiple, decoder=decoder)
+    except ClusterError:  # no decoder can be started: no row is to blame
+        raise
     except Exception as error:
         return [rejected(row, edit, method, "decode", error) for edit in requests for method in recipe.all_methods]
 

@@ -23,6 +23,7 @@ from pipeline.partition import WHOLE, Partition
 from pipeline.preflight import check_captions, todo_of_plan
 from pipeline.probe import PROBE_SECONDS, Probe, probe_model
 from pipeline.reading.prepare import requests_of
+from pipeline.reading.rows import light
 from pipeline.reading.shards import ReadTask, Shard
 from pipeline.reading.units import count_rows, plan_reads, read_units
 from pipeline.recipe import Recipe
@@ -77,8 +78,8 @@ def plan(recipe: Recipe, *, probe: bool = True, partition: Partition = WHOLE) ->
     todo = todo_of_plan(recipe, partition)
     shards = partition.of(todo.shards)
     images, images_note = count_images(shards, recipe)
-    rows, complete = first_rows(shards, recipe, images)
-    cost = cost_of(rows, recipe)
+    looked = look_at_rows(shards, recipe, images)
+    cost, rows, complete = looked.cost, looked.rows, looked.complete
     scale = 1.0 if complete else images / max(len(rows), 1)
     results, unet_rows = round(cost.results * scale), round(cost.unet_rows * scale)
     notes = [recipe.model.caveat, todo.left_out, images_note, cost.note(len(rows), complete)]
@@ -88,9 +89,9 @@ def plan(recipe: Recipe, *, probe: bool = True, partition: Partition = WHOLE) ->
     workers = recipe.run.workers if isinstance(recipe.run.workers, int) else max(torch.cuda.device_count(), 1)
     measured = None
     if probe:
-        samples = [row for row in rows if isinstance(row, Sample)][:PROBE_IMAGES]
         why: list[str] = []
-        measured = probe_model(recipe, samples, cost.results / len(rows), why) if samples else None
+        per_image = cost.results / max(len(rows), 1)
+        measured = probe_model(recipe, looked.to_probe, per_image, why) if looked.to_probe else None
         notes.append(probe_note(measured, why))
     return Plan(
         shards=len(shards),
@@ -140,27 +141,6 @@ def count_images(shards: Sequence[Shard], recipe: Recipe) -> tuple[int, str]:
     return round(counted / share), f"images: estimated from {len(chosen)} of {len(shards):,} shards, by their bytes"
 
 
-def first_rows(shards: Sequence[Shard], recipe: Recipe, images: int) -> tuple[list[Sample | Unreadable], bool]:
-    """The rows whose edits are looked at: all of a small source, the first ones of a large one; and whether all."""
-    read_all = images <= READ_ROWS and sum(shard.size for shard in shards) <= READ_BYTES
-    rows: list[Sample | Unreadable] = []
-    for task in plan_reads(shards, recipe.run.unit_size, _nothing, _nothing):
-        for row in _rows_of(task, recipe):
-            rows.append(row)
-            if not read_all and len(rows) == READ_ROWS:
-                return rows, False
-    return rows, True
-
-
-def _nothing(_: str) -> bool:
-    return False
-
-
-def _rows_of(task: ReadTask, recipe: Recipe) -> Iterator[Sample | Unreadable]:
-    for unit in read_units(task, recipe.source, recipe.run.unit_size, _nothing):
-        yield from unit.rows
-
-
 @dataclass(slots=True)
 class Cost:
     """What some rows ask for."""
@@ -191,33 +171,65 @@ class Cost:
         self.reasons.update(distinct)
 
 
-def cost_of(rows: Sequence[Sample | Unreadable], recipe: Recipe) -> Cost:
-    """Add up what rows ask for."""
-    cost = Cost()
+@dataclass(slots=True)
+class Looked:
+    """Rows whose edits were looked at. Their pictures are not kept, but for those that a probe edits."""
+
+    cost: Cost = field(default_factory=Cost)
+    rows: list[Sample | Unreadable] = field(default_factory=list)
+    to_probe: list[Sample] = field(default_factory=list)
+    complete: bool = False  # whether these are all
+
+
+def look_at_rows(shards: Sequence[Shard], recipe: Recipe, images: int) -> Looked:
+    """Look at all rows of a small source, at the first ones of a large one. Memory: one unit's rows."""
+    read_all = images <= READ_ROWS and sum(shard.size for shard in shards) <= READ_BYTES
+    looked = Looked()
     counter = RowCounter(recipe)
-    for row in rows:
-        if isinstance(row, Unreadable):
-            cost.cannot([_in_short(row.message)])
-            cost.results += len(asked_without(recipe))
-            continue
-        cost.own_edits += row.edits is not None
-        try:
-            requests = requests_of(row, recipe)
-        except RowError as error:
-            cost.cannot([_in_short(str(error))])
-            cost.results += len(asked_without(recipe))
-            continue
-        cost.results += len(requests) * len(recipe.all_methods)
-        masked = row.mask is not None
-        refused = {
-            (edit, name): problems
-            for edit, request in requests.items()
-            for name, method in recipe.all_methods.items()
-            if (problems := tuple(method.editing.problems_of_row(request, method.inversion, masked=masked)))
-        }
-        cost.cannot(problem.reason for problems in refused.values() for problem in problems)
-        cost.unet_rows += counter.rows(requests, masked=masked, refused=frozenset(refused))
-    return cost
+    for task in plan_reads(shards, recipe.run.unit_size, _nothing, _nothing):
+        for row in _rows_of(task, recipe):
+            add_cost(looked.cost, row, recipe, counter)
+            looked.rows.append(light(row))
+            if isinstance(row, Sample) and len(looked.to_probe) < PROBE_IMAGES:
+                looked.to_probe.append(row)
+            if not read_all and len(looked.rows) == READ_ROWS:
+                return looked
+    looked.complete = True
+    return looked
+
+
+def _nothing(_: str) -> bool:
+    return False
+
+
+def _rows_of(task: ReadTask, recipe: Recipe) -> Iterator[Sample | Unreadable]:
+    for unit in read_units(task, recipe.source, recipe.run.unit_size, _nothing):
+        yield from unit.rows
+
+
+def add_cost(cost: Cost, row: Sample | Unreadable, recipe: Recipe, counter: RowCounter) -> None:
+    """Add what a row asks for."""
+    if isinstance(row, Unreadable):
+        cost.cannot([_in_short(row.message)])
+        cost.results += len(asked_without(recipe))
+        return
+    cost.own_edits += row.edits is not None
+    try:
+        requests = requests_of(row, recipe)
+    except RowError as error:
+        cost.cannot([_in_short(str(error))])
+        cost.results += len(asked_without(recipe))
+        return
+    cost.results += len(requests) * len(recipe.all_methods)
+    masked = row.mask is not None
+    refused = {
+        (edit, name): problems
+        for edit, request in requests.items()
+        for name, method in recipe.all_methods.items()
+        if (problems := tuple(method.editing.problems_of_row(request, method.inversion, masked=masked)))
+    }
+    cost.cannot(problem.reason for problems in refused.values() for problem in problems)
+    cost.unet_rows += counter.rows(requests, masked=masked, refused=frozenset(refused))
 
 
 def _in_short(message: str) -> str:

@@ -22,6 +22,7 @@ from pipeline.flow import asked_without, edit_rows, outcome_of
 from pipeline.models.backbone import Backbone, ModelRecord
 from pipeline.models.loading import load_backbone
 from pipeline.pool import WorkerSettings
+from pipeline.reading.ahead import HELD_BYTES
 from pipeline.reading.decoder import Decoder
 from pipeline.reading.prepare import requests_of
 from pipeline.recipe import Recipe
@@ -33,6 +34,7 @@ from pipeline.writing.finish import finish_unit
 from pipeline.writing.manifest import Measured
 from pipeline.writing.rows import Row, encode_outcome
 
+LARGE_BYTES = 64 << 20  # pixels of an image of which one at a time is encoded
 ENCODERS = 2  # threads that restore, compare and write images while the model works
 # Measured on narrow and wide models: a row of a smaller call takes up to two fifths longer, larger ones gain little.
 CPU_CALL_SIZE = 16
@@ -78,6 +80,7 @@ class Worker:
             images_in_flight=in_flight if isinstance(in_flight, int) else None,
         )
         self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
+        self._one_large = threading.Lock()
         self._meter = _Meter(self.engine)
         self._gate = _Gate()
         self._report = report
@@ -142,15 +145,24 @@ class Worker:
     ) -> list[Row | Rejected]:
         encoded: list[Row | Rejected] = []
         pending: deque[Future[Row | Rejected]] = deque()
+        waiting: deque[int] = deque()  # bytes of their images
         for result in edit_rows(unit_rows, self.recipe, self.engine, self._decoder):
             progress.note(result)
             pending.append(self._encoders.submit(self._encode, result))
+            waiting.append(0 if isinstance(result, Rejected) else result.prepared.original.nbytes)
             # A result waits as pixels until it is encoded: only so many may.
-            if len(pending) > 2 * ENCODERS:
+            while len(pending) > 2 * ENCODERS or sum(waiting) > HELD_BYTES:
                 encoded.append(pending.popleft().result())
+                waiting.popleft()
         return encoded + [future.result() for future in pending]
 
     def _encode(self, result: Decoded | Rejected) -> Row | Rejected:
+        # Encoding takes several times the memory of the image itself.
+        is_large = isinstance(result, Decoded) and result.prepared.original.nbytes > LARGE_BYTES
+        with self._one_large if is_large else contextlib.nullcontext():
+            return self._encoded(result)
+
+    def _encoded(self, result: Decoded | Rejected) -> Row | Rejected:
         return encode_outcome(outcome_of(result), self.recipe, self.model, self.engine.call_size)
 
     def close(self) -> None:

@@ -72,7 +72,7 @@ class _Task:
 class _Session:
     """One call of `run`: where its generators come from and where its results go."""
 
-    source: Iterator[Steps[Any]]
+    source: Iterator[Steps[Any] | None]
     admitted: int = 0
     running: int = 0
     answered_rows: int = 0
@@ -113,11 +113,12 @@ class Engine:
         self._lock = threading.Lock()
 
     def run(
-        self, generators: Iterable[Steps[Any]], *, on_rows: Callable[[int], None] | None = None
+        self, generators: Iterable[Steps[Any] | None], *, on_rows: Callable[[int], None] | None = None
     ) -> Generator[Finished]:
         """Run generators to their end, and yield each as it finishes, in whatever order.
 
-        The iterable is drawn from as places become free. A generator that raises ends alone, with its exception in
+        The iterable is drawn from as places become free; it may answer None, "none at present", while generators of its
+        own are running or have finished and were not fetched. A generator that raises ends alone, with its exception in
         its `Finished`; KeyboardInterrupt and other non-errors end everything, a signal between two UNet calls.
 
         Args:
@@ -187,6 +188,8 @@ class Engine:
                 continue
             except BaseException as failure:  # the caller's iterable, raised again in the caller's own thread
                 session.exhausted, session.failure = True, failure
+                continue
+            if generator is None:
                 continue
             self._ready.append((_Task(generator, session, session.admitted), None, None))
             session.admitted += 1

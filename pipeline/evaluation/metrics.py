@@ -13,9 +13,10 @@ Cost: about 25 ms for 512 x 512 on one core.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 MAX_PSNR = 100.0
 WINDOW = 11  # pixels; with SIGMA the window of Wang et al. 2004
@@ -30,6 +31,8 @@ NAMES: tuple[str, ...] = (
     "edit_change",
     "rest_change",
 )
+BAND_VALUES = 12 << 20  # of an image, looked at together: all of one of four megapixels
+_THIRDS = np.arange(3 * 255 + 1, dtype=np.float32) / 3  # of the sum of three channels' changes: their mean
 STRONGEST = 100  # one pixel in so many is taken for the edit's own: the size of a mouth in a portrait
 
 
@@ -64,7 +67,7 @@ def figures(
     return {
         "reconstruction_psnr": None if round_trip is None else psnr(original, round_trip),
         "image_psnr": psnr(original, edited),
-        "background_psnr": None if background is None else psnr(original[background], edited[background]),
+        "background_psnr": None if background is None else psnr(original, edited, background),
         "background_ssim": None if background is None else background_ssim(original, edited, background),
         "mask_share": None if mask is None else float(mask.mean()),
         **changes(round_trip, edited, mask),
@@ -79,36 +82,72 @@ def changes(
     """`edit_change` and `rest_change` of `figures`: against the round trip, so that its error counts as no change."""
     if round_trip is None:
         return {"edit_change": None, "rest_change": None}
-    # Channel by channel: three planes are summed in half the time of a mean over the last axis.
-    planes = [np.abs(round_trip[..., c].astype(np.int16) - edited[..., c]) for c in range(3)]
-    change = (planes[0] + planes[1] + planes[2]).astype(np.float32) / 3
+    counts = _counts_of_sums(round_trip, edited, mask)
     if mask is None:
-        return {"edit_change": mean_of_strongest(change.ravel()), "rest_change": float(np.median(change))}
-    rest = change[~mask]
-    return {
-        "edit_change": mean_of_strongest(change[mask]),
-        "rest_change": float(rest.mean(dtype=np.float64)) if rest.size else None,
-    }
+        return {"edit_change": mean_of_strongest(counts), "rest_change": _median(counts)}
+    rest = _counts_of_sums(round_trip, edited, ~mask)
+    return {"edit_change": mean_of_strongest(counts), "rest_change": _mean(rest)}
 
 
-def mean_of_strongest(change: Float[np.ndarray, "n"]) -> float | None:
-    """Mean over the largest hundredth of the values, at least over one; None for no values."""
-    if not change.size:
-        return None
-    number = -(-change.size // STRONGEST)
-    strongest = np.partition(change, change.size - number)[change.size - number :]
-    return float(strongest.mean(dtype=np.float64))
+def _counts_of_sums(
+    one: UInt8[np.ndarray, "H W 3"], other: UInt8[np.ndarray, "H W 3"], where: Bool[np.ndarray, "H W"] | None
+) -> Int[np.ndarray, "766"]:
+    """How many pixels there are of every sum of the three channels' absolute differences."""
+    counts = np.zeros(3 * 255 + 1, dtype=np.int64)
+    for band in _bands(one):
+        # Channel by channel: three planes are summed in half the time of a sum over the last axis.
+        planes = [np.abs(one[band, :, c].astype(np.int16) - other[band, :, c]) for c in range(3)]
+        sums = planes[0] + planes[1] + planes[2]
+        counts += np.bincount((sums if where is None else sums[where[band]]).ravel(), minlength=len(counts))
+    return counts
 
 
-def psnr(one: UInt8[np.ndarray, "*shape"], other: UInt8[np.ndarray, "*shape"]) -> float | None:
-    """Peak signal-to-noise ratio in dB, at most `MAX_PSNR`; None for no pixels.
+def mean_of_strongest(counts: Int[np.ndarray, "766"]) -> float | None:
+    """Mean over the largest hundredth of the changes, at least over one; None for no changes."""
+    left = -(-int(counts.sum()) // STRONGEST)
+    strongest = np.zeros_like(counts)
+    for value in range(len(counts) - 1, -1, -1):
+        strongest[value] = min(int(counts[value]), left)
+        left -= strongest[value]
+    return _mean(strongest)
 
-    One line of numpy instead of torchmetrics, whose import costs every worker several seconds; a test compares them.
+
+def _mean(counts: Int[np.ndarray, "766"]) -> float | None:
+    number = int(counts.sum())
+    return float((counts * _THIRDS.astype(np.float64)).sum()) / number if number else None
+
+
+def _median(counts: Int[np.ndarray, "766"]) -> float:
+    number, upto = int(counts.sum()), counts.cumsum()
+    middle = [int(np.searchsorted(upto, at, side="right")) for at in ((number - 1) // 2, number // 2)]
+    return float(_THIRDS[middle].mean())
+
+
+def psnr(
+    one: UInt8[np.ndarray, "*shape"],
+    other: UInt8[np.ndarray, "*shape"],
+    where: Bool[np.ndarray, "*pixels"] | None = None,
+) -> float | None:
+    """Peak signal-to-noise ratio in dB, at most `MAX_PSNR`, of all pixels or of those `where`; None for no pixels.
+
+    Some lines of numpy instead of torchmetrics, whose import costs every worker several seconds; a test compares them.
     """
-    if one.size == 0:
+    total, number = 0.0, 0
+    for band in _bands(one):
+        a, b = one[band], other[band]
+        if where is not None:
+            a, b = a[where[band]], b[where[band]]
+        total += float(np.square(a.astype(np.float32) - b).sum(dtype=np.float64))  # of whole numbers: exact
+        number += a.size
+    if not number:
         return None
-    mean_square = float(np.square(one.astype(np.float32) - other).mean(dtype=np.float64))
-    return MAX_PSNR if mean_square == 0 else min(10.0 * math.log10(255.0**2 / mean_square), MAX_PSNR)
+    return MAX_PSNR if total == 0 else min(10.0 * math.log10(255.0**2 / (total / number)), MAX_PSNR)
+
+
+def _bands(image: np.ndarray) -> Iterator[slice]:
+    """Rows that are looked at together: an image of 64 megapixels takes a gigabyte in float32."""
+    rows = max(1, BAND_VALUES // max(1, image[:1].size))
+    return (slice(top, top + rows) for top in range(0, len(image), rows))
 
 
 def background_ssim(
@@ -123,10 +162,17 @@ def background_ssim(
     centres = background[half:-half, half:-half]
     if min(background.shape) < WINDOW or not centres.any():
         return None
-    outside = np.where(background[..., None], edited, original)
-    # Channel by channel: a plane of a megabyte stays in the processor's cache, an interleaved picture does not.
-    means = [ssim_map(original[..., c], outside[..., c])[centres].mean(dtype=np.float64) for c in range(3)]
-    return float(np.mean(means))
+    totals = [0.0, 0.0, 0.0]
+    rows = max(1, BAND_VALUES // (3 * background.shape[1]))
+    for top in range(0, len(centres), rows):
+        some = slice(top, top + rows + 2 * half)  # the windows reach beyond the band
+        outside = np.where(background[some, :, None], edited[some], original[some])
+        inside = centres[top : top + rows]
+        for c in range(3):
+            # Channel by channel: a plane of a megabyte stays in the processor's cache, an interleaved picture does not.
+            totals[c] += float(ssim_map(original[some, :, c], outside[..., c])[inside].sum(dtype=np.float64))
+    number = int(centres.sum())
+    return float(np.mean([total / number for total in totals]))
 
 
 def ssim_map(one: UInt8[np.ndarray, "H W"], other: UInt8[np.ndarray, "H W"]) -> Float[np.ndarray, "H-10 W-10"]:

@@ -21,13 +21,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from pipeline.errors import ClusterError
 from pipeline.reading.channel import Channel, ClosedError, LateError
 
 if TYPE_CHECKING:
     from pipeline.recipe import SourceConfig
 
 WALL = 10  # times its CPU time that a job may take by the clock: only what neither computes nor ends takes so long
-START_S = 120.0  # to import numpy and Pillow, on a machine that is busy with a model
+START_S = 600.0  # to import numpy and Pillow, on a machine that is busy with a model
+END_S = 10.0  # to end, once its pipes are closed
 IDLE_S = 60.0  # an idle process waits so long for another job
 MAX_ANSWER = 8 << 30  # bytes of an answer: its sender's own memory bounds it, below this
 # What the process may know of this one's surroundings: not the credentials.
@@ -90,7 +92,7 @@ class Guarded:
 
         Raises:
             ClosedError: it ended, as one does that was idle for long.
-            LateError: it is not there after two minutes.
+            LateError: it is not there after ten minutes.
         """
         if not self.started:
             self.channel.receive(seconds=START_S)
@@ -105,7 +107,7 @@ class Guarded:
             self.end()
             return self.limits.too_much(may_pass=self.used)
         try:
-            code = self.process.wait(self.limits.wall_seconds)
+            code = self.process.wait(END_S)
         except subprocess.TimeoutExpired:  # it closed its pipes and lives on
             code = 0
         self.end()
@@ -154,20 +156,11 @@ def borrowed(limits: Limits) -> Iterator[Guarded]:
     """A process for one job. It is kept for the next one unless the block raises.
 
     Raises:
-        OSError: none can be started.
+        ClusterError: none can be started, which is no row's fault.
     """
-    with _idle.lock:
-        waiting = _idle.by_limits.setdefault(limits, [])
-        future = waiting.pop() if waiting else _idle.keeper.submit(_start, limits)
-    guarded = future.result()
-    try:
-        guarded.wait_until_started()
-    except ClosedError:
-        guarded.end()
-        guarded = _idle.keeper.submit(_start, limits).result()
+    guarded = _started(limits)
     kept = False
     try:
-        guarded.wait_until_started()
         yield guarded
         kept = True
     finally:
@@ -179,13 +172,39 @@ def borrowed(limits: Limits) -> Iterator[Guarded]:
             guarded.end()
 
 
+def _started(limits: Limits) -> Guarded:
+    """One that waits for a job; what waited for long may have ended by now."""
+    while True:
+        with _idle.lock:
+            waiting = _idle.by_limits.setdefault(limits, [])
+            future = waiting.pop() if waiting else None
+        try:
+            guarded = (future or _idle.keeper.submit(_start, limits)).result()
+            try:
+                guarded.wait_until_started()
+            except (ClosedError, LateError):
+                guarded.end()
+                if future is None:
+                    raise
+                continue
+        except (OSError, ClosedError, LateError) as error:
+            raise ClusterError(
+                f"no process can be started to read images in ({type(error).__name__}). See that the machine has "
+                "memory and processes left, and that this Python can import the package"
+            ) from error
+        if guarded.process.poll() is None:
+            return guarded
+        guarded.end()
+
+
 def end_idle() -> None:
     """End the processes that wait for a job."""
     with _idle.lock:
         waiting = [future for futures in _idle.by_limits.values() for future in futures]
         _idle.by_limits.clear()
     for future in waiting:
-        future.result().end()
+        if future.exception() is None:
+            future.result().end()
 
 
 def _done(guarded: Guarded) -> Future[Guarded]:

@@ -24,7 +24,7 @@ from pipeline.reading import parquet
 from pipeline.reading.folder import group_files
 from pipeline.reading.local import find_local, glob_local
 from pipeline.reading.rows import IMAGE_EXTENSIONS, extension, listed, readable
-from pipeline.reading.shards import Format, Shard
+from pipeline.reading.shards import UNIT_BYTES, Format, Shard
 from pipeline.reading.storage import open_fs, retrying, storage_errors
 from pipeline.reading.versions import tag_of, versions
 from pipeline.recipe import SourceConfig
@@ -101,7 +101,9 @@ def list_source(source: SourceConfig) -> Listed:
         ]
     if kind == "parquet":
         shards = _with_footers(shards, source)
-    return Listed(shards=sorted(shards, key=lambda shard: shard.path), left_out=dict(+left_out))
+    unit_bytes = max(UNIT_BYTES, source.max_member_bytes // 4)
+    shards = [replace(shard, unit_bytes=unit_bytes) for shard in sorted(shards, key=lambda shard: shard.path)]
+    return Listed(shards=shards, left_out=dict(+left_out))
 
 
 def _that_are_there(named: list[tuple[str, _File]]) -> list[tuple[str, _File]]:
@@ -278,7 +280,13 @@ def _folder_shards(listings: list[_Listing], source: SourceConfig) -> tuple[list
     for base, label in zip(picked, _labels(list(picked)), strict=True):
         known = around[base]
         rows = [row for row in group_files(known, source) if row.image in picked[base]]
-        used = [known[name] for row in rows for name in (row.image, row.caption, row.edit, row.mask) if name]
+        names = [[name for name in (row.image, row.caption, row.edit, row.mask) if name] for row in rows]
+        most = source.max_member_bytes  # of a larger file nothing is kept
+        rows = [
+            replace(row, size=sum(size for name in some if (size := known[name].size) <= most))
+            for row, some in zip(rows, names, strict=True)
+        ]
+        used = [known[name] for some in names for name in some]
         tags = versions([(file.url, file.etag) for file in used], source)
         unused = picked[base].keys() - {file.relative for file in used}
         left_out.update(f"beside no image ({_suffix(picked[base][name])})" for name in unused)

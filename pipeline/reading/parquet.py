@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -203,7 +203,7 @@ class _Conversation:
             raise self._guarded.breach(error) from None
 
 
-def _question(source: SourceConfig, size: int, tail: bytes) -> Mapping[str, Any]:
+def _question(source: SourceConfig, size: int, tail: bytes) -> dict[str, Any]:
     known = source.model_dump(mode="json", exclude={"storage_options", "shards"})
     return {"source": {**known, "shards": ["unused"]}, "size": size, "tail": size - len(tail)}
 

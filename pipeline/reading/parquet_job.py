@@ -20,9 +20,12 @@ from pipeline.reading.parquet_rows import (
     open_parquet,
     rows_of,
 )
+from pipeline.reading.rows import damaged_row
+from pipeline.records import Sample, Unreadable
 from pipeline.sections import SourceConfig
 from pipeline.showing import describe
 
+MAX_TEXT = 16 << 20  # bytes of JSON that all but a row's pictures and members may become
 KEYS_TIMES = 10  # the CPU time of some rows that all keys of a file may take
 Answer = tuple[dict[str, Any], list[Any]]
 
@@ -52,9 +55,7 @@ def answer(channel: Channel, head: dict[str, Any], tail: bytes, allow: Allow) ->
         stop = sum(layout.row_groups) if head["stop"] is None else head["stop"]
         builder = Builder(head["shard"], source, layout, names)
         for row in rows_of(opened, layout, range(head["start"], stop), builder, head["batch"]):
-            blobs: list[bytes] = []
-            packed = json.loads(json.dumps(pack_row(row, blobs), default=str))
-            channel.send({"row": packed}, blobs)
+            channel.send(*_packed(row))
             allow()
     except NoImageColumnError as error:
         return {"no_image": str(error)}, []
@@ -63,6 +64,16 @@ def answer(channel: Channel, head: dict[str, Any], tail: bytes, allow: Allow) ->
             raise
         return {"damaged": str(error) if isinstance(error, DamagedFileError) else describe(error)}, []
     return {"done": True}, []
+
+
+def _packed(row: Sample | Unreadable) -> Answer:
+    blobs: list[bytes] = []
+    text = json.dumps(pack_row(row, blobs), default=str)
+    if len(text) <= MAX_TEXT:
+        return {"row": json.loads(text)}, blobs
+    sample = row.sample if isinstance(row, Unreadable) else row
+    name, problem = f"@{sample.index}", f"its columns hold more than {MAX_TEXT} bytes of text and numbers"
+    return {"row": pack_row(damaged_row(sample.shard, name, name, sample.index, problem), blobs := [])}, blobs
 
 
 class RemoteFile(io.RawIOBase):

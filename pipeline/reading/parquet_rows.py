@@ -34,7 +34,6 @@ from pipeline.showing import describe
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "img", "image_bytes", "input_image", "input")
 KEY_COLUMNS = ("__key__", "id", "key")
-MAX_TEXT = 16 << 20  # bytes of JSON that a row's columns may become
 Row = Sample | Unreadable
 
 
@@ -207,7 +206,10 @@ class Builder:
         """One row."""
         layout = self.layout
         problems: list[str] = []
-        values = {name: _python(column[offset]) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+        most = self.source.max_member_bytes
+        values = {
+            name: _held(column[offset], most) for name, column in zip(batch.schema.names, batch.columns, strict=True)
+        }
         key = _key(values.pop(layout.key) if layout.key else None, index)
         held = values[layout.image]
         path = held.get("path") if isinstance(held, dict) else None
@@ -228,9 +230,6 @@ class Builder:
             if name in values and is_image_type(batch.schema.field(name).type)
         }
         columns = {name: plain(value) for name, value in values.items()}
-        if len(json.dumps(columns)) > MAX_TEXT:
-            columns = {}
-            problems.append(f"its columns hold more than {MAX_TEXT} bytes of text and numbers")
         sample = Sample(
             id=f"{self.shard}/{self.names.get(index, key)}",
             shard=self.shard,
@@ -254,17 +253,31 @@ class Builder:
             if value.get("bytes") is None and value.get("path"):
                 problems.append(f"column {name} holds only a path and no bytes: store the image in the file")
             value = value.get("bytes")
-        if value is not None and len(value) > self.source.max_member_bytes:
-            problems.append(
-                f"column {name} has {len(value)} bytes, more than source.max_member_bytes "
-                f"({self.source.max_member_bytes})"
-            )
+        if isinstance(value, _TooLarge):
+            most = self.source.max_member_bytes
+            problems.append(f"column {name} has {value.size} bytes, more than source.max_member_bytes ({most})")
             return None
         return value
 
 
 def _key(value: Any, index: int) -> str:
     return f"{index:08d}" if value is None or value == "" else str(value)
+
+
+@dataclass(frozen=True, slots=True)
+class _TooLarge:
+    """Stands for a binary value that is not looked at."""
+
+    size: int
+
+
+def _held(scalar: pa.Scalar, most: int) -> Any:
+    """A scalar as Python has it, but for binary values, also those of image structs, of more than `most` bytes."""
+    if pa.types.is_struct(scalar.type) and is_image_type(scalar.type) and scalar.is_valid:
+        return {name: _held(value, most) for name, value in scalar.items()}
+    if _is_binary(scalar.type) and scalar.is_valid and (size := scalar.as_buffer().size) > most:
+        return _TooLarge(size)
+    return _python(scalar)
 
 
 def _python(scalar: pa.Scalar) -> Any:

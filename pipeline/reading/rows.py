@@ -9,8 +9,10 @@ Members are known by extension: what follows the first dot of the name, lower ca
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pipeline.records import Sample, Unreadable
@@ -18,6 +20,10 @@ from pipeline.sections import SourceConfig
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm", "pbm", "jp2", "avif")
 DEFAULT_MASK = "mask.png"
+MAX_JSON = 16 << 20  # bytes of a json member, whose values take many times as many
+JSON_WEIGHT = 16  # times its bytes that a json member counts in its unit
+MAX_LIGHT = 4096  # bytes of a column or member that a light row keeps
+LONG_KEY = 128  # characters that are remembered of a key as they are
 SHOWN = 6  # names listed in a message
 
 
@@ -35,14 +41,21 @@ class Names:
 
     def take(self, key: str, index: int) -> tuple[str, bool]:
         """The id's part after the shard, and whether the key was there before; "#index" follows a repeated key."""
-        repeated = key in self._keys
-        self._keys.add(key)
+        repeated = _mark(key) in self._keys
+        self._keys.add(_mark(key))
         name = key
-        while (repeated and (name == key or name in self._keys)) or name in self._with_index:
+        while (repeated and (name == key or _mark(name) in self._keys)) or _mark(name) in self._with_index:
             name = f"{name}#{index}"
         if name != key:
-            self._with_index.add(name)
+            self._with_index.add(_mark(name))
         return name, repeated
+
+
+def _mark(key: str) -> str:
+    """Stands for a key among those of a shard, which may have a megabyte each."""
+    if len(key) <= LONG_KEY:
+        return key
+    return f"{key[:LONG_KEY]}\n{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}"
 
 
 def extension(name: str) -> str:
@@ -115,6 +128,23 @@ def unreadable(sample: Sample, message: str) -> Unreadable:
 def damaged_row(shard: str, key: str, name: str, index: int, message: str) -> Unreadable:
     """A row of which nothing but its place is known."""
     return unreadable(Sample(id=f"{shard}/{name}", shard=shard, key=key, index=index, image=b""), message)
+
+
+def light(row: Sample | Unreadable) -> Sample | Unreadable:
+    """A row as far as it says what is asked for and what it is made of: without its pictures and all that is long."""
+    if isinstance(row, Unreadable):
+        return replace(row, sample=_light(row.sample))
+    return _light(row)
+
+
+def _light(sample: Sample) -> Sample:
+    return replace(
+        sample,
+        image=b"",
+        mask=None if sample.mask is None else b"",
+        columns={name: value if len(str(value)) <= MAX_LIGHT else "..." for name, value in sample.columns.items()},
+        members={name: content if len(content) <= MAX_LIGHT else b"" for name, content in sample.members.items()},
+    )
 
 
 def build_sample(

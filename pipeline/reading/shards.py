@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.records import Unit
 
 Format = Literal["webdataset", "parquet", "folder"]
+UNIT_BYTES = 64 << 20  # of a unit's rows together, about; at least a quarter of the largest member that is allowed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,7 @@ class FolderRow:
     caption: str = ""
     edit: str = ""
     mask: str = ""
+    size: int = 0  # bytes of these files together, as listed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +39,11 @@ class Shard:
     row_groups: tuple[int, ...] = ()  # Parquet: rows of each group
     row_bytes: int = 0  # Parquet: of a row on average, unpacked, in the row group where that is most
     files: tuple[FolderRow, ...] = ()  # folder: its images with their sidecars, sorted
+    unit_bytes: int = UNIT_BYTES  # a unit ends with the row that brings it to so many, if not before
+
+    def unit_rows(self, unit_size: int) -> int:
+        """Parquet: rows of a unit. From the footer, so that whoever reads any part of the file cuts alike."""
+        return max(1, min(unit_size, self.unit_bytes // max(1, self.row_bytes)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +51,9 @@ class ReadTask:
     """What one worker reads in one go: a whole tar, some units of a Parquet file, one chunk of a folder."""
 
     shard: Shard
-    start: int  # first row, a multiple of the unit size
+    start: int  # first row, with which a unit begins
     stop: int | None  # row after the last; None: to the end of the shard
+    chunk: int = 0  # of the first row
     rows: tuple[FolderRow, ...] = ()  # folder: this chunk's files; the shard travels without its list of files
 
 
@@ -61,9 +70,35 @@ def unit_id(shard_path: str, chunk: int) -> str:
     return f"{shard_slug(shard_path)}-{chunk:05d}"
 
 
-def unit_of(shard: Shard, chunk: int, unit_size: int, count: int, *, is_last: bool) -> Unit:
-    """The unit that holds `count` rows of a shard from `chunk * unit_size` on."""
-    start = chunk * unit_size
+class Cuts:
+    """Where units end, from the sizes of a shard's rows alone, which come one by one: the same for every reader.
+
+    Args:
+        unit_size: rows of a unit, at most.
+        unit_bytes: a unit ends with the row that brings it to so many.
+    """
+
+    def __init__(self, unit_size: int, unit_bytes: int) -> None:
+        self._unit_size, self._unit_bytes = unit_size, unit_bytes
+        self.starts = [0]  # first rows of units; the last one may have none yet
+        self.rows = 0
+        self._bytes = 0
+
+    def add(self, size: int) -> None:
+        """The next row's bytes."""
+        self.rows += 1
+        self._bytes += size
+        if self.rows - self.starts[-1] == self._unit_size or self._bytes >= self._unit_bytes:
+            self.starts.append(self.rows)
+            self._bytes = 0
+
+    def chunk_of(self, index: int) -> int:
+        """Which unit a row belongs to; known once all rows before it are."""
+        return bisect_right(self.starts, index) - 1
+
+
+def unit_of(shard: Shard, chunk: int, start: int, count: int, *, is_last: bool) -> Unit:
+    """The unit that holds `count` rows of a shard from row `start` on."""
     return Unit(
         id=unit_id(shard.path, chunk), shard=shard.path, chunk=chunk, start=start, stop=start + count, is_last=is_last
     )

@@ -2,6 +2,9 @@
 
 A tar has no index: one task reads it whole and passes over what is committed. Parquet is cut at row groups: one task
 reads the units that begin in a row group, since a group can only be decoded from its start. A folder is cut by files.
+
+A unit ends early where its rows are large (`Shard.unit_bytes`): with the row that brings a tar's or a folder's to that
+many bytes; in Parquet, where no row can be seen before it is read, by the average that the footer announces.
 """
 
 from __future__ import annotations
@@ -10,13 +13,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache, partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, BinaryIO
 
 from pipeline.errors import SourceError
 from pipeline.reading import folder, parquet, webdataset
 from pipeline.reading.listing import list_shards
-from pipeline.reading.shards import ReadTask, Shard, shard_slug, unit_id, unit_of
+from pipeline.reading.rows import damaged_row
+from pipeline.reading.shards import Cuts, ReadTask, Shard, shard_slug, unit_id, unit_of
 from pipeline.reading.storage import open_fs, retrying, storage_errors
 from pipeline.recipe import SourceConfig
 from pipeline.records import Sample, UnitInput, Unreadable
@@ -25,6 +29,7 @@ from pipeline.showing import public_url
 Row = Sample | Unreadable
 BUFFER = 4 << 20  # bytes fetched from an object store at a time
 COUNT_BUFFER = 256 << 10  # the same while only headers are read
+MOST_OF_A_UNIT = 4  # times its bytes that a unit of Parquet may hold: rows are seldom all alike
 
 __all__ = ["ReadTask", "Shard", "count_rows", "list_shards", "plan_reads", "read_units", "shard_slug", "unit_id"]
 
@@ -50,11 +55,12 @@ def plan_reads(
             if not last_unit_known_committed(shard.path):
                 tasks.append(ReadTask(shard=shard, start=0, stop=None))
             continue
-        chunks = [chunk for chunk in range(_chunks(shard, unit_size)) if not is_committed(unit_id(shard.path, chunk))]
         if shard.format == "folder":
-            tasks += _folder_tasks(shard, unit_size, chunks)
+            tasks += _folder_tasks(shard, unit_size, is_committed)
         else:
-            tasks += _parquet_tasks(shard, unit_size, chunks)
+            rows = shard.unit_rows(unit_size)
+            chunks = [chunk for chunk in range(_chunks(shard, rows)) if not is_committed(unit_id(shard.path, chunk))]
+            tasks += _parquet_tasks(shard, rows, chunks)
     return tasks
 
 
@@ -69,7 +75,7 @@ def read_units(
         SourceError: the shard vanished, changed since it was listed, or cannot be read after all attempts.
     """
     shard = task.shard
-    done = task.start // unit_size  # chunks before this one were handed out
+    done = _chunks_of(task, unit_size, Cuts(unit_size, 1))(task.start)  # chunks before this one were handed out
 
     @cache
     def is_skipped(chunk: int) -> bool:
@@ -77,8 +83,14 @@ def read_units(
 
     def begin() -> Iterator[UnitInput]:
         first = done
-        rows = _rows(task, source, lambda index: index // unit_size >= first and not is_skipped(index // unit_size))
-        return _cut(rows, task, unit_size, lambda chunk: chunk < first or is_skipped(chunk))
+        cuts = Cuts(unit_size, shard.unit_bytes)
+        chunk_of = _chunks_of(task, unit_size, cuts)
+
+        def is_passed_over(chunk: int) -> bool:
+            return chunk < first or is_skipped(chunk)
+
+        rows = _rows(task, source, lambda index: not is_passed_over(chunk_of(index)), cuts)
+        return _cut(rows, task, chunk_of, is_passed_over)
 
     reader = begin()
     while True:
@@ -106,7 +118,7 @@ def count_rows(shard: Shard, source: SourceConfig) -> int:
     with storage_errors(shard.url):
         for attempt in retrying():
             with attempt:
-                count = sum(1 for _ in _rows(task, source, lambda _: False, COUNT_BUFFER))
+                count = sum(1 for _ in _rows(task, source, lambda _: False, Cuts(1, 1), COUNT_BUFFER))
     return count
 
 
@@ -114,13 +126,25 @@ def _chunks(shard: Shard, unit_size: int) -> int:
     return max(1, -(-(shard.rows or 0) // unit_size))  # an empty shard has one empty unit, so that it can be committed
 
 
-def _folder_tasks(shard: Shard, unit_size: int, chunks: list[int]) -> Iterator[ReadTask]:
+def _chunks_of(task: ReadTask, unit_size: int, cuts: Cuts) -> Callable[[int], int]:
+    """Which chunk a row belongs to, by its index. Of a tar the `cuts` tell, as it is read."""
+    if task.shard.format == "webdataset":
+        return cuts.chunk_of
+    if task.shard.format == "folder":
+        return lambda index: task.chunk + (index - task.start) // unit_size
+    rows = task.shard.unit_rows(unit_size)
+    return lambda index: index // rows
+
+
+def _folder_tasks(shard: Shard, unit_size: int, is_committed: Callable[[str], bool]) -> Iterator[ReadTask]:
     # Every task carries its own files only: a folder may hold millions.
     bare = replace(shard, files=())
-    for chunk in chunks:
-        rows = shard.files[chunk * unit_size : (chunk + 1) * unit_size]
-        start = chunk * unit_size
-        yield ReadTask(shard=bare, start=start, stop=start + len(rows), rows=rows)
+    cuts = Cuts(unit_size, shard.unit_bytes)
+    for row in shard.files:
+        cuts.add(row.size)
+    for chunk, (start, stop) in enumerate(pairwise(dict.fromkeys((*cuts.starts, cuts.rows)))):
+        if not is_committed(unit_id(shard.path, chunk)):
+            yield ReadTask(shard=bare, start=start, stop=stop, chunk=chunk, rows=shard.files[start:stop])
 
 
 def _parquet_tasks(shard: Shard, unit_size: int, chunks: list[int]) -> Iterator[ReadTask]:
@@ -140,13 +164,14 @@ def _parquet_tasks(shard: Shard, unit_size: int, chunks: list[int]) -> Iterator[
 
 
 def _run_task(shard: Shard, unit_size: int, run: list[int]) -> ReadTask:
-    return ReadTask(shard=shard, start=run[0] * unit_size, stop=min((run[-1] + 1) * unit_size, shard.rows or 0))
+    stop = min((run[-1] + 1) * unit_size, shard.rows or 0)
+    return ReadTask(shard=shard, start=run[0] * unit_size, stop=stop, chunk=run[0])
 
 
 def _rows(
-    task: ReadTask, source: SourceConfig, wants: Callable[[int], bool], buffer: int = BUFFER
+    task: ReadTask, source: SourceConfig, wants: Callable[[int], bool], cuts: Cuts, buffer: int = BUFFER
 ) -> Iterator[Row | None]:
-    """Every row of a task in order; None for a row whose index nobody wants."""
+    """Every row of a task in order; None for a row whose index nobody wants. The `cuts` of a tar are told its rows."""
     shard = task.shard
     if shard.format == "folder":
         yield from folder.read_rows(task, source, wants)
@@ -159,7 +184,13 @@ def _rows(
     else:
         with _open(shard, source, block_size=buffer, cache_type="readahead") as file:
             yield from webdataset.read_rows(
-                file, shard=shard.path, url=public_url(shard.url), size=shard.size, source=source, wants=wants
+                file,
+                shard=shard.path,
+                url=public_url(shard.url),
+                size=shard.size,
+                source=source,
+                wants=wants,
+                sized=cuts.add,
             )
 
 
@@ -177,25 +208,50 @@ def _open(shard: Shard, source: SourceConfig, **caching: Any) -> BinaryIO:
 
 
 def _cut(
-    rows: Iterator[Row | None], task: ReadTask, unit_size: int, is_skipped: Callable[[int], bool]
+    rows: Iterator[Row | None], task: ReadTask, chunk_of: Callable[[int], int], is_passed_over: Callable[[int], bool]
 ) -> Iterator[UnitInput]:
     """Units of rows; the last one is known by one row of lookahead."""
-    chunk = task.start // unit_size
+    chunk, start = chunk_of(task.start), task.start
     held: list[Row | None] = []
-    for row in rows:
-        if len(held) == unit_size:
-            if not is_skipped(chunk):
-                yield _unit(task.shard, chunk, unit_size, held, is_last=False)
-            chunk, held = chunk + 1, []
-        held.append(row)
-    if not is_skipped(chunk):
+    taken = 0  # bytes
+    for index, row in enumerate(rows, task.start):
+        if held and chunk_of(index) != chunk:
+            if not is_passed_over(chunk):
+                yield _unit(task.shard, chunk, start, held, is_last=False)
+            chunk, start, held, taken = chunk_of(index), index, [], 0
+        kept = _within(task.shard, row, taken)
+        taken += _bytes_of(kept)
+        held.append(kept)
+    if not is_passed_over(chunk):
         is_last = task.stop is None or task.stop == (task.shard.rows or 0)
-        yield _unit(task.shard, chunk, unit_size, held, is_last=is_last)
+        yield _unit(task.shard, chunk, start, held, is_last=is_last)
 
 
-def _unit(shard: Shard, chunk: int, unit_size: int, rows: list[Row | None], *, is_last: bool) -> UnitInput:
+def _within(shard: Shard, row: Row | None, taken: int) -> Row | None:
+    """A row, unless those before it hold far more bytes than their file's footer announces: then what is wrong."""
+    most = MOST_OF_A_UNIT * shard.unit_bytes
+    if shard.format != "parquet" or not isinstance(row, Sample) or taken < most:
+        return row
+    name = row.id.removeprefix(f"{shard.path}/")
+    return damaged_row(
+        shard.path,
+        row.key,
+        name,
+        row.index,
+        f"the rows before it in its unit hold more than {most} bytes; the file's footer announces {shard.row_bytes} "
+        "for a row. Set a smaller run.unit_size, or write the file anew",
+    )
+
+
+def _bytes_of(row: Row | None) -> int:
+    if not isinstance(row, Sample):
+        return 0
+    return len(row.image) + len(row.mask or b"") + sum(map(len, row.members.values())) + len(row.caption)
+
+
+def _unit(shard: Shard, chunk: int, start: int, rows: list[Row | None], *, is_last: bool) -> UnitInput:
     return UnitInput(
-        unit=unit_of(shard, chunk, unit_size, len(rows), is_last=is_last),
+        unit=unit_of(shard, chunk, start, len(rows), is_last=is_last),
         shard_size=shard.size,
         shard_etag=shard.etag,
         rows=tuple(row for row in rows if row is not None),

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from pipeline.reading.rows import (
+    JSON_WEIGHT,
+    MAX_JSON,
     Names,
     build_sample,
     choose_image,
@@ -27,6 +29,7 @@ from pipeline.records import Sample, Unreadable
 
 Row = Sample | Unreadable
 GZIP = b"\x1f\x8b"
+MAX_MEMBERS = 1000  # of a sample
 LOOKAHEAD = 2  # samples at the edge of a damage that wait for one far from it
 
 
@@ -50,7 +53,8 @@ class _Pending:
     after_damage: Damage | None
     names: list[str] = field(default_factory=list)  # extensions of its members, also of those that are not kept
     parts: dict[str, bytes] = field(default_factory=dict)  # content by extension
-    size: int = 0
+    size: int = 0  # bytes of its members
+    held: int = 0  # of those that are kept where the sample is wanted: what it counts in its unit
     problem: str = ""
     damages: list[Damage] = field(default_factory=list)  # seen since its last member
 
@@ -80,10 +84,13 @@ class _Place:
 class _Grouping:
     """Collects entries into rows. A row that nobody wants is None, so that the count stays."""
 
-    def __init__(self, shard: str, source: SourceConfig, wants: Callable[[int], bool]) -> None:
+    def __init__(
+        self, shard: str, source: SourceConfig, wants: Callable[[int], bool], sized: Callable[[int], None]
+    ) -> None:
         self.shard = shard
         self.source = source
         self.wants = wants
+        self.sized = sized
         self.index = 0
         self.names = Names()
         self.usual: set[str] | None = None  # extensions of the last sample far from any damage
@@ -133,6 +140,9 @@ class _Grouping:
             yield self._row(place) if self.wants(place.index) else None
 
     def _add(self, pending: _Pending, name: str, entry: Entry, walk: TarWalk) -> None:
+        if len(pending.names) == MAX_MEMBERS:
+            pending.problem = pending.problem or f"it has more than {MAX_MEMBERS} members"
+            return
         limit = self.source.max_member_bytes
         problem = ""
         if entry.oddity:
@@ -145,7 +155,11 @@ class _Grouping:
             problem = f"member {name} has {entry.size} bytes, more than source.max_member_bytes ({limit})"
         elif pending.size + entry.size > limit:
             problem = f"its members together have more bytes than source.max_member_bytes ({limit}) allows"
-        elif pending.wanted:
+        elif name == "json" and entry.size > MAX_JSON:
+            problem = f"member json has {entry.size} bytes, more than the {MAX_JSON} that are parsed"
+        else:
+            pending.held += entry.size * (JSON_WEIGHT if name == "json" else 1)
+        if not problem and pending.wanted:
             content = walk.content()
             if len(content) == entry.size:  # a cut one is reported by the walk, next
                 pending.parts[name] = content
@@ -180,6 +194,7 @@ class _Grouping:
         name, repeated = self.names.take(key, self.index)
         self.places.append(_Place(self.index, key, name, repeated, pending, message))
         self.index += 1
+        self.sized(0 if pending is None else pending.held)
 
     def _place_damage(self, damage: Damage) -> None:
         span = f"bytes {damage.start} to {damage.stop} could not be read" if damage.stop > damage.start else "it ends"
@@ -221,15 +236,24 @@ def is_packed(file: BinaryIO, url: str) -> bool:
 
 
 def read_rows(
-    file: BinaryIO, *, shard: str, url: str, size: int | None, source: SourceConfig, wants: Callable[[int], bool]
+    file: BinaryIO,
+    *,
+    shard: str,
+    url: str,
+    size: int | None,
+    source: SourceConfig,
+    wants: Callable[[int], bool],
+    sized: Callable[[int], None],
 ) -> Iterator[Row | None]:
     """Every row of a tar in order; None for a row whose index nobody `wants`: its content is passed over.
+
+    `sized` is told every row's bytes, before `wants` is asked about the next.
 
     Raises:
         OSError: the store broke off; another attempt from a fresh open may succeed.
     """
     walk = TarWalk(Stream(file, size, is_packed(file, url)))
-    grouping = _Grouping(shard, source, wants)
+    grouping = _Grouping(shard, source, wants, sized)
     for item in walk:
         yield from grouping.damage(item) if isinstance(item, Damage) else grouping.entry(item, walk)
     yield from grouping.end()

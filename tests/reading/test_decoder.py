@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.errors import DecodeError, PrepareError
+from pipeline.errors import ClusterError, DecodeError, PrepareError
 from pipeline.reading import decode as plain
 from pipeline.reading import guarded
 from pipeline.reading.decoder import Decoder
@@ -31,6 +31,7 @@ MIB = 2**20
 
 @pytest.fixture(autouse=True)
 def _no_process_stays() -> Iterator[None]:
+    guarded.end_idle()
     yield
     guarded.end_idle()
 
@@ -184,6 +185,25 @@ def test_a_process_that_somebody_kills_costs_no_picture() -> None:
     ours.image(good, MOST)
     os.kill(the_process(), signal.SIGKILL)
     assert ours.image(good, MOST)[0].shape == (40, 30, 3)
+
+
+def test_a_process_that_ended_while_idle_is_replaced_unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guarded, "IDLE_S", 1.0)
+    ours = decoder()
+    good = saved(noise(40, 30, 3), "PNG")
+    ours.image(good, MOST)
+    first = the_process()
+    until = time.monotonic() + 20
+    while is_running(first) and time.monotonic() < until:
+        time.sleep(0.05)
+    ours.image(good, MOST)
+    assert the_process() != first
+
+
+def test_where_no_process_can_be_started_no_row_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nothing/there")
+    with pytest.raises(ClusterError, match="no process can be started"):
+        decoder().image(saved(noise(40, 30, 3), "PNG"), MOST)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
