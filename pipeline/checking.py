@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.flow import seed_for
-from pipeline.reading.shards import shard_slug
+from pipeline.reading.shards import shard_slug, unit_id
 from pipeline.showing import describe
 from pipeline.writing.manifest import Manifest, kind_of
 from pipeline.writing.run_record import RunRecord, column_names_of
@@ -226,3 +226,22 @@ def _failures_problems(manifest: Manifest, rows: list[Key]) -> Iterator[str]:
     ):
         if says != found:
             yield f"failures of unit {manifest.unit} by {name} are {dict(found)}, its manifest says {says}"
+
+
+def manifest_problems(manifest: Manifest, asked: Asked) -> Iterator[str]:
+    """Where a manifest contradicts run.json, or itself."""
+    if asked.shards.get(shard_slug(manifest.shard)) != manifest.shard:
+        yield f"its shard {manifest.shard} is not in run.json's input"
+    if manifest.unit != unit_id(manifest.shard, manifest.chunk):
+        yield f"unit {manifest.unit} is none of shard {manifest.shard}"
+    count = manifest.stop - manifest.start
+    # Units of large rows are shorter than asked for, so that later ones begin earlier; the last one may have none.
+    fits = count <= asked.unit_size and count >= (0 if manifest.is_last else 1)
+    if not 0 <= manifest.start <= manifest.chunk * asked.unit_size or not fits:
+        yield f"rows {manifest.start} to {manifest.stop} are not those of chunk {manifest.chunk}"
+    version = (manifest.shard_size, manifest.shard_etag)
+    if (listed := asked.inputs.get(manifest.shard, version)) != version:
+        yield f"its shard had {version[0]} bytes and version '{version[1]}', by run.json {listed[0]} and '{listed[1]}'"
+    for name in ("recipe_hash", "model_digest", "call_size"):
+        if getattr(manifest, name) != getattr(asked, name):
+            yield f"{name} is {getattr(manifest, name)}, run.json says {getattr(asked, name)}"

@@ -21,10 +21,10 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import stopping
-from pipeline.checking import Asked, BrokenError, Key, read_keys, row_problems
+from pipeline.checking import Asked, BrokenError, Key, manifest_problems, read_keys, row_problems
 from pipeline.consistency import REPORT_FILE, FromSource, look_at_source, summary_problem
 from pipeline.findings import SEEN_BY_EDIT, Finding, Verdict
-from pipeline.reading.shards import shard_slug, unit_id
+from pipeline.reading.shards import shard_slug
 from pipeline.reading.storage import open_fs, retrying
 from pipeline.recipe import SinkConfig, SourceConfig
 from pipeline.writing.baseline import FOLDER as BASELINES
@@ -319,17 +319,26 @@ class _MergedFiles:
 def _checked(
     fs: AbstractFileSystem, root: str, sink: SinkConfig, asked: Asked, merged: _MergedFiles
 ) -> Iterator[tuple[CommittedShard, Manifest, list[Finding]]]:
-    units = ((shard, manifest) for shard in committed_shards(sink, trusted=False) for manifest in shard.manifests)
+    shards = committed_shards(sink, trusted=False)
+    pairs = ((shard, zip((None, *shard.manifests), shard.manifests, strict=False)) for shard in shards)
+    units = ((shard, before, manifest) for shard, some in pairs for before, manifest in some)
     with ThreadPoolExecutor(CHECKERS) as pool:
         while window := list(islice(units, CHECKERS)):
-            found = pool.map(lambda unit: _check_unit(fs, root, unit[0], unit[1], asked, merged), window)
-            yield from ((shard, manifest, findings) for (shard, manifest), findings in zip(window, found, strict=True))
+            found = pool.map(lambda unit: _check_unit(fs, root, unit, asked, merged), window)
+            yield from ((shard, one, findings) for (shard, _, one), findings in zip(window, found, strict=True))
 
 
 def _check_unit(
-    fs: AbstractFileSystem, root: str, shard: CommittedShard, manifest: Manifest, asked: Asked, merged: _MergedFiles
+    fs: AbstractFileSystem,
+    root: str,
+    unit: tuple[CommittedShard, Manifest | None, Manifest],  # the second: the one before it, where there is one
+    asked: Asked,
+    merged: _MergedFiles,
 ) -> list[Finding]:
-    problems = [*_manifest_problems(manifest, asked)]
+    shard, before, manifest = unit
+    problems = [*manifest_problems(manifest, asked)]
+    if before is not None and before.chunk == manifest.chunk - 1 and before.stop != manifest.start:
+        problems.append(f"it begins with row {manifest.start}, the unit before it ends before row {before.stop}")
     if manifest.is_last and manifest.chunk != shard.manifests[-1].chunk:
         problems.append("it says that it is the last of its shard, and later ones are committed")
     stands = manifest_path(manifest.unit, manifest.generation)
@@ -371,24 +380,6 @@ def _check_unit(
             if merged.holds(file, manifest.unit):
                 merged.blame(file, manifest.unit)
     return findings
-
-
-def _manifest_problems(manifest: Manifest, asked: Asked) -> Iterator[str]:
-    if asked.shards.get(shard_slug(manifest.shard)) != manifest.shard:
-        yield f"its shard {manifest.shard} is not in run.json's input"
-    if manifest.unit != unit_id(manifest.shard, manifest.chunk):
-        yield f"unit {manifest.unit} is none of shard {manifest.shard}"
-    count = manifest.stop - manifest.start
-    # Units of large rows are shorter than asked for, so that later ones begin earlier; the last one may have none.
-    fits = count <= asked.unit_size and count >= (0 if manifest.is_last else 1)
-    if not 0 <= manifest.start <= manifest.chunk * asked.unit_size or not fits:
-        yield f"rows {manifest.start} to {manifest.stop} are not those of chunk {manifest.chunk}"
-    version = (manifest.shard_size, manifest.shard_etag)
-    if (listed := asked.inputs.get(manifest.shard, version)) != version:
-        yield f"its shard had {version[0]} bytes and version '{version[1]}', by run.json {listed[0]} and '{listed[1]}'"
-    for name in ("recipe_hash", "model_digest", "call_size"):
-        if getattr(manifest, name) != getattr(asked, name):
-            yield f"{name} is {getattr(manifest, name)}, run.json says {getattr(asked, name)}"
 
 
 def _byte_problems(file: FileRecord, size: int, sha256: str) -> Iterator[Finding]:

@@ -163,6 +163,20 @@ def test_a_row_that_was_made_otherwise_is_found_and_made_again(column: str, valu
     assert verdict_on(run).by_kind == {"missing unit": 1}
 
 
+def test_a_row_that_is_lost_between_two_units_is_found(run: Path) -> None:
+    """With records that agree in all else: a unit of large rows may end early."""
+    path = first_manifest(run)
+    manifest = json.loads(path.read_text())
+    (quarantine,) = [one for one in manifest["files"] if one["path"].startswith("quarantine/")]
+    (run / quarantine["path"]).unlink()
+    manifest["files"].remove(quarantine)
+    ok = manifest["counts"]["ok"]
+    manifest["counts"] |= {"images": 1, "asked": ok, "failed": 0, "failed_by_stage": {}, "failed_by_class": {}}
+    path.write_text(json.dumps(manifest | {"stop": 1}))
+    (found,) = verdict_on(run).findings
+    assert "it begins with row 2, the unit before it ends before row 1" in found.text
+
+
 def folder_in_place_of(path: Path) -> None:
     path.unlink()
     path.mkdir()
