@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import signal
 import time
 import warnings
 from collections import deque
@@ -267,6 +268,7 @@ class EditWorker:
         keep_freed_memory()  # the process is ours
         self._tally, self._told, self._generation = tally, 0.0, generation
         self._worker = Worker(recipe, settings, report=self._tell)
+        stopping.overhear(signal.SIGTERM, self._worker.take_back)  # its node goes; Ray's own handler does the rest
 
     def _tell(self, report: InFlight) -> None:
         """Pass a report on, once in a while and without waiting: it may get lost, the commit counts."""

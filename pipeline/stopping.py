@@ -27,7 +27,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_S = 25.0  # for a run at work, to take back what it has begun and to sum up; Slurm and Kubernetes kill after 30
 GRACE_BEFORE_S = 2.0  # where nothing is at work yet, or any more: a model is being loaded, a folder listed
 GIVE_BACK_S = 2.0  # for the lock, where the process is ended from outside of the main thread
-CHILDREN_S = 1.0  # for child processes to end by themselves
+CHILDREN_S = 0.5  # for child processes to end by themselves
 GOES_ON = "What is committed stays: the same command goes on from there."
 
 
@@ -175,6 +175,22 @@ def unchanged() -> Iterator[None]:
         signal.signal = real
         for number in ours:
             signal.signal(number, _on_signal)
+
+
+def overhear(number: int, call: Callable[[], None]) -> None:
+    """Call from a thread, once, when a signal comes that somebody else's handler handles. In the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    heard, pipe = os.pipe()
+    os.set_blocking(pipe, False)
+    signal.set_wakeup_fd(pipe, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        while number not in os.read(heard, 64):
+            pass
+        call()
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
 
 
 def note_committed(images: int) -> None:

@@ -84,6 +84,8 @@ class Worker:
         self._meter = _Meter(self.engine)
         self._gate = _Gate()
         self._report = report
+        self._attempts: set[Attempt] = set()
+        self._is_ending = False
 
     @property
     def model(self) -> ModelRecord:
@@ -92,7 +94,7 @@ class Worker:
 
     def finish(self, unit_input: UnitInput, generation: int) -> FinishedUnit:
         """Edit a unit's rows and render its files, under the driver of that generation. For several threads at once."""
-        with Attempt(unit_input.unit.id, self.recipe.sink, generation) as attempt:
+        with self._attempt(unit_input.unit.id, generation) as attempt:
             alone = attempt.number >= ALONE_FROM
             progress = _UnitProgress(unit_input, self._report)
             with self._gate.alone() if alone else self._gate.shared():
@@ -114,6 +116,23 @@ class Worker:
             call_size=self.settings.call_size,
             measured=Measured(worker_seconds=round(seconds, 6), workers=self.settings.workers, unet_rows=unet_rows),
         )
+
+    @contextmanager
+    def _attempt(self, unit_id: str, generation: int) -> Iterator[Attempt]:
+        with Attempt(unit_id, self.recipe.sink, generation) as attempt:
+            self._attempts.add(attempt)
+            if self._is_ending:
+                attempt.take_back()
+            try:
+                yield attempt
+            finally:
+                self._attempts.discard(attempt)
+
+    def take_back(self) -> None:
+        """The process is about to end by nobody's fault: no unit has it as a death. From whatever thread."""
+        self._is_ending = True
+        for attempt in list(self._attempts):
+            attempt.take_back()
 
     def _one_by_one(self, unit_input: UnitInput, attempt: Attempt, progress: _UnitProgress) -> list[Row | Rejected]:
         """The same results as together: what shares a UNet call changes no bits. Rows that killed are passed over."""

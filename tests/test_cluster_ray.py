@@ -78,6 +78,18 @@ def witness(notes: Path) -> Callable[[], None]:
             if kill.exists():
                 kill.unlink()
                 os.kill(os.getpid(), signal.SIGKILL)
+            preempted = notes / "preempted"
+            if preempted.exists() and preempted.read_text().count("once") <= 2 * ALONE_FROM:
+                from pipeline.worker import Worker
+
+                def preempt(self: Any, *rest: Any) -> Any:  # as a node that goes: told, and then killed
+                    with open(preempted, "a") as file:
+                        file.write("once ")
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(2)
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+                Worker._edit_and_encode = preempt
             poison = notes / "poison"
             if poison.exists():
                 from pipeline import flow
@@ -282,6 +294,20 @@ def test_a_row_that_kills_its_worker_is_quarantined_in_one_run_and_its_neighbour
     before = rows_of_data(calm)
     assert rows_of_data(contents(tmp_path)) == [row for row in before if row["key"] != "im07"]
     assert not list((tmp_path / "_attempts").iterdir())
+
+
+@pytest.mark.slow  # each of four workers has to start
+@pytest.mark.usefixtures("two_cpus")
+def test_workers_that_go_with_their_nodes_blame_no_row(source: Path, notes: Path, tmp_path: Path) -> None:
+    recipe = recipe_from(recipe_data(source / "s1.tar", tmp_path, engine="ray"))
+    (notes / "preempted").touch()
+    try:
+        summary = cluster.run(recipe, progress="off")
+        assert (notes / "preempted").read_text().count("once") > 2 * ALONE_FROM
+    finally:
+        (notes / "preempted").unlink()
+    assert (summary.complete, summary.failed) == (True, 0)
+    assert not list(tmp_path.glob("_attempts/*"))
 
 
 @pytest.mark.usefixtures("two_cpus")

@@ -11,13 +11,14 @@ A row that is found noted after yet another death is not touched again: it goes 
 Deaths are counted whatever their cause, since a process that is killed cannot say why: a machine that is lost three
 times with one and the same unit at work counts as well. An exception is no death, and takes its attempt back. Nor is
 the end of a driver that still could say so: its workers end with it, wherever they are, and what they had at work
-counts as not begun (`note_stop`).
+counts as not begun (`note_stop`). A worker that is told to end, with its node, says so of its own attempts.
 """
 
 from __future__ import annotations
 
 import json
 import posixpath
+import threading
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
@@ -69,6 +70,8 @@ class Attempt:
 
     def __init__(self, unit_id: str, sink: SinkConfig, generation: int) -> None:
         self._unit_id, self._sink, self._generation = unit_id, sink, generation
+        self._lock = threading.Lock()
+        self._taken_back = False
 
     def __enter__(self) -> Attempt:
         self._fs, root = open_fs(self._sink.folder, self._sink.storage_options)
@@ -83,10 +86,23 @@ class Attempt:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None or not self._before.deaths:
+        if kind is None:
             remove(self._fs, self._path)
         else:
-            put(self._fs, self._path, self._before.to_bytes())
+            self.take_back()
+
+    def take_back(self) -> None:
+        """Let the attempt count as not begun, from whatever thread: its process is about to end, and by no row's fault.
+
+        Raises:
+            SinkError: the sink cannot be written.
+        """
+        with self._lock:
+            self._taken_back = True
+            if self._before.deaths:
+                put(self._fs, self._path, self._before.to_bytes())
+            else:
+                remove(self._fs, self._path)
 
     @property
     def number(self) -> int:
@@ -109,7 +125,9 @@ class Attempt:
     def _note(self, row: int | None) -> None:
         # As it is to be found after a death: nobody is left to count it then.
         noted = _Noted(self.number, row, self._before.killers, self._generation)
-        put(self._fs, self._path, noted.to_bytes())
+        with self._lock:
+            if not self._taken_back:
+                put(self._fs, self._path, noted.to_bytes())
 
 
 class Note(NamedTuple):
