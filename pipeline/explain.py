@@ -22,6 +22,7 @@ SECRET = "storage_options"
 NAME = "is no name. Use letters, digits, '_', '+' and '-', 64 at most; a letter or digit comes first"
 # What pydantic says of a value that is not of the field's kind or out of its bounds: the field says it better.
 _KIND = {"is_instance_of", "none_required", "literal_error"}
+_PLAIN = {"int_type", "literal_error"}
 _KIND_ENDS = ("_type", "_parsing", "_from_float", "greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
@@ -35,6 +36,8 @@ def describe(error: ValidationError, root: type[BaseModel]) -> list[tuple[str, s
     found: dict[str, str] = {}
     for item in error.errors():
         place = _walk(root, item["loc"])
+        if isinstance(item["input"], Mapping) and item["type"] in _PLAIN and _model_branch(place.kind):
+            continue  # of a mapping that is none of a field's plain values, the branch for mappings says what is wrong
         # Of a union pydantic reports every branch: the field's own words name them all at once.
         found.setdefault(place.path or "recipe", _text(item, place, root))
     return list(found.items())
@@ -65,7 +68,10 @@ def _walk(root: type[BaseModel], location: tuple[int | str, ...]) -> _Place:
                 kind, owner, label = tagged, tagged, f"{label}.method '{part}'"
                 continue
             if len(branches) > 1:
-                continue  # a branch of plain values
+                named = _model_branch(kind)
+                if named is not None and named.__name__ in str(part):  # pydantic names its validators as well
+                    kind = owner = named
+                continue  # a branch, which is no key
             (kind,) = branches
             kind, metadata = _bare(kind, metadata)
         if part == "[key]":
@@ -254,6 +260,13 @@ def _models_in(kind: Any) -> list[type[BaseModel]]:
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return [kind]
     return [model for inner in get_args(kind) for model in _models_in(inner)]
+
+
+def _model_branch(kind: Any) -> type[BaseModel] | None:
+    """The model without a tag among the branches of a union, as in: a number or a mapping with these keys."""
+    branches = get_args(kind) if get_origin(kind) in (Union, UnionType) else ()
+    models = (one for one in branches if isinstance(one, type) and issubclass(one, BaseModel) and not _tag(one))
+    return next(models, None)
 
 
 def _tag(kind: Any) -> str | None:

@@ -71,7 +71,7 @@ class Here:
         backbone = load_backbone(recipe.model, device=None if pool.gpus_per_worker else "cpu")
         self.model = backbone.record
         self.settings = WorkerSettings(
-            call_size=before.call_size if before else call_size_for(recipe, backbone), threads=threads, workers=1
+            call_size=before.call_size if before else call_size_for(recipe, backbone), threads=threads
         )
         self._worker = Worker(recipe, self.settings, backbone, report=self._tally.advance)
         return pool.line(compiles=recipe.model.compile)

@@ -1,8 +1,8 @@
-"""Units edited on Ray Data. The only `import ray`: what stands here needs the extra `cluster`.
+"""Units edited on Ray Data: what stands here needs the extra `cluster`.
 
     read task > pool of workers, one model each > datasink
 
-Ray carries units (blocks.py) and restarts what dies.
+Ray carries units (blocks.py) and restarts what dies. Where workers are lost for good, a second pass does what they had.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import logging
 import os
 import signal
 import time
-import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -29,15 +29,18 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import stopping
 from pipeline.blocks import pack_finished, pack_input, unpack_finished, unpack_input
-from pipeline.errors import ClusterError, RunAborted, ShardeditError, SinkError
+from pipeline.errors import ClusterError, ModelError, RunAborted, ShardeditError, SinkError
+from pipeline.metering import MeteredTally, WorkerMeter, run_name
 from pipeline.models.backbone import ModelRecord
-from pipeline.pool import IO_CPUS, Resources, WorkerSettings, plan_pool
+from pipeline.pool import IO_CPUS, Pool, Resources, WorkerSettings, plan_pool
+from pipeline.pool_watch import stranded
+from pipeline.ray_settings import data_context
 from pipeline.reading.shards import ReadTask, shard_slug
 from pipeline.reading.units import read_units
 from pipeline.recipe import Recipe, SinkConfig, SourceConfig
 from pipeline.showing import describe
 from pipeline.stderr_filter import without_lines
-from pipeline.tally import InFlight, Seen, Tally
+from pipeline.tally import InFlight, Seen
 from pipeline.todo import Todo
 from pipeline.writing.attempts import note_stop
 from pipeline.writing.commit import Committed, commit
@@ -65,7 +68,6 @@ RAYS_COMPLAINT = "Failed to push error to driver for task"
 SECONDS_TO_ANSWER = 5.0  # a tally whose cluster has died never does
 SECONDS_BETWEEN_CHECKS = 0.2  # for a signal, while a task is waited for
 SECONDS_BETWEEN_REPORTS = 0.5  # of a worker, about what it has finished
-STALLED_AFTER_S = 2 * 3600.0  # nothing moved: GPU nodes may take long to come, and a first model to download
 
 
 def resources_of_cluster() -> Resources:
@@ -101,14 +103,11 @@ class OnRay:
         self._until_closed.enter_context(without_lines(RAYS_WARNING, RAYS_COMPLAINT))
         self.pool = pool = plan_pool(recipe.run, resources_of_cluster())
         self.model, call_size = self._describe_model(before.call_size if before else None)
-        self.settings = WorkerSettings(
-            call_size=call_size,
-            threads=before.threads if before else pool.threads,
-            workers=pool.workers,
-        )
+        self.settings = WorkerSettings(call_size=call_size, threads=before.threads if before else pool.threads)
         # On the driver's own node, with which it lives and dies.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._tally = ray.remote(num_cpus=0, scheduling_strategy=here)(Tally).remote(recipe.run)
+        tally = ray.remote(num_cpus=0, scheduling_strategy=here)(MeteredTally)
+        self._tally = tally.remote(recipe.run, run_name(recipe.sink))
         return pool.line(compiles=recipe.model.compile)
 
     def _describe_model(self, call_size: int | None) -> tuple[ModelRecord, int]:
@@ -126,45 +125,68 @@ class OnRay:
 
     def edit(self, todo: Todo, claim: Claim) -> None:
         """See `Place`."""
-        recipe, pool = self._recipe, self.pool
         waited_for(self._tally.begin.remote(todo.extent))
-        with _data_context():
-            units = ray.data.read_datasource(
-                UnitSource(todo.tasks, recipe.source, recipe.run.unit_size, todo.committed),
-                num_cpus=IO_CPUS,
-                concurrency=pool.workers,
-                override_num_blocks=len(todo.tasks),
-            )
-            finished = units.map_batches(
-                EditWorker,
-                fn_constructor_args=(recipe, self.settings, self._tally, claim.generation),
-                batch_size=1,
-                batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(
-                    size=pool.workers,
-                    max_tasks_in_flight_per_actor=UNITS_PER_WORKER,
-                    max_concurrent_calls_per_actor=UNITS_AT_ONCE,
-                    enable_true_multi_threading=True,
-                ),
-                num_gpus=pool.gpus_per_worker or None,
-                num_cpus=pool.cpus_per_worker or None,
-                max_restarts=RESTARTS,
-                max_task_retries=RESTARTS,
-            )
+        pool, tasks, committed = self.pool, todo.tasks, todo.committed
+        while tasks:
             try:
-                with stopping.interruptible():  # Ray Data takes its job down when it is left
-                    finished.write_datasink(
-                        UnitSink(claim, self._tally),
-                        ray_remote_args={"num_cpus": IO_CPUS},
-                        concurrency=pool.workers,
-                    )
+                # A pool grows as soon as each of its workers has all the units that it may have.
+                with data_context(self._tally, growing_at=UNITS_PER_WORKER / UNITS_AT_ONCE):
+                    self._pass(tasks, committed, pool, claim)
+                return
             except Exception as error:
-                verdict = self.seen().verdict
-                reason = RunAborted(verdict) if verdict else named(error)
-                if not isinstance(reason, ClusterError):  # no worker's death: those that live are ended with the job
-                    with suppress(SinkError):
-                        note_stop(recipe.sink, claim.generation)
-                raise reason from error
+                left = stranded(error)
+                if left is None or self.seen().verdict:
+                    reason = self._verdict_on(error)
+                    if not isinstance(reason, ClusterError):  # no worker's death: those that live end with the job
+                        with suppress(SinkError):
+                            note_stop(self._recipe.sink, claim.generation)
+                    raise reason from error
+            committed = waited_for(self._tally.committed.remote())
+            tasks = todo.left_after(committed, self._recipe.run.unit_size)
+            pool = replace(pool, workers=left.workers, fewest=left.workers)  # more where a node comes after all
+            log.warning("units waited for workers that are lost for good: going on with %d worker(s)", pool.workers)
+
+    def _verdict_on(self, error: Exception) -> ShardeditError:
+        seen, ours = self.seen(), named(error)
+        if seen.verdict:
+            return RunAborted(seen.verdict)
+        if seen.load_error and isinstance(ours, ClusterError):
+            return ModelError(f"a worker cannot load its model: {seen.load_error}")
+        return ours
+
+    def _pass(self, tasks: Sequence[ReadTask], committed: Committed, pool: Pool, claim: Claim) -> None:
+        """Edit and commit what some tasks read. Ends early where what is left waits for lost workers."""
+        recipe = self._recipe
+        units = ray.data.read_datasource(
+            UnitSource(tasks, recipe.source, recipe.run.unit_size, committed),
+            num_cpus=IO_CPUS,
+            concurrency=pool.most,
+            override_num_blocks=len(tasks),
+        )
+        finished = units.map_batches(
+            EditWorker,
+            fn_constructor_args=(recipe, self.settings, self._tally, claim.generation),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(
+                min_size=pool.fewest,
+                max_size=pool.most,
+                initial_size=pool.workers,
+                max_tasks_in_flight_per_actor=UNITS_PER_WORKER,
+                max_concurrent_calls_per_actor=UNITS_AT_ONCE,
+                enable_true_multi_threading=True,
+            ),
+            num_gpus=pool.gpus_per_worker or None,
+            num_cpus=pool.cpus_per_worker,  # said also where it is 0: Ray gives workers on GPUs a CPU each otherwise
+            max_restarts=RESTARTS,
+            max_task_retries=-1,  # while a node does not answer they are used up within seconds; restarts are the limit
+        )
+        with stopping.interruptible():  # Ray Data takes its job down when it is left
+            finished.write_datasink(
+                UnitSink(claim, self._tally),
+                ray_remote_args={"num_cpus": IO_CPUS},
+                concurrency=pool.most,
+            )
 
     def merge(self, sink: SinkConfig, jobs: Iterable[Job]) -> Iterator[Contents]:
         """See `Place`. A task per file; only so many are begun as the cluster has CPUs for."""
@@ -229,7 +251,7 @@ def connect() -> bool:
                 ray.init(logging_level=logging.WARNING)
             else:
                 ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
-    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # a node that is slow to start is a plain one
         raise ClusterError(
             f"Ray cannot be {'reached' if os.environ.get('RAY_ADDRESS') else 'started'} ({describe(error)}). Check "
             "RAY_ADDRESS and the token (RAY_AUTH_TOKEN), or set run.engine=local to work in one process"
@@ -267,7 +289,13 @@ class EditWorker:
 
         keep_freed_memory()  # the process is ours
         self._tally, self._told, self._generation = tally, 0.0, generation
-        self._worker = Worker(recipe, settings, report=self._tell)
+        self._meter = WorkerMeter(run_name(recipe.sink), ray.get_runtime_context().get_actor_id()[:8])
+        try:
+            self._worker = Worker(recipe, settings, report=self._tell)
+        except Exception as error:  # it loaded elsewhere: the driver has had it described
+            where = f"on the node {ray.util.get_node_ip_address()}"
+            ray.get(tally.cannot_load.remote(f"{describe(error)} ({where})"))
+            raise
         stopping.overhear(signal.SIGTERM, self._worker.take_back)  # its node goes; Ray's own handler does the rest
 
     def _tell(self, report: InFlight) -> None:
@@ -275,10 +303,14 @@ class EditWorker:
         if (now := time.monotonic()) - self._told >= SECONDS_BETWEEN_REPORTS:
             self._told = now
             self._tally.advance.remote(report)
+            self._meter.tell(self._worker.engine.stats.busy_seconds)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """One unit in, one out; called from `UNITS_AT_ONCE` threads."""
-        return pack_finished(self._worker.finish(unpack_input(batch), self._generation))
+        workers = ray.get(self._tally.workers.remote())
+        finished = self._worker.finish(unpack_input(batch), self._generation, workers)
+        self._meter.tell(self._worker.engine.stats.busy_seconds)
+        return pack_finished(finished)
 
 
 class UnitSource(Datasource):
@@ -336,39 +368,6 @@ class UnitSink(Datasink[None]):
                 manifest = commit(finished, self._claim.sink, self._claim.check)
                 if verdict := ray.get(self._tally.add.remote(manifest)):
                     raise RunAborted(verdict)
-
-
-@contextmanager
-def _data_context() -> Iterator[None]:
-    """Ray Data's settings for our jobs; the process's own come back afterwards."""
-    context = ray.data.DataContext.get_current()
-    ours = {
-        # Bytes at which an output block closes: 1 makes every unit a block of its own as soon as it is there, and so
-        # durable. At the default of 128 MiB a whole run may be one block.
-        "target_max_block_size": 1,
-        "max_errored_blocks": 0,  # more would drop whole units silently
-        "enable_progress_bars": False,  # ours counts what is committed
-        "print_on_execution_start": False,
-        "execution_no_progress_timeout_s": STALLED_AFTER_S,
-        "actor_init_retry_on_errors": False,
-    }
-    before = {name: getattr(context, name) for name in ours}
-    loggers = [logging.getLogger(name) for name in ("ray.data", "ray.data.dataset")]
-    levels = [logger.level for logger in loggers]
-    for name, value in ours.items():
-        setattr(context, name, value)
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # `max_restarts` has no named argument yet in Ray 2.60; the warning asks for one.
-            warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
-            yield
-    finally:
-        for name, value in before.items():
-            setattr(context, name, value)
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def named(error: BaseException) -> ShardeditError:

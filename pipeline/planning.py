@@ -28,6 +28,7 @@ from pipeline.reading.shards import ReadTask, Shard
 from pipeline.reading.units import count_rows, plan_reads, read_units
 from pipeline.recipe import Recipe
 from pipeline.records import Sample, Unreadable
+from pipeline.sections import RunConfig, WorkerRange
 
 COUNTED_SHARDS = 64  # shards whose rows are counted; the others are taken to be like them, by their bytes
 READ_ROWS = 256  # rows that are read for their own edits
@@ -86,13 +87,18 @@ def plan(recipe: Recipe, *, probe: bool = True, partition: Partition = WHOLE) ->
     notes.append(check_captions(rows, shards, recipe))
     if todo.before is not None:
         notes.append(BEGUN)
-    workers = recipe.run.workers if isinstance(recipe.run.workers, int) else max(torch.cuda.device_count(), 1)
+    workers, more = assumed_workers(recipe.run)
     measured = None
     if probe:
         why: list[str] = []
         per_image = cost.results / max(len(rows), 1)
         measured = probe_model(recipe, looked.to_probe, per_image, why) if looked.to_probe else None
         notes.append(probe_note(measured, why))
+        if measured is not None and more is not None:
+            share = f"{workers / more:.0%}"
+            notes.append(
+                f"time counts on {workers} worker(s), run.workers.min; {more}, run.workers.max, take {share} of it"
+            )
     return Plan(
         shards=len(shards),
         bytes_in=sum(shard.size for shard in shards),
@@ -109,6 +115,15 @@ def plan(recipe: Recipe, *, probe: bool = True, partition: Partition = WHOLE) ->
         probe=measured,
         notes=tuple(note for note in notes if note),
     )
+
+
+def assumed_workers(run: RunConfig) -> tuple[int, int | None]:
+    """Workers that an estimate of time counts on; and, of a pool that may grow, how many there may come to be."""
+    if run.engine == "local":
+        return 1, None
+    if isinstance(run.workers, WorkerRange):
+        return run.workers.min, run.workers.max
+    return run.workers if isinstance(run.workers, int) else max(torch.cuda.device_count(), 1), None
 
 
 def seconds_for(unet_rows: int, images: int, probe: Probe, workers: int) -> float:

@@ -15,6 +15,7 @@ from pipeline.inversion import INVERSIONS
 from pipeline.inversion.base import Inversion
 from pipeline.recipe import Method, ModelConfig, Recipe, RunConfig, SinkConfig, SourceConfig
 from pipeline.records import Concept, EditRequest, WordPair
+from pipeline.sections import WorkerRange
 
 TITLES = {  # of a section's own table
     "SourceConfig": "source",
@@ -25,6 +26,7 @@ TITLES = {  # of a section's own table
     "Method": "methods",
     "SinkConfig": "sink",
     "RunConfig": "run",
+    "WorkerRange": "workers",
 }
 
 
@@ -51,6 +53,7 @@ def _lines() -> Iterator[str]:
     yield from _part("##", "methods", Method)
     yield from _part("##", "sink", SinkConfig)
     yield from _part("##", "run", RunConfig)
+    yield from _part("###", TITLES["WorkerRange"], WorkerRange)
 
 
 def _part(level: str, title: str, section: type[BaseModel]) -> Iterator[str]:

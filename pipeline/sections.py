@@ -162,6 +162,21 @@ class SinkConfig(Section):
         raise ValueError(f"should be bytes as a whole number, or a text like 500MB or 1.5GB, is the text {value!r}")
 
 
+class WorkerRange(Section):
+    """A pool that grows as nodes come and shrinks as they go."""
+
+    min: Count
+    """Workers at least: so many must fit into the cluster, as it is or as its autoscaler can make it."""
+    max: Count
+    """Workers at most."""
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> WorkerRange:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
 class RunConfig(Section):
     """Seed, units of work, workers, error budgets."""
 
@@ -175,8 +190,9 @@ class RunConfig(Section):
     """Images at work at once, per worker; auto: what keeps calls full. Bounds memory."""
     engine: Literal["ray", "local"] = "ray"
     """Where the work runs; local: one process, for small runs and debugging, with the same bytes."""
-    workers: Count | Literal["auto"] = "auto"
-    """Engines with a model each; auto: one per GPU, one on CPU."""
+    workers: Count | Literal["auto"] | WorkerRange = "auto"
+    """Engines with a model each; auto: one per GPU, one on CPU. With min and max, on Ray, as many as there is room for
+    at the time: nodes may come and go. Results do not depend on it."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """GPUs that a worker reserves, or a share of one; auto: 1 where the cluster has GPUs, else 0."""
     max_failed_fraction: float = Field(default=0.5, ge=0, le=1)

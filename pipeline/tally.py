@@ -53,6 +53,7 @@ class Seen:
     of_shards: int = 0
     estimated: bool = True  # whether `images_left` is
     verdict: str = ""  # why the run has to stop; "" as long as it may go on
+    load_error: str = ""  # why a worker could not load its model; "" where every one could
 
 
 class Tally:
@@ -67,7 +68,8 @@ class Tally:
         self._extent = Extent(rows=None, bytes=0, shards=0)
         self._units = self._images = self._asked = self._failed = self._in_a_row = 0
         self._images_before = 0
-        self._verdict = ""
+        self._living = 1
+        self._verdict = self._load_error = ""
         self._in_flight: dict[str, InFlight] = {}
         self._sampled_rows = self._sampled_bytes = 0  # what units took of their shards
         self._lock = threading.Lock()
@@ -78,6 +80,12 @@ class Tally:
             self._extent = extent
             self._images_before = extent.whole_images + extent.images.total()
 
+    def committed(self) -> Committed:
+        """What is committed by now, by this run of the command or earlier ones."""
+        with self._lock:
+            committed = self._extent.committed
+            return Committed(dict(committed.chunks), dict(committed.last))
+
     def advance(self, report: InFlight) -> None:
         """Note how far a unit is. Reports may be lost, or come again from the start when a worker has died."""
         with self._lock:
@@ -86,22 +94,25 @@ class Tally:
 
     def add(self, manifest: Manifest) -> str:
         """Count a committed unit. Returns why the run has to stop, or ""."""
-        counts = manifest.counts
         with self._lock:
             if self._extent.committed.has(manifest.unit):  # written twice, after a node was lost
                 return self._verdict
             if (report := self._in_flight.pop(manifest.unit, None)) is not None:
                 self._sampled_rows += report.rows
                 self._sampled_bytes += report.bytes
-            hopeless = counts.asked > 0 and counts.ok == 0
-            self._in_a_row = self._in_a_row + 1 if hopeless else 0
-            self._units += 1
-            self._images += counts.images
-            self._asked += counts.asked
-            self._failed += counts.failed
-            self._count_shard(manifest)
+            self._count(manifest)
             self._verdict = self._verdict or self._judge()
             return self._verdict
+
+    def _count(self, manifest: Manifest) -> None:
+        counts = manifest.counts
+        hopeless = counts.asked > 0 and counts.ok == 0
+        self._in_a_row = self._in_a_row + 1 if hopeless else 0
+        self._units += 1
+        self._images += counts.images
+        self._asked += counts.asked
+        self._failed += counts.failed
+        self._count_shard(manifest)
 
     def _count_shard(self, manifest: Manifest) -> None:
         extent, (slug, _) = self._extent, split_unit_id(manifest.unit)
@@ -114,6 +125,21 @@ class Tally:
                 whole_images=extent.whole_images + extent.images.pop(slug),
                 whole_bytes=extent.whole_bytes + manifest.shard_size,
             )
+
+    def resize(self, workers: int) -> None:
+        """Note how many workers live."""
+        with self._lock:
+            self._living = workers
+
+    def workers(self) -> int:
+        """How many workers share the run at the moment; at least 1."""
+        with self._lock:
+            return max(1, self._living)
+
+    def cannot_load(self, why: str) -> None:
+        """Note that a worker could not load its model. Of an actor that fails to start Ray passes on text alone."""
+        with self._lock:
+            self._load_error = self._load_error or why
 
     def stop(self, reason: str) -> None:
         """Let the next commit end the run."""
@@ -146,6 +172,7 @@ class Tally:
                 shards=self._extent.whole_shards,
                 of_shards=self._extent.shards,
                 verdict=self._verdict,
+                load_error=self._load_error,
             )
 
     def _images_left(self) -> float | None:

@@ -32,6 +32,11 @@ class Todo:
     counted: Counted  # every unit that is committed, those with failures too
     noise: tuple[str, ...]  # files of commits that do not count
 
+    def left_after(self, committed: Committed, unit_size: int) -> list[ReadTask]:
+        """What is left to read once more than at the start is committed."""
+        part = [shard for shard in self.shards if self.only is None or shard_slug(shard.path) in self.only]
+        return _tasks(part, unit_size, committed)
+
 
 def find_todo(recipe: Recipe, *, retry_failed: bool = False, partition: Partition = WHOLE) -> Todo:
     """List what there is and take off what is done. Writes nothing.
@@ -65,12 +70,6 @@ def find_todo(recipe: Recipe, *, retry_failed: bool = False, partition: Partitio
                 continue
             committed.add(manifest)
             images[shard.slug] += manifest.counts.images
-    tasks = plan_reads(
-        part,
-        recipe.run.unit_size,
-        committed.has,
-        lambda shard_path: committed.has_whole_shard(shard_slug(shard_path)),
-    )
     return Todo(
         shards=shards,
         left_out=source.note(),
@@ -78,9 +77,15 @@ def find_todo(recipe: Recipe, *, retry_failed: bool = False, partition: Partitio
         only=only,
         committed=committed,
         extent=_extent(part, committed, images),
-        tasks=tasks,
+        tasks=_tasks(part, recipe.run.unit_size, committed),
         counted=counted,
         noise=tuple(noise),
+    )
+
+
+def _tasks(shards: Sequence[Shard], unit_size: int, committed: Committed) -> list[ReadTask]:
+    return plan_reads(
+        shards, unit_size, committed.has, lambda shard_path: committed.has_whole_shard(shard_slug(shard_path))
     )
 
 

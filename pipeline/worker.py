@@ -92,8 +92,14 @@ class Worker:
         """The loaded model."""
         return self.backbone.record
 
-    def finish(self, unit_input: UnitInput, generation: int) -> FinishedUnit:
-        """Edit a unit's rows and render its files, under the driver of that generation. For several threads at once."""
+    def finish(self, unit_input: UnitInput, generation: int, workers: int = 1) -> FinishedUnit:
+        """Edit a unit's rows and render its files. May run in several threads at once.
+
+        Args:
+            unit_input: the unit.
+            generation: of the driver.
+            workers: that share the run at the moment.
+        """
         with self._attempt(unit_input.unit.id, generation) as attempt:
             alone = attempt.number >= ALONE_FROM
             progress = _UnitProgress(unit_input, self._report)
@@ -114,7 +120,7 @@ class Worker:
             generation=generation,
             model_digest=self.model.digest,
             call_size=self.settings.call_size,
-            measured=Measured(worker_seconds=round(seconds, 6), workers=self.settings.workers, unet_rows=unet_rows),
+            measured=Measured(worker_seconds=round(seconds, 6), workers=workers, unet_rows=unet_rows),
         )
 
     @contextmanager

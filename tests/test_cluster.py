@@ -14,7 +14,7 @@ from ray.exceptions import RayTaskError
 
 from pipeline import cluster, on_ray
 from pipeline.errors import ClusterError, RecipeError, RunAborted, SinkError, SourceError
-from pipeline.pool import Resources, cpu_threads, plan_pool
+from pipeline.pool import IO_CPUS, Resources, cpu_threads, plan_pool
 from pipeline.recipe import Recipe, RunConfig, recipe_from
 from pipeline.regenerate import regenerate
 from pipeline.runs import find_run
@@ -192,13 +192,42 @@ def test_a_pool_that_can_never_be_is_refused_with_the_numbers(
     assert all(number in str(caught.value) for number in numbers)
 
 
-def test_cpu_workers_leave_room_for_reading_and_writing() -> None:
-    for cpus in (1.0, 2.0, 64.0):
-        for workers in (1, 2, 64, 200):
-            have = Resources(cpus=cpus, gpus=0, max_gpus=0, node_cpus=cpus, node_gpus=0)
-            pool = plan_pool(RunConfig(workers=workers), have)
-            assert workers * pool.cpus_per_worker <= max(cpus - 0.5, workers * 0.01)
-            assert pool.cpus_per_worker > 0
+@pytest.mark.parametrize("nodes", [(1,), (1, 1, 1), (2, 2), (8,), (8, 4, 1), (64, 64)])
+def test_cpu_workers_fit_and_as_many_as_come_to_stand_on_one_node_leave_room_for_reading_and_writing(
+    nodes: tuple[int, ...],
+) -> None:
+    have = Resources(cpus=sum(nodes), gpus=0, max_gpus=0, node_cpus=max(nodes), node_gpus=0)
+    for workers in (1, 2, 3, 4, 7, 64, 200):
+        share = plan_pool(RunConfig(workers=workers), have).cpus_per_worker
+        assert sum(int(cpus / share) for cpus in nodes) >= workers
+        for cpus in nodes:  # the last one that is left, say
+            assert cpus - min(workers, int(cpus / share)) * share >= IO_CPUS
+
+
+@pytest.mark.parametrize(
+    ("have", "wish", "pool"),
+    [
+        (TWO_NODES, {"workers": {"min": 1, "max": 16}}, (4, 1, 16)),
+        (TWO_NODES, {"workers": {"min": 2, "max": 3}}, (3, 2, 3)),
+        (SCALING, {"workers": {"min": 2, "max": 64}}, (2, 2, 64)),  # what the autoscaler may bring is asked for
+        (NOTHING, {"workers": {"min": 1, "max": 3}}, (3, 1, 3)),
+        (NOTHING, {"workers": {"min": 1, "max": 64}}, (8, 1, 64)),  # one thread and one CPU each
+    ],
+)
+def test_a_pool_that_may_change_starts_with_what_fits_now(
+    have: Resources, wish: dict[str, Any], pool: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    planned = plan_pool(RunConfig(**wish), have)
+    assert (planned.workers, planned.fewest, planned.most) == pool
+    if not planned.gpus_per_worker:
+        assert planned.workers * planned.cpus_per_worker <= have.cpus - IO_CPUS
+        assert f"{planned.fewest} to {planned.most} worker(s) on CPU" in planned.line()
+
+
+def test_the_fewest_workers_of_a_pool_that_may_change_must_fit() -> None:
+    with pytest.raises(ClusterError, match=r"run\.workers\.min 5 x .* asks for 5 GPU\(s\); there are 4"):
+        plan_pool(RunConfig(workers={"min": 5, "max": 9}), TWO_NODES)
 
 
 def test_threads_share_the_cores_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,20 +28,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from pipeline import cluster
-from pipeline.errors import ClusterError, EncodeError, RunAborted
-from pipeline.on_ray import UNITS_AT_ONCE
+from pipeline.errors import ClusterError, EncodeError, ModelError, RunAborted
+from pipeline.on_ray import UNITS_AT_ONCE, OnRay
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.stopping import Stopped
 from pipeline.writing.attempts import ALONE_FROM
 from pipeline.writing.summary import Summary
 from tests.places import SETTLE_QUICKLY, Place, local_place, s3_place
+from tests.processes import end_with_children
 from tests.runs import asked, contents, recipe_data, results, write_shards
 
 pytestmark = pytest.mark.timeout(400)
@@ -53,7 +55,9 @@ def witness(notes: Path) -> Callable[[], None]:
     last_shard = f"s{SHARDS - 1}.tar"
 
     def install() -> None:  # nested, so that it travels by value: workers cannot import this module
+        import pipeline.errors
         import pipeline.on_ray
+        import pipeline.worker
 
         read, edit = pipeline.on_ray.read_units, pipeline.on_ray.EditWorker.__call__
 
@@ -108,6 +112,17 @@ def witness(notes: Path) -> Callable[[], None]:
             note("end", unit)
             return finished
 
+        load = pipeline.worker.load_backbone
+
+        def bad_load(model: Any) -> Any:
+            bad = notes / "bad"
+            if bad.exists():
+                if bad.read_text() == "a death":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise pipeline.errors.ModelError("weights are cut off")
+            return load(model)
+
+        pipeline.worker.load_backbone = bad_load
         pipeline.on_ray.read_units = patient_read
         pipeline.on_ray.EditWorker.__call__ = noted_edit
 
@@ -134,7 +149,12 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_cpus(notes: Path) -> Iterator[Path]:
+def metrics_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def two_cpus(notes: Path, metrics_port: int) -> Iterator[Path]:
     """A local cluster; the value is the folder of its logs."""
     ray.init(
         address="local",
@@ -143,6 +163,8 @@ def two_cpus(notes: Path) -> Iterator[Path]:
         include_dashboard=False,
         log_to_driver=False,
         runtime_env={"worker_process_setup_hook": witness(notes)},
+        _metrics_export_port=metrics_port,
+        _system_config={"metrics_report_interval_ms": 200},
     )
     yield Path(ray._private.worker.global_worker.node.get_session_dir_path())
     ray.shutdown()
@@ -335,6 +357,79 @@ def test_a_unit_that_is_stopped_ever_again_on_ray_is_whole_in_the_end_and_no_row
     assert not list(tmp_path.glob("_attempts/*"))
 
 
+@pytest.mark.parametrize("how", ["an error", "a death"])
+def test_a_worker_that_cannot_load_its_model_ends_the_run_by_name_and_blames_no_row(
+    two_cpus: Path, source: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """The model is there for the driver: a bad disk of a node, say."""
+    monkeypatch.setattr("pipeline.on_ray.RESTARTS", 1)
+    (notes / "bad").write_text(how)
+    recipe = recipe_from(recipe_data(source, tmp_path, engine="ray"))
+    named = {
+        "an error": (ModelError, "a worker cannot load its model: ModelError: weights are cut off .on the node "),
+        "a death": (ClusterError, "the job failed on Ray .ActorDiedError"),
+    }
+    try:
+        with pytest.raises(named[how][0], match=named[how][1]):
+            cluster.run(recipe, progress="off")
+    finally:
+        (notes / "bad").unlink()
+    assert not list(tmp_path.glob("quarantine/*"))
+    assert not list(tmp_path.glob("_units/*/*"))
+    summary = cluster.run(recipe, progress="off")
+    assert (summary.complete, summary.failed_by_class) == (True, {"DecodeError": 2})
+
+
+def test_rays_metrics_tell_an_operator_what_is_committed_and_how_busy_workers_are_and_no_address(
+    two_cpus: Path, metrics_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, list[Sample]] = {}
+
+    def scrape() -> None:
+        with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+            for sample in (sample for family in families for sample in family.samples):
+                if sample.name.startswith("ray_shardedit_") and sample.labels["run"] == "out":
+                    found.setdefault(sample.name, []).append(sample)
+
+    def watch() -> None:  # a worker's numbers go with it
+        while not over.wait(0.2):
+            with contextlib.suppress(OSError):
+                scrape()
+
+    def total(name: str, **labels: str) -> float:
+        samples = [one for one in found.get(f"ray_shardedit_{name}", []) if labels.items() <= one.labels.items()]
+        return max((sample.value for sample in samples), default=0.0)
+
+    close, over = OnRay.close, threading.Event()
+
+    def look_and_close(place: OnRay) -> None:
+        until = time.monotonic() + 60
+        while (total("units_total"), total("failures_total")) != (9, 2) and time.monotonic() < until:
+            time.sleep(0.1)
+        over.set()
+        close(place)
+
+    monkeypatch.setattr(OnRay, "close", look_and_close)
+    source = write_shards(tmp_path / "in", shards=3, rows=5)
+    threading.Thread(target=watch).start()
+    try:
+        summary = cluster.run(recipe_from(recipe_data(source, tmp_path / "out", engine="ray")), progress="off")
+    finally:
+        over.set()
+    assert total("units_total") == summary.units == 9
+    assert total("images_total") == summary.images
+    assert total("results_total") == summary.done
+    assert total("failures_total", stage="decode") == summary.failed == 2
+    assert total("unet_rows_total") == summary.unet_rows
+    assert total("output_bytes_total") > 0
+    assert total("unit_seconds_count") == 9
+    assert "ray_shardedit_images_left" in found
+    assert total("workers") == 1
+    assert 0 < total("busy_seconds_total") < 60
+    assert not [one for samples in found.values() for one in samples if str(tmp_path) in str(one.labels)]
+
+
 def test_a_gpu_that_is_not_there_is_refused_at_once_and_nothing_is_written(
     two_cpus: Path, source: Path, tmp_path: Path
 ) -> None:
@@ -454,15 +549,6 @@ def test_a_node_that_is_lost_with_units_at_work_costs_no_row_and_no_byte(
     assert len(run.units) > 12, "no unit was at work on the lost node"
     assert contents(run.out) == run.undisturbed
     assert results(run.out) == asked(shards=SHARDS, rows=ROWS)
-
-
-def end_with_children(process: subprocess.Popen[Any]) -> None:
-    """Kill a process and what it started, by their ids."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-    process.wait(30)
 
 
 def free_port() -> int:

@@ -48,7 +48,16 @@ def problems_of(**sections: Any) -> dict[str, str]:
         (
             {"run": {"workers": "atuo"}},
             "run.workers",
-            "should be a whole number of at least 1 or 'auto', is the text 'atuo'. Did you mean 'auto'?",
+            "should be a whole number of at least 1, 'auto' or a mapping with the keys min, max, is the text 'atuo'. "
+            "Did you mean 'auto'?",
+        ),
+        ({"run": {"workers": {"min": 3, "max": 1}}}, "run.workers", "min 3 is above max 1"),
+        ({"run": {"workers": {"min": 3}}}, "run.workers.max", "is required"),
+        ({"run": {"workers": {"min": 0, "max": 1}}}, "run.workers.min", "should be a whole number of at least 1, is 0"),
+        (
+            {"run": {"workers": {"min": 1, "max": 2, "mx": 2}}},
+            "run.workers.mx",
+            "unknown key. Did you mean 'max'?",
         ),
         ({"run": {"engine": "spark"}}, "run.engine", "should be 'ray' or 'local', is the text 'spark'"),
         ({"run": {"max_failed_fraction": 2}}, "run.max_failed_fraction", "should be a number from 0 to 1, is 2"),

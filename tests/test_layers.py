@@ -28,7 +28,12 @@ LAYERS = [
 ]
 # The engine runs on a backbone, whose interface speaks the engine's words.
 ALLOWED_UP = {("engine", "models.backbone"), ("models", "engine.calls")}
-FOREIGN = {"ray": {"on_ray"}, "diffusers": {"models"}, "transformers": {"models"}, "typer": {"cli"}}
+FOREIGN = {
+    "ray": {"on_ray", "metering", "ray_settings"},
+    "diffusers": {"models"},
+    "transformers": {"models"},
+    "typer": {"cli"},
+}
 
 
 def modules() -> list[Path]:

@@ -79,6 +79,13 @@ def test_a_plan_counts_what_the_run_then_does(faces):
     assert 0.5 < made.bytes_out / summary.output_bytes < 2.0
 
 
+def test_a_plan_of_a_pool_that_may_change_counts_on_its_fewest_workers_and_says_so(faces):
+    one, some = (plan(a_recipe(faces, run={"workers": workers})) for workers in (1, {"min": 1, "max": 4}))
+    assert some.workers == one.workers == 1
+    assert "time counts on 1 worker(s), run.workers.min; 4, run.workers.max, take 25% of it" in some.notes
+    assert not [note for note in one.notes if "run.workers" in note]
+
+
 def test_a_plan_without_a_probe_loads_no_model_and_estimates_no_time(faces, monkeypatch):
     monkeypatch.setattr(planning, "probe_model", lambda *_: pytest.fail("the model was loaded"))
     made = plan(a_recipe(faces), probe=False)

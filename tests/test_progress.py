@@ -8,6 +8,7 @@ import re
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -210,8 +211,12 @@ def test_a_worker_on_ray_reports_now_and_then_and_waits_for_no_answer(monkeypatc
 
     worker = EditWorker.__new__(EditWorker)
     worker._tally, worker._told = Handle, 0.0
+    worker._worker = SimpleNamespace(engine=SimpleNamespace(stats=SimpleNamespace(busy_seconds=1.5)))
+    busy: list[float] = []
+    worker._meter = SimpleNamespace(tell=busy.append)
     now = Clock(monkeypatch)
     for images in range(10):
         worker._tell(InFlight(unit="u", images=images))
         now.now += 0.2
     assert [report.images for report in told] == [0, 3, 6, 9]
+    assert busy == [1.5] * 4

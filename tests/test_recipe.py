@@ -221,6 +221,7 @@ def test_the_hash_follows_what_decides_results_and_nothing_else(config):
         config, ["sink.folder=elsewhere", "run.engine=local", "run.workers=3", "run.max_failed_fraction=0.1"]
     )
     assert same.hash == recipe.hash
+    assert load_recipe(config, ["run.workers={min: 1, max: 8}"]).hash == recipe.hash
     assert len(recipe.hash) == 16
     for override in (
         "run.seed=1",

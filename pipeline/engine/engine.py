@@ -8,8 +8,10 @@ language-model servers do it.
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +47,7 @@ class EngineStats:
     prompts_encoded: int = 0
     images_encoded: int = 0
     images_decoded: int = 0
+    busy_seconds: float = 0.0  # in which the model computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +223,8 @@ class Engine:
                     continue
                 return
             try:
-                answer = self._answer(call)
+                with self._busy():
+                    answer = self._answer(call)
             except Exception as failure:
                 error = failure
 
@@ -241,6 +245,14 @@ class Engine:
         parent.unfinished_children -= 1
         if parent.unfinished_children == 0:
             self._ready.append((parent, parent.children, None))
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stats.busy_seconds += time.perf_counter() - since
 
     def _answer(self, call: Call) -> Any:
         match call:
@@ -286,7 +298,8 @@ class Engine:
 
     def _denoise(self, batch: Batch) -> None:
         try:
-            answer = self._call(batch)
+            with self._busy():
+                answer = self._call(batch)
         except torch.OutOfMemoryError as error:
             self._shrink(batch, error)
             return

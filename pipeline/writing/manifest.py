@@ -60,7 +60,7 @@ class Measured(Part):
 
     # The worker's share of time; the sum over a worker's units is the time it was busy.
     worker_seconds: float = Field(ge=0)
-    workers: int = Field(ge=1)  # that were planned for the run which made the unit
+    workers: int = Field(ge=1)  # that lived when the unit was made
     unet_rows: Count  # asked for in that time; units that overlap in a worker share theirs, the sum is exact
 
 
