@@ -93,7 +93,7 @@ class Prepared:
     """A `Place` without a model, in which the images of some keys fail."""
 
     model = MODEL
-    settings = WorkerSettings(call_size=4, threads=1, workers=1)
+    settings = WorkerSettings(call_size=4, threads=1)
 
     def __init__(self, recipe: Recipe, failing: Iterable[str]) -> None:
         self._recipe, self._failing, self._tally = recipe, set(failing), Tally(recipe.run)
