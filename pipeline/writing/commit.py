@@ -75,11 +75,12 @@ def commit(finished: FinishedUnit, sink: SinkConfig, check: Callable[[], None]) 
     check()
     fs, root = open_fs(sink.folder, sink.storage_options)
     unit, generation = finished.manifest.unit, finished.manifest.generation
-    # An attempt that died before its manifest may have written a kind of file that this one has not: its rows may
-    # since have been found to kill their process.
-    of_unit = {data_path(unit, generation, sink), quarantine_path(unit, generation, sink)}
-    for path in of_unit - {path for path, _ in finished.files}:
-        remove(fs, f"{root}/{path}")
+    if not sink.shard_size:
+        # An attempt that died before its manifest may have written a kind of file that this one has not: its rows may
+        # since have been found to kill their process. Where units are merged, all that they have left goes then.
+        of_unit = {data_path(unit, generation, sink), quarantine_path(unit, generation, sink)}
+        for path in of_unit - {path for path, _ in finished.files}:
+            remove(fs, f"{root}/{path}")
     for path, data in finished.files:
         put(fs, f"{root}/{path}", data)
     put(fs, f"{root}/{manifest_path(unit, generation)}", finished.manifest.to_bytes())

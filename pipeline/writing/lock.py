@@ -17,8 +17,8 @@ do drivers of disjoint partitions ever have the same one: that of partition I of
 
 A dead holder is known at once on its own machine, elsewhere by a heart that has not beaten for `EXPIRY_S`. That is
 watched, not computed from timestamps: clocks of two machines may differ. A driver that is stopped for longer than that,
-and elsewhere, is taken over though it lives. What it still writes between its last look at the lock and its next is
-no row lost or doubled: units have fixed names, and are committed to the same bytes (writing/commit.py).
+and elsewhere, is taken over though it lives. What it still writes between its last look at the lock and its next counts
+for nothing: names carry its generation, or digits of what the files hold (writing/baseline.py).
 """
 
 from __future__ import annotations
