@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 failed or stopped early, 2 a recipe that cannot work, 3 do
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -29,6 +30,8 @@ from pipeline.models.allocator import keep_freed_memory
 from pipeline.partition import WHOLE, Partition
 from pipeline.printing import PlainFormatter, out, say_error, show_plan, show_status, show_summary, show_verdict
 from pipeline.showing import typed
+
+BROKEN_PIPE = 141  # what shells make of a command that wrote to a closed pipe
 
 app = typer.Typer(
     name="shardedit",
@@ -68,7 +71,10 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of
 def reported(debug: bool) -> Iterator[None]:
     """Errors of ours print as themselves, in a few lines; others name a file with the traceback. Then the exit code."""
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # here, where a pipe that was closed can be told from a fault
     except ShardeditError as error:
         if debug:
             sys.stderr.write(shown_traceback())
@@ -80,6 +86,9 @@ def reported(debug: bool) -> Iterator[None]:
         raise typer.Exit(error.exit_code) from error
     except typer.Exit:
         raise
+    except BrokenPipeError as error:  # `shardedit status ... | head`: whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+        raise typer.Exit(BROKEN_PIPE) from error
     except Exception as error:
         text = shown_traceback()
         if debug:
@@ -296,7 +305,7 @@ def report(
         from pipeline.evaluation.report import MAX_RESULTS, write_report
         from pipeline.models.image_text import load_image_text
 
-        model = load_image_text(score_model) if score_model else None
+        model = load_image_text(score_model) if score_model is not None else None
         most = None if results == "all" else int(results or MAX_RESULTS)
         out.print(write_report(run.sink, results=most, score_model=model), markup=False)
 
@@ -388,9 +397,29 @@ def defaults_of(method: Any) -> str:
     return "\n".join(f"{name}: {field.default}" for name, field in fields if name != "method")
 
 
+def whole_streams() -> None:
+    """See that the standard streams are open, and that what is printed on them can be.
+
+    A file that is opened while one of them is closed would take its number, and what native code prints would land in
+    it. And a terminal of an older encoding lacks letters of most languages: those are shown as escapes.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  it lives as long as we do
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
     keep_freed_memory()
+    whole_streams()
     if logging.lastResort is not None:  # prints warnings where nobody has set up logging
         logging.lastResort.setFormatter(PlainFormatter())
     app(args=None if arguments is None else list(arguments))

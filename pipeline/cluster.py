@@ -20,12 +20,13 @@ from pipeline.errors import ClusterError, HeldError, RecipeError, RunAborted, Si
 from pipeline.evaluation.wording import count
 from pipeline.local import Here, Place
 from pipeline.partition import WHOLE, Partition
-from pipeline.preflight import check_captions, refuse_sink_over_source, refuse_what_the_model_lacks, rows_to_look_at
+from pipeline.preflight import check_captions, refuse_what_the_model_lacks, rows_to_look_at
 from pipeline.progress import Display, Watch
 from pipeline.reading.shards import shard_slug
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import Recipe, SinkConfig
 from pipeline.showing import printable
+from pipeline.sink_place import refuse_sink_over_source, refuse_unusable_sink
 from pipeline.tally import Seen, over_budget
 from pipeline.todo import Todo, find_todo
 from pipeline.writing.attempts import forget_stops, note_stop
@@ -91,6 +92,7 @@ def run(
         raise RecipeError("recipe", problems)
     refuse_what_the_model_lacks(recipe)
     refuse_sink_over_source(recipe)
+    refuse_unusable_sink(recipe)
     refuse_links(recipe.sink)
     place = _place_of(recipe)
 
@@ -132,7 +134,10 @@ def uploaded_paths(recipe: Recipe) -> list[tuple[str, str]]:
     Returns:
         Problems, as those of a recipe; none outside of such a copy.
     """
-    if Path.cwd().parent.name != RAYS_COPIES:
+    try:
+        if Path.cwd().parent.name != RAYS_COPIES:
+            return []
+    except FileNotFoundError:  # the folder is gone: what is relative fails by itself
         return []
 
     def is_relative(url: str) -> bool:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-
-from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.editing.fast_diffedit import FastDiffEdit
 from pipeline.editing.masactrl import MutualSelfAttention
 from pipeline.editing.problems import places_of, word_beyond
-from pipeline.errors import RecipeError, SinkError, SourceError
+from pipeline.errors import RecipeError, SourceError
 from pipeline.models.outline import Outline, outline_of
 from pipeline.partition import WHOLE, Partition
 from pipeline.reading.rows import listed
@@ -23,7 +18,7 @@ from pipeline.reading.units import read_units
 from pipeline.recipe import Method, Recipe
 from pipeline.records import EditRequest, Sample, Unreadable
 from pipeline.sections import SourceConfig
-from pipeline.showing import public_url
+from pipeline.sink_place import refuse_sink_over_source, refuse_unusable_sink
 from pipeline.todo import Todo, find_todo
 from pipeline.writing.lock import DriverLock
 
@@ -33,24 +28,6 @@ MOST_TEXT = 16_384  # bytes of a member that may be a caption
 SIDECARS = ("txt", "caption", "text", "cap", "prompt")  # what captions beside images are called
 SIDECARS_LOOKED_FOR = 3  # images
 CAPTION_WORDS = ("caption", "text", "prompt", "description", "txt")
-
-
-def refuse_sink_over_source(recipe: Recipe) -> None:
-    """See that no result would be read as input: by the next start of this run, or by any other.
-
-    Raises:
-        SinkError: the sink's folder is one that the source means with all that is below it, or lies in it.
-    """
-    sink_fs, sink = open_fs(recipe.sink.folder, recipe.sink.storage_options)
-    for url in recipe.source.shards:
-        if re.search(r"[*?\[{]", url):
-            continue  # what a pattern picks lies where it says, and results lie below data/ and quarantine/
-        fs, path = open_fs(url, recipe.source.storage_options)
-        if type(fs) is type(sink_fs) and _is_in(sink, path):
-            raise SinkError(
-                f"sink.folder {public_url(recipe.sink.folder)} lies in the source {public_url(url)}: results would be "
-                "read as input. Set a sink.folder outside of it, or name the input by a pattern (source.shards)"
-            )
 
 
 def refuse_what_the_model_lacks(recipe: Recipe) -> None:
@@ -102,10 +79,6 @@ def _cut_words(request: EditRequest, method: Method, outline: Outline) -> Iterat
                 yield word_beyond(word, "word", prompt)
 
 
-def _is_in(path: str, folder: str) -> bool:
-    return f"{path.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
-
-
 def todo_of_plan(recipe: Recipe, partition: Partition = WHOLE) -> Todo:
     """What `edit` would find to do, or the error that would end it before it begins. Writes nothing.
 
@@ -116,13 +89,7 @@ def todo_of_plan(recipe: Recipe, partition: Partition = WHOLE) -> Todo:
     """
     refuse_what_the_model_lacks(recipe)
     refuse_sink_over_source(recipe)
-    fs, root = open_fs(recipe.sink.folder, recipe.sink.storage_options)
-    where = public_url(recipe.sink.folder)
-    if isinstance(fs, LocalFileSystem):
-        there = next(path for path in (Path(root), *Path(root).parents) if path.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            reason = "cannot be written to" if there.is_dir() else "is no folder"
-            raise SinkError(f"sink.folder {where}: {there} {reason}. Set another sink.folder, or its permissions")
+    refuse_unusable_sink(recipe)
     DriverLock(recipe.sink, on_lost=lambda _: None, partition=partition).look()
     return find_todo(recipe, partition=partition)
 

@@ -21,7 +21,6 @@ from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import yaml
 from pydantic import (
     Field,
     StringConstraints,
@@ -40,6 +39,7 @@ from pipeline.inversion.base import Inversion
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.records import EditRequest
 from pipeline.sections import ModelConfig, RunConfig, Section, SinkConfig, SourceConfig
+from pipeline.yaml_file import UnusableFileError, parse_yaml, read_yaml_file
 
 if TYPE_CHECKING:
     AnyInversion = Inversion
@@ -192,7 +192,7 @@ def parse_edits(value: Any, where: str, most: int = 256) -> dict[str, EditReques
     if isinstance(value, (str, bytes)):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PrepareError(f"{where} is not JSON: {error}") from error
     if not isinstance(value, Mapping) or not value:
         raise PrepareError(f"{where} holds no edit request but {type(value).__name__}. Give an object with concepts")
@@ -276,24 +276,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     where = str(path)
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(where, [("recipe", f"cannot be read: {error.strerror}. Check the path")]) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(where, [("recipe", f"is not YAML{yaml_problem(error)}")]) from None
-    if not isinstance(data, dict):
-        data = {} if data is None else data
+        data = read_yaml_file(path)
+    except UnusableFileError as error:
+        raise RecipeError(where, [("recipe", str(error))]) from error
+    data = {} if data is None else data
     for number, override in enumerate(overrides, 1):
         _apply(data, override, number, where)
     return recipe_from(data, where)
-
-
-def yaml_problem(error: Exception) -> str:
-    """Where a text stops being YAML, and why. The line itself is not repeated: it may hold a secret."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or type(error).__name__
-    at = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-    without_quotes = re.sub(r"'[^']{2,}'", "...", problem)
-    return f"{at}: {without_quotes}"
 
 
 def _apply(data: Any, override: str, number: int, where: str) -> None:
@@ -301,24 +290,28 @@ def _apply(data: Any, override: str, number: int, where: str) -> None:
     if not equals or not path:  # what was typed may be a secret on its own
         raise RecipeError(where, [(f"override {number}", "is not written section.key=value")])
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(where, [(path, f"the override's value is not YAML{yaml_problem(error)}")]) from None
+        value = parse_yaml(text)
+    except UnusableFileError as error:
+        raise RecipeError(where, [(path, f"the override's value {error}")]) from None
     *parents, last = path.split(".")
     node = data
     for part in parents:
-        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+        if isinstance(node, list) and _is_place(part, node):
             node = node[int(part)]
         elif isinstance(node, dict):
             node = node.setdefault(part, {})
         else:
             node = None
-    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+    if isinstance(node, list) and _is_place(last, node):
         node[int(last)] = value
     elif isinstance(node, dict):
         node[last] = value
     else:
         raise RecipeError(where, [(path, "the override leads into a value that has no keys")])
+
+
+def _is_place(text: str, items: list[Any]) -> bool:
+    return re.fullmatch(r"[0-9]{1,9}", text) is not None and int(text) < len(items)
 
 
 __all__ = ["Editor", "Inversion", "Method", "Recipe", "load_recipe", "parse_edits", "recipe_from"]

@@ -51,7 +51,10 @@ def find_run(where: str, overrides: Sequence[str] = ()) -> Run:
         # The key alone: a value may be a secret.
         raise RecipeError(public_url(where), [(override.partition("=")[0], problem) for override in overrides])
     else:
-        sink, named, config = SinkConfig(folder=where), typed(where, ()), "CONFIG"
+        try:
+            sink, named, config = SinkConfig(folder=where), typed(where, ()), "CONFIG"
+        except ValidationError as error:
+            raise SinkError(f"'{public_url(where)}' names no folder: {error.errors()[0]['msg']}") from error
     record = read_run_record(sink)
     if record is None:
         raise SinkError(

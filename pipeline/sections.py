@@ -5,20 +5,41 @@ A key's docstring is its description: in `shardedit schema`, in docs/recipe.md, 
 
 from __future__ import annotations
 
+import os
 import re
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
+
+
+def _that_a_system_takes(path: str) -> str:
+    """A path or URL as given.
+
+    Raises:
+        ValueError: it is empty, or holds what no system takes.
+    """
+    if not path.strip():
+        raise ValueError("is empty. Give a path or URL")
+    if "\0" in path:
+        raise ValueError("holds a NUL, which no path may")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which no path may") from None
+    return path
+
 
 StorageOptions = dict[str, Any]
+Place = Annotated[str, AfterValidator(_that_a_system_takes)]
 Count = Annotated[int, Field(ge=1)]
 OneOrMany = Annotated[  # the schema says what may be written, the type what is made of it
-    tuple[str, ...],
+    tuple[Place, ...],
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
 ]
 
 
-SIZE_TEXT = r"([0-9]+(?:\.[0-9]+)?) *([kMG])B"
+SIZE_TEXT = r"([0-9]{1,12}(?:\.[0-9]{1,12})?) *([kMG])B"
 
 
 def _or_size_text(schema: dict[str, Any]) -> None:
@@ -84,7 +105,7 @@ class SourceConfig(Section):
 class ModelConfig(Section):
     """Which checkpoint, at which size and precision."""
 
-    name: str = Field(default="demo", min_length=1)
+    name: Place = Field(default="demo", min_length=1)
     """The bundled "demo", which knows drawn faces only; the closed-form "analytic"; a local folder; or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; none: its main branch."""
@@ -124,7 +145,7 @@ COLUMN_NAMES: dict[str, dict[str, str]] = {
 class SinkConfig(Section):
     """Where results go, and what a result holds."""
 
-    folder: str = Field(min_length=1)
+    folder: Place = Field(min_length=1)
     """fsspec URL of the output; created where missing."""
     format: Literal["parquet", "webdataset"] = "parquet"
     """What results are written as."""
@@ -158,7 +179,7 @@ class SinkConfig(Section):
         if not isinstance(value, str):
             return value
         if match := re.fullmatch(SIZE_TEXT, value):
-            return round(float(match[1]) * {"k": 10**3, "M": 10**6, "G": 10**9}[match[2]])
+            return round(Decimal(match[1]) * {"k": 10**3, "M": 10**6, "G": 10**9}[match[2]])
         raise ValueError(f"should be bytes as a whole number, or a text like 500MB or 1.5GB, is the text {value!r}")
 
 

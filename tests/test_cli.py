@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -314,3 +315,68 @@ def test_a_job_is_the_command_of_its_name(job):
     )
     assert done.returncode == 0, done.stderr
     assert f" {job} [OPTIONS]" in done.stdout
+
+
+ENDS = {"stdout closed": "1>&-", "stderr closed": "2>&-", "all closed": "0<&- 1>&- 2>&-", "nobody reads": "| true"}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_command_whose_output_nobody_takes_ends_without_a_fault(config: Path, end: str) -> None:
+    shardedit("edit", config)
+    command = f"{sys.executable} -m pipeline.cli status {config.parent}/out; echo $? >{config.parent}/code"
+    text = f"( {command} ) {ENDS[end]}"
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False, timeout=120)
+    assert int((config.parent / "code").read_text()) == (cli.BROKEN_PIPE if end == "nobody reads" else 0)
+    assert "fault of shardedit" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
+def test_a_file_that_is_opened_while_a_stream_is_closed_is_not_written_to_as_that_stream(tmp_path: Path) -> None:
+    code = (
+        f"from pipeline.cli import whole_streams; whole_streams(); print(open({str(tmp_path / 'x')!r}, 'w').fileno())"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f'{sys.executable} -c "{code}" 0<&- 2>&-'],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert int(done.stdout) > 2
+
+
+def test_letters_that_a_terminal_lacks_are_shown_as_escapes(config: Path) -> None:
+    name = config.parent / "r\u00e9cit-\u96ea.yaml"
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", "plan", str(name)],
+        capture_output=True,
+        check=False,
+        timeout=120,
+        env={"PATH": "/usr/bin:/bin", "PYTHONIOENCODING": "latin-1", "PYTHONPATH": ":".join(filter(None, sys.path))},
+    )
+    assert done.returncode == 2
+    assert b"r\xe9cit-\\u96ea.yaml" in done.stderr
+
+
+def test_a_working_folder_that_is_gone_is_told_and_needed_for_relative_paths_alone(config: Path) -> None:
+    shardedit("edit", config)
+    gone = config.parent / "gone"
+    gone.mkdir()
+    script = f"cd {gone}; rmdir {gone}; "
+    for where, code, word in (
+        (f"{config.parent}/out", 0, "2 of"),
+        ("out", 1, "the folder that this process works in is gone"),
+    ):
+        done = subprocess.run(
+            ["bash", "-c", f"{script} {sys.executable} -m pipeline.cli status {where}"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        )
+        gone.mkdir(exist_ok=True)
+        assert done.returncode == code, done.stderr
+        assert word in done.stdout + done.stderr
+        assert "fault of shardedit" not in done.stderr

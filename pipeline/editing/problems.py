@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import combinations
 from typing import NamedTuple
 
 from pipeline.errors import PrepareError
@@ -105,6 +106,16 @@ def word_problems(words: Iterable[str], what: str, prompt: str, which: str) -> I
     for word in words:
         if not places_of(word, prompt):
             yield Problem(f"{what} '{word}' is not in the {which} prompt", missing_word(word, what, prompt), word)
+
+
+def overlap_problems(words: Iterable[str], what: str, prompt: str) -> Iterator[Problem]:
+    """Two texts that name one word of a prompt: which of their values counts there would hang on their order."""
+    for one, other in combinations(sorted(words), 2):
+        if places_of(one, prompt) & places_of(other, prompt):
+            yield Problem(
+                f"{what}s '{one}' and '{other}' name one word",
+                f"the {what}s '{one}' and '{other}' name the same word of the prompt '{prompt}'. Name each word once",
+            )
 
 
 def missing_word(word: str, what: str, prompt: str) -> str:

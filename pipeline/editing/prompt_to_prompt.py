@@ -33,6 +33,7 @@ from pipeline.editing.problems import (
     Problem,
     guidance_problems,
     negative_prompt_problems,
+    overlap_problems,
     pair_of_words_problems,
     target_problems,
     window_problems,
@@ -91,8 +92,10 @@ class PromptToPrompt(Editor):
             yield from word_count_problems(request.source_prompt, request.target_prompt)
         yield from self._blend_problems(request, inversion, caption_follows=caption_follows)
         yield from word_problems(request.equalizer, "equalizer word", request.target_prompt, "target")
+        yield from overlap_problems(request.equalizer, "equalizer word", request.target_prompt)
         windows = request.cross_replace_steps
         yield from word_problems(windows, "cross_replace_steps word", request.target_prompt, "target")
+        yield from overlap_problems(windows, "cross_replace_steps word", request.target_prompt)
         for word, window in windows.items():
             for text in window_problems(f"cross_replace_steps of '{word}'", window, inversion):
                 yield Problem(f"cross_replace_steps of '{word}' never act", text)

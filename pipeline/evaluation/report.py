@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 import posixpath
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -30,9 +30,8 @@ from pipeline.evaluation.selection import ImageRow, Key, choose, images_of, key_
 from pipeline.evaluation.text_gain import text_gain
 from pipeline.evaluation.verdict import Verdict, judge
 from pipeline.evaluation.wording import breakable, count, shown
-from pipeline.reading.storage import retrying
 from pipeline.recipe import SinkConfig
-from pipeline.writing.files import put, remove
+from pipeline.writing.files import list_folder, put_over_ours, remove
 from pipeline.writing.paths import refuse_links
 
 if TYPE_CHECKING:
@@ -43,6 +42,7 @@ MAX_RESULTS = 1000  # with pictures, unless more is asked for
 MAX_UNITS = 256  # whose results, and whose failures, are read unless all is asked for; spread over longer runs
 MAX_SORTED = 10_000  # results; longer reports follow the data, or every page would open every file
 INDEX_PATH = "report/index.js"
+MARKS = {".html": b"shardedit report</title>", ".js": b"shardeditIndex = "}  # of files of ours
 MAX_INDEXED = 20_000  # results that can be searched from every page: the index takes about 200 bytes for each
 
 
@@ -66,18 +66,18 @@ def write_report(
     refuse_links(run.sink)
     written = set()
     for path, text in render_report(run, results, score_model):
-        put(run.fs, f"{run.root}/{path}", text.encode())
+        put_over_ours(run.fs, f"{run.root}/{path}", text.encode("utf-8", "replace"), MARKS[posixpath.splitext(path)[1]])
         written.add(path)
     _remove_others(run, written)
     return f"{run.sink.folder.rstrip('/')}/report.html"
 
 
 def _remove_others(run: RunFolder, written: Iterable[str]) -> None:
-    """An earlier report may have had more pages."""
-    with suppress(FileNotFoundError):
-        for path in retrying()(run.fs.ls, f"{run.root}/report", detail=False):
-            if f"report/{posixpath.basename(path)}" not in written:
-                remove(run.fs, path)
+    """An earlier report may have had more pages. What is not named like one is somebody else's."""
+    for path in list_folder(run.fs, f"{run.root}/report"):
+        name = posixpath.basename(path)
+        if f"report/{name}" not in written and re.fullmatch(r"page-\d{4,}\.html|index\.js", name):
+            remove(run.fs, path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

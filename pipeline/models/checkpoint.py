@@ -130,7 +130,7 @@ def files_of(folder: Path, variant: str | None, where: str) -> dict[str, str]:
     for network in NETWORKS:
         if index := files.get(f"{network}/weights.index"):
             files = _shards_of_index(folder, index, network, files, names)
-    configurations = {name: read_json(folder, name) for name in files.values() if name.endswith("config.json")}
+    configurations = {name: read_json(folder, name) for name in files.values() if name.endswith(("config.json", INDEX))}
     for name, content in configurations.items():
         if "auto_map" in content:
             raise ModelError(

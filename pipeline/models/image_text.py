@@ -7,6 +7,7 @@ Cost: one image and one text encoder each; texts are encoded once.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def load_image_text(name: str) -> ImageTextModel:
 
 def located(name: str) -> Path:
     """The checkpoint's folder, downloaded where it is a hub id."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -102,7 +103,7 @@ def check_safe(folder: Path, name: str) -> None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = config.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"the score model '{name}' has no config.json that can be read. Give a CLIP checkpoint"
         ) from error

@@ -5,6 +5,7 @@ Which files of a checkpoint that reads is said in `checkpoint.py`; nothing of th
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,7 +80,7 @@ def _locate(config: ModelConfig) -> tuple[Path, str]:
     """The checkpoint's folder, downloaded where it is a hub id, and its resolved revision."""
     if config.name == "demo":
         return DEMO_FOLDER, ""
-    folder = Path(config.name).expanduser()
+    folder = Path(os.path.expanduser(config.name))
     if folder.is_dir():
         return folder, ""
     if not is_hub_id(config.name):

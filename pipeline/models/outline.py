@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def outline_of(config: ModelConfig) -> Outline:
 
 
 def _folder(config: ModelConfig) -> Path | None:
-    folder = DEMO_FOLDER if config.name == "demo" else Path(config.name).expanduser()
+    folder = DEMO_FOLDER if config.name == "demo" else Path(os.path.expanduser(config.name))
     if folder.is_dir():
         return folder
     if not is_hub_id(config.name):
@@ -87,7 +88,7 @@ def _silent() -> type[Any]:
 
 def _parsed(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.errors import SourceError
 from pipeline.reading import parquet
 from pipeline.reading.folder import group_files
-from pipeline.reading.local import find_local, glob_local
+from pipeline.reading.local import find_local, glob_local, oddity
 from pipeline.reading.rows import IMAGE_EXTENSIONS, extension, listed, readable
 from pipeline.reading.shards import UNIT_BYTES, Format, Shard
 from pipeline.reading.storage import open_fs, retrying, storage_errors
@@ -31,6 +31,7 @@ from pipeline.recipe import SourceConfig
 from pipeline.showing import public_url
 
 SUFFIXES: dict[Format, tuple[str, ...]] = {"webdataset": (".tar", ".tar.gz", ".tgz"), "parquet": (".parquet",)}
+MOST_NAMES = 1_000_000  # that one URL's braces may stand for
 FOOTER_READERS = 16  # Parquet footers that are read at a time
 
 
@@ -134,10 +135,7 @@ def _suffix(file: _File) -> str:
 def _list_url(url: str, source: SourceConfig) -> _Listing:
     fs, path = open_fs(url, source.storage_options)
     literal = isinstance(fs, LocalFileSystem) and os.path.lexists(path)  # "{", "[", "*" may stand in a file's name
-    try:
-        urls = list(braceexpand(url)) if "{" in url and not literal else [url]
-    except ValueError as error:
-        raise SourceError(f"{public_url(url)} has braces that do not match. Write ranges as {{0000..0099}}") from error
+    urls = [url] if literal else expanded(url)
     paths = [open_fs(one, source.storage_options)[1] for one in urls]
     bases: list[str] = []
     infos: dict[str, Any] = {}
@@ -168,6 +166,29 @@ def _list_url(url: str, source: SourceConfig) -> _Listing:
     return _Listing(url, fs.unstrip_protocol(base), tuple(files), whole, left_out)
 
 
+def expanded(url: str) -> list[str]:
+    """The URLs that one with braces stands for.
+
+    Raises:
+        SourceError: the braces do not match, or stand for too many.
+    """
+    if "{" not in url:
+        return [url]
+    count = 1  # before anything is expanded: that alone may take for ever
+    for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}", url):
+        count *= abs(int(last[:20]) - int(first[:20])) + 1
+    for names in re.findall(r"\{([^{}]*,[^{}]*)\}", url):
+        count *= names.count(",") + 1
+    if count > MOST_NAMES:
+        raise SourceError(
+            f"{public_url(url)} has braces that stand for more than {MOST_NAMES:,} names. Name a folder, or use a *"
+        )
+    try:
+        return list(braceexpand(url))
+    except ValueError as error:
+        raise SourceError(f"{public_url(url)} has braces that do not match. Write ranges as {{0000..0099}}") from error
+
+
 def _list_path(fs: Any, path: str, literal: bool) -> tuple[str, dict[str, Any], bool]:
     """Base folder of a path, everything that it stands for, and whether that is all there is below the base."""
     is_local = isinstance(fs, LocalFileSystem)
@@ -181,6 +202,8 @@ def _list_path(fs: Any, path: str, literal: bool) -> tuple[str, dict[str, Any], 
                     fs.info(base)  # tells a folder that does not exist, or may not be read, from one without matches
                 return base, found, False
             info = fs.info(path)
+            if is_local and (odd := oddity(path)):
+                raise SourceError(f"{path} is {odd}: it cannot be read as a source. Name a file or a folder of files")
             if info["type"] == "file":
                 return path.rpartition("/")[0], {path: info}, False
             return path, find_local(path) if is_local else fs.find(path, detail=True), True

@@ -10,6 +10,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from fsspec.utils import glob_translate
@@ -42,6 +43,24 @@ def glob_local(pattern: str) -> dict[str, dict[str, Any]]:
     return dict(_walk(root or "/", depth, matches))
 
 
+def oddity(path: str) -> str:
+    """What stands at a path instead of a file or folder that may be read; "" for those.
+
+    Raises:
+        OSError: nothing is there, or it may not be looked at.
+    """
+    found = os.stat(path)
+    kind = _kind("", found)
+    return "" if kind in ("file", "directory") else kind
+
+
+@cache
+def _kernels_own() -> frozenset[int]:
+    """Devices whose files are no data on a disk: some never end, some block, and their folders lead everywhere."""
+    devices = {os.stat(path).st_dev for path in ("/proc", "/sys") if os.path.isdir(path)}
+    return frozenset(devices - {os.stat("/").st_dev})
+
+
 def _walk(root: str, depth: int | None, matches: Any = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Files and folders at most `depth` levels below `root`. A folder that is inside itself, by a link, is left."""
     pending = [(root.rstrip("/"), depth, frozenset({_identity(os.stat(root))}))]
@@ -61,17 +80,19 @@ def _walk(root: str, depth: int | None, matches: Any = None) -> Iterator[tuple[s
                         leads_to = os.readlink(path)
                         yield path, {"name": path, "type": "file", "size": 0, "mtime": 0.0, "leads_nowhere": leads_to}
                     continue
-                kind = _kind(entry.name, found.st_mode)
+                kind = _kind(entry.name, found)
                 if picked:
                     yield path, {"name": path, "type": kind, "size": found.st_size, "mtime": found.st_mtime}
                 if kind == "directory" and _identity(found) not in above and (left is None or left > 1):
                     pending.append((path, None if left is None else left - 1, above | {_identity(found)}))
 
 
-def _kind(name: str, mode: int) -> str:
-    if stat.S_ISDIR(mode):
+def _kind(name: str, found: os.stat_result) -> str:
+    if found.st_dev in _kernels_own():
+        return "part of /proc or /sys"
+    if stat.S_ISDIR(found.st_mode):
         return "hidden folder" if name.startswith(".") else "directory"
-    return "file" if stat.S_ISREG(mode) else "neither file nor folder"
+    return "file" if stat.S_ISREG(found.st_mode) else "neither file nor folder"
 
 
 def _identity(found: os.stat_result) -> tuple[int, int]:

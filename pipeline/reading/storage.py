@@ -62,23 +62,50 @@ def open_fs(url: str, storage_options: Mapping[str, Any]) -> tuple[fsspec.Abstra
     scheme, separator, path = url.partition("://")
     if not separator or scheme in ("file", "local"):
         # Not by its URL: in a path of this machine "::" is no chain of file systems.
-        local = fsspec.filesystem("file", **options)
-        return local, os.path.abspath(os.path.expanduser(path if separator else url)).rstrip("/") or "/"
-    if url.startswith(("s3://", "s3a://")):
-        # Newer botocore adds checksums that not every store of this protocol knows: some refuse puts with them, some
-        # answer a range with the checksum of the whole object. Manifests carry their own.
-        options["config_kwargs"] = {
-            "request_checksum_calculation": "when_required",
-            "response_checksum_validation": "when_required",
-            **options.get("config_kwargs", {}),
-        }
-    try:
+        with _opening(url):
+            return fsspec.filesystem("file", **options), local_path(path if separator else url)
+    with _opening(url):
+        if url.startswith(("s3://", "s3a://")):
+            # Newer botocore adds checksums that not every store of this protocol knows: some refuse puts with them,
+            # some answer a range with the checksum of the whole object. Manifests carry their own.
+            options["config_kwargs"] = {
+                "request_checksum_calculation": "when_required",
+                "response_checksum_validation": "when_required",
+                **options.get("config_kwargs", {}),
+            }
         fs, root = fsspec.core.url_to_fs(url, **options)
-    except (ValueError, ImportError) as error:
-        needs_extra = isinstance(error, ImportError) and url.startswith(("s3://", "s3a://"))
-        way_out = ". Install the extra for S3: pip install 'shardedit[s3]'" if needs_extra else ""
-        raise SourceError(f"{public_url(url)} cannot be opened: {describe(error)}{way_out}") from error
-    return fs, root.rstrip("/") or root
+        if url.startswith(("s3://", "s3a://")) and not root.strip("/"):
+            raise ValueError("it names no bucket")
+        return fs, root.rstrip("/") or root
+
+
+@contextmanager
+def _opening(url: str) -> Iterator[None]:
+    """What the storage libraries make of an address and options that they cannot use: errors of every class."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ImportError) and url.startswith(("s3://", "s3a://")):
+            way_out = "Install the extra for S3: pip install 'shardedit[s3]'"
+        else:
+            way_out = "Check the address, and the storage_options that go with it"
+        raise SourceError(f"{public_url(url)} cannot be opened: {describe(error)}. {way_out}") from error
+
+
+def local_path(path: str) -> str:
+    """A path of this machine, absolute and without an end slash; "~" stands for a home.
+
+    Raises:
+        ValueError: no system takes it, or its "~" names no home.
+    """
+    expanded = os.path.expanduser(path)
+    if path.startswith("~") and expanded == path:
+        raise ValueError(f"{path.partition('/')[0]} names no home here")
+    os.fsencode(expanded)  # half of a surrogate pair has no bytes
+    try:
+        return os.path.abspath(expanded).rstrip("/") or "/"
+    except FileNotFoundError as error:
+        raise ValueError("it is relative, and the folder that this process works in is gone") from error
 
 
 def is_transient(error: BaseException) -> bool:
@@ -130,6 +157,14 @@ def storage_errors(url: str) -> Iterator[None]:
     except ShardeditError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) or is_transient(error) or type(error).__module__.startswith("botocore."):
+        if isinstance(error, OSError) or is_transient(error) or _comes_from_a_library(error):
             raise source_error(error, url) from error
         raise
+
+
+def _comes_from_a_library(error: BaseException) -> bool:
+    """Whether it was raised beyond our own code: libraries check options and patterns when they are used first."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and not trace.tb_frame.f_globals.get("__name__", "").startswith("pipeline.")

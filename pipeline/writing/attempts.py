@@ -28,7 +28,7 @@ from fsspec import AbstractFileSystem
 
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
-from pipeline.writing.files import get, list_folder, put, remove
+from pipeline.writing.files import from_json, get, list_folder, put, remove
 from pipeline.writing.manifest import split_generation, split_unit_id
 
 FOLDER = "_attempts"
@@ -195,6 +195,6 @@ def _stop_path(root: str, generation: int) -> str:
 
 def _parsed(data: bytes | None) -> _Noted:
     try:
-        return _Noted(**json.loads(data)) if data else _Noted()
+        return _Noted(**from_json(data)) if data else _Noted()
     except (ValueError, TypeError):
         return _Noted()

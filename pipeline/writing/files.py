@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import posixpath
 import secrets
@@ -173,10 +174,85 @@ def local_copy(fs: AbstractFileSystem, path: str) -> Iterator[Path]:
         yield Path(file.name)
 
 
+def put_over_ours(fs: AbstractFileSystem, path: str, data: bytes, mark: bytes) -> None:
+    """`put`, unless a file stands there that we did not write: a user may have put one of the same name.
+
+    Args:
+        fs: where to.
+        path: in it.
+        data: the content.
+        mark: what each of ours has in its first 4 kB.
+
+    Raises:
+        SinkError: such a file stands there, or the file cannot be written.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if mark not in _head(fs, path):
+            raise SinkError(
+                f"{public_url(path)} was not written by shardedit, and is not written over. Move it away, and give the "
+                "same command again"
+            )
+    put(fs, path, data)
+
+
+def _head(fs: AbstractFileSystem, path: str) -> bytes:
+    """A file's first 4 kB.
+
+    Raises:
+        FileNotFoundError: there is none.
+        SinkError: it cannot be read.
+    """
+    try:
+        see_that_it_is_a_file(fs, path)
+        head: bytes = retrying()(fs.cat_file, path, start=0, end=4096)
+        return head
+    except (FileNotFoundError, SinkError):
+        raise
+    except Exception as error:
+        raise SinkError(
+            f"{public_url(path)} cannot be read: {describe(error)}. Check sink.folder and its permissions"
+        ) from error
+
+
+def from_json(data: bytes) -> Any:
+    """What a file of ours holds.
+
+    Raises:
+        ValueError: it is no JSON, or none that Python reads: a file may have been damaged, or come from a stranger.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def is_temporary(path: str) -> bool:
     """Whether a file is one that a local `put` began: a kill leaves it behind, and no reader takes it."""
     name = posixpath.basename(path)
     return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
+
+
+def see_that_it_is_a_file(fs: AbstractFileSystem, path: str) -> None:
+    """See that nothing else stands in a file's place: a named pipe without a writer is never read to its end.
+
+    Raises:
+        NotAFileError: something else does.
+        OSError: nothing is there, or it may not be looked at.
+    """
+    if not isinstance(fs, LocalFileSystem):
+        return
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        if not os.path.islink(path):
+            raise
+        mode = 0
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "neither a file nor a folder" if mode else "a link to nothing"
+        raise NotAFileError(
+            f"{path} cannot be read: it is {what}, where a file of the run is needed. Move it away, or set another "
+            "sink.folder"
+        )
 
 
 def get(fs: AbstractFileSystem, path: str) -> bytes | None:
@@ -187,16 +263,13 @@ def get(fs: AbstractFileSystem, path: str) -> bytes | None:
         SinkError: it can neither be read nor be said to be missing.
     """
     try:
-        if isinstance(fs, LocalFileSystem) and not stat.S_ISREG(os.stat(path).st_mode):
-            raise IsADirectoryError(path)
+        see_that_it_is_a_file(fs, path)
         data: bytes = retrying()(fs.cat_file, path)
         return data
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except IsADirectoryError as error:
-        raise NotAFileError(
-            f"{public_url(path)} is no file: a folder or pipe stands where a file is needed. Move it away"
-        ) from error
+    except SinkError:
+        raise
     except Exception as error:
         raise SinkError(
             f"{public_url(path)} cannot be read: {describe(error)}. Check sink.folder and its permissions"
@@ -211,11 +284,14 @@ def read_part(fs: AbstractFileSystem, path: str, take: Callable[[BinaryIO], T]) 
     """
 
     def attempt() -> T:
+        see_that_it_is_a_file(fs, path)
         with fs.open(path, "rb") as opened:
             return take(opened)
 
     try:
         return retrying()(attempt)
+    except SinkError:
+        raise
     except Exception as error:
         raise SinkError(
             f"{public_url(path)} cannot be read: {describe(error)}. To look for damage: shardedit verify"

@@ -35,16 +35,15 @@ def finish_unit(
     Args:
         unit_input: what was read.
         encoded: one row or rejection per (image, edit, method) asked for, in any order.
-        recipe: decides formats and the order of edits and methods.
+        recipe: decides formats.
         generation: of the driver.
         model_digest: of the model that made the results.
         call_size: rows of a UNet call.
         measured: goes into the manifest beside what is reproducible.
     """
     unit = unit_input.unit
-    order = _Order(recipe)
-    rows = sorted((one for one in encoded if not isinstance(one, Rejected)), key=order.of_row)
-    failed = sorted((one for one in encoded if isinstance(one, Rejected)), key=order.of_rejected)
+    rows = sorted((one for one in encoded if not isinstance(one, Rejected)), key=_place_of_row)
+    failed = sorted((one for one in encoded if isinstance(one, Rejected)), key=_place_of_rejected)
     _check_once_each(unit_input, rows, failed)
     files: list[tuple[str, bytes, int]] = []
     if rows:
@@ -98,22 +97,13 @@ def labels_of(rows: Sequence[Sample | Unreadable]) -> Labels:
     return next((sample.labels for sample in samples if sample.labels), {})
 
 
-class _Order:
-    """Sort keys: place in the shard, place of the edit, place of the method."""
+def _place_of_row(row: Row) -> tuple[int, str, str]:
+    # By name, and not as the recipe lists them: one that lists them in another order is the same recipe.
+    return row["index"], row["edit"], row["method"]
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.edits = {name: place for place, name in enumerate(recipe.edits)}
-        self.methods = {name: place for place, name in enumerate(recipe.all_methods)}
 
-    def key(self, index: int, edit: str, method: str) -> tuple[int, int, str, int]:
-        """Edits that rows bring come after the job's, by name."""
-        return index, self.edits.get(edit, len(self.edits)), edit, self.methods[method]
-
-    def of_row(self, row: Row) -> tuple[int, int, str, int]:
-        return self.key(row["index"], row["edit"], row["method"])
-
-    def of_rejected(self, rejected: Rejected) -> tuple[int, int, str, int]:
-        return self.key(rejected.sample.index, rejected.edit, rejected.method)
+def _place_of_rejected(rejected: Rejected) -> tuple[int, str, str]:
+    return rejected.sample.index, rejected.edit, rejected.method
 
 
 def _check_once_each(unit_input: UnitInput, rows: Sequence[Row], failed: Sequence[Rejected]) -> None:

@@ -20,7 +20,7 @@ from pipeline.errors import SinkError
 from pipeline.partition import WHOLE, Partition
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
-from pipeline.writing.files import get, list_folder, remove
+from pipeline.writing.files import from_json, get, list_folder, remove
 
 FOLDER = "_lock"
 NAME = re.compile(r"(\d{8,})-(?:(\d+)of([1-9]\d*)-)?([0-9a-f]{16})\.json")
@@ -47,7 +47,7 @@ class Flag:
 def parsed(data: bytes | None) -> Flag | None:
     """A flag as stored; None where it is absent or none."""
     try:
-        return Flag(**json.loads(data or b""))
+        return Flag(**from_json(data or b""))
     except (ValueError, TypeError):
         return None
 

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import platform
+import posixpath
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -22,11 +23,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 import pipeline
 from pipeline.errors import SinkError
 from pipeline.models.backbone import ModelRecord
-from pipeline.reading.storage import open_fs, retrying
+from pipeline.reading.storage import open_fs
 from pipeline.recipe import Recipe, SinkConfig, hash_of
 from pipeline.sections import COLUMN_NAMES
 from pipeline.showing import public_url
-from pipeline.writing.files import NotAFileError, get, put
+from pipeline.writing.files import NotAFileError, from_json, get, list_folder, put
 from pipeline.writing.paths import first_problem
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ RUN_FILE = "run.json"
 # Of all that stands in a run's folder. 2: results without a region have no mask; other figures. 3: names of files carry
 # the generation of the driver that wrote them, or digits of their contents.
 SCHEMA_VERSION: Literal[3] = 3
+# What a run writes below its folder after the record; README.md has a mark of its own (writing/card.py).
+OURS = (
+    *("data", "quarantine", "_parts", "_units", "_shards", "_output", "_attempts"),
+    *("summary.json", "report.html", "report"),
+)
 PACKAGES = ("torch", "diffusers", "transformers", "ray", "pyarrow", "pillow", "numpy", "webdataset")
 SHOWN_DIFFERENCES = 12
 _MISSING = "nothing"
@@ -199,12 +205,12 @@ def read_run_record(sink: SinkConfig) -> RunRecord | None:
             if get(fs, f"{root}/{RUN_FILE}") is not None:  # another partition began in between
                 return read_run_record(sink)
             raise SinkError(
-                f"{where} holds {stranger}/ but no {RUN_FILE}: it is lost, and with it what made the results, or this "
-                "is no run of ours. Restore the file from a copy, or set another sink.folder"
+                f"{where} holds {stranger} but no {RUN_FILE}: it is lost, and with it what made the results, or this is "
+                "no run of ours. Nothing is written over: restore the file from a copy, or set another sink.folder"
             )
         return None
     try:
-        check_schema(json.loads(data), where)
+        check_schema(from_json(data), where)
         return RunRecord.model_validate_json(data)
     except ValueError as error:
         what = first_problem(error)
@@ -237,8 +243,8 @@ def check_schema(record: Any, where: str) -> None:
 
 
 def _first_stranger(fs: AbstractFileSystem, root: str) -> str | None:
-    folders = ("data", "quarantine", "_parts", "_units", "_shards", "_output")
-    return next((folder for folder in folders if retrying()(fs.exists, f"{root}/{folder}")), None)
+    there = {posixpath.basename(path.rstrip("/")) for path in list_folder(fs, root)}
+    return next((name for name in OURS if name in there), None)
 
 
 def write_run_record(record: RunRecord, sink: SinkConfig) -> None:

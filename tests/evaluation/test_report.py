@@ -146,7 +146,7 @@ def test_the_input_is_shown_whether_the_run_kept_it_or_not(make_run, file_format
     recipe = make_run(images=2, file_format=file_format, include_input=include_input)
     folder = RunFolder(recipe.sink)
     refs = folder.figures(folder.spans("data"))
-    assert [(ref.id, ref.edit) for ref in refs][:2] == [("faces.tar/0000", "shades"), ("faces.tar/0000", "hat")]
+    assert [(ref.id, ref.edit) for ref in refs][:2] == [("faces.tar/0000", "hat"), ("faces.tar/0000", "shades")]
     results = folder.load(refs[::-1])
     assert [result.ref for result in results] == refs[::-1]
     for result in results:

@@ -147,7 +147,7 @@ def test_files_and_manifest_do_not_depend_on_the_order_in_which_rows_finish(reci
     assert finish_unit(unit, outcomes[::-1], recipe, **NOW) == forward
 
 
-def test_rows_stand_in_the_order_of_the_shard_then_of_the_recipes_edits(recipe_for: RecipeFor) -> None:
+def test_rows_stand_in_the_order_of_the_shard_then_of_the_edits_names(recipe_for: RecipeFor) -> None:
     import io
 
     import pyarrow.parquet as pq
@@ -157,7 +157,7 @@ def test_rows_stand_in_the_order_of_the_shard_then_of_the_recipes_edits(recipe_f
     (_, data), *_ = finish_unit(make_unit(0, 1), outcomes, recipe, **NOW).files
     table = pq.read_table(io.BytesIO(data), columns=["index", "edit"])
     assert [tuple(row.values()) for row in table.to_pylist()] == [
-        (index, edit) for index in (0, 1) for edit in ("b", "a", "own")
+        (index, edit) for index in (0, 1) for edit in ("a", "b", "own")
     ]
 
 
