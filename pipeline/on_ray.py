@@ -252,8 +252,6 @@ def connect() -> bool:
             else:
                 ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
     except Exception as error:  # a node that is too slow to start raises `Exception` itself
-        if isinstance(error, stopping.Stopped):
-            raise
         raise ClusterError(
             f"Ray cannot be {'reached' if os.environ.get('RAY_ADDRESS') else 'started'} ({describe(error)}). Check "
             "RAY_ADDRESS and the token (RAY_AUTH_TOKEN), or set run.engine=local to work in one process"

@@ -57,7 +57,7 @@ def test_a_damaged_row_is_quarantined_with_stage_reason_and_bytes_and_its_unit_m
     (file,) = (tmp_path / "out" / "quarantine").iterdir()
     rows = pq.read_table(file).to_pylist()
     assert [(row["id"], row["edit"], row["stage"], row["error_class"]) for row in rows] == [
-        ("s0.tar/im03", edit, "decode", "DecodeError") for edit in ("b", "a")
+        ("s0.tar/im03", edit, "decode", "DecodeError") for edit in ("a", "b")
     ]
     assert rows[0]["image"] == b"no image"
     (data_file,) = (tmp_path / "out" / "data").iterdir()

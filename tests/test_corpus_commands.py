@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 from collections import Counter
 from collections.abc import Iterator
-from itertools import groupby
 
 import pytest
 
@@ -38,7 +37,7 @@ def test_there_are_hundreds_of_different_situations() -> None:
     assert max(names.values()) == 1
 
 
-@pytest.mark.parametrize("kind", [kind for kind, _ in groupby(SITUATIONS, lambda one: one.kind)])
+@pytest.mark.parametrize("kind", dict.fromkeys(one.kind for one in SITUATIONS))
 def test_what_is_wrong_is_told_by_name_in_time_and_never_as_a_fault_of_ours(world: World, kind: str) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     problems = {one.name: found for one in sampled(kind) if (found := world.meet(one).problems())}

@@ -60,20 +60,18 @@ def test_files_of_other_names_stay(recipe: Recipe, tmp_path: Path, name: str) ->
     assert mine.read_bytes() == MINE
 
 
-@pytest.mark.parametrize("name", ["report.html", "summary.json"])
-def test_a_file_that_took_the_place_of_ours_is_not_written_over(recipe: Recipe, tmp_path: Path, name: str) -> None:
+def test_a_page_that_took_the_place_of_the_report_is_not_written_over(recipe: Recipe, tmp_path: Path) -> None:
     edit(recipe)
-    ours = (tmp_path / "out" / name).read_bytes()
-    mine = put(tmp_path / "out" / name)
-    with pytest.raises(SinkError, match=rf"{name} was not written by shardedit, and is not written over"):
+    mine = put(tmp_path / "out" / "report.html")
+    told = r"report\.html was not written by shardedit, and is not written over"
+    with pytest.raises(SinkError, match=told):
         edit(recipe)
-    if name == "report.html":
-        with pytest.raises(SinkError, match="is not written over"):
-            write_report(recipe.sink)
+    with pytest.raises(SinkError, match=told):
+        write_report(recipe.sink)
     assert mine.read_bytes() == MINE
     mine.unlink()
     edit(recipe)
-    assert (tmp_path / "out" / name).read_bytes()[:50] == ours[:50]
+    assert b"shardedit report</title>" in mine.read_bytes()
 
 
 def test_files_beside_the_reports_pages_stay_and_pages_of_a_longer_report_go(recipe: Recipe, tmp_path: Path) -> None:

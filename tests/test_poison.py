@@ -77,7 +77,7 @@ def test_a_row_that_kills_its_process_is_quarantined_and_its_unit_mates_keep_the
     (file,) = (out / "quarantine").iterdir()
     rows = pq.read_table(file).to_pylist()
     assert [(row["key"], row["edit"], row["stage"], row["error_class"], row["attempt"]) for row in rows] == [
-        ("im01", edit, "edit", "ProcessKilled", ALONE_FROM) for edit in ("b", "a")
+        ("im01", edit, "edit", "ProcessKilled", ALONE_FROM) for edit in ("a", "b")
     ]
     assert f"died, {ALONE_FROM} times" in rows[0]["message"]
     unit = file.stem[:-9]  # without the driver's generation

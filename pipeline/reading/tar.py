@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from errno import EIO
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 BLOCK = 512
 ZEROS = bytes(BLOCK)
@@ -161,7 +161,7 @@ class TarWalk:
     def _next(self) -> Entry | Damage | None:
         """The next entry or damage; None at a proper end. A damage that leaves a pushed block can be read on."""
         start, block = self._block()
-        name, size = None, None
+        name, size, is_sparse = None, None, False
         at = start
         while True:
             if len(block) < BLOCK:
@@ -188,10 +188,14 @@ class TarWalk:
                 name = content.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
             elif header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
                 try:
-                    name, size = _pax(content, name, size)
+                    records = _pax(content)
                 except ValueError:
                     return self._resync(start, *self._block(), "a damaged extended header")
+                name, size = records.name or name, size if records.size is None else records.size
+                is_sparse = is_sparse or records.is_sparse
             at, block = self._block()
+        if is_sparse:  # its content is a map and what lies between the holes; how, three formats tell in three ways
+            header.type = tarfile.GNUTYPE_SPARSE
         return self._entry(start, header, name, size)
 
     def _entry(self, start: int, header: tarfile.TarInfo, name: str | None, size: int | None) -> Entry:
@@ -261,13 +265,22 @@ def _is_trustworthy(block: bytes) -> bool:
     return header.type in _EXTENSIONS or (b"\0" in block[:100] and b"?" not in block[:100])
 
 
-def _pax(content: bytes, name: str | None, size: int | None) -> tuple[str | None, int | None]:
-    """Take path and size from pax records ("<length> <key>=<value>\\n").
+class _Records(NamedTuple):
+    """What pax records say of a member."""
+
+    name: str | None
+    size: int | None  # of its content in the archive
+    is_sparse: bool  # in one of the formats of GNU tar 1.14 and later
+
+
+def _pax(content: bytes) -> _Records:
+    """Read pax records ("<length> <key>=<value>\\n").
 
     Raises:
         ValueError: these are no pax records.
     """
     stream = io.BytesIO(content)
+    name, whole_name, size, is_sparse = None, None, None, False
     while digits := stream.read(1).strip(b"\0"):
         while (digit := stream.read(1)).isdigit():
             digits += digit
@@ -278,7 +291,11 @@ def _pax(content: bytes, name: str | None, size: int | None) -> tuple[str | None
         if key == b"path":
             name = value[:-1].decode("utf-8", "backslashreplace")
         elif key == b"size":
+            if not value[:-1].isdigit():  # `int` takes signs, blanks and underscores
+                raise ValueError("no size")
             size = int(value[:-1])
-            if size < 0:
-                raise ValueError("negative size")
-    return name, size
+        elif key.startswith(b"GNU.sparse."):
+            is_sparse = True
+            if key == b"GNU.sparse.name":  # the path is then one made up for readers that know no sparse files
+                whole_name = value[:-1].decode("utf-8", "backslashreplace")
+    return _Records(whole_name or name, size, is_sparse)

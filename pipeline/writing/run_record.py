@@ -205,8 +205,8 @@ def read_run_record(sink: SinkConfig) -> RunRecord | None:
             if get(fs, f"{root}/{RUN_FILE}") is not None:  # another partition began in between
                 return read_run_record(sink)
             raise SinkError(
-                f"{where} holds {stranger} but no {RUN_FILE}: it is lost, and with it what made the results, or this is "
-                "no run of ours. Nothing is written over: restore the file from a copy, or set another sink.folder"
+                f"{where} holds {stranger} but no {RUN_FILE}: it is lost, and with it what made the results, or this "
+                "is no run of ours. Nothing is written over: restore the file from a copy, or set another sink.folder"
             )
         return None
     try:

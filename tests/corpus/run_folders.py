@@ -17,13 +17,14 @@ FILES = {  # what they are: where they stand
     "the report": "report.html",
     "the card": "README.md",
     "a manifest": "_units/*/*.json",
-    "the index": "_output/index.json",
+    "the index": "_output/index*.json",
     "contents of a file": "_output/data/*.json",
     "the lock's flag": "_lock/*.json",
+    "the baseline": "_baseline/*.json",
     "results": "data/*.parquet",
     "failures": "quarantine/*.parquet",
 }
-FOLDERS = {name: name for name in ("data", "quarantine", "_units", "_output", "_lock", "_attempts")}
+FOLDERS = {name: name for name in ("data", "quarantine", "_units", "_output", "_lock", "_attempts", "_baseline")}
 CONTENT: dict[str, bytes] = {
     "nothing": b"",
     "noise": bytes(range(256)) * 4,

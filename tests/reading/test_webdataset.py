@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import shutil
+import subprocess
 import tarfile
 
 import pytest
@@ -216,3 +218,52 @@ def test_an_empty_archive_is_one_empty_last_unit_and_an_empty_file_one_reported_
     assert (empty.rows, empty.unit.is_last, empty.unit.start, empty.unit.stop) == ((), True, 0, 0)
     assert bad(nothing.rows[0], "the file is empty")
     assert nothing.unit.is_last
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="written by GNU tar")
+@pytest.mark.parametrize("format", ["gnu", "posix --sparse-version=0.0", "posix --sparse-version=0.1", "posix"])
+def test_sparse_files_of_every_format_of_gnu_tar_are_told_by_their_name_and_their_neighbours_are_read(
+    read_tar, png, tmp_path, format
+):
+    for key in "ac":
+        (tmp_path / f"{key}.png").write_bytes(png(1))
+    with open(tmp_path / "b.png", "wb") as file:  # its middle is a hole, which the archive leaves out
+        file.write(png(2))
+        file.seek(1 << 20)
+        file.write(b"end")
+    command = ["tar", "--create", "--sparse", *f"--format={format}".split(), "--file=-", "a.png", "b.png", "c.png"]
+    data = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
+    if len(data) > 1 << 20:
+        pytest.skip("a file system without holes")
+    rows = read_tar(data)
+    assert keys(rows) == ["a", "b", "c"]
+    assert [row.image for row in rows if isinstance(row, Sample)] == [png(1), png(1)]
+    assert "a sparse file" in rows[1].message
+
+
+def pax(image: bytes, size: str) -> bytes:
+    """A member x.png whose own header says that it has no bytes, behind pax records that say another size."""
+    record = f" size={size}\n".encode()
+    length = next(total for total in range(len(record), 99) if total == len(record) + len(str(total)))
+    content = str(length).encode() + record
+    blocks = b""
+    for name, kind, said, data in (("pax", tarfile.XHDTYPE, len(content), content), ("x.png", b"0", 0, image)):
+        info = tarfile.TarInfo(name)
+        info.type, info.size = kind, said
+        blocks += info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
+    return blocks
+
+
+@pytest.mark.parametrize("size", ["{}", "000{}"])
+def test_a_size_in_pax_records_counts_before_that_of_the_header(read_tar, tar_bytes, png, size):
+    rows = read_tar(pax(png(1), size.format(len(png(1)))) + tar_bytes([("y.png", png(2))]))
+    assert keys(rows) == ["x", "y"]
+    assert [row.image for row in rows] == [png(1), png(2)]
+
+
+@pytest.mark.parametrize("size", ["-5", "+{}", " {}", "1_0", "many", "", "1e3", "\u0663"])
+def test_a_size_in_pax_records_that_is_no_plain_number_is_damage(read_tar, tar_bytes, png, size):
+    rows = read_tar(pax(png(1), size.format(len(png(1)))) + tar_bytes([("y.png", png(2))]))
+    assert "a damaged extended header" in rows[0].message
+    assert rows[-1].image == png(2)
+    assert png(1) not in [row.image for row in rows if isinstance(row, Sample)]
