@@ -35,7 +35,7 @@ bench: $(STAMP) ## measure ratios on this machine, write build/bench.json
 demo-score: $(STAMP) ## score the bundled model on 256 fresh scenes, write build/demo_score.json
 	$(BIN)/python -m jobs.demo_score
 
-faults: $(STAMP) ## kill, cut and fill up runs at random moments, compare, write build/faults.json
+faults: $(STAMP) ## disturb runs in a thousand ways, compare, write build/faults.json; goes on where it was ended
 	$(BIN)/python -m benchmarks.faults
 
 methods-table: $(STAMP) ## compare all methods on drawn scenes, write docs/methods/table.md and build/methods.json
