@@ -104,6 +104,11 @@ def rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def rows_on_any_store(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The same, by names without the digits of files' contents, which hold the recipe's hash."""
+    return {re.sub(r"-[0-9a-f]{8}(?=\.)", "", name): found for name, found in rows(folder).items()}
+
+
 def results(folder: Path) -> Counter[tuple[str, str, str]]:
     """Every (id, edit, method) in data and quarantine (Parquet), with how often it is there."""
     count: Counter[tuple[str, str, str]] = Counter()

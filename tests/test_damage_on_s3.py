@@ -33,7 +33,7 @@ from tests.corpus import (
     text_cases,
 )
 from tests.places import Place, only_on_s3
-from tests.runs import rows
+from tests.runs import rows_on_any_store
 
 pytestmark = [only_on_s3, pytest.mark.timeout(280)]
 
@@ -103,7 +103,7 @@ def test_every_damaged_input_ends_on_s3_as_it_does_on_files_row_for_row(found: d
     assert {(case.kind, case.name): wrong for case in one.cases if (wrong := ends.problems(case))} == {}
     assert set(ends.edited.values()) == {1}
     assert not set(ends.edited) & set(ends.rejected)
-    assert rows(one.on_s3) == rows(one.on_disk)
+    assert rows_on_any_store(one.on_s3) == rows_on_any_store(one.on_disk)
 
 
 def keys_of_headers(data: bytes) -> set[str]:

@@ -71,7 +71,7 @@ def kept_cluster(folder: Path) -> Iterator[Cluster]:
 
 def _keep(socket: Path) -> None:
     """In the keeper's process."""
-    os.environ["RAY_raylet_start_wait_time_s"] = "300"  # a busy machine is no fault
+    os.environ["RAY_raylet_start_wait_time_s"] = "300"  # noqa: SIM112  Ray's own name; a busy machine is no fault
     from ray.cluster_utils import Cluster as RayCluster
 
     cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 1, **COMMON})
