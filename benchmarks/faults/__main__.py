@@ -27,6 +27,7 @@ PRELOADED = (
     "s3fs",
     "pipeline.cli",
     "pipeline.cluster",
+    "pipeline.entry",
     "pipeline.evaluation.report",
     "pipeline.models.loading",
     "pipeline.verify",
@@ -39,7 +40,7 @@ def arguments() -> argparse.Namespace:
     """What was asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description="Disturb runs, repeat, compare.")
     parser.add_argument("--kind", default="", help="only kinds whose name and store hold this, e.g. 'zombie on files'")
-    parser.add_argument("--count", type=int, default=TOTAL, help=f"about so many of {TOTAL}, spread over all kinds")
+    parser.add_argument("--count", type=int, default=TOTAL, help=f"of about {TOTAL} so many, of all kinds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so long")
     parser.add_argument("--at-once", type=int, default=2, help="cases side by side")

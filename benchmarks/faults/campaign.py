@@ -86,15 +86,14 @@ def plan(kinds: Sequence[Kind], calm: dict[str, Calm], seed: int, share: float) 
         kinds: which.
         calm: by store.
         seed: of what is drawn.
-        share: of each kind's cases, spread evenly over them.
+        share: of each kind's cases.
     """
     by_kind: list[list[tuple[float, Case]]] = []
     for kind in kinds:
         rng = random.Random(f"{seed} {kind.name} {kind.store}")
         cases = [Case(kind, number, what) for number, what in enumerate(kind.cases(calm[kind.store], rng))]
         wanted = max(1, round(len(cases) * share)) if cases else 0
-        chosen = [cases[at * len(cases) // wanted] for at in range(wanted)]
-        order = rng.sample(chosen, len(chosen))
+        order = rng.sample(cases, wanted)
         by_kind.append([((at + rng.random()) / len(order), case) for at, case in enumerate(order)])
     return [case for _, case in sorted((one for some in by_kind for one in some), key=lambda one: one[0])]
 

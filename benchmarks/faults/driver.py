@@ -150,11 +150,11 @@ def _run(driver: Driver) -> None:
             from benchmarks.faults.on_ray import connected
 
             connected(*driver.ray, {**driver.environment})
-        from pipeline import cli
+        from pipeline import entry
 
         Path(f"{driver.notes}.begun").touch()
         arguments = [part.format(recipe=driver.recipe) for part in COMMANDS[driver.command]]
-        cli.main([*arguments, *driver.overrides])
+        entry.main([*arguments, *driver.overrides])
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:
