@@ -46,9 +46,9 @@ class Played:
 
     def ends_well(self, process: Process, what: str, codes: tuple[int, ...] = (0,)) -> None:
         """Note a driver that nothing disturbs any more."""
-        self.logs.append(process.log)
         if process.wait() not in codes:
             self.complaints.append(f"{what} ended with {process.code}")
+        self.logs.append(process.log)
 
 
 @dataclass(frozen=True)
