@@ -420,6 +420,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
     keep_freed_memory()
     whole_streams()
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # torch's libraries end a process that has none, without a word that helps
+        say_error("The folder that this process works in is gone. Change to another one, and give the command again")
+        sys.exit(1)
     if logging.lastResort is not None:  # prints warnings where nobody has set up logging
         logging.lastResort.setFormatter(PlainFormatter())
     app(args=None if arguments is None else list(arguments))

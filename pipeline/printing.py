@@ -30,6 +30,10 @@ class PlainConsole(Console):
         """A text as it is to be shown."""
         return super().render_str(printable(text), **options)
 
+    def on_broken_pipe(self) -> None:
+        """Called where whoever reads has gone: for the command to end by, and not with rich's own code."""
+        raise
+
 
 class PlainFormatter(logging.Formatter):
     """The same for what is logged, tracebacks included; addresses in it carry no credentials."""

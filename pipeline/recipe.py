@@ -278,7 +278,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         data = read_yaml_file(path)
     except UnusableFileError as error:
-        raise RecipeError(where, [("recipe", str(error))]) from error
+        raise RecipeError(where, [("recipe", str(error))]) from None
     data = {} if data is None else data
     for number, override in enumerate(overrides, 1):
         _apply(data, override, number, where)

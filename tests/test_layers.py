@@ -16,7 +16,7 @@ LAYERS = [
     {"engine"},
     {"models"},
     {"inversion", "editing"},
-    {"recipe", "sections", "explain"},
+    {"recipe", "sections", "explain", "yaml_file"},
     {"reading", "evaluation.metrics"},
     {"flow"},
     {"counting"},

@@ -132,12 +132,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "doubled row": (
         lambda run: rewrite_rows(run, lambda table: pa.concat_tables([table, table.slice(0, 1)])),
         "rows",
-        "(s0.tar/im00, b, ledits_pp) is there 2 times",
+        "(s0.tar/im00, a, ledits_pp) is there 2 times",
     ),
     "doubled row in a manifest that agrees": (
         lambda run: rewrite_rows(run, lambda table: pa.concat_tables([table, table.slice(0, 1)]), agree=True),
         "rows",
-        "(s0.tar/im00, b, ledits_pp) is there 2 times",
+        "(s0.tar/im00, a, ledits_pp) is there 2 times",
     ),
     "missing row": (
         lambda run: rewrite_rows(run, lambda table: table.slice(1)),
@@ -149,9 +149,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "rows",
         "row 0 of s0.tar is missing",
     ),
-    "image that does not decode": (break_an_image, "does not open", "image of (s0.tar/im00, a, ledits_pp)"),
-    "mask of another size": (shrink_a_mask, "does not open", "mask of (s0.tar/im00, b, ledits_pp) is 8 x 8"),
-    "lost mask": (lose_a_mask, "does not open", "(s0.tar/im00, b, ledits_pp) has no mask, which its mask_share"),
+    "image that does not decode": (break_an_image, "does not open", "image of (s0.tar/im00, b, ledits_pp)"),
+    "mask of another size": (shrink_a_mask, "does not open", "mask of (s0.tar/im00, a, ledits_pp) is 8 x 8"),
+    "lost mask": (lose_a_mask, "does not open", "(s0.tar/im00, a, ledits_pp) has no mask, which its mask_share"),
     "stray file": (
         lambda run: shutil.copy(first_data(run), run / "data" / "part-x.parquet"),
         "stray file",

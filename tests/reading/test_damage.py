@@ -21,10 +21,20 @@ from pipeline.records import Sample, Unreadable
 SOURCE = SourceConfig(shards=("nowhere",))
 
 
-def rows_of(data):
-    return list(
-        read_rows(io.BytesIO(data), shard="s", url="s.tar", size=len(data), source=SOURCE, wants=lambda _: True)
+def rows_in(data):
+    return read_rows(
+        io.BytesIO(data),
+        shard="s",
+        url="s.tar",
+        size=len(data),
+        source=SOURCE,
+        wants=lambda _: True,
+        sized=lambda _: None,
     )
+
+
+def rows_of(data):
+    return list(rows_in(data))
 
 
 def headers(data):
@@ -150,7 +160,7 @@ def test_nothing_is_held_but_one_sample(tar_bytes):
     member = bytes(1 << 20)
     data = tar_bytes((f"{number:04d}.png", member) for number in range(64))
     tracemalloc.start()
-    rows = read_rows(io.BytesIO(data), shard="s", url="s.tar", size=len(data), source=SOURCE, wants=lambda _: True)
+    rows = rows_in(data)
     count = sum(1 for _ in rows)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
