@@ -19,7 +19,7 @@ from pipeline.cli import app
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-WITH_RAY = ROOT / "pipeline" / "on_ray.py"
+WITH_RAY = {ROOT / "pipeline" / f"{name}.py" for name in ("on_ray", "metering", "ray_settings")}
 COMES_ALONG = {"tokenizers"}  # with transformers
 
 WITHOUT_EXTRAS = """
@@ -98,7 +98,7 @@ def test_without_extras_an_image_is_edited_and_a_run_works_in_one_process(tmp_pa
 
 def test_what_the_package_imports_is_what_it_depends_on() -> None:
     owners = packages_distributions()
-    files = [path for folder in ("pipeline", "jobs") for path in (ROOT / folder).rglob("*.py") if path != WITH_RAY]
+    files = [path for folder in ("pipeline", "jobs") for path in (ROOT / folder).rglob("*.py") if path not in WITH_RAY]
     used = set().union(*map(imported, files)) - set(sys.stdlib_module_names) - {"pipeline", "jobs"} - COMES_ALONG
     wanted = {owner.lower().replace("_", "-") for name in used for owner in owners[name]}
     assert wanted == names(PROJECT["dependencies"])

@@ -136,13 +136,12 @@ def test_a_changed_input_is_refused_by_name_though_its_size_is_the_same(
     before = contents(place.root / recipe)
     monkeypatch.setattr("pipeline.models.loading.load_backbone", lambda *_, **__: pytest.fail("a model was loaded"))
     first, second, third = sorted((place.root / source).iterdir())
-    size = first.stat().st_size
     first.write_bytes(first.read_bytes().replace(b"a caption", b"A caption"))
     third.rename(second.with_name("s9.tar"))
     place.settle()
     with pytest.raises(SinkError) as caught:
         cluster.run(place.recipe(source, recipe), progress="off")
-    for line in ("s2.tar is gone", "s9.tar is new", f"s0.tar has changed (was {size} bytes, is {size})"):
+    for line in ("s2.tar is gone", "s9.tar is new", "s0.tar has changed (of the same size)"):
         assert line in str(caught.value)
     assert "s1.tar" not in str(caught.value)
     assert contents(place.root / recipe) == before

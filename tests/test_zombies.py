@@ -231,11 +231,13 @@ def check(recipe: Recipe, place: Place, left: View, calm: View | None, where: st
     assert record is not None
     found = verify(recipe.sink, record)
     found.by_kind.pop("report", None)  # these runs write none
-    assert set(found.by_kind) <= {"stray file"}, (where, found.findings)
+    # A summary has one fixed name: stopped within its put, a driver puts an old one in its place (docs/faults.md).
+    old_summary = {"summary"} if where.endswith("/summary.json") else set()
+    assert set(found.by_kind) <= {"stray file"} | old_summary, (where, found.findings)
     if found.by_kind:
         verify(recipe.sink, record, repair=True)
         place.settle()
-        assert verify(recipe.sink, record).by_kind == {"report": 1}, where
+        assert set(verify(recipe.sink, record).by_kind) <= {"report"}, where
         assert view(recipe) == left, where
     assert results(place.folder(recipe)) == asked(shards=SHARDS, rows=ROWS), where
     return Counter(found.by_kind)
@@ -303,28 +305,33 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def calm(source: Place) -> View:
-    recipe = source.recipe("in", "calm")
-    drive(recipe)
-    return view(recipe)
+def calm(source: Place) -> dict[str, View]:
+    recipes = {name: source.recipe("in", f"calm-{name}", sink={"shard_size": size}) for name, size in SIZES.items()}
+    for recipe in recipes.values():
+        drive(recipe)
+    return {name: view(recipe) for name, recipe in recipes.items()}
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_driver_stopped_before_any_write_of_its_first_run_harms_nothing(source: Place, calm: View, size: str) -> None:
-    strays = at_every_operation(source, None, calm, SIZES[size], retry=False, again=True)
+def test_a_driver_stopped_before_any_write_of_its_first_run_harms_nothing(
+    source: Place, calm: dict[str, View], size: str
+) -> None:
+    strays = at_every_operation(source, None, calm[size], SIZES[size], retry=False, again=True)
     assert strays["stray file"] > 3, "no driver that was taken over ever wrote anything: it was not stopped in time"
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("again", [False, True], ids=["plain", "again"])
 def test_a_driver_stopped_before_any_write_while_it_does_failures_again_harms_nothing(
-    source: Place, calm: View, size: str, again: bool
+    source: Place, calm: dict[str, View], size: str, again: bool
 ) -> None:
     """Results were good or failed before; under the stopped driver others fail than before."""
     recipe = source.recipe("in", source.new("before"), sink={"shard_size": SIZES[size]})
     with every_operation(Stop(-1, lambda: None, ())):
         drive(recipe, failing=["im00", "im02"])
-    at_every_operation(source, source.folder(recipe), calm if again else None, SIZES[size], retry=True, again=again)
+    at_every_operation(
+        source, source.folder(recipe), calm[size] if again else None, SIZES[size], retry=True, again=again
+    )
 
 
 DRIVER = SETTLE_QUICKLY + textwrap.dedent("""
