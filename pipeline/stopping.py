@@ -213,8 +213,9 @@ def _on_signal(number: int, frame: Any) -> None:
     if run is None:
         return
     if not _process.is_command:
+        is_second = run.told is not None  # asked first: the thread that hears of this one may set it at once
         os.write(_process.pipe, bytes([number]))
-        if run.told is not None:  # a second one is the program's own
+        if is_second:  # the program's own
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             signal.raise_signal(number)
     _process.first = run.told = run.told or number
