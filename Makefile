@@ -33,13 +33,13 @@ bench: $(STAMP) ## measure ratios on this machine, write build/bench.json
 	$(BIN)/python -m benchmarks.run
 
 demo-score: $(STAMP) ## score the bundled model on 256 fresh scenes, write build/demo_score.json
-	$(BIN)/python -m jobs.demo_score
+	$(BIN)/python -m demo_world.score
 
 faults: $(STAMP) ## disturb runs in a thousand ways, compare, write build/faults.json; goes on where it was ended
 	$(BIN)/python -m benchmarks.faults
 
 methods-table: $(STAMP) ## compare all methods on drawn scenes, write docs/methods/table.md and build/methods.json
-	$(BIN)/python -m jobs.methods_table
+	$(BIN)/python -m demo_world.methods_table
 
 recipe-reference: $(STAMP) ## write the tables of docs/recipe.md from the code
 	$(BIN)/python -m jobs.recipe_reference

@@ -34,14 +34,14 @@ from pipeline.engine.engine import Engine, EngineStats
 from pipeline.errors import ModelError
 from pipeline.flow import edit_prepared
 from pipeline.models.allocator import keep_freed_memory
-from pipeline.models.backbone import ModelRecord
+from pipeline.engine.backbone import ModelRecord
 from pipeline.models.compiling import check_compiler
 from pipeline.models.loading import load_backbone
 from pipeline.models.stable_diffusion import StableDiffusion
 from pipeline.reading.prepare import prepare
 from pipeline.recipe import ModelConfig, Recipe, recipe_from
 from pipeline.records import Prepared, Sample
-from pipeline.worker import CPU_CALL_SIZE
+from pipeline.running.worker import CPU_CALL_SIZE
 
 TINY_SD = Path(__file__).parents[1] / "tests" / "golden" / "tiny-sd"
 SIZE = 256  # pixels

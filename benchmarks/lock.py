@@ -21,8 +21,8 @@ from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
+from pipeline.common.partition import WHOLE, Partition
 from pipeline.errors import HeldError
-from pipeline.partition import WHOLE, Partition
 from pipeline.recipe import SinkConfig
 from pipeline.writing.lock import DriverLock
 

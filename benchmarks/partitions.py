@@ -25,11 +25,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from pipeline import cluster
-from pipeline.partition import WHOLE, Partition
+from pipeline.common.partition import WHOLE, Partition
+from pipeline.looking.runs import find_run
+from pipeline.looking.verify import verify
 from pipeline.recipe import recipe_from
-from pipeline.runs import find_run
-from pipeline.verify import verify
+from pipeline.running import driver
 from tests.runs import asked, recipe_data, results, write_shards
 
 SHARDS, ROWS = 8, 4
@@ -56,7 +56,7 @@ def _drive(data: dict[str, Any], partition: Partition, deadly: float, seed: floa
 
     os.replace, os.remove = killing(os.replace), killing(os.remove)  # what puts and removals end with
     try:
-        cluster.run(recipe_from(data), progress="off", partition=partition)
+        driver.run(recipe_from(data), progress="off", partition=partition)
         code = 0
     except Exception as error:
         print(f"{partition}: {type(error).__name__}: {error}", flush=True)

@@ -30,7 +30,7 @@ from benchmarks.peak import peak_mib
 from benchmarks.peaks import children_peaks
 from pipeline import run
 from pipeline.recipe import recipe_from
-import pipeline.cluster, pipeline.worker
+import pipeline.running.driver, pipeline.running.worker
 before = peak_mib()
 summary = run(recipe_from(json.loads(sys.argv[1])), progress="off")
 print(json.dumps({"peak_mib": round(peak_mib()), "libraries_mib": round(before), "guarded_mib": children_peaks(),

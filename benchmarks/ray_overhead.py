@@ -22,9 +22,9 @@ import numpy as np
 import ray
 from PIL import Image
 
-from pipeline import cluster
 from pipeline.models.analytic import AnalyticBackbone
 from pipeline.recipe import Recipe, recipe_from
+from pipeline.running import driver
 
 IMAGES = 32
 UNIT_SIZE = 4
@@ -94,7 +94,7 @@ def measure(images: int = IMAGES) -> dict[str, float]:
         try:
             install()
             loop = Path(folder) / "loop"
-            cluster.run(recipe_for(source, loop, "local"), progress="off")
+            driver.run(recipe_for(source, loop, "local"), progress="off")
             started = time.perf_counter()
             ray.init(
                 address="local",
@@ -103,7 +103,7 @@ def measure(images: int = IMAGES) -> dict[str, float]:
                 runtime_env={"worker_process_setup_hook": install},
             )
             on_ray = Path(folder) / "ray"
-            cluster.run(recipe_for(source, on_ray, "ray"), progress="off")
+            driver.run(recipe_for(source, on_ray, "ray"), progress="off")
             whole = time.perf_counter() - started
         finally:
             AnalyticBackbone.denoise = denoise  # type: ignore[method-assign]

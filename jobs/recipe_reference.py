@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.reference import markdown
+from pipeline.settings.reference import markdown
 
 PAGE = Path("docs/recipe.md")
 MARK = "<!-- From here on made by `make recipe-reference`. The texts stand in the code, under each key. -->\n"

@@ -10,10 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.cluster import run
     from pipeline.editor import Editor
     from pipeline.recipe import Recipe, load_recipe
     from pipeline.records import Concept, EditRequest
+    from pipeline.running.driver import run
 
 __version__ = "0.1.0"
 __all__ = ["Concept", "EditRequest", "Editor", "Recipe", "__version__", "load_recipe", "run"]
@@ -25,7 +25,7 @@ _HOMES = {
     "Editor": "pipeline.editor",
     "Recipe": "pipeline.recipe",
     "load_recipe": "pipeline.recipe",
-    "run": "pipeline.cluster",
+    "run": "pipeline.running.driver",
 }
 
 

@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.table import Table
 
 import pipeline
-from pipeline import stopping
+from pipeline.common import stopping
+from pipeline.common.partition import WHOLE, Partition
+from pipeline.common.showing import typed
 from pipeline.errors import ShardeditError
+from pipeline.looking.printing import PlainFormatter, out, say_error, show_plan, show_status, show_summary, show_verdict
 from pipeline.models.allocator import keep_freed_memory
-from pipeline.partition import WHOLE, Partition
-from pipeline.printing import PlainFormatter, out, say_error, show_plan, show_status, show_summary, show_verdict
-from pipeline.showing import typed
 
 BROKEN_PIPE = 141  # what shells make of a command that wrote to a closed pipe
 
@@ -109,7 +109,7 @@ def parsed_partition(text: str) -> Partition:
 
 def verdict_on(error: Exception) -> str:
     """Whose fault an error is that nobody foresaw: a path that the system refuses is not ours."""
-    from pipeline.showing import about_path
+    from pipeline.common.showing import about_path
 
     if isinstance(error, OSError) and (reason := about_path(error)) is not None:
         where = error.filename or f"a folder that is written to, which may be {tempfile.gettempdir()}"
@@ -119,7 +119,7 @@ def verdict_on(error: Exception) -> str:
 
 def shown_traceback() -> str:
     """The traceback of the error at hand; addresses in it carry no credentials."""
-    from pipeline.showing import without_credentials
+    from pipeline.common.showing import without_credentials
 
     return without_credentials(traceback.format_exc())
 
@@ -176,7 +176,7 @@ def edit(
 
         recipe = load_recipe(config, overrides or [])
         # Only a recipe that can work pays for starting Ray.
-        from pipeline.cluster import run
+        from pipeline.running.driver import run
 
         summary = run(recipe, retry_failed=retry_failed, strict=strict, partition=part)
         show_summary(summary, recipe)
@@ -198,7 +198,7 @@ def plan(
         from pipeline.recipe import load_recipe
 
         recipe = load_recipe(config, overrides or [])
-        from pipeline import planning
+        from pipeline.looking import planning
 
         made = planning.plan(recipe, probe=probe, partition=part)
         if as_json:
@@ -212,10 +212,10 @@ def plan(
 def status(where: Where, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
     """Say how far a run is, what failed and where. Reads the run's manifests; it may be at work meanwhile."""
     with reported(debug):
-        from pipeline.runs import find_run
+        from pipeline.looking.runs import find_run
 
         run = find_run(where, overrides or [])
-        from pipeline.status import status as look
+        from pipeline.looking.status import status as look
 
         found = look(run.sink, run.record)
         if as_json:
@@ -239,10 +239,10 @@ def verify(
 ) -> None:
     """Check that a run's output is whole: every file read, hashed and opened, every result of the source there once."""
     with reported(debug):
-        from pipeline.runs import find_run
+        from pipeline.looking.runs import find_run
 
         run = find_run(where, overrides or [])
-        from pipeline.verify import verify as check
+        from pipeline.looking.verify import verify as check
 
         source = None if no_source else run.source
         verdict = check(run.sink, run.record, repair=repair, source=source, source_is_needed=run.by_recipe)
@@ -264,10 +264,10 @@ def regenerate(
 ) -> None:
     """Make one result again from the source, the recipe and its seed, and compare the bytes. Writes nothing."""
     with reported(debug):
-        from pipeline.runs import find_run
+        from pipeline.looking.runs import find_run
 
         run = find_run(where, overrides or [])
-        from pipeline.regenerate import regenerate as make
+        from pipeline.looking.regenerate import regenerate as make
 
         made = make(run, key, edit=edit, method=method)
         out.print(f"{made.id}, {made.edit}, {made.method} in {made.file}, row {made.row}", markup=False)
@@ -299,10 +299,10 @@ def report(
     if results not in (None, "all") and not (results.isascii() and results.isdigit() and int(results) > 0):
         raise typer.BadParameter("give a number above 0, or all", param_hint="--results")
     with reported(debug):
-        from pipeline.runs import find_run
+        from pipeline.looking.runs import find_run
 
         run = find_run(where, overrides or [])
-        from pipeline.evaluation.report import MAX_RESULTS, write_report
+        from pipeline.looking.report.page import MAX_RESULTS, write_report
         from pipeline.models.image_text import load_image_text
 
         model = load_image_text(score_model) if score_model is not None else None
@@ -318,7 +318,7 @@ def demo(
 ) -> None:
     """Draw a small dataset and edit it with the bundled model, which knows drawn faces only. No GPU, no download."""
     with reported(debug):
-        from pipeline.demo import demo_recipe, run_demo
+        from pipeline.running.demo import demo_recipe, run_demo
 
         summary = run_demo(output, images)
         if summary.units_now == 0:
@@ -334,7 +334,7 @@ def schema(
 ) -> None:
     """Print the JSON schema of a recipe, for editors that complete and check YAML; every key with its description."""
     if as_markdown:
-        from pipeline.reference import markdown
+        from pipeline.settings.reference import markdown
 
         print(markdown())
         return
@@ -350,7 +350,7 @@ def config(
 ) -> None:
     """Print a recipe to start from: `shardedit config demo > recipe.yaml`. Without a name: list the recipes."""
     with reported(debug):
-        from pipeline import shipped
+        from pipeline.settings import shipped
 
         if name is not None:
             print(shipped.text(name), end="")

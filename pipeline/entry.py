@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)  # one that comes now waits
-    from pipeline import stopping
+    from pipeline.common import stopping
 
     stopping.listen(goes_on=bool(given) and given[0] in GO_ON)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)

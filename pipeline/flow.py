@@ -27,7 +27,7 @@ from pipeline.engine.engine import Engine
 from pipeline.errors import BlackImageError, ClusterError, EditError, InvertError, RowError, Stage
 from pipeline.evaluation.metrics import figures
 from pipeline.inversion.base import Inversion, draw_from
-from pipeline.models.backbone import Backbone
+from pipeline.engine.backbone import Backbone
 from pipeline.reading.ahead import Ahead
 from pipeline.reading.decoder import Decodes
 from pipeline.reading.prepare import prepare, requests_of, restore, restore_mask

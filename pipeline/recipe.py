@@ -33,13 +33,13 @@ from pipeline.editing import EDITORS
 from pipeline.editing.base import Editor
 from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.errors import PrepareError, RecipeError
-from pipeline.explain import describe
 from pipeline.inversion import INVERSIONS
 from pipeline.inversion.base import Inversion
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.records import EditRequest
-from pipeline.sections import ModelConfig, RunConfig, Section, SinkConfig, SourceConfig
-from pipeline.yaml_file import UnusableFileError, parse_yaml, read_yaml_file
+from pipeline.settings.explain import describe
+from pipeline.settings.sections import ModelConfig, RunConfig, Section, SinkConfig, SourceConfig
+from pipeline.settings.yaml_file import UnusableFileError, parse_yaml, read_yaml_file
 
 if TYPE_CHECKING:
     AnyInversion = Inversion

@@ -47,15 +47,15 @@ class Result:
         return f"<Result of '{self.edit}' by {self.method}, {width} x {height} pixels, {region}>"
 
     def _repr_html_(self) -> str:
-        from pipeline.evaluation.side_by_side import html  # its Parquet is needed nowhere else here
+        from pipeline.looking.report.side_by_side import html  # its Parquet is needed nowhere else here
 
         return html(self.input, self.mask, self.image, self.request)
 
 
 def sheet(results: Sequence[Result], columns: int = 1) -> Image.Image:
     """One picture with input, mask and edit of several results, `columns` results to a line."""
-    from pipeline.evaluation.side_by_side import asked
-    from pipeline.evaluation.thumbnails import SheetEntry, contact_sheet
+    from pipeline.looking.report.side_by_side import asked
+    from pipeline.looking.report.thumbnails import SheetEntry, contact_sheet
 
     entries = [
         SheetEntry(

@@ -20,8 +20,8 @@ import psutil
 import ray
 from ray.cluster_utils import Cluster
 
-from pipeline import cluster, pool_watch
 from pipeline.recipe import recipe_from
+from pipeline.running import driver, pool_watch
 from pipeline.writing.lock import DriverLock
 from pipeline.writing.summary import Summary
 
@@ -46,9 +46,9 @@ def witness(begun: str, hold: str) -> Callable[[], None]:
 
         import ray
 
-        import pipeline.on_ray
+        import pipeline.running.on_ray
 
-        edit = pipeline.on_ray.EditWorker.__call__
+        edit = pipeline.running.on_ray.EditWorker.__call__
 
         def slow(self: Any, batch: Any) -> Any:
             unit = json.loads(batch["unit"][0].as_py())["unit"]["id"]
@@ -60,7 +60,7 @@ def witness(begun: str, hold: str) -> Callable[[], None]:
             time.sleep(1.5)
             return edit(self, batch)
 
-        pipeline.on_ray.EditWorker.__call__ = slow
+        pipeline.running.on_ray.EditWorker.__call__ = slow
 
     return install
 
@@ -148,7 +148,7 @@ def main(folder: Path) -> None:
         stage.begun.write_text("")
         started = time.monotonic()
         with ThreadPoolExecutor(1) as pool:  # nodes can only be added from the main thread
-            run = pool.submit(cluster.run, recipe_from(recipe), progress="off")
+            run = pool.submit(driver.run, recipe_from(recipe), progress="off")
             disturb(stage, run, nodes)
             summary = run.result()
         told = {

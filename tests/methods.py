@@ -14,7 +14,7 @@ from pipeline.engine.calls import Steps
 from pipeline.inversion.base import Inversion, draw_from
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.models.analytic import AnalyticBackbone
-from pipeline.models.backbone import Backbone
+from pipeline.engine.backbone import Backbone
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig
 from pipeline.records import Concept, EditedLatents, EditRequest, Source, Trajectory

@@ -16,10 +16,12 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from pipeline import cli, demo, stopping
+from pipeline import cli
+from pipeline.common import stopping
 from pipeline.editing import EDITORS
 from pipeline.inversion import INVERSIONS
 from pipeline.models.demo.shards import write_demo_shards
+from pipeline.running import demo
 
 
 def shardedit(*arguments: object) -> Result:
@@ -200,7 +202,7 @@ def test_a_fault_of_ours_names_itself_and_keeps_its_traceback(config, monkeypatc
     def broken(_, **__):
         raise RuntimeError("boom [bold]\nand much more")
 
-    monkeypatch.setattr("pipeline.cluster.run", broken)
+    monkeypatch.setattr("pipeline.running.driver.run", broken)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     done = shardedit("edit", config)
     assert done.exit_code == 1
@@ -216,7 +218,7 @@ def test_a_stop_is_one_line_and_an_exit_code(config, monkeypatch):
     def stopped(_, **__):
         raise stopping.Stopped(signal.SIGTERM)
 
-    monkeypatch.setattr("pipeline.cluster.run", stopped)
+    monkeypatch.setattr("pipeline.running.driver.run", stopped)
     done = shardedit("edit", config)
     assert done.exit_code == 143
     (line,) = done.stderr.splitlines()

@@ -9,8 +9,8 @@ import jsonschema
 import pytest
 import yaml
 
-from pipeline.demo import demo_recipe
 from pipeline.recipe import Recipe, load_recipe
+from pipeline.running.demo import demo_recipe
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.rglob("*.yaml"))

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipeline import cluster
 from pipeline.recipe import recipe_from
+from pipeline.running import driver
 from tests.corpus import FORMATS, Case, Ends, run_corpus
 
 # Some twenty seconds of two cores, for some six hundred cases: the shards' manifests are synced to disk one by one.
@@ -24,7 +24,7 @@ Found = dict[str, tuple[list[Case], Ends]]
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     def run(data: dict[str, Any]) -> None:
-        summary = cluster.run(recipe_from(data), progress="off")
+        summary = driver.run(recipe_from(data), progress="off")
         assert (summary.complete, summary.exit_code) == (True, 0)
 
     started, peak = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

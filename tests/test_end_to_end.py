@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.cluster import run
 from pipeline.models.loading import load_backbone
 from pipeline.reading.prepare import prepare, restore
 from pipeline.recipe import ModelConfig, recipe_from
 from pipeline.records import Sample
+from pipeline.running.driver import run
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.counting import RowCounter
 from pipeline.editing import EDITORS
 from pipeline.editing.base import Editor
 from pipeline.editing.cfg import ClassifierFreeGuidance
@@ -22,6 +21,7 @@ from pipeline.inversion import INVERSIONS
 from pipeline.inversion.base import Inversion
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.negative_prompt import NegativePromptInversion
+from pipeline.looking.counting import RowCounter
 from pipeline.recipe import Method, Recipe, recipe_from
 from pipeline.records import Concept, EditedLatents, EditRequest, Trajectory, WordPair
 from tests.methods import BACKBONES, SIDE, analytic, invert_and_edit, source, tiny_sd

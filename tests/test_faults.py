@@ -21,12 +21,12 @@ from fsspec.implementations.local import LocalFileSystem
 from benchmarks.faults.campaign import Results, plan, sums
 from benchmarks.faults.judge import judge, look
 from benchmarks.faults.kinds import Kind, Played, drawn
-from pipeline import cluster
 from pipeline.errors import ShardeditError, SinkError
-from pipeline.evaluation.report import write_report
-from pipeline.evaluation.results import RunFolder
+from pipeline.looking.report.page import write_report
+from pipeline.looking.results import RunFolder
 from pipeline.reading import storage
 from pipeline.recipe import recipe_from
+from pipeline.running import driver
 from pipeline.writing import files as files_module
 from pipeline.writing.commit import committed_units
 from tests.faulty import dice, faulty_proxy, full_where
@@ -50,14 +50,14 @@ def source(place: Place) -> None:
 @pytest.fixture(scope="module")
 def calm(place: Place, source: None) -> dict[str, Any]:
     recipe = place.recipe("in", "calm", sink=MERGED)
-    cluster.run(recipe, progress="off")
+    driver.run(recipe, progress="off")
     return contents(place.folder(recipe))
 
 
 @pytest.fixture(scope="module")
 def calm_unmerged(place: Place, source: None) -> dict[str, Any]:
     recipe = place.recipe("in", "calm-unmerged", sink=UNMERGED)
-    cluster.run(recipe, progress="off")
+    driver.run(recipe, progress="off")
     return contents(place.folder(recipe))
 
 
@@ -101,12 +101,12 @@ def test_a_full_store_ends_the_run_and_the_rerun_with_room_completes_it(
     recipe = place.recipe("in", place.new(), sink=UNMERGED)
     out = place.folder(recipe)
     with full_after(2, place, at) as cramped, pytest.raises(SinkError, match="No space left"):
-        cluster.run(cramped.recipe("in", out.name, sink=UNMERGED), progress="off")
+        driver.run(cramped.recipe("in", out.name, sink=UNMERGED), progress="off")
     committed = len(list(committed_units(recipe.sink)))  # those whose files are there
     assert 1 <= committed <= 3
     assert len(list(out.glob("_units/*/*.json"))) == committed, "a manifest came before its files"
     assert contents(out).items() <= calm_unmerged.items(), "a file is there and not whole"
-    assert cluster.run(recipe, progress="off").complete
+    assert driver.run(recipe, progress="off").complete
     assert contents(out) == calm_unmerged
     assert results(out) == asked(shards=2, rows=4)
 
@@ -119,9 +119,9 @@ def test_a_store_that_is_full_while_units_are_merged_loses_none_and_the_rerun_me
     recipe = place.recipe("in", place.new(), sink=MERGED)
     out = place.folder(recipe)
     with full_after(1, place, at) as cramped, pytest.raises(SinkError, match="No space left"):
-        cluster.run(cramped.recipe("in", out.name, sink=MERGED), progress="off")
+        driver.run(cramped.recipe("in", out.name, sink=MERGED), progress="off")
     assert len(list(committed_units(recipe.sink))) == 4
-    assert cluster.run(recipe, progress="off").units_now == 0
+    assert driver.run(recipe, progress="off").units_now == 0
     assert contents(out) == calm
     assert results(out) == asked(shards=2, rows=4)
 
@@ -132,12 +132,12 @@ def test_refused_requests_and_cut_bodies_change_no_byte_and_leave_the_rows_of_lo
 ) -> None:
     monkeypatch.setattr(storage, "FIRST_WAIT", 0.02)
     data = recipe_data(place.root / "in", tmp_path / "out", sink=MERGED, engine="local")
-    cluster.run(recipe_from(data), progress="off")
+    driver.run(recipe_from(data), progress="off")
     with faulty_proxy(place.endpoint, dice(refuse=0.2, cut=0.5)) as (endpoint, counts):
         recipe = place.through(endpoint, **UNAIDED).recipe("in", "run", sink=MERGED)
         for _ in range(10):  # a body that is cut five times in a row ends a run; the same command goes on
             with contextlib.suppress(ShardeditError):
-                if cluster.run(recipe, progress="off").complete:
+                if driver.run(recipe, progress="off").complete:
                     break
         assert counts["refused"] > 10
         assert counts["cut"] > 5
@@ -155,7 +155,7 @@ def test_a_report_is_written_from_a_store_that_refuses_requests_and_cuts_bodies(
     monkeypatch.setattr(storage, "FIRST_WAIT", 0.02)
     monkeypatch.setattr(storage, "ATTEMPTS", 12)  # with such a share of faults five would now and then not do
     recipe = place.recipe("in", "reported")
-    cluster.run(recipe, progress="off")
+    driver.run(recipe, progress="off")
     report = place.folder(recipe) / "report.html"
     wanted = report.read_bytes()
     report.unlink()
@@ -170,7 +170,7 @@ def test_a_store_that_answers_no_more_is_an_error_that_names_the_file(
 ) -> None:
     source = write_shards(tmp_path / "in", shards=2, rows=4)
     recipe = recipe_from(recipe_data(source, tmp_path / "out", engine="local"))
-    cluster.run(recipe, progress="off")
+    driver.run(recipe, progress="off")
     opened: list[str] = []
 
     def broken(self: Any, path: str, *_: Any, **__: Any) -> Any:
@@ -190,7 +190,7 @@ def test_a_store_that_answers_no_more_is_an_error_that_names_the_file(
 def test_a_wrong_secret_is_a_short_error_and_nothing_is_written(place: Place) -> None:
     stranger = replace(place, storage_options={**place.storage_options, "secret": "wrong-secret"})
     with pytest.raises(ShardeditError, match=r"(?i)denied|refused|forbidden|signature") as caught:
-        cluster.run(stranger.recipe("in", "denied"), progress="off")
+        driver.run(stranger.recipe("in", "denied"), progress="off")
     assert "wrong-secret" not in str(caught.value)
     assert not (place.root / "denied").exists()
 
@@ -203,7 +203,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with a merged file of each kind."""
     folder = tmp_path_factory.mktemp("judged")
     source = write_shards(folder / "in", shards=1, rows=4)
-    cluster.run(recipe_from(recipe_data(source, folder / "out", sink=MERGED, engine="local")), progress="off")
+    driver.run(recipe_from(recipe_data(source, folder / "out", sink=MERGED, engine="local")), progress="off")
     return folder / "out"
 
 

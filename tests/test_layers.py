@@ -27,7 +27,7 @@ LAYERS = [
     {"models.demo.score", "models.demo.methods_table"},  # play with everything; nothing of the product imports them
 ]
 # The engine runs on a backbone, whose interface speaks the engine's words.
-ALLOWED_UP = {("engine", "models.backbone"), ("models", "engine.calls")}
+ALLOWED_UP = {("engine", "engine.backbone"), ("models", "engine.calls")}
 FOREIGN = {
     "ray": {"on_ray", "metering", "ray_settings"},
     "diffusers": {"models"},

@@ -16,14 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline import cluster
-from pipeline.findings import Verdict
+from pipeline.looking.findings import Verdict
+from pipeline.looking.runs import find_run
+from pipeline.looking.verify import verify
 from pipeline.recipe import recipe_from
-from pipeline.runs import find_run
-from pipeline.verify import verify
+from pipeline.running import driver
 from pipeline.writing.manifest import Manifest
+from tests.looking.test_verify import shardedit
 from tests.runs import recipe_data, write_shards
-from tests.test_verify import shardedit
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -34,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     write_shards(folder / "in", shards=1, rows=5, damaged=(1,))
     data = recipe_data(folder / "in", folder / "out", sink={"shard_size": 0}, engine="local")
-    cluster.run(recipe_from(data), progress="off")
+    driver.run(recipe_from(data), progress="off")
     return folder
 
 
@@ -286,7 +286,7 @@ def test_rows_that_the_footers_count_and_no_unit_holds_are_a_finding(tmp_path: P
     pq.write_table(table, tmp_path / "in" / "p.parquet")
     data = recipe_data(tmp_path / "in", tmp_path / "out", sink={"shard_size": 0}, engine="local")
     recipe = recipe_from(data)
-    cluster.run(recipe, progress="off")
+    driver.run(recipe, progress="off")
     found = find_run(str(tmp_path / "out"))
     assert verify(found.sink, found.record, source=recipe.source).clean
     paths = sorted((tmp_path / "out" / "_units").rglob("*.json"))

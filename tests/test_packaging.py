@@ -42,7 +42,7 @@ import io
 from pathlib import Path
 from PIL import Image
 from pipeline import Editor, run
-from pipeline.demo import demo_recipe, draw_input, run_demo
+from pipeline.running.demo import demo_recipe, draw_input, run_demo
 from pipeline.errors import ClusterError, SourceError
 from pipeline.reading.storage import open_fs
 
@@ -151,7 +151,7 @@ def test_the_wheel_holds_weights_templates_recipes_and_the_mark_of_types(monkeyp
     parts = {path.relative_to(ROOT).as_posix() for path in weights.rglob("*") if path.is_file()}
     assert len(recipes) > 10
     assert len(parts) > 10
-    assert recipes | parts | {"pipeline/py.typed", "pipeline/evaluation/report.html.j2", "jobs/edit.py"} <= inside
+    assert recipes | parts | {"pipeline/py.typed", "pipeline/looking/report/page.html.j2", "jobs/edit.py"} <= inside
     assert not [path for path in inside if path.startswith(("tests", "benchmarks"))]
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.demo import draw_input
 from pipeline.recipe import load_recipe
+from pipeline.running.demo import draw_input
 
 ROOT = Path(__file__).parents[1]
 

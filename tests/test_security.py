@@ -25,12 +25,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline import cluster
+from pipeline.common.showing import describe, public_url
 from pipeline.errors import RecipeError
 from pipeline.models.loading import load_backbone
 from pipeline.reading.storage import source_error
 from pipeline.recipe import ModelConfig, load_recipe, recipe_from
-from pipeline.showing import describe, public_url
+from pipeline.running import driver
 from tests.checkpoints import change, refused
 from tests.runs import png, recipe_data, write_shards
 
@@ -140,7 +140,7 @@ def test_yaml_that_builds_objects_is_refused(tmp_path: Path) -> None:
 def edit(source: Path, out: Path, **sections: Any) -> Any:
     data = recipe_data(source, out, engine="local", max_failed_fraction=1.0)
     data["source"].update(sections)
-    return cluster.run(recipe_from(data), progress="off")
+    return driver.run(recipe_from(data), progress="off")
 
 
 def test_pickles_in_a_data_set_stay_bytes(tmp_path: Path) -> None:

@@ -26,14 +26,14 @@ PRELOADED = (
     "pandas",
     "s3fs",
     "pipeline.cli",
-    "pipeline.cluster",
+    "pipeline.running.driver",
     "pipeline.entry",
-    "pipeline.evaluation.report",
+    "pipeline.looking.report.page",
     "pipeline.models.loading",
-    "pipeline.verify",
-    "pipeline.worker",
+    "pipeline.looking.verify",
+    "pipeline.running.worker",
 )
-PRELOADED_FOR_RAY = ("ray.cluster_utils", "ray.data", "pipeline.on_ray")
+PRELOADED_FOR_RAY = ("ray.cluster_utils", "ray.data", "pipeline.running.on_ray")
 
 
 def arguments() -> argparse.Namespace:
@@ -51,9 +51,9 @@ def preload(names: Iterable[str]) -> None:
     """Import what drivers need, once. Nothing of it may have started a thread: processes are forked from this one."""
     for name in names:
         importlib.import_module(name)
-    from pipeline.evaluation import report
+    from pipeline.looking.report import page
 
-    report._template()
+    page._template()
     remember_services()
     threads = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
     # jemalloc's own, which it ends and starts again around a fork.

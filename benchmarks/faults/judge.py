@@ -11,9 +11,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from pipeline.looking.runs import find_run
+from pipeline.looking.verify import verify
 from pipeline.recipe import SinkConfig
-from pipeline.runs import find_run
-from pipeline.verify import verify
 from tests.runs import contents
 
 KINDS = ("data", "quarantine")

@@ -143,12 +143,12 @@ class Operations:
         s3fs.S3FileSystem._call_s3 = counted
 
     def _watch_results(self) -> None:
-        import pipeline.worker
+        import pipeline.running.worker
 
-        outcome_of = pipeline.worker.outcome_of
+        outcome_of = pipeline.running.worker.outcome_of
 
         def counted(result: Any) -> Any:
             self.happens("results", "")
             return outcome_of(result)
 
-        pipeline.worker.outcome_of = counted
+        pipeline.running.worker.outcome_of = counted

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pipeline import stopping
+from pipeline.common import stopping
 from pipeline.engine.calls import (
     Call,
     DecodeLatents,
@@ -31,7 +31,7 @@ from pipeline.engine.calls import (
 )
 from pipeline.engine.packing import Batch, Pending, Row, RowQueue, rows_per_call
 from pipeline.errors import EditError
-from pipeline.models.backbone import Backbone
+from pipeline.engine.backbone import Backbone
 
 CACHED_PROMPTS = 1024  # embeddings kept per worker; at 77 x 768 float32 that is 240 MB
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.evaluation.cards import concept_chip
-from pipeline.evaluation.results import Result
-from pipeline.evaluation.thumbnails import load_rgb
+from pipeline.looking.report.cards import concept_chip
+from pipeline.looking.report.thumbnails import load_rgb
+from pipeline.looking.results import Result
 from pipeline.models.image_text import ImageTextModel
 
 

@@ -23,7 +23,7 @@ from pipeline.engine.calls import TextConditioning, UNetAnswer, UNetCall
 from pipeline.engine.controls import Hook, Layer
 from pipeline.errors import EditError
 from pipeline.models.attention import WATCHED_FACTOR
-from pipeline.models.backbone import ModelRecord
+from pipeline.engine.backbone import ModelRecord
 
 STABLE_DIFFUSION_SCHEDULE = {
     "num_train_timesteps": 1000,

@@ -15,7 +15,7 @@ import torch
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.errors import ModelError
 from pipeline.models.analytic import AnalyticBackbone
-from pipeline.models.backbone import Backbone, ModelRecord
+from pipeline.engine.backbone import Backbone, ModelRecord
 from pipeline.models.checkpoint import SCHEDULER, digest, files_of, read_json
 from pipeline.models.compiling import check_compiler
 from pipeline.models.hub import fetch

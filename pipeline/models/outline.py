@@ -15,7 +15,7 @@ from pipeline.models.loading import DEMO_FOLDER, is_hub_id
 from pipeline.models.networks import load_tokenizer, words_of_tokens
 
 if TYPE_CHECKING:
-    from pipeline.sections import ModelConfig
+    from pipeline.settings.sections import ModelConfig
 
 UNET, VAE = "unet/config.json", "vae/config.json"
 

@@ -18,7 +18,7 @@ from pipeline.models.attention import (
     open_attention,
     open_decoder_blocks,
 )
-from pipeline.models.backbone import ModelRecord
+from pipeline.engine.backbone import ModelRecord
 from pipeline.models.compiling import compiled
 from pipeline.models.networks import words_of_tokens
 

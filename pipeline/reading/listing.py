@@ -19,6 +19,7 @@ from typing import Any
 from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.common.showing import public_url
 from pipeline.errors import SourceError
 from pipeline.reading import parquet
 from pipeline.reading.folder import group_files
@@ -28,7 +29,6 @@ from pipeline.reading.shards import UNIT_BYTES, Format, Shard
 from pipeline.reading.storage import open_fs, retrying, storage_errors
 from pipeline.reading.versions import tag_of, versions
 from pipeline.recipe import SourceConfig
-from pipeline.showing import public_url
 
 SUFFIXES: dict[Format, tuple[str, ...]] = {"webdataset": (".tar", ".tar.gz", ".tgz"), "parquet": (".parquet",)}
 MOST_NAMES = 1_000_000  # that one URL's braces may stand for

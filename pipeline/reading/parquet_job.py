@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, Protocol, cast
 
 import pyarrow as pa
 
+from pipeline.common.showing import describe
 from pipeline.reading.channel import Channel
 from pipeline.reading.packing import pack_row
 from pipeline.reading.parquet_rows import (
@@ -22,8 +23,7 @@ from pipeline.reading.parquet_rows import (
 )
 from pipeline.reading.rows import damaged_row
 from pipeline.records import Sample, Unreadable
-from pipeline.sections import SourceConfig
-from pipeline.showing import describe
+from pipeline.settings.sections import SourceConfig
 
 MAX_TEXT = 16 << 20  # bytes of JSON that all but a row's pictures and members may become
 KEYS_TIMES = 10  # the CPU time of some rows that all keys of a file may take

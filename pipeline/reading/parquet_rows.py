@@ -27,10 +27,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.common.showing import describe
 from pipeline.reading.rows import Names, RowProblemError, listed, split_edits, unreadable
 from pipeline.records import Sample, Unreadable
-from pipeline.sections import SourceConfig
-from pipeline.showing import describe
+from pipeline.settings.sections import SourceConfig
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "img", "image_bytes", "input_image", "input")
 KEY_COLUMNS = ("__key__", "id", "key")

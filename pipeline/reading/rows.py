@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.records import Sample, Unreadable
-from pipeline.sections import SourceConfig
+from pipeline.settings.sections import SourceConfig
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm", "pbm", "jp2", "avif")
 DEFAULT_MASK = "mask.png"

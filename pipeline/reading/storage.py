@@ -10,8 +10,8 @@ from typing import Any
 import fsspec
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
+from pipeline.common.showing import describe, has_password, public_url
 from pipeline.errors import ShardeditError, SourceError
-from pipeline.showing import describe, has_password, public_url
 
 ATTEMPTS = 5
 FIRST_WAIT = 0.5  # seconds; doubles with every attempt, plus up to a second of jitter

@@ -16,6 +16,7 @@ from functools import cache, partial
 from itertools import accumulate, pairwise
 from typing import Any, BinaryIO
 
+from pipeline.common.showing import public_url
 from pipeline.errors import SourceError
 from pipeline.reading import folder, parquet, webdataset
 from pipeline.reading.listing import list_shards
@@ -24,7 +25,6 @@ from pipeline.reading.shards import Cuts, ReadTask, Shard, shard_slug, unit_id, 
 from pipeline.reading.storage import open_fs, retrying, storage_errors
 from pipeline.recipe import SourceConfig
 from pipeline.records import Sample, UnitInput, Unreadable
-from pipeline.showing import public_url
 
 Row = Sample | Unreadable
 BUFFER = 4 << 20  # bytes fetched from an object store at a time

@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from fsspec import AbstractFileSystem
 from pydantic import ValidationError
 
+from pipeline.common.showing import public_url
 from pipeline.errors import SinkError
-from pipeline.showing import public_url
 from pipeline.writing.files import NotAFileError, get, list_folder
 from pipeline.writing.manifest import Manifest, Part, split_unit_id
 from pipeline.writing.paths import Bits, Generation, first_problem

@@ -21,10 +21,10 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel, ValidationError
 
+from pipeline.common.showing import describe, public_url
 from pipeline.errors import SinkError
 from pipeline.reading.storage import open_fs, retrying
 from pipeline.recipe import SinkConfig
-from pipeline.showing import describe, public_url
 from pipeline.writing.baseline import LOOKS, Baselines
 from pipeline.writing.files import NotAFileError, get, list_folder, put, remove
 from pipeline.writing.manifest import (

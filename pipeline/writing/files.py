@@ -19,9 +19,9 @@ from typing import Any, BinaryIO, Generic, TypeVar
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.common.showing import describe, public_url
 from pipeline.errors import SinkError
 from pipeline.reading.storage import retrying
-from pipeline.showing import describe, public_url
 
 T = TypeVar("T")
 

@@ -16,8 +16,8 @@ from typing import Literal
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.common.partition import WHOLE, Partition
 from pipeline.errors import SinkError
-from pipeline.partition import WHOLE, Partition
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
 from pipeline.writing.files import from_json, get, list_folder, remove

@@ -35,11 +35,11 @@ from typing import Literal
 
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.common.partition import WHOLE, Partition
+from pipeline.common.showing import describe, public_url
 from pipeline.errors import HeldError, RunAborted, SinkError
-from pipeline.partition import WHOLE, Partition
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
-from pipeline.showing import describe, public_url
 from pipeline.writing.files import get, put, remove
 from pipeline.writing.flags import FOLDER, Flag, State, flag_name, flags, generation, owner, parsed, partition_of
 from pipeline.writing.processes import started_at, this_host

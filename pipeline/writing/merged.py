@@ -21,8 +21,8 @@ from typing import Literal
 from fsspec import AbstractFileSystem
 from pydantic import ValidationError, model_validator
 
+from pipeline.common.showing import public_url
 from pipeline.errors import SinkError
-from pipeline.showing import public_url
 from pipeline.writing.baseline import LOOKS
 from pipeline.writing.files import NotAFileError, get, list_folder
 from pipeline.writing.manifest import KINDS, FileRecord, Manifest, Part, kind_of, split_unit_id

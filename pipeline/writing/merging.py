@@ -32,11 +32,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
-from pipeline import stopping
+from pipeline.common import stopping
+from pipeline.common.showing import public_url
 from pipeline.errors import SinkError
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
-from pipeline.showing import public_url
 from pipeline.writing.commit import committed_units
 from pipeline.writing.files import Made, get, list_folder, put, put_made, read_part, size_of
 from pipeline.writing.indexing import SPLIT, left_by_merging, remove_empty, replace_index

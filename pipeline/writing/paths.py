@@ -15,10 +15,10 @@ from typing import Annotated
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import Field, StringConstraints, ValidationError
 
+from pipeline.common.showing import public_url
 from pipeline.errors import SinkError
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
-from pipeline.showing import public_url
 
 _NAME = "[A-Za-z0-9_-]{1,200}"
 _KIND = "(?:data|quarantine)"

@@ -21,7 +21,7 @@ from PIL import Image
 import pipeline
 from pipeline.errors import EncodeError
 from pipeline.evaluation.metrics import NAMES as FIGURES
-from pipeline.models.backbone import ModelRecord
+from pipeline.engine.backbone import ModelRecord
 from pipeline.recipe import Recipe, SinkConfig
 from pipeline.records import Edited, Outcome, Rejected, Sample
 from pipeline.writing.instructions import instruction_of

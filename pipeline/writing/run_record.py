@@ -21,12 +21,12 @@ from fsspec import AbstractFileSystem
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 import pipeline
+from pipeline.common.showing import public_url
 from pipeline.errors import SinkError
-from pipeline.models.backbone import ModelRecord
+from pipeline.engine.backbone import ModelRecord
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import Recipe, SinkConfig, hash_of
-from pipeline.sections import COLUMN_NAMES
-from pipeline.showing import public_url
+from pipeline.settings.sections import COLUMN_NAMES
 from pipeline.writing.files import NotAFileError, from_json, get, list_folder, put
 from pipeline.writing.paths import first_problem
 

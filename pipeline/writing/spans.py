@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
+from pipeline.common.showing import describe, public_url
 from pipeline.errors import SinkError
 from pipeline.reading.storage import retrying
-from pipeline.showing import describe, public_url
 from pipeline.writing.files import read_part
 from pipeline.writing.merged import Span
 

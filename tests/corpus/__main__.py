@@ -13,8 +13,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from pipeline import cluster
 from pipeline.recipe import recipe_from
+from pipeline.running import driver
 from tests.corpus import FORMATS, run_corpus
 from tests.corpus.commands import DEADLINE_S, World
 from tests.corpus.situations import all_situations
@@ -30,7 +30,7 @@ def main(*words: str) -> None:
     slowest = (0.0, "")
     with tempfile.TemporaryDirectory() as folder:
         if not words:
-            found = run_corpus(Path(folder), lambda data: cluster.run(recipe_from(data), progress="off"))
+            found = run_corpus(Path(folder), lambda data: driver.run(recipe_from(data), progress="off"))
             for format in FORMATS:
                 cases, ends = found[format]
                 for case in cases:

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.counting import RowCounter
 from pipeline.diffusion.masks import above_average, dilated
 from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.diffedit import DiffEdit
 from pipeline.engine.engine import Engine
 from pipeline.errors import PrepareError, RecipeError
 from pipeline.inversion.ddim import DDIMInversion
+from pipeline.looking.counting import RowCounter
 from pipeline.recipe import recipe_from
 from pipeline.records import EditedLatents, EditRequest, Trajectory, WordPair
 from tests.methods import BACKBONES, analytic, image_latents, invert_and_edit, source, tiny_sd

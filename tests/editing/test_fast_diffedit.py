@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.counting import RowCounter
 from pipeline.diffusion.masks import dilated
 from pipeline.editing.diffedit import DiffEdit
 from pipeline.editing.fast_diffedit import GREY, FastDiffEdit
@@ -20,7 +19,8 @@ from pipeline.engine.engine import Engine
 from pipeline.errors import EditError, RecipeError
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.noise import NoiseStart
-from pipeline.models.backbone import Backbone
+from pipeline.looking.counting import RowCounter
+from pipeline.engine.backbone import Backbone
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig, recipe_from
 from pipeline.records import EditRequest

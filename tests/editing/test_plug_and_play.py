@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.counting import RowCounter
 from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.plug_and_play import Injection, PlugAndPlay, resampled
 from pipeline.engine.calls import Denoise, TextConditioning, UNetCall
@@ -20,6 +19,7 @@ from pipeline.engine.engine import Engine
 from pipeline.errors import PrepareError, RecipeError
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.direct import DirectInversion
+from pipeline.looking.counting import RowCounter
 from pipeline.models.attention import CallControl, open_attention, open_decoder_blocks
 from pipeline.recipe import recipe_from
 from pipeline.records import EditRequest

@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.cluster import run
 from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.prompt_to_prompt import PromptToPrompt, local_blend_mask
 from pipeline.engine.engine import Engine
@@ -23,9 +22,10 @@ from pipeline.errors import PrepareError, RecipeError
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.direct import DirectInversion
 from pipeline.inversion.noise import NoiseStart
-from pipeline.planning import plan
+from pipeline.looking.planning import plan
 from pipeline.recipe import recipe_from
 from pipeline.records import EditedLatents, EditRequest, Trajectory, WordPair
+from pipeline.running.driver import run
 from tests.methods import BACKBONES, SIDE, analytic, invert_and_edit, source, tiny_sd
 
 S = 5

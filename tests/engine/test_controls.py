@@ -15,7 +15,7 @@ from pipeline.engine.controls import Block, Control, Hook, Layer, Routes, attent
 from pipeline.engine.engine import Engine
 from pipeline.errors import EditError
 from pipeline.models.analytic import AnalyticBackbone
-from pipeline.models.backbone import Backbone
+from pipeline.engine.backbone import Backbone
 from tests.methods import analytic, source, tiny_sd
 
 

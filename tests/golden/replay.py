@@ -28,7 +28,7 @@ from pipeline.engine.engine import Engine
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.inversion.noise import NoiseStart
-from pipeline.models.backbone import Backbone
+from pipeline.engine.backbone import Backbone
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig
 from pipeline.records import Concept, EditedLatents, EditRequest, Trajectory

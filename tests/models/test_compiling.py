@@ -17,7 +17,7 @@ from pipeline.editor import COMPILED_CALL_SIZE, Editor
 from pipeline.engine.calls import UNetCall
 from pipeline.engine.engine import Engine
 from pipeline.errors import RecipeError
-from pipeline.models.backbone import Backbone
+from pipeline.engine.backbone import Backbone
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig, recipe_from
 from tests.checkpoints import small_unet

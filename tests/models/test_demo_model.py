@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.train_demo import PRESETS, draw_pool, refine_decoder, standardize_latents, train_unet, train_vae
-from pipeline.models.demo.aiming import (
+from demo_world.aiming import (
     ATTRIBUTES,
     NOTHING,
     aiming_loss,
@@ -22,6 +21,7 @@ from pipeline.models.demo.aiming import (
     named_attributes,
     record_attention,
 )
+from demo_world.train import PRESETS, draw_pool, refine_decoder, standardize_latents, train_unet, train_vae
 from pipeline.models.demo.networks import (
     LATENT_SIZE,
     Sizes,

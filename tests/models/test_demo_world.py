@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.models.demo.oracle import VALUES, find, read
+from demo_world.oracle import VALUES, find, read
 from pipeline.models.demo.world import VOCABULARY, Attribute, Scene, caption, changed_region, draw, edited, region
 
 

@@ -8,12 +8,12 @@ import pytest
 from botocore.exceptions import EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 from s3fs import S3FileSystem
 
+from pipeline.common.showing import describe, public_url
 from pipeline.errors import SourceError
 from pipeline.reading import listing, storage
 from pipeline.reading.storage import is_transient, source_error
 from pipeline.reading.units import list_shards, unit_id
 from pipeline.recipe import SourceConfig
-from pipeline.showing import describe, public_url
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import pytest
 from pipeline.errors import SinkError
 from pipeline.reading.listing import list_shards
 from pipeline.recipe import Recipe, recipe_from
-from pipeline.sections import SourceConfig
-from pipeline.todo import find_todo
+from pipeline.running.todo import find_todo
+from pipeline.settings.sections import SourceConfig
 from pipeline.writing.run_record import run_record, write_run_record
 from tests.runs import png, recipe_data, write_shards
 from tests.writing.making import MODEL

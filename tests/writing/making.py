@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.models.backbone import ModelRecord
+from pipeline.engine.backbone import ModelRecord
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import Recipe
 from pipeline.records import Concept, Edited, EditRequest, Rejected, Sample, Unit, UnitInput

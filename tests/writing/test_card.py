@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import cluster
 from pipeline.recipe import recipe_from
+from pipeline.running import driver
 from pipeline.writing.card import MARK
 from tests.runs import asked, recipe_data, write_shards
 
@@ -29,7 +29,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(source: Path, out: Path, **sink: Any) -> Path:
     recipe = recipe_from(recipe_data(source, out, sink=sink, engine="local"))
-    assert cluster.run(recipe, progress="off").complete
+    assert driver.run(recipe, progress="off").complete
     return out
 
 
@@ -99,7 +99,7 @@ def test_a_card_of_the_users_is_left_alone_and_ours_is_renewed(
     run(source, out)
     assert (out / "README.md").read_text() == first
     (out / "README.md").write_text("# Mine\n")
-    cluster.run(recipe_from(recipe_data(source, out, engine="local")), progress="lines")
+    driver.run(recipe_from(recipe_data(source, out, engine="local")), progress="lines")
     assert (out / "README.md").read_text() == "# Mine\n"
     assert head_of(out, "README.shardedit.md") == head_of_text(first)
     assert "README.md is not ours and stays" in capsys.readouterr().err
@@ -114,7 +114,7 @@ def test_what_others_wrote_is_text_in_the_card(tmp_path: Path) -> None:
     write_shards(tmp_path / "in", shards=1, rows=1, damaged=())
     data = recipe_data(tmp_path / "in", tmp_path / "out", engine="local")
     data["edits"] = {"x": {"concepts": [{"prompt": "a | b\n<script>`--- *"}]}}
-    cluster.run(recipe_from(data), progress="off")
+    driver.run(recipe_from(data), progress="off")
     text = (tmp_path / "out" / "README.md").read_text()
     assert "add a \\| b \\<script\\>\\`--- \\*" in text
     assert len(load(tmp_path / "out")["train"]) == 1

@@ -13,16 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import cluster
-from pipeline.blocks import pack_input, unpack_input
-from pipeline.evaluation.results import RunFolder
+from pipeline.looking.regenerate import regenerate
+from pipeline.looking.results import RunFolder
+from pipeline.looking.runs import find_run
+from pipeline.looking.verify import verify
 from pipeline.reading.shards import shard_slug
 from pipeline.reading.units import list_shards, plan_reads, read_units
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.records import EditRequest
-from pipeline.regenerate import regenerate
-from pipeline.runs import find_run
-from pipeline.verify import verify
+from pipeline.running import driver
+from pipeline.running.blocks import pack_input, unpack_input
 from pipeline.writing.instructions import instruction_of
 from pipeline.writing.merging import unified
 from pipeline.writing.rows import schema
@@ -79,7 +79,7 @@ def run(source: Path, out: Path, **sink: Any) -> Recipe:
         "ledits": {"inversion": data.pop("inversion"), "editing": {"method": "ledits_pp"}},
     }
     recipe = recipe_from(data)
-    assert cluster.run(recipe, progress="off").complete
+    assert driver.run(recipe, progress="off").complete
     found = find_run(str(out))
     verdict = verify(found.sink, found.record)
     assert verdict.clean, verdict.findings
@@ -136,7 +136,7 @@ def test_the_input_is_kept_in_its_own_bytes_under_its_own_name(source: Path, ful
 
 def test_an_input_that_lies_on_its_side_is_shown_upright(full: Path) -> None:
     folder = RunFolder(str(full))
-    from pipeline.evaluation.thumbnails import load_rgb
+    from pipeline.looking.report.thumbnails import load_rgb
 
     results = folder.load(folder.figures(folder.spans("data")))
     assert [load_rgb(result.input).size for result in results] == [load_rgb(result.image).size for result in results]

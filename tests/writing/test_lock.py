@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from benchmarks.lock import PARTITIONS, hold_many
+from pipeline.common.partition import WHOLE, Partition
 from pipeline.errors import HeldError, RunAborted, SinkError
-from pipeline.partition import WHOLE, Partition
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
 from pipeline.writing import lock as lock_module

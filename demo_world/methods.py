@@ -1,0 +1,403 @@
+"""Every pair of inversion and editor on the drawn world, side by side: does the edit happen, and does the rest stay?
+
+Each scene is drawn and gets one edit, the edits taking turns. All pairs edit the same images towards the same outcome:
+editors that think in two prompts get complete descriptions of the scene before and after, those that think in concepts
+get the concept. An inversion that several editors read is run once. The outcome is judged as in score.py.
+
+Cost: a few hundred UNet rows per scene and pair, and a tenth of a second per result for reading it back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from demo_world.oracle import read
+from demo_world.scoring import Pixels, fresh_scenes, mask_iou, round_trips
+from pipeline.editing import EDITORS
+from pipeline.editor import Editor
+from pipeline.engine.calls import DecodeLatents, EncodeImage, Steps
+from pipeline.engine.engine import Engine, Finished
+from pipeline.evaluation.metrics import psnr
+from pipeline.flow import seed_for
+from pipeline.inversion import INVERSIONS
+from pipeline.inversion.base import Inversion, draw_from
+from pipeline.models.demo.networks import IMAGE_SIZE
+from pipeline.models.demo.world import Attribute, Scene, changed_region, draw, edited, object_phrases, with_article
+from pipeline.recipe import Method, recipe_from
+from pipeline.records import Concept, EditedLatents, EditRequest, Source, Trajectory, WordPair
+
+SEED = 3  # of the scenes; what was tried for the settings below was tried on others
+NUM_STEPS = 20
+GUIDANCE_SCALE = 4.0  # of every method with a target prompt: what the model's text to image is scored with
+# Pairs with edit-friendly inversion whose source is not guided, as its authors pair it with Prompt-to-Prompt.
+UNGUIDED_SOURCE = frozenset({("ddpm", "prompt_to_prompt"), ("ddpm", "masactrl")})
+# Editors whose papers invert under the empty prompt.
+WITHOUT_SOURCE_PROMPT = frozenset({"ledits_pp", "masactrl"})
+# Editors that are told the words whose place changes.
+READS_WORDS = frozenset({"prompt_to_prompt", "proxedit"})
+
+# Settings other than the defaults, `num_steps` and `guidance_scale`.
+INVERSION_SETTINGS: dict[str, dict[str, Any]] = {
+    "null_text": {"num_inner_steps": 3, "edit_guidance_scale": GUIDANCE_SCALE},
+}
+EDITOR_SETTINGS: dict[str, dict[str, Any]] = {
+    # The papers begin at step 4 of 50. The first steps of 20 settle as much.
+    "masactrl": {"start_step": 2},
+    "prox_masactrl": {"start_step": 2},
+}
+# Share of the schedule that is inverted and walked again, where a method's paper does not take the whole of it.
+STRENGTHS: dict[tuple[str, str], float] = {
+    ("ddim", "diffedit"): 0.8,
+    ("direct", "diffedit"): 0.8,
+    ("ddim", "fast_diffedit"): 0.8,
+    ("direct", "fast_diffedit"): 0.8,
+    ("ddpm", "ledits_pp"): 0.8,
+    ("ddpm", "cfg"): 0.75,
+    ("ddpm", "masactrl"): 0.75,
+    ("ddpm", "prompt_to_prompt"): 0.75,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownEdit:
+    """An edit whose outcome is known, in the words of every method."""
+
+    before: Mapping[str, Any]  # attributes that a scene gets, so that there is something to do
+    after: Mapping[str, Any]  # attributes that the edit shall change
+    concept: Concept
+    words: WordPair  # of the two descriptions, where the change is
+    equalizer: Mapping[str, float]
+
+
+EDITS: dict[str, KnownEdit] = {
+    "sunglasses": KnownEdit(
+        before={"sunglasses": False},
+        after={"sunglasses": True},
+        concept=Concept(prompt="sunglasses", guidance_scale=7, threshold=0.9),
+        words=WordPair(target=("sunglasses",)),
+        equalizer={"sunglasses": 2.0},
+    ),
+    "open mouth": KnownEdit(
+        before={"mouth": "smile"},
+        after={"mouth": "open"},
+        concept=Concept(prompt="an open mouth", guidance_scale=7, threshold=0.94),
+        words=WordPair(source=("smile",), target=("open", "mouth")),
+        equalizer={"open": 2.0},
+    ),
+    "green face": KnownEdit(
+        before={"face_color": "yellow"},
+        after={"face_color": "green"},
+        concept=Concept(prompt="a green face", guidance_scale=5, threshold=0.5),
+        words=WordPair(source=("yellow", "face"), target=("green", "face")),
+        equalizer={"green": 2.0},
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One line of the table: means over scenes, shares from 0 to 1."""
+
+    inversion: str
+    editor: str
+    success: float  # scenes in which what should change did
+    unchanged: float  # attributes that should stay and did
+    mask_iou: float | None  # of the method's mask with the pixels that should change; None: it reports no mask
+    background_psnr: float  # dB, outside of these pixels, against the autoencoder's round trip
+    unet_rows: float  # per image, inversion and edit
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """One image and what shall become of it."""
+
+    name: str  # of the edit
+    edit: KnownEdit
+    before: Scene
+    after: Scene
+    pixels: Pixels
+    round_trip: Pixels
+
+    def request(self, inversion: str, editor: str) -> EditRequest:
+        """The edit in the words that a pair understands."""
+        if editor == "ledits_pp":
+            return EditRequest(concepts=(self.edit.concept,))
+        source = "" if without_source_prompt(inversion, editor) else description(self.before)
+        request = EditRequest(source_prompt=source, target_prompt=description(self.after))
+        if editor not in READS_WORDS:
+            return request
+        return request.model_copy(update={"blend_words": self.edit.words, "equalizer": dict(self.edit.equalizer)})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """One edited image."""
+
+    pixels: Pixels
+    latents: EditedLatents
+    unet_rows: int
+
+
+def without_source_prompt(inversion: str, editor: str) -> bool:
+    """Whether a pair inverts under the empty prompt. Null-text embeddings stand for the source prompt's guidance."""
+    return editor in WITHOUT_SOURCE_PROMPT and inversion != "null_text"
+
+
+def description(scene: Scene) -> str:
+    """All that is to be seen, always in the same words and order, so that two descriptions differ as the scenes do."""
+    extras = object_phrases(scene, bare_hat=False)
+    listed = extras[0] if len(extras) == 1 else f"{', '.join(extras[:-1])} and {extras[-1]}"
+    face = with_article(f"{scene.face_shape} {scene.face_color} face")
+    return f"{face} with {listed} on a {scene.background} background"
+
+
+def valid_pairs() -> list[tuple[str, str]]:
+    """All pairs that a recipe accepts, by name."""
+    return [(inversion, editor) for editor in EDITORS for inversion in INVERSIONS if EDITORS[editor].fits(inversion)]
+
+
+def method_of(inversion: str, editor: str, num_steps: int) -> Method:
+    """A pair with the settings that it is compared with.
+
+    Raises:
+        RecipeError: the two do not fit.
+    """
+    walked = round(num_steps * STRENGTHS.get((inversion, editor), 1.0))
+    given = {"method": inversion, "num_steps": walked, **INVERSION_SETTINGS.get(inversion, {})}
+    if "skip_steps" in INVERSIONS[inversion].model_fields:
+        given["skip_steps"] = num_steps - walked
+    if (inversion, editor) in UNGUIDED_SOURCE:
+        given["source_guidance_scale"] = 1.0
+    editing = {"method": editor, **EDITOR_SETTINGS.get(editor, {})}
+    if "guidance_scale" in EDITORS[editor].model_fields:
+        editing["guidance_scale"] = GUIDANCE_SCALE
+    recipe = recipe_from(
+        {"source": {"shards": "-"}, "inversion": given, "editing": editing, "sink": {"folder": "-"}},
+        f"{inversion}+{editor}",
+    )
+    return Method(inversion=recipe.inversion, editing=recipe.editing)
+
+
+def tasks_of(editor: Editor, count: int, seed: int = SEED) -> list[Task]:
+    """`count` drawn scenes, the edits in turn."""
+    named = [list(EDITS.items())[number % len(EDITS)] for number in range(count)]
+    before = [edited(scene, **edit.before) for scene, (_, edit) in zip(fresh_scenes(count, seed), named, strict=True)]
+    images = [draw(scene, IMAGE_SIZE) for scene in before]
+    return [
+        Task(name, edit, scene, edited(scene, **edit.after), image, round_trip)
+        for (name, edit), scene, image, round_trip in zip(
+            named, before, images, round_trips(editor, images), strict=True
+        )
+    ]
+
+
+def measure_pairs(
+    editor: Editor,
+    tasks: Sequence[Task],
+    pairs: Iterable[tuple[str, str]],
+    num_steps: int = NUM_STEPS,
+    tell: Callable[[Pair], None] = lambda _: None,
+) -> tuple[list[Pair], dict[tuple[str, str], list[Outcome]]]:
+    """Edit all tasks by all pairs; return the table, and what was made, in the order of the tasks."""
+    inverted: dict[tuple[Inversion, bool], list[tuple[Trajectory, int]]] = {}
+    table, made = [], {}
+    for inversion, name in pairs:
+        method = method_of(inversion, name, num_steps)
+        key = (method.inversion, without_source_prompt(inversion, name))
+        requests = [task.request(inversion, name) for task in tasks]
+        if key not in inverted:
+            inverted[key] = invert_all(editor, method.inversion, tasks, [request.source_prompt for request in requests])
+        outcomes = edit_all(editor.engine, method, requests, inverted[key])
+        table.append(judge(inversion, name, tasks, outcomes))
+        made[inversion, name] = outcomes
+        tell(table[-1])
+    return table, made
+
+
+def invert_all(
+    editor: Editor, inversion: Inversion, tasks: Sequence[Task], prompts: Sequence[str]
+) -> list[tuple[Trajectory, int]]:
+    """The tasks' trajectories, and the UNet rows that each took."""
+
+    def invert(number: int) -> Steps[Trajectory]:
+        latents = yield EncodeImage(tasks[number].pixels)
+        shape = tuple(latents.shape)
+        source = Source(
+            latents=latents,
+            prompt=prompts[number],
+            schedule=editor.backbone.schedule,
+            draw_noise=draw_from(seed_for(0, str(number), inversion.method), shape, latents.dtype),
+            editing_noise=partial(draw_from, seed_for(0, str(number), "editing"), shape, latents.dtype),
+            pixels=tasks[number].pixels,
+        )
+        return (yield from inversion.invert(source))
+
+    finished = in_order(editor.engine.run(invert(number) for number in range(len(tasks))))
+    return [(one.value, one.unet_rows) for one in finished]
+
+
+def edit_all(
+    engine: Engine, method: Method, requests: Sequence[EditRequest], inverted: Sequence[tuple[Trajectory, int]]
+) -> list[Outcome]:
+    """One edit of each trajectory."""
+
+    def edit(trajectory: Trajectory, request: EditRequest) -> Steps[tuple[Pixels, EditedLatents]]:
+        latents = yield from method.editing.edit(trajectory, request)
+        pixels = yield DecodeLatents(latents.latents)
+        return pixels, latents
+
+    generators = (edit(trajectory, request) for (trajectory, _), request in zip(inverted, requests, strict=True))
+    finished = in_order(engine.run(generators))
+    return [
+        Outcome(pixels=one.value[0], latents=one.value[1], unet_rows=rows + one.unet_rows)
+        for one, (_, rows) in zip(finished, inverted, strict=True)
+    ]
+
+
+def in_order(finished: Iterator[Finished]) -> list[Finished]:
+    """Results in the order of what was given. A failed one is raised: every method must serve these edits."""
+    results = sorted(finished, key=lambda one: one.index)
+    for one in results:
+        if one.error is not None:
+            raise one.error
+    return results
+
+
+def judge(inversion: str, editor: str, tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> Pair:
+    """Compare what was made with what should have been."""
+    succeeded, stayed, ious, noises = [], [], [], []
+    for task, outcome in zip(tasks, outcomes, strict=True):
+        found, wanted = read(outcome.pixels), task.after.attributes()
+        changing: tuple[Attribute, ...] = tuple(task.edit.after)  # type: ignore[arg-type]  # the keys are attributes
+        succeeded.append(all(found[name] == wanted[name] for name in changing))
+        stayed += [found[name] == wanted[name] for name in wanted if name not in changing]
+        truth = changed_region(task.before, task.after, IMAGE_SIZE)
+        if (region := outcome.latents.mask) is not None:
+            ious.append(mask_iou(region.numpy(), truth))
+        noises.append(psnr(task.round_trip[~truth], outcome.pixels[~truth]) or 0.0)
+    return Pair(
+        inversion=inversion,
+        editor=editor,
+        success=float(np.mean(succeeded)),
+        unchanged=float(np.mean(stayed)),
+        mask_iou=float(np.mean(ious)) if ious else None,
+        background_psnr=float(np.mean(noises)),
+        unet_rows=float(np.mean([outcome.unet_rows for outcome in outcomes])),
+    )
+
+
+COLUMNS = ("inversion", "editor", "success", "unchanged", "mask IoU", "background PSNR", "UNet rows")
+
+
+def cells(pair: Pair) -> tuple[str, ...]:
+    """A line of the table as text."""
+    return (
+        pair.inversion,
+        pair.editor,
+        f"{pair.success:.2f}",
+        f"{pair.unchanged:.2f}",
+        "" if pair.mask_iou is None else f"{pair.mask_iou:.2f}",
+        f"{pair.background_psnr:.1f} dB",
+        f"{pair.unet_rows:.0f}",
+    )
+
+
+def markdown(table: Sequence[Pair]) -> str:
+    """The table for the documentation."""
+    head = [f"| {' | '.join(COLUMNS)} |", f"|---|---|{'---:|' * (len(COLUMNS) - 2)}"]
+    body = [f"| `{pair.inversion}` | `{pair.editor}` | {' | '.join(cells(pair)[2:])} |" for pair in table]
+    return "\n".join([*head, *body]) + "\n"
+
+
+BEGIN, END = "<!-- written by `make methods-table` -->", "<!-- end of what is written -->"
+
+
+def write_between_marks(path: Path, text: str) -> None:
+    """Replace what stands between the two marks of a page, which keeps the words around it.
+
+    Raises:
+        ValueError: the page has no such marks.
+    """
+    page = path.read_text(encoding="utf-8")
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path} lacks the lines '{BEGIN}' and '{END}'. Restore them: the table goes between")
+    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def as_json(table: Sequence[Pair]) -> str:
+    """A list of objects, `mask_iou` null where a method has no mask."""
+    return json.dumps([asdict(pair) for pair in table], indent=2) + "\n"
+
+
+# Pixels of the pictures: an image's side, around it, names beside and above.
+CELL, MARGIN, LABEL, HEADING = 64, 4, 130, 18
+SHOWN = 6  # images side by side
+Line = tuple[str, Sequence[Pixels]]  # a name, and the images beside it
+
+
+def picture(tasks: Sequence[Task], made: Mapping[tuple[str, str], Sequence[Outcome]]) -> Image.Image:
+    """One line per pair below one of the inputs, in two blocks side by side."""
+    results: list[Line] = [
+        (f"{editor}\n{inversion}", [outcome.pixels for outcome in outcomes])
+        for (inversion, editor), outcomes in made.items()
+    ]
+    middle = (len(results) + 1) // 2
+    left, right = block(tasks, results[:middle]), block(tasks, results[middle:])
+    sheet = Image.new("RGB", (left.width + right.width, left.height), "white")
+    sheet.paste(left, (0, 0))
+    sheet.paste(right, (left.width, 0))
+    return sheet.quantize(256, dither=Image.Dither.NONE)
+
+
+def pictures_by_editor(
+    tasks: Sequence[Task], made: Mapping[tuple[str, str], Sequence[Outcome]]
+) -> dict[str, Image.Image]:
+    """For each editor the inputs, its results after every inversion, and its masks after the last one that has any."""
+    lines: dict[str, list[Line]] = {}
+    masks: dict[str, Line] = {}
+    for (inversion, editor), outcomes in made.items():
+        lines.setdefault(editor, []).append((f"after {inversion}", [outcome.pixels for outcome in outcomes]))
+        regions = [region for outcome in outcomes if (region := outcome.latents.mask) is not None]
+        if len(regions) == len(outcomes):
+            masks[editor] = (f"mask\nafter {inversion}", [as_pixels(region) for region in regions])
+    return {
+        editor: block(tasks, [*shown, *([masks[editor]] if editor in masks else [])]).quantize(
+            256, dither=Image.Dither.NONE
+        )
+        for editor, shown in lines.items()
+    }
+
+
+def as_pixels(mask: Tensor) -> Pixels:
+    """A mask (h, w) as a black and white picture (h, w, 3)."""
+    return (mask[..., None].expand(-1, -1, 3).to(torch.uint8) * 255).numpy()
+
+
+def block(tasks: Sequence[Task], lines: Sequence[Line]) -> Image.Image:
+    """Inputs with the names of their edits above, and lines of results below."""
+    shown = tasks[:SHOWN]
+    pitch = CELL + MARGIN
+    inputs: Line = ("input", [task.pixels for task in shown])
+    sheet = Image.new("RGB", (LABEL + pitch * len(shown), HEADING + pitch * (1 + len(lines))), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for column, task in enumerate(shown):
+        pen.text((LABEL + pitch * column, 2), task.name, "black", font)
+    for line, (name, images) in enumerate([inputs, *lines]):
+        top = HEADING + pitch * line
+        pen.multiline_text((MARGIN, top + CELL // 4), name, "black", font)
+        for column, pixels in enumerate(images[:SHOWN]):
+            cell = Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.LANCZOS)
+            sheet.paste(cell, (LABEL + pitch * column, top))
+    return sheet

@@ -1,0 +1,247 @@
+"""What is wrong with the rows of a file or unit: pictures that do not open, results that are missing or there twice,
+and rows that were not made as run.json and the unit's manifest say.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from itertools import islice, product
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from pipeline.common.showing import describe
+from pipeline.flow import seed_for
+from pipeline.reading.shards import shard_slug, unit_id
+from pipeline.writing.manifest import Manifest, kind_of
+from pipeline.writing.run_record import RunRecord, column_names_of
+from pipeline.writing.spans import tar_samples
+from pipeline.writing.webdataset import PICTURES, pictures_of
+
+ROWS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What run.json says of every unit."""
+
+    methods: Mapping[str, str]  # their inversions, by name
+    seed: int  # of the run
+    unit_size: int
+    recipe_hash: str
+    model_digest: str
+    call_size: int
+    columns: Mapping[str, Any]  # of every result, and what they hold
+    shards: Mapping[str, str]  # path by slug
+    inputs: Mapping[str, tuple[int, str]]  # (bytes, etag) by path
+    names: Mapping[str, str]  # of columns that are not our own
+
+    @staticmethod
+    def of(record: RunRecord) -> Asked:
+        """Of a run."""
+        recipe = record.recipe
+        return Asked(
+            methods={name: one["inversion"]["method"] for name, one in recipe["methods"].items()}
+            or {recipe["editing"]["method"]: recipe["inversion"]["method"]},
+            seed=recipe["run"]["seed"],
+            unit_size=recipe["run"]["unit_size"],
+            recipe_hash=record.recipe_hash,
+            model_digest=record.model["digest"],
+            call_size=record.call_size,
+            columns={
+                "model": record.model["name"],
+                "model_revision": record.model["revision"],
+                "model_digest": record.model["digest"],
+                "recipe_hash": record.recipe_hash,
+                "call_size": record.call_size,
+            },
+            shards={shard_slug(path): path for path, _, _ in record.input},
+            inputs={path: (size, etag) for path, size, etag in record.input},
+            names=column_names_of({"recipe": recipe}),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What a row answers, and where it stands."""
+
+    shard: str
+    index: int
+    id: str
+    edit: str
+    method: str
+    ok: bool  # in data/
+    made_by: str  # version of this package; of what failed, unit, stage and class of the error
+    problem: str = ""  # what run.json contradicts
+
+    def text(self) -> str:
+        """For findings."""
+        return f"({self.id}, {self.edit}, {self.method})"
+
+
+class BrokenError(Exception):
+    """A file or one of its pictures does not open."""
+
+
+def read_keys(path: str, opened: BinaryIO, asked: Asked, pool: Executor | None = None) -> list[Key]:
+    """Every row of a file, its pictures decoded.
+
+    Args:
+        path: relative to the run's folder: says what the file is.
+        opened: the file.
+        asked: what run.json says.
+        pool: decodes pictures side by side.
+
+    Raises:
+        BrokenError: says what does not open.
+    """
+    is_data = kind_of(path) == "data"
+    keys: list[Key] = []
+    decode = pool.map if pool else map
+    try:
+        rows = _tar_rows(opened, asked) if path.endswith(".tar") else _parquet_rows(opened, is_data, asked)
+        while some := list(islice(rows, ROWS_AT_ONCE)):
+            found = [_key(row, is_data, asked) for row, _ in some]
+            has_mask = [row.get("mask_share") is not None for row, _ in some]
+            list(decode(_check_pictures, found, [pictures for _, pictures in some], has_mask))
+            keys += found
+    except (pa.ArrowException, tarfile.TarError, OSError, ValueError, KeyError) as error:
+        raise BrokenError(describe(error)) from error
+    return keys
+
+
+def _key(row: Mapping[str, Any], is_data: bool, asked: Asked) -> Key:
+    made_by = row["code_version"] if is_data else "\n".join((row["unit"], row["stage"], row["error_class"]))
+    problem = _contradiction(row, asked) if is_data else ""
+    return Key(row["shard"], row["index"], row["id"], row["edit"], row["method"], is_data, made_by, problem)
+
+
+def _contradiction(row: Mapping[str, Any], asked: Asked) -> str:
+    if (inversion := asked.methods.get(row["method"])) is None:
+        return f"has method {row['method']}, which run.json does not have"
+    for name, value in (*asked.columns.items(), ("seed", seed_for(asked.seed, row["id"], inversion))):
+        if row[name] != value:
+            return f"has {name} {row[name]}, by run.json it is {value}"
+    return ""
+
+
+def _parquet_rows(opened: BinaryIO, is_data: bool, asked: Asked) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
+    for batch in pq.ParquetFile(opened).iter_batches(batch_size=ROWS_AT_ONCE):
+        for row in batch.to_pylist():
+            columns = {name: asked.names.get(name, name) for name in PICTURES} if is_data else {}
+            stored = {name: row[column] for name, column in columns.items() if column in row}
+            stored |= {f"mask.{at}": mask for at, mask in enumerate(row.get("masks", ()))}
+            yield row, {name: picture["bytes"] for name, picture in stored.items() if picture is not None}
+
+
+def _tar_rows(opened: BinaryIO, asked: Asked) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
+    for sample in tar_samples(opened):
+        yield json.loads(sample["json"]), pictures_of(sample, asked.names)
+
+
+def _check_pictures(key: Key, pictures: Mapping[str, bytes], has_mask: bool) -> None:
+    """Decode every picture of a row.
+
+    Raises:
+        BrokenError: one is not there or does not decode, or a mask does not fit its image.
+    """
+    if not key.ok:
+        return
+    if "image" not in pictures:
+        raise BrokenError(f"{key.text()} has no image")
+    if ("mask" in pictures) != has_mask:
+        raise BrokenError(f"{key.text()} has {'no mask' if has_mask else 'a mask'}, which its mask_share contradicts")
+    sizes = {}
+    for name, data in pictures.items():
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+                sizes[name] = image.size
+        except Exception as error:  # decoders raise what they like
+            raise BrokenError(f"{name} of {key.text()} does not decode: {describe(error)}") from error
+    for name, size in sizes.items():
+        if name.startswith("mask") and size != sizes["image"]:
+            raise BrokenError(f"{name} of {key.text()} is {size[0]} x {size[1]}, its image is not")
+
+
+def row_problems(manifest: Manifest, rows: list[Key], asked: Asked) -> Iterator[str]:
+    """Whether data and quarantine together hold what the unit was asked for, once each."""
+    counts = manifest.counts
+    for name, says, found in (
+        ("data/", counts.ok, sum(row.ok for row in rows)),
+        ("quarantine/", counts.failed, sum(not row.ok for row in rows)),
+    ):
+        if says != found:
+            yield f"{found} row(s) of unit {manifest.unit} in {name}, its manifest says {says}"
+    if counts.asked != counts.ok + counts.failed:
+        yield f"the manifest of unit {manifest.unit} asks for {counts.asked}, and has {counts.ok} + {counts.failed}"
+    if counts.images != (count := manifest.stop - manifest.start):
+        yield f"the manifest of unit {manifest.unit} counts {counts.images} images in {count} rows"
+    yield from _failures_problems(manifest, rows)
+    for one in rows:
+        if one.problem:
+            yield f"{one.text()} {one.problem}"
+        elif one.ok and one.made_by != manifest.code_version:
+            yield f"{one.text()} was made by version {one.made_by}, its manifest says {manifest.code_version}"
+    for row, count in Counter((row.index, row.edit, row.method) for row in rows).items():
+        if count > 1:
+            twice = next(one for one in rows if (one.index, one.edit, one.method) == row)
+            yield f"{twice.text()} is there {count} times"
+    edits: dict[int, set[tuple[str, str]]] = {}
+    ids: dict[int, set[str]] = {}
+    for one in rows:
+        if one.shard != manifest.shard or not manifest.start <= one.index < manifest.stop:
+            yield f"{one.text()} belongs to another unit"
+            continue
+        edits.setdefault(one.index, set()).add((one.edit, one.method))
+        ids.setdefault(one.index, set()).add(one.id)
+    if manifest.stop - manifest.start > asked.unit_size:
+        return  # said already; and no loop is as long as a damaged manifest asks for
+    for index in range(manifest.start, manifest.stop):
+        pairs = edits.get(index, set())
+        if not pairs:
+            yield f"row {index} of {manifest.shard} is missing"
+        for edit, method in sorted(set(product({edit for edit, _ in pairs}, asked.methods)) - pairs):
+            yield f"({next(iter(ids[index]))}, {edit}, {method}) is missing"
+        if len(ids.get(index, ())) > 1:
+            yield f"row {index} of {manifest.shard} has several ids"
+
+
+def _failures_problems(manifest: Manifest, rows: list[Key]) -> Iterator[str]:
+    """Whether the manifest counts failures as they stand in quarantine/."""
+    failed = [one.made_by.split("\n") for one in rows if not one.ok]
+    if others := sorted({unit for unit, _, _ in failed if unit != manifest.unit}):
+        yield f"rows in quarantine/ name unit {others[0]}, not {manifest.unit}"
+    for name, says, found in (
+        ("stage", manifest.counts.failed_by_stage, Counter(stage for _, stage, _ in failed)),
+        ("reason", manifest.counts.failed_by_class, Counter(error_class for _, _, error_class in failed)),
+    ):
+        if says != found:
+            yield f"failures of unit {manifest.unit} by {name} are {dict(found)}, its manifest says {says}"
+
+
+def manifest_problems(manifest: Manifest, asked: Asked) -> Iterator[str]:
+    """Where a manifest contradicts run.json, or itself."""
+    if asked.shards.get(shard_slug(manifest.shard)) != manifest.shard:
+        yield f"its shard {manifest.shard} is not in run.json's input"
+    if manifest.unit != unit_id(manifest.shard, manifest.chunk):
+        yield f"unit {manifest.unit} is none of shard {manifest.shard}"
+    count = manifest.stop - manifest.start
+    # Units of large rows are shorter than asked for, so that later ones begin earlier; the last one may have none.
+    fits = count <= asked.unit_size and count >= (0 if manifest.is_last else 1)
+    if not 0 <= manifest.start <= manifest.chunk * asked.unit_size or not fits:
+        yield f"rows {manifest.start} to {manifest.stop} are not those of chunk {manifest.chunk}"
+    version = (manifest.shard_size, manifest.shard_etag)
+    if (listed := asked.inputs.get(manifest.shard, version)) != version:
+        yield f"its shard had {version[0]} bytes and version '{version[1]}', by run.json {listed[0]} and '{listed[1]}'"
+    for name in ("recipe_hash", "model_digest", "call_size"):
+        if getattr(manifest, name) != getattr(asked, name):
+            yield f"{name} is {getattr(manifest, name)}, run.json says {getattr(asked, name)}"

@@ -1,0 +1,140 @@
+"""How many UNet rows an image will take: the generators that edit it run against a model that answers with zeros."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.diffusion.schedule import NoiseSchedule
+from pipeline.engine.calls import TextConditioning, UNetAnswer, UNetCall
+from pipeline.engine.controls import Layer
+from pipeline.engine.engine import Engine
+from pipeline.flow import edit_prepared
+from pipeline.engine.backbone import ModelRecord
+from pipeline.recipe import Recipe
+from pipeline.records import EditRequest, Placement, Prepared, Sample
+
+
+@dataclass(slots=True)
+class RowCounter:
+    """UNet rows of one image under some requests, by running the flow's own generators. Each distinct case once."""
+
+    recipe: Recipe
+    known: dict[Any, int] = field(default_factory=dict)
+
+    def rows(
+        self,
+        requests: Mapping[str, EditRequest],
+        *,
+        masked: bool = False,
+        refused: frozenset[tuple[str, str]] = frozenset(),
+    ) -> int:
+        """UNet rows of an image that is edited as `requests` say, by every method of the recipe.
+
+        `refused` are the (edit, method) that fail by what the prompts say, which the case does not tell.
+        """
+        case = (_anonymous(requests), masked, refused)
+        if case not in self.known:
+            self.known[case] = self._count(requests, masked)
+        return self.known[case]
+
+    def _count(self, requests: Mapping[str, EditRequest], masked: bool) -> int:
+        backbone = ZeroBackbone()
+        side = ZeroBackbone.image_size
+        blank = np.zeros((side, side, 3), dtype=np.uint8)
+        whole = (side, side)
+        prepared = Prepared(
+            sample=Sample(id="plan", shard="plan", key="plan", index=0, image=b""),
+            original=blank,
+            pixels=blank,
+            placement=Placement(original=whole, crop=(0, 0, side, side), scaled=whole, offset=(0, 0), canvas=whole),
+            mask=np.ones(whole, dtype=np.float32) if masked else None,
+            allowed=np.ones(whole, dtype=bool) if masked else None,
+            requests=requests,
+        )
+        engine = Engine(backbone, call_size=64, pad=False)
+        (finished,) = engine.run([edit_prepared(prepared, self.recipe.all_methods, 0, backbone)])
+        if finished.error is not None:
+            raise finished.error
+        return finished.unet_rows
+
+
+def _anonymous(requests: Mapping[str, EditRequest]) -> str:
+    """Requests with their texts numbered: which texts are equal may decide what is computed, what they say does not."""
+    numbers: dict[str, str] = {"": ""}
+
+    def hide(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: hide(item, name) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [hide(item) for item in value]
+        if key.endswith("prompt"):
+            return numbers.setdefault(value, f"text {len(numbers)}")
+        return value
+
+    return repr([hide(request.model_dump()) for _, request in sorted(requests.items())])
+
+
+class ZeroBackbone:
+    """A model that answers nearly everything with zeros, at once. Only the number of what it is asked has a meaning."""
+
+    record = ModelRecord(name="zeros", revision="", digest="", dtype="float32", device="cpu")
+    schedule = NoiseSchedule.from_config({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
+    device = torch.device("cpu")
+    latent_channels = 4
+    latent_scale = 8
+    multiple = 64
+    inpaints = True  # whatever is asked
+    image_size = 128  # latents of 16 x 16
+
+    def encode_text(self, prompt: str) -> TextConditioning:
+        """See `Backbone`."""
+        count = min(len(prompt.split()), 75)
+        number = float(zlib.crc32(prompt.encode()))  # equal embeddings for equal prompts alone, as a model has them
+        return TextConditioning(
+            prompt, torch.full((77, 1), number), count, (0, *range(2, 2 + count), 1), tuple(range(count))
+        )
+
+    def encode_image(self, pixels: np.ndarray) -> Tensor:
+        """See `Backbone`."""
+        return torch.zeros(
+            self.latent_channels, pixels.shape[0] // self.latent_scale, pixels.shape[1] // self.latent_scale
+        )
+
+    def decode_latents(self, latents: Tensor) -> np.ndarray:
+        """See `Backbone`."""
+        height, width = latents.shape[-2] * self.latent_scale, latents.shape[-1] * self.latent_scale
+        return np.zeros((height, width, 3), dtype=np.uint8)
+
+    def check_watchable(self, height: int, width: int) -> None:
+        """See `Backbone`: every grid will do."""
+
+    def denoise(self, call: UNetCall) -> UNetAnswer:
+        """See `Backbone`. Hooks run on zeros: an editor's masks come out empty, which leaves its row count as it is."""
+        rows, _, height, width = call.latents.shape
+        layer = Layer("cross", 0, "down", 0, 4)
+        zeros = torch.zeros(1, 1, (height // 4) * (width // 4), 1)
+        keys = torch.zeros(1, 1, 77, 1)
+        seen = []
+        for group, control in call.controls:
+            hook = control.hook(height, width, self.device)
+            size = group.stop - group.start
+            query, key = zeros.expand(size, -1, -1, -1), keys.expand(size, -1, -1, -1)
+            hook.attend(layer, query, key, key, 1.0, query)
+            seen.append(hook.answer())
+        # Far from any target, so that what stops early where it has arrived does not: the count is an upper bound. For
+        # the same reason the corner tells one text from another: a mask of where two texts differ is not empty.
+        noise_preds = torch.full_like(call.latents, 0.0 if call.cotangents is None else 1e3)
+        noise_preds[:, :, 0, 0] += torch.stack([embedding[0, 0] for embedding in call.embeddings])[:, None] / 2**32
+        return UNetAnswer(
+            noise_preds=noise_preds,
+            attention=None if call.watch is None else torch.zeros(rows, height // 4, width // 4),
+            seen=seen,
+            embedding_grads=None if call.cotangents is None else torch.zeros_like(torch.stack(list(call.embeddings))),
+        )

@@ -1,0 +1,194 @@
+"""What the commands print of what they found: summaries, states, verdicts, plans, as a person reads them.
+
+Torch and Ray take seconds to import: what needs them is imported in the functions that do.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.common.showing import printable, without_credentials
+
+if TYPE_CHECKING:
+    from pipeline.looking.planning import Plan
+    from pipeline.looking.runs import Run
+    from pipeline.looking.status import Status
+    from pipeline.looking.verify import Verdict
+    from pipeline.recipe import Recipe
+    from pipeline.writing.summary import Summary
+
+
+class PlainConsole(Console):
+    """A console that shows strangers' control characters as escapes, wherever a text comes from."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A text as it is to be shown."""
+        return super().render_str(printable(text), **options)
+
+    def on_broken_pipe(self) -> None:
+        """Called where whoever reads has gone: for the command to end by, and not with rich's own code."""
+        raise
+
+
+class PlainFormatter(logging.Formatter):
+    """The same for what is logged, tracebacks included; addresses in it carry no credentials."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A record as it is to be shown."""
+        return printable(without_credentials(super().format(record)))
+
+
+# Addresses and paths are copied from the terminal: nothing is wrapped or coloured inside a line of them.
+out = PlainConsole(highlight=False, soft_wrap=True)
+err = PlainConsole(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say_error(text: str) -> None:
+    """Print to stderr, as is: a message may hold brackets, which are no markup."""
+    err.print(text, markup=False)
+
+
+def show_summary(summary: Summary, recipe: Recipe) -> None:
+    """The end of a run, as a person reads it."""
+    from pipeline.common.showing import public_url
+    from pipeline.common.wording import count, size_text
+
+    folder = public_url(recipe.sink.folder).rstrip("/")
+    rows = {
+        "done": f"{summary.done:,} of {count(summary.planned, 'result')} from {count(summary.images, 'image')}",
+        "failed": "none",
+    }
+    if summary.failed:
+        budget = f"run.max_failed_fraction {recipe.run.max_failed_fraction:g}"
+        rows["failed"] = f"{summary.failed:,} of {summary.planned:,}, within the error budget ({budget})"
+        rows["  by stage"] = counted(summary.failed_by_stage)
+        rows["  by reason"] = counted(summary.failed_by_class)
+        rows["  kept in"] = f"{folder}/quarantine"
+    speed = f"{summary.images_per_second:.3g} images/s, " if summary.images_per_second else ""
+    rows["pace"] = f"{speed}{summary.unet_rows:,} UNet rows in {duration(summary.seconds)}"
+    rows["written"] = f"{size_text(summary.output_bytes)} in {count(summary.units, 'unit')} ({summary.units_now:,} now)"
+    rows["results"] = f"{folder}/data"
+    rows["report"] = f"{folder}/report.html"
+    show_rows(rows)
+    if summary.outcome == "partition complete":
+        out.print("Shards of other partitions are left: the last one to end merges, and writes summary and report.")
+    elif not summary.complete:
+        out.print("Stopped early: the same command goes on from here.")
+
+
+def show_status(found: Status, config: str) -> None:
+    """How far a run is, as a person reads it."""
+    from pipeline.common.wording import count, size_text
+
+    so_far = found.so_far
+    about = "about " if found.planned_is_estimate else ""
+    planned = "an unknown number of" if found.planned is None else f"{about}{found.planned:,}"
+    table = Table(title=found.folder, title_justify="left", title_style="bold", show_header=False)
+    table.add_row("done", f"{so_far.done:,} of {planned} results, from {count(so_far.images, 'image')}")
+    table.add_row("failed", f"{so_far.failed:,}" if so_far.failed else "none")
+    if so_far.failed:
+        table.add_row("  by stage", counted(so_far.failed_by_stage))
+        table.add_row("  by reason", counted(so_far.failed_by_class))
+    table.add_row(
+        "committed", f"{count(so_far.units, 'unit')}, {found.shards_done:,} of {count(found.shards, 'shard')}"
+    )
+    speed = f"{so_far.images_per_second:.3g} images/s, " if so_far.images_per_second else ""
+    table.add_row("pace", f"{speed}{so_far.unet_rows:,} UNet rows in {duration(so_far.seconds)}")
+    table.add_row("written", size_text(so_far.output_bytes))
+    out.print(table)
+    for shard, number, file in found.worst_shards:
+        out.print(f"{number:,} failed in {shard}, the first of them in {file}", markup=False)
+    for row in found.failures:
+        what = ", ".join(name for name in (row["id"], row["edit"], row["method"]) if name)
+        out.print(f"  {what}: {row['stage']}: {row['error_class']}: {first_words(row['message'])}", markup=False)
+    if not so_far.complete:
+        out.print(f"Not complete. To go on: shardedit edit {config}", markup=False)
+    elif so_far.failed:
+        out.print(f"To try the failed ones again: shardedit edit {config} --retry-failed", markup=False)
+
+
+def first_words(message: str) -> str:
+    """A stored reason in one line of bounded length."""
+    return " ".join(message.split())[:160]
+
+
+def show_verdict(verdict: Verdict, run: Run) -> None:
+    """What is wrong, where, and what puts it right."""
+    from pipeline.common.wording import count, size_text
+
+    for finding in verdict.findings:
+        out.print(f"{finding.kind}: {finding.path}: {finding.text}", markup=False)
+    if verdict.wrong > len(verdict.findings):
+        out.print(f"... and {verdict.wrong - len(verdict.findings):,} more: {counted(verdict.by_kind)}")
+    looked = (
+        f"{count(verdict.units, 'unit')}, {count(verdict.files, 'file')}, {size_text(verdict.bytes)}; "
+        f"{verdict.done:,} results in data/, {verdict.failed:,} in quarantine/"
+    )
+    if verdict.temporary:
+        found = count(verdict.temporary, "temporary file")
+        out.print(f"Note: a killed run left {found}, which nothing reads; `shardedit edit` removes what is a day old.")
+    if verdict.left_out:
+        out.print(f"Note: of the source {verdict.left_out}.", markup=False)
+    if verdict.clean:
+        out.print(f"{'Whole' if verdict.source_was_listed else 'Whole as far as run.json tells'}: {looked}.")
+    else:
+        out.print(f"{count(verdict.wrong, 'problem')} in {looked}.")
+    if not verdict.source_was_listed:
+        why = verdict.source_unreachable or "it was not listed. Give the recipe, which says how to open it"
+        out.print(f"Not checked against the source: {why}", markup=False)
+    if verdict.repairs:
+        does = "Repaired" if verdict.repaired else "--repair would"
+        out.print(f"{does}: {', '.join(verdict.repairs)}.", markup=False)
+    if verdict.clean or not verdict.edit_repairs:
+        return
+    # Not "&&": a repair ends with 1 as well, for what it found.
+    steps = [f"shardedit verify {run.where} --repair; "] if verdict.needs_repair and not verdict.repaired else []
+    out.print(f"To repair: {''.join(steps)}shardedit edit {run.config}", markup=False)
+
+
+def show_plan(made: Plan, config: str) -> None:
+    """A plan, as a person reads it."""
+    from pipeline.common.wording import count, size_text
+
+    per_image = made.unet_rows / made.images if made.images else 0.0
+    edits = ", ".join(made.edits) if made.edits else "those of the rows"
+    rows = {
+        "images": f"{made.images:,} in {count(made.shards, 'shard')}, {size_text(made.bytes_in)}",
+        "edits": f"{edits}, by {', '.join(made.methods)}",
+        "results": f"{made.results:,}",
+        "UNet rows": f"{made.unet_rows:,}, {per_image:.1f} per image",
+    }
+    if made.bytes_out is not None:
+        rows["output"] = f"about {size_text(made.bytes_out)}"
+    if made.seconds is not None and made.probe is not None:
+        rows["time"] = f"about {duration(made.seconds)} on {count(made.workers, 'worker')} ({made.probe.device})"
+    show_rows(rows)
+    for note in made.notes:
+        out.print(f"  {note}", style="dim", markup=False)
+    out.print(f"Nothing was written. To run it: shardedit edit {config}", markup=False)
+
+
+def show_rows(rows: dict[str, str]) -> None:
+    """Names and values, aligned."""
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        out.print(f"  {name:<{width}}  {value}", markup=False)
+
+
+def counted(numbers: dict[str, int]) -> str:
+    """ "decode 2, edit 1"."""
+    return ", ".join(f"{name} {number:,}" for name, number in numbers.items())
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

@@ -1,0 +1,1 @@
+"""report.html: inputs and edits side by side."""

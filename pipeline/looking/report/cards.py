@@ -1,0 +1,121 @@
+"""What a report's page shows of an image: its input once, every result beside it, and what failed.
+
+Pictures are 256 pixels on their longer side, as WebP inside the page; a mask is one bit per pixel.
+Cost: 15 ms of one core per result of 300 x 300, about 20 of 512 x 512, most of it decoding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from pipeline.evaluation.verdict import Verdict
+from pipeline.looking.report.selection import ImageRow, Key, key_of
+from pipeline.looking.report.thumbnails import data_uri, load_mask, load_rgb, mask_uri, thumbnail
+from pipeline.looking.results import Result
+
+MAX_CAPTION = 400  # characters of a caption or prompt that a page shows
+
+
+def image_card(
+    row: ImageRow, results: Mapping[Key, Result], verdicts: Mapping[Key, Verdict], gains: Mapping[Key, float]
+) -> dict[str, Any]:
+    """One image with all that was made of it. Results stand in the order of edits and methods, as everywhere."""
+    first = results[key_of(row.refs[0])] if row.refs else None
+    caption = first.caption[:MAX_CAPTION] if first else ""
+    name = short_name(row.id)
+    tiles = [result_tile(results[key_of(ref)], verdicts[key_of(ref)], gains.get(key_of(ref)), name) for ref in row.refs]
+    tiles += [failed_tile(failure) for failure in row.failures]
+    tiles.sort(key=lambda tile: (tile["edit"], tile["method"]))
+    picture = thumbnail(load_rgb(first.input)) if first else None
+    return {
+        "id": row.id,
+        "caption": caption,
+        "tiles": tiles,
+        "limit": first and first.ref.figures.get("reconstruction_psnr"),
+        "input": picture and Markup(data_uri(picture)),
+        "ratio": ratio_of(picture.size) if picture else "1",
+        "input_alt": f"input: {name}" + (f", {caption}" if caption else ""),
+    }
+
+
+def short_name(id: str) -> str:
+    """The last part of an id: what people call the image."""
+    return id.rpartition("/")[2] or id
+
+
+def ratio_of(size: tuple[int, int]) -> str:
+    """Width to height, as CSS takes it. A strip is shown whole, with room beside it."""
+    return f"{min(max(size[0] / size[1], 0.7), 1.8):.3g}"
+
+
+def result_tile(result: Result, verdict: Verdict, gain: float | None, name: str) -> dict[str, Any]:
+    """One result."""
+    ref, request = result.ref, result.request
+    concepts = [concept_chip(concept) for concept in request.get("concepts") or []]
+    target = (request.get("target_prompt") or "")[:MAX_CAPTION]
+    share = ref.figures.get("mask_share")
+    return {
+        "failed": None,
+        "edit": ref.edit,
+        "method": ref.method,
+        "concepts": concepts,
+        "names": concept_names(concepts),
+        "target_prompt": target,
+        "prompts": " ".join(request.get(part) or "" for part in ("source_prompt", "negative_prompt")).strip(),
+        "image": Markup(data_uri(thumbnail(load_rgb(result.image)))),
+        "mask": None if result.mask is None else Markup(mask_uri(load_mask(result.mask))),
+        "alt": f"edited: {asked(concepts, target) or ref.edit}, {name}",
+        "mask_alt": ""
+        if share is None
+        else f"mask: {'less than 1' if share < 0.005 else f'{100 * share:.0f}'} % of the picture",
+        "mask_percent": None if share is None else 100 * share,
+        "figures": ref.figures,
+        "verdict": verdict,
+        "gain": gain,
+        "outcomes": outcomes(verdict),
+        "place": f"{ref.file}, row {ref.row_in_file}",
+    }
+
+
+def failed_tile(failure: Mapping[str, str]) -> dict[str, Any]:
+    """One result that could not be made."""
+    return {
+        "failed": failure,
+        "edit": failure["edit"],
+        "method": failure["method"],
+        "names": "[]",
+        "outcomes": "failed",
+    }
+
+
+def outcomes(verdict: Verdict) -> str:
+    """The filter's words for a result, apart by spaces."""
+    found = []
+    if verdict.edit == "done" and verdict.rest in (None, "kept"):
+        found.append("good")
+    if verdict.edit in ("nothing changed", "faint", "off target"):
+        found.append(verdict.edit.replace(" ", "-"))
+    if verdict.rest in ("drifted", "changed"):
+        found.append("drifted")
+    return " ".join(found)
+
+
+def concept_chip(concept: Mapping[str, Any]) -> dict[str, Any]:
+    """A concept's prompt, and whether it is taken away."""
+    removes = (concept.get("guidance_scale", 0) < 0) != (concept.get("direction") == "remove")
+    return {"prompt": concept.get("prompt", ""), "minus": removes}
+
+
+def concept_names(concepts: Sequence[Mapping[str, Any]]) -> str:
+    """The concepts as JSON, for the filter: one prompt may hold whatever would part them otherwise."""
+    return json.dumps([f"{'−' if concept['minus'] else '+'} {concept['prompt']}" for concept in concepts])
+
+
+def asked(concepts: Sequence[Mapping[str, Any]], target: str) -> str:
+    """What an edit was to do, in words: "sunglasses added, a smile removed"."""
+    words = [f"{concept['prompt']} {'removed' if concept['minus'] else 'added'}" for concept in concepts]
+    return ", ".join(words) or target

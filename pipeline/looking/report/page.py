@@ -1,0 +1,274 @@
+"""report.html: a run at a glance, in pages that open from disk, from a download and on a phone.
+
+The first page shows the run's numbers, what failed and why, methods and edits compared, and the results themselves; a
+run of more than `PAGE_RESULTS` goes on in report/page-0002.html and so on. A page holds its pictures, styles and
+script, and needs no network.
+
+Cost: without being asked for more, figures of at most `MAX_UNITS` units and pictures of about `MAX_RESULTS` results are
+read, however long the run was. `results=None` shows every result of any run: as many pages as that takes.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+import pipeline
+from pipeline.common.wording import breakable, count, shown
+from pipeline.evaluation import verdict
+from pipeline.evaluation.metrics import MAX_PSNR
+from pipeline.evaluation.text_gain import text_gain
+from pipeline.evaluation.verdict import Verdict, judge
+from pipeline.looking.report import overview
+from pipeline.looking.report.cards import image_card
+from pipeline.looking.report.selection import ImageRow, Key, choose, images_of, key_of, pages_of, spread, worst_first
+from pipeline.looking.results import READERS, ResultRef, RunFolder
+from pipeline.recipe import SinkConfig
+from pipeline.writing.files import list_folder, put_over_ours, remove
+from pipeline.writing.paths import refuse_links
+
+if TYPE_CHECKING:
+    from pipeline.models.image_text import ImageTextModel
+
+PAGE_RESULTS = 500  # of one page: 10 MB where each is the one edit of a photograph, less where edits share an input
+MAX_RESULTS = 1000  # with pictures, unless more is asked for
+MAX_UNITS = 256  # whose results, and whose failures, are read unless all is asked for; spread over longer runs
+MAX_SORTED = 10_000  # results; longer reports follow the data, or every page would open every file
+INDEX_PATH = "report/index.js"
+MARKS = {".html": b"shardedit report</title>", ".js": b"shardeditIndex = "}  # of files of ours
+MAX_INDEXED = 20_000  # results that can be searched from every page: the index takes about 200 bytes for each
+
+
+def write_report(
+    sink: SinkConfig | str, *, results: int | None = MAX_RESULTS, score_model: ImageTextModel | None = None
+) -> str:
+    """Write `report.html`, and what follows it, into a run's folder, from what its manifests say is committed.
+
+    Args:
+        sink: the recipe's sink section, or its folder alone.
+        results: how many to show with pictures, about; None for all.
+        score_model: says how near pictures are to what was asked for; without, no such score is shown.
+
+    Returns:
+        Where the report stands, as a URL or path.
+
+    Raises:
+        SinkError: no run is there, or the report cannot be written.
+    """
+    run = RunFolder(sink)
+    refuse_links(run.sink)
+    written = set()
+    for path, text in render_report(run, results, score_model):
+        put_over_ours(run.fs, f"{run.root}/{path}", text.encode("utf-8", "replace"), MARKS[posixpath.splitext(path)[1]])
+        written.add(path)
+    _remove_others(run, written)
+    return f"{run.sink.folder.rstrip('/')}/report.html"
+
+
+def _remove_others(run: RunFolder, written: Iterable[str]) -> None:
+    """An earlier report may have had more pages. What is not named like one is somebody else's."""
+    for path in list_folder(run.fs, f"{run.root}/report"):
+        name = posixpath.basename(path)
+        if f"report/{name}" not in written and re.fullmatch(r"page-\d{4,}\.html|index\.js", name):
+            remove(run.fs, path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What a report is made of, before any picture is read."""
+
+    refs: Sequence[ResultRef]
+    failures: Sequence[Mapping[str, str]]
+    rows: Sequence[ImageRow]  # those that are shown, in their order
+    verdicts: Mapping[Key, Verdict]
+    gains: Mapping[Key, float]
+    sorted: bool  # worst first; else as in the data
+
+    @classmethod
+    def of(cls, run: RunFolder, results: int | None, model: ImageTextModel | None) -> Contents:
+        """Read figures and failures, choose, score, sort."""
+        most = None if results is None else max(MAX_UNITS, results)
+        spans = {kind: run.spans(kind) for kind in ("data", "quarantine")}
+        refs = run.figures(spans["data"] if most is None else spread(spans["data"], most))
+        failures = list(run.failures(spans["quarantine"] if most is None else spread(spans["quarantine"], most)))
+        verdicts = {key_of(ref): judge(ref.figures) for ref in refs}
+        rows = images_of(refs, failures)
+        if results is not None:
+            rows = choose(rows, verdicts, results)
+        gains: dict[Key, float] = {}
+        if model is not None:
+            gains = model_gains(run, [ref for row in rows for ref in row.refs], model)
+            verdicts |= {key_of(ref): judge(ref.figures, gains.get(key_of(ref))) for ref in refs}
+        is_sorted = sum(row.size for row in rows) <= MAX_SORTED
+        return cls(
+            refs=refs,
+            failures=failures,
+            rows=worst_first(rows, verdicts) if is_sorted else rows,
+            verdicts=verdicts,
+            gains=gains,
+            sorted=is_sorted,
+        )
+
+
+def model_gains(run: RunFolder, refs: Sequence[ResultRef], model: ImageTextModel) -> dict[Key, float]:
+    """How much nearer each edit is to its request than its input was, in points."""
+    found = {}
+    for start in range(0, len(refs), 64):  # a few pictures in memory at a time
+        for result in run.load(refs[start : start + 64]):
+            gain = text_gain(result, model)
+            if gain is not None:
+                found[key_of(result.ref)] = gain
+    return found
+
+
+def render_report(
+    run: RunFolder, results: int | None = MAX_RESULTS, model: ImageTextModel | None = None
+) -> Iterator[tuple[str, str]]:
+    """The report's files, one after the other: (path relative to the run's folder, text)."""
+    contents = Contents.of(run, results, model)
+    pages = pages_of(contents.rows, PAGE_RESULTS)
+    common = common_values(run, contents, pages, model)
+    entries: list[list[Any]] = []
+    for number, rows in enumerate(pages, 1):
+        cards = cards_of(run, rows, contents)
+        if common["indexed"]:
+            entries += index_entries(number, cards)
+        values = common | {
+            "number_of_page": number,
+            "cards": cards,
+            "parts": part_links(pages, number),
+            "shown_here": sum(row.size for row in rows),
+            "indexed": common["indexed"] and path_from(number, INDEX_PATH),
+        }
+        if number == 1:
+            values |= overview_values(run, contents)
+        yield page_path(number), _template().render(values)
+    if common["indexed"]:
+        yield INDEX_PATH, index_script(entries)
+
+
+def page_path(number: int) -> str:
+    """Where a page stands, relative to the run's folder."""
+    return "report.html" if number == 1 else f"report/page-{number:04d}.html"
+
+
+def path_from(number: int, path: str) -> str:
+    """The way from a page to another file of the report."""
+    return path if number == 1 else posixpath.relpath(path, "report")
+
+
+@cache
+def _template() -> jinja2.Template:
+    # Captions, prompts, keys and messages come from outside: autoescape is what keeps them text.
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline.looking.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["breakable"] = breakable
+    return environment.get_template("page.html.j2")
+
+
+def common_values(
+    run: RunFolder, contents: Contents, pages: Sequence[Sequence[ImageRow]], model: ImageTextModel | None
+) -> dict[str, Any]:
+    """What every page says."""
+    size, asked = sum(row.size for row in contents.rows), run.totals.done + run.totals.failed
+    refs = [ref for row in contents.rows for ref in row.refs]
+    return {
+        "title": run.name,
+        "version": pipeline.__version__,
+        "max_psnr": int(MAX_PSNR),
+        "limits": verdict,
+        "results_note": results_note(contents, size, asked),
+        "complete": size >= asked,
+        "methods": sorted({ref.method for ref in refs}),
+        "edits": sorted({ref.edit for ref in refs}),
+        "score_model": model.name if model else "",
+        "page_count": len(pages),
+        "shown_in_all": size,
+        "indexed": len(pages) > 1 and size <= MAX_INDEXED,
+    }
+
+
+def overview_values(run: RunFolder, contents: Contents) -> dict[str, Any]:
+    """What the first page alone says."""
+    counts = overview.RunCounts.of(run)
+    scored = overview.scored_of(contents.refs, contents.verdicts, contents.gains)
+    reasons = overview.failure_table(contents.failures)
+    lines = overview.method_lines(scored, contents.failures)
+    return {
+        "lead": counts.sentence(),
+        "bar": overview.bar(counts, scored),
+        "tiles": overview.tiles(counts, scored),
+        "failures": reasons[: overview.MAX_LINES],
+        "failures_note": overview.failures_note(counts, len(contents.failures), len(reasons)),
+        "lines": lines[: overview.MAX_LINES],
+        "lines_note": overview.lines_note(len(contents.refs), counts.done, len(lines)),
+        "drawing": overview.drawing(scored),
+        "facts": overview.facts(run),
+    }
+
+
+def results_note(contents: Contents, size: int, asked: int) -> str:
+    """Which results are shown, in which order, and how to see the others."""
+    order = "Worst first." if contents.sorted else "In the order of the data, on each page the worst first."
+    if size >= asked:
+        return f"All {count(size, 'result')}. {order}"
+    return (
+        f"{size:,} of {count(asked, 'result')}: of every method and edit the worst, and others spread over the rest. "
+        f"{order}"
+    )
+
+
+def cards_of(run: RunFolder, rows: Sequence[ImageRow], contents: Contents) -> list[dict[str, Any]]:
+    """The pictures of a page. A long report follows the data from page to page; inside one the worst come first."""
+    here = rows if contents.sorted else worst_first(rows, contents.verdicts)
+    loaded = {key_of(result.ref): result for result in run.load([ref for row in here for ref in row.refs])}
+    with ThreadPoolExecutor(READERS) as pool:  # decoding and encoding run outside of Python's lock
+        return list(pool.map(lambda row: image_card(row, loaded, contents.verdicts, contents.gains), here))
+
+
+def part_links(pages: Sequence[Sequence[ImageRow]], number: int) -> list[dict[str, Any]]:
+    """The report's pages as seen from one of them: all from the first, else the first, the last and the neighbours."""
+    near = {1, len(pages), *range(number - 2, number + 3)}
+    return [
+        {
+            "number": at,
+            "href": path_from(number, page_path(at)),
+            "here": at == number,
+            "first": rows[0].id if rows else "",
+            "last": rows[-1].id if rows else "",
+        }
+        for at, rows in enumerate(pages, 1)
+        if number == 1 or at in near
+    ]
+
+
+def index_entries(number: int, cards: Iterable[Mapping[str, Any]]) -> Iterator[list[Any]]:
+    """What the filters of other pages may know of a page: one entry per result, as page.js reads it."""
+    for card in cards:
+        for tile in card["tiles"]:
+            words = [card["id"], card["caption"], tile.get("target_prompt", ""), tile.get("prompts", "")]
+            concepts = json.loads(tile["names"])
+            text = " ".join(filter(None, [*words, *concepts]))
+            yield [number, tile["edit"], tile["method"], tile["outcomes"], concepts, text]
+
+
+def index_script(entries: Sequence[list[Any]]) -> str:
+    """The index of a report of several pages. A script, not JSON: a page opened from disk may load that alone."""
+    return f"shardeditIndex = {json.dumps(entries, separators=(',', ':'))};\n"
+
+
+__all__ = ["render_report", "write_report"]

@@ -1,0 +1,219 @@
+"""A finished or half-finished run, read back through its manifests: figures first, pictures of chosen results only.
+
+A data file without a manifest is noise (writing/commit.py) and is not looked at. Parquet gives single columns and row
+groups, so that reading figures costs little; of a tar, the part with a unit is read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import posixpath
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from pipeline.common.showing import public_url
+from pipeline.errors import SinkError
+from pipeline.evaluation.metrics import NAMES
+from pipeline.reading.storage import open_fs
+from pipeline.recipe import SinkConfig
+from pipeline.writing.commit import committed_units
+from pipeline.writing.files import NotAFileError, get
+from pipeline.writing.manifest import Manifest
+from pipeline.writing.merged import Merged, Span
+from pipeline.writing.paths import first_problem
+from pipeline.writing.run_record import column_names_of, read_run_record
+from pipeline.writing.spans import samples_of, table_of
+from pipeline.writing.summary import SUMMARY_FILE
+from pipeline.writing.webdataset import pictures_of
+
+log = logging.getLogger(__name__)
+
+READERS = 8  # units read side by side
+INPUTS = ("input", "input_thumbnail")  # columns, one of which is there
+TEXTS = ("id", "edit", "method", "caption", "request")
+FAILURE_COLUMNS = ("id", "edit", "method", "stage", "error_class", "message")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResultRef:
+    """One result: where it stands, and its figures."""
+
+    span: Span  # the rows of its unit
+    row: int  # of these, from 0
+    id: str
+    edit: str
+    method: str
+    figures: dict[str, float | None]
+
+    @property
+    def file(self) -> str:
+        """The file that holds it, relative to the run's folder."""
+        return self.span.path
+
+    @property
+    def row_in_file(self) -> int:
+        """Its row there, from 0."""
+        return self.span.start + self.row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One result with its pictures, encoded as stored."""
+
+    ref: ResultRef
+    caption: str
+    request: dict[str, Any]
+    input: bytes  # the whole input where the run kept it, else its thumbnail
+    mask: bytes | None  # None: the result has no region
+    image: bytes
+
+
+@dataclass(slots=True)
+class Totals:
+    """All committed units of a run, added up."""
+
+    done: int = 0
+    failed: int = 0
+    images: int = 0
+    unet_rows: int = 0
+    output_bytes: int = 0
+    spans: dict[str, list[Span]] = field(default_factory=dict)  # by kind, in the order of the units
+
+    def add(self, manifest: Manifest, merged: Merged) -> None:
+        """Add a unit."""
+        self.done += manifest.counts.ok
+        self.failed += manifest.counts.failed
+        self.images += manifest.counts.images
+        self.unet_rows += manifest.measured.unet_rows
+        for span, file in zip(merged.spans(manifest), manifest.files, strict=True):
+            self.output_bytes += file.size
+            self.spans.setdefault(span.kind, []).append(span)
+
+
+class _SummaryParts(BaseModel):
+    """What is read of summary.json."""
+
+    images_per_second: float | None = None
+    complete: bool = False
+
+
+class RunFolder:
+    """A run's folder, opened for reading.
+
+    Args:
+        sink: the recipe's sink section, or its folder alone.
+
+    Raises:
+        SinkError: no run is here.
+    """
+
+    def __init__(self, sink: SinkConfig | str) -> None:
+        self.sink = SinkConfig(folder=sink) if isinstance(sink, str) else sink
+        self.fs, self.root = open_fs(self.sink.folder, self.sink.storage_options)
+        record = read_run_record(self.sink)
+        if record is None:
+            raise SinkError(
+                f"{public_url(self.sink.folder)} holds no run: run.json is missing. Give the folder that "
+                "`shardedit edit` wrote to (sink.folder)"
+            )
+        self.record = record.model_dump(mode="json")
+        self._names = column_names_of(self.record)
+        self.summary = self._summary()
+        self.totals = Totals()
+        merged = Merged(self.fs, self.root)
+        for manifest in committed_units(self.sink):  # drawn once, none is kept: a long run has a million
+            self.totals.add(manifest, merged)
+
+    def _summary(self) -> dict[str, Any] | None:
+        """As stored; None where it is missing or damaged, for the next `edit` writes it again."""
+        try:
+            data = get(self.fs, f"{self.root}/{SUMMARY_FILE}")
+            return None if data is None else _SummaryParts.model_validate_json(data).model_dump()
+        except (NotAFileError, ValidationError) as error:
+            log.warning("%s is none: %s", SUMMARY_FILE, first_problem(error))
+            return None
+
+    @property
+    def name(self) -> str:
+        """Last part of the folder's path."""
+        return posixpath.basename(self.root.replace("\\", "/").rstrip("/")) or self.root
+
+    def spans(self, kind: str) -> list[Span]:
+        """The rows of every committed unit, of "data" or "quarantine", in the order of the units."""
+        return self.totals.spans.get(kind, [])
+
+    def figures(self, spans: Sequence[Span]) -> list[ResultRef]:
+        """Every result of these units, in their order, without pictures."""
+        with ThreadPoolExecutor(READERS) as pool:
+            return [ref for refs in pool.map(self._figures_of, spans) for ref in refs]
+
+    def load(self, refs: Sequence[ResultRef]) -> list[Result]:
+        """These results with their pictures, in the order given; each unit is read once."""
+        by_span: dict[Span, list[ResultRef]] = {}
+        for ref in refs:
+            by_span.setdefault(ref.span, []).append(ref)
+        with ThreadPoolExecutor(READERS) as pool:
+            loaded = [result for results in pool.map(self._load, by_span.values()) for result in results]
+        found = {(result.ref.span, result.ref.row): result for result in loaded}
+        return [found[ref.span, ref.row] for ref in refs]
+
+    def failures(self, spans: Sequence[Span]) -> Iterator[dict[str, str]]:
+        """What failed, without its bytes: `FAILURE_COLUMNS` of every row of these units."""
+        for span in spans:
+            yield from table_of(self.fs, self.root, span, FAILURE_COLUMNS).to_pylist()
+
+    def _figures_of(self, span: Span) -> list[ResultRef]:
+        if span.path.endswith(".tar"):
+            rows = [json.loads(sample["json"]) for sample in samples_of(self.fs, self.root, span)]
+        else:
+            rows = table_of(self.fs, self.root, span, ("id", "edit", "method", *NAMES)).to_pylist()
+        return [
+            ResultRef(
+                span=span,
+                row=at,
+                id=row["id"],
+                edit=row["edit"],
+                method=row["method"],
+                figures={name: row.get(name) for name in NAMES},
+            )
+            for at, row in enumerate(rows)
+        ]
+
+    def _load(self, refs: Sequence[ResultRef]) -> list[Result]:
+        span = refs[0].span
+        wanted = {ref.row: ref for ref in refs}
+        rows = self._rows_of_tar(span) if span.path.endswith(".tar") else self._rows_of_parquet(span, set(wanted))
+        return [
+            Result(
+                ref=wanted[at],
+                caption=row["caption"] or "",
+                request=json.loads(row["request"]) if isinstance(row["request"], str) else row["request"],
+                input=row["input"],
+                mask=row["mask"],
+                image=row["image"],
+            )
+            for at, row in rows
+            if at in wanted
+        ]
+
+    def _rows_of_parquet(self, span: Span, wanted: set[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        for at in sorted(wanted):
+            one = replace(span, start=span.start + at, rows=1)  # its row group alone is read
+            names = {name: self._names.get(name, name) for name in (*TEXTS, *INPUTS, "mask", "image")}
+            (found,) = table_of(self.fs, self.root, one, list(names.values())).to_pylist()
+            row = {name: found[column] for name, column in names.items() if column in found}
+            source = next(row[name] for name in INPUTS if name in row)
+            pictures = {"input": source, "mask": row["mask"], "image": row["image"]}
+            yield at, row | {name: picture and picture["bytes"] for name, picture in pictures.items()}
+
+    def _rows_of_tar(self, span: Span) -> Iterator[tuple[int, dict[str, Any]]]:
+        for at, sample in enumerate(samples_of(self.fs, self.root, span)):
+            pictures = pictures_of(sample, self._names)
+            source = next(pictures[name] for name in INPUTS if name in pictures)
+            shown = {"input": source, "mask": pictures.get("mask"), "image": pictures["image"]}
+            yield at, json.loads(sample["json"]) | shown

@@ -1,0 +1,389 @@
+"""Is a run's output whole? Every file is read, hashed and opened, every row counted, against manifests and run.json;
+and these against what derives from them, and against the source's listing (consistency.py).
+
+Held at a time: the files of `CHECKERS` units, the names of all files, and what the rows of a few merged files answer.
+Those files themselves are read piece by piece, an object store's from a copy in this machine's temporary folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from threading import Lock
+
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.common import stopping
+from pipeline.looking.checking import Asked, BrokenError, Key, manifest_problems, read_keys, row_problems
+from pipeline.looking.consistency import REPORT_FILE, FromSource, look_at_source, summary_problem
+from pipeline.looking.findings import SEEN_BY_EDIT, Finding, Verdict
+from pipeline.reading.shards import shard_slug
+from pipeline.reading.storage import open_fs, retrying
+from pipeline.recipe import SinkConfig, SourceConfig
+from pipeline.writing.baseline import FOLDER as BASELINES
+from pipeline.writing.baseline import Baselines, Counted, baseline_path
+from pipeline.writing.commit import Committed, CommittedShard, committed_shards
+from pipeline.writing.files import NotAFileError, get, is_temporary, local_copy, size_of
+from pipeline.writing.lock import Claim, DriverLock
+from pipeline.writing.manifest import KINDS, PARTS, FileRecord, Manifest, kind_of, manifest_path
+from pipeline.writing.merged import OUTPUT, Merged, Slot
+from pipeline.writing.paths import refuse_links
+from pipeline.writing.repair import take_back
+from pipeline.writing.run_record import RUN_FILE, RunRecord
+from pipeline.writing.summary import SUMMARY_FILE, Totals, write_summary
+
+log = logging.getLogger(__name__)
+
+CHECKERS = 4  # units checked side by side
+HELD = 4  # merged files whose rows are known at a time: data and quarantine, at the seam of two of each
+FOLDERS = (*KINDS, PARTS, "_units", "_shards", OUTPUT, BASELINES)
+
+
+def verify(
+    sink: SinkConfig,
+    record: RunRecord,
+    *,
+    repair: bool = False,
+    source: SourceConfig | None = None,
+    source_is_needed: bool = True,
+) -> Verdict:
+    """Check a run that is not at work: what it is writing meanwhile would look like strays.
+
+    Args:
+        sink: where it stands.
+        record: its run.json.
+        repair: take back the commits of damaged units and remove strays; the next `shardedit edit` makes them again.
+            Where nothing else is wrong, write summary and report again.
+        source: where the input is: what it lists is what the run should hold. None: it is not looked at.
+        source_is_needed: a source that cannot be listed is a finding, not a note.
+
+    Raises:
+        SinkError: the folder cannot be read or, with `repair`, not be changed.
+    """
+    if repair:
+        refuse_links(sink)
+        with stopping.orderly() as stop, DriverLock(sink, log.warning) as lock:
+            stop.when_ended = partial(lock.__exit__, None, None, None)
+            verdict, ends = _verify(sink, record, lock.claim)
+    else:
+        verdict, ends = _verify(sink, record, None)
+    if source is not None:
+        _note_source(verdict, look_at_source(record, source), ends, source_is_needed)
+    verdict.repaired = repair and bool(verdict.repairs)
+    return verdict
+
+
+def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> tuple[Verdict, dict[str, int]]:
+    """The verdict, and the row after the last of every shard that is done."""
+    fs, root = open_fs(sink.folder, sink.storage_options)
+    fs.invalidate_cache()
+    # Listed first: what is committed in the meantime is then no stray.
+    there = {folder: _names(fs, root, folder) for folder in FOLDERS}
+    asked = Asked.of(record)
+    verdict, done, counted = Verdict(), Committed(), Counted()
+    broken: set[str] = set()  # files of damaged units, and those of nobody
+    known = {baseline_path(baseline.generation) for baseline in Baselines(fs, root).all}
+    for text in record.problems():
+        verdict.note(Finding(kind="run record", path=RUN_FILE, text=text))
+    shards = {shard_slug(path): path for path, _, _ in record.input}
+    ends: dict[str, int] = {}
+    bad = 0  # units
+    with ThreadPoolExecutor(CHECKERS) as pool:
+        merged = _MergedFiles(fs, root, asked, pool)
+        known.add(merged.index_path)
+        for shard, manifest, findings in _checked(fs, root, sink, asked, merged):
+            stopping.check()
+            verdict.units += 1
+            known.update(shard.used)
+            known.update(file.path for file in manifest.files)
+            alone = [file for file in manifest.files if not merged.holds(file, manifest.unit)]
+            verdict.files += len(alone)
+            verdict.bytes += sum(file.size for file in alone)
+            verdict.loose += len(alone)
+            verdict.done += manifest.counts.ok
+            verdict.failed += manifest.counts.failed
+            for finding in findings:
+                verdict.note(finding)
+            done.add(manifest)
+            merged.totals.add(manifest)
+            if manifest.is_last:
+                ends[manifest.shard] = manifest.stop
+            if not findings:
+                counted.add(manifest)
+                continue
+            bad += 1
+            own = (manifest_path(manifest.unit, manifest.generation), *(file.path for file in manifest.files))
+            broken.update(path for path in own if any(path in names for names in there.values()))
+            if not SEEN_BY_EDIT & {finding.kind for finding in findings}:
+                verdict.needs_repair = True
+        _note_merged(verdict, merged, known)
+    missing = {slug: text for slug in shards if (text := _uncommitted(done, slug))}
+    for slug, text in missing.items():
+        verdict.note(Finding(kind="missing unit", path=shards[slug], text=text))
+    if verdict.loose and not missing and record.recipe["sink"].get("shard_size"):
+        text = f"{verdict.loose} file(s) of units stand in {PARTS}/ and are not merged yet"
+        verdict.note(Finding(kind="not merged", path="data", text=text))
+    left = sorted(name for names in there.values() for name in names if name not in known)
+    strays = [name for name in left if not is_temporary(name)]
+    verdict.temporary = len(left) - len(strays)  # left to `shardedit edit`, which removes those that are old enough
+    for name in strays:
+        verdict.note(Finding(kind="stray file", path=name, text=_about_stray(name)))
+        verdict.needs_repair = True
+        broken.add(name.rstrip("/"))
+    if verdict.needs_repair:
+        for number, text in (
+            (bad, "take back {} damaged unit(s)"),
+            (len(merged.damaged), "take back {} damaged merged file(s)"),
+            (len(strays), "remove {} stray file(s)"),
+        ):
+            verdict.repairs += [text.format(number)] if number else []
+        if repairing:  # what is in a folder goes before the folder
+            take_back(counted, merged.damaged, sorted(broken, reverse=True), sink, repairing)
+    if not verdict.edit_repairs:
+        _note_derived(verdict, sink, record, merged.totals, repairing is not None)
+    return verdict, ends
+
+
+def _about_stray(name: str) -> str:
+    if name.endswith("/"):
+        return "is a folder, where a file should be"
+    if "/" not in name:
+        return "is a file, where a folder should be"
+    return _STRAYS.get(name.partition("/")[0], _NO_MANIFEST)
+
+
+_NO_MANIFEST = "no manifest or index that counts lists it"
+_STRAYS = {
+    "_units": "is no manifest, or one that does not count",
+    "_shards": "holds no manifest that counts, or none that is not elsewhere, too",
+    BASELINES: "is no baseline, or one that a later driver's replaces",
+}
+
+
+def _note_derived(verdict: Verdict, sink: SinkConfig, record: RunRecord, totals: Totals, repair: bool) -> None:
+    """Summary and report of a run that is done, and in which nothing else is wrong."""
+    fs, root = open_fs(sink.folder, sink.storage_options)
+    budget = record.recipe["run"]["max_failed_fraction"]
+    now = totals.summary(complete=True, units_now=0, max_failed_fraction=budget)
+    if text := summary_problem(fs, root, now):
+        verdict.note(Finding(kind="summary", path=SUMMARY_FILE, text=text))
+        verdict.repairs.append(f"write {SUMMARY_FILE}")
+        if repair:
+            write_summary(now, sink)
+    if size_of(fs, f"{root}/{REPORT_FILE}") is None:
+        verdict.note(Finding(kind="report", path=REPORT_FILE, text="is missing"))
+        verdict.repairs.append(f"write {REPORT_FILE}")
+        if repair:
+            from pipeline.looking.report.page import write_report  # which takes time to import
+
+            write_report(sink)
+
+
+def _note_source(verdict: Verdict, found: FromSource, ends: Mapping[str, int], is_needed: bool) -> None:
+    """Add what the source's listing says of the run."""
+    verdict.source_was_listed, verdict.source_unreachable = not found.unreachable, found.unreachable
+    verdict.left_out = found.left_out
+    if found.unreachable and is_needed:
+        text = "cannot be listed: nothing tells whether it holds more than was edited. Without it: verify --no-source"
+        verdict.note(Finding(kind="source", path="source.shards", text=text))
+    for shard, problem in found.problems:
+        verdict.note(Finding(kind="source", path=shard, text=f"{problem} since the run began"))
+    for shard, rows in found.rows.items():
+        if ends.get(shard, rows) != rows:
+            text = f"has {rows} row(s), its units end after {ends[shard]}"
+            verdict.note(Finding(kind="source", path=shard, text=text))
+
+
+def _note_merged(verdict: Verdict, merged: _MergedFiles, known: set[str]) -> None:
+    """Add what was found in merged files."""
+    for slot, findings in merged.all_findings():
+        known.add(slot.contents)
+        if slot.file is not None:
+            known.add(slot.file.path)
+            verdict.files += 1
+            verdict.bytes += slot.file.size
+        for finding in findings:
+            verdict.note(finding)
+            verdict.needs_repair |= finding.kind not in SEEN_BY_EDIT
+
+
+def _names(fs: AbstractFileSystem, root: str, folder: str) -> set[str]:
+    """Files below a folder, as paths relative to the root."""
+    if not fs.exists(f"{root}/{folder}"):
+        return set()
+    start = len(root.rstrip("/")) + 1
+    names = {path[start:] for path in retrying()(fs.find, f"{root}/{folder}")}
+    if isinstance(fs, LocalFileSystem):  # other stores have no folders
+        for above, folders, _ in os.walk(f"{root}/{folder}"):
+            names.update(f"{above}/{name}/"[start:] for name in folders if name.endswith((".json", ".parquet", ".tar")))
+    return names
+
+
+def _uncommitted(done: Committed, slug: str) -> str:
+    """Which chunks of a shard are missing, in words; "" where none is."""
+    if done.has_whole_shard(slug):
+        return ""
+    chunks = done.chunks.get(slug, 0)
+    if not chunks:
+        return "none of its units is committed"
+    count = chunks.bit_length() - chunks.bit_count()
+    gaps = list(islice((chunk for chunk in range(chunks.bit_length()) if not chunks >> chunk & 1), 10))
+    named = ", ".join(map(str, gaps)) + (f" and {count - 10} more" if count > 10 else "")
+    parts = [f"chunk {named} not committed"] if gaps else []
+    if slug not in done.last:
+        parts.append(f"nothing after chunk {chunks.bit_length() - 1} is committed")
+    return "; ".join(parts)
+
+
+class _MergedFiles:
+    """Merged files, each read once: when the first of its units is checked, or at the end."""
+
+    def __init__(self, fs: AbstractFileSystem, root: str, asked: Asked, pool: Executor) -> None:
+        self._fs, self._root, self._asked, self._pool = fs, root, asked, pool
+        self._merged = Merged(fs, root, trusted=False)
+        self.totals = Totals(self._merged)  # of the units, whose files may be merged
+        self._lock = Lock()
+        self._findings: dict[str, list[Finding]] = {}  # by path of the contents; of every slot that was read
+        self._rows: dict[str, dict[str, list[Key]] | None] = {}  # of the last few: rows by unit; None: unreadable
+        self.damaged: set[str] = set()  # paths of contents
+
+    @property
+    def index_path(self) -> str:
+        """Of the index that counts; "" where there is none."""
+        return self._merged.path
+
+    def holds(self, file: FileRecord, unit: str) -> bool:
+        """Whether a merged file holds what a unit's manifest lists."""
+        return self._merged.find(file, unit) is not None
+
+    def rows(self, file: FileRecord, unit: str) -> list[Key] | None:
+        """A unit's rows; None where the merged file cannot be read, which is a finding of its own."""
+        slot = self._merged.slot_of(kind_of(file.path), unit)
+        assert slot is not None, "holds() comes first"
+        with self._lock:
+            if slot.contents not in self._rows:
+                while len(self._rows) >= HELD:
+                    del self._rows[next(iter(self._rows))]
+                self._read(slot)
+            rows = self._rows[slot.contents]
+        return None if rows is None else rows.get(unit, [])
+
+    def blame(self, file: FileRecord, unit: str) -> None:
+        """A unit's rows are not those that it was asked for: the file that holds them is no good."""
+        slot = self._merged.slot_of(kind_of(file.path), unit)
+        if slot is not None:
+            self.damaged.add(slot.contents)
+
+    def all_findings(self) -> Iterator[tuple[Slot, list[Finding]]]:
+        """Every merged file with what is wrong with it, apart from its units."""
+        for kind in KINDS:
+            for slot in self._merged.slots(kind):
+                if slot.contents not in self._findings:
+                    self._read(slot)
+                yield slot, self._findings[slot.contents]
+
+    def _read(self, slot: Slot) -> None:
+        findings: list[Finding] = []
+        self._rows[slot.contents] = None
+        contents = self._merged.contents(slot)
+        if slot.file is not None and contents is None:
+            text = "what it holds cannot be told: its contents are missing or damaged"
+            findings.append(Finding(kind="missing file", path=slot.contents, text=text))
+        elif slot.file is not None and contents is not None:
+            try:
+                with local_copy(self._fs, f"{self._root}/{slot.file.path}") as path, open(path, "rb") as opened:
+                    sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+                    findings += _byte_problems(slot.file, opened.tell(), sha256)
+                    opened.seek(0)
+                    rows = read_keys(slot.file.path, opened, self._asked, self._pool)
+                if len(rows) != slot.file.rows:
+                    text = f"has {len(rows)} row(s), the index says {slot.file.rows}"
+                    findings.append(Finding(kind="rows", path=slot.file.path, text=text))
+                self._rows[slot.contents] = {one.unit: rows[one.start : one.start + one.rows] for one in contents.units}
+            except FileNotFoundError:
+                findings.append(Finding(kind="missing file", path=slot.file.path, text="the index lists it"))
+            except BrokenError as error:
+                findings.append(Finding(kind="does not open", path=slot.file.path, text=str(error)))
+        self._findings[slot.contents] = findings
+        if findings:
+            self.damaged.add(slot.contents)
+
+
+def _checked(
+    fs: AbstractFileSystem, root: str, sink: SinkConfig, asked: Asked, merged: _MergedFiles
+) -> Iterator[tuple[CommittedShard, Manifest, list[Finding]]]:
+    shards = committed_shards(sink, trusted=False)
+    pairs = ((shard, zip((None, *shard.manifests), shard.manifests, strict=False)) for shard in shards)
+    units = ((shard, before, manifest) for shard, some in pairs for before, manifest in some)
+    with ThreadPoolExecutor(CHECKERS) as pool:
+        while window := list(islice(units, CHECKERS)):
+            found = pool.map(lambda unit: _check_unit(fs, root, unit, asked, merged), window)
+            yield from ((shard, one, findings) for (shard, _, one), findings in zip(window, found, strict=True))
+
+
+def _check_unit(
+    fs: AbstractFileSystem,
+    root: str,
+    unit: tuple[CommittedShard, Manifest | None, Manifest],  # the second: the one before it, where there is one
+    asked: Asked,
+    merged: _MergedFiles,
+) -> list[Finding]:
+    shard, before, manifest = unit
+    problems = [*manifest_problems(manifest, asked)]
+    if before is not None and before.chunk == manifest.chunk - 1 and before.stop != manifest.start:
+        problems.append(f"it begins with row {manifest.start}, the unit before it ends before row {before.stop}")
+    if manifest.is_last and manifest.chunk != shard.manifests[-1].chunk:
+        problems.append("it says that it is the last of its shard, and later ones are committed")
+    stands = manifest_path(manifest.unit, manifest.generation)
+    findings = [Finding(kind="manifest", path=stands, text=text) for text in problems]
+    rows: list[Key] = []
+    readable = True
+    for file in manifest.files:
+        if merged.holds(file, manifest.unit):
+            some = merged.rows(file, manifest.unit)
+            readable = readable and some is not None
+            rows += some or []
+            if some is not None and len(some) != file.rows:
+                text = f"has {len(some)} row(s) of unit {manifest.unit}, which lists {file.rows}"
+                findings.append(Finding(kind="rows", path=file.path, text=text))
+            continue
+        data, text = None, f"unit {manifest.unit} lists it"
+        try:
+            data = get(fs, f"{root}/{file.path}")
+        except NotAFileError as error:
+            text = str(error)
+        if data is None:
+            findings.append(Finding(kind="missing file", path=file.path, text=text))
+            readable = False
+            continue
+        findings += _byte_problems(file, len(data), hashlib.sha256(data).hexdigest())
+        try:
+            found = read_keys(file.path, io.BytesIO(data), asked)
+            rows += found
+            if len(found) != file.rows:
+                text = f"has {len(found)} row(s), unit {manifest.unit} lists {file.rows}"
+                findings.append(Finding(kind="rows", path=file.path, text=text))
+        except BrokenError as error:
+            findings.append(Finding(kind="does not open", path=file.path, text=str(error)))
+            readable = False
+    if readable and (problems := list(row_problems(manifest, rows, asked))):
+        where = manifest.files[0].path if manifest.files else manifest_path(manifest.unit, manifest.generation)
+        findings += [Finding(kind="rows", path=where, text=text) for text in problems]
+        for file in manifest.files:
+            if merged.holds(file, manifest.unit):
+                merged.blame(file, manifest.unit)
+    return findings
+
+
+def _byte_problems(file: FileRecord, size: int, sha256: str) -> Iterator[Finding]:
+    if size != file.size:
+        yield Finding(kind="wrong size", path=file.path, text=f"has {size} bytes, {file.size} were written")
+    elif sha256 != file.sha256:
+        yield Finding(kind="changed bytes", path=file.path, text="its SHA-256 is not that of what was written")

@@ -1,0 +1,1 @@
+"""A run: what is left to do, by whom, and where."""

@@ -1,0 +1,114 @@
+"""Where units are edited: what a place offers, and the plain one, a loop in this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from pipeline.common import stopping
+from pipeline.errors import RunAborted
+from pipeline.engine.backbone import ModelRecord
+from pipeline.reading.units import read_units
+from pipeline.recipe import Recipe, SinkConfig
+from pipeline.running.pool import Resources, WorkerSettings, plan_pool
+from pipeline.running.tally import Seen, Tally
+from pipeline.running.todo import Todo
+from pipeline.writing.commit import commit
+from pipeline.writing.lock import Claim
+from pipeline.writing.merged import Contents
+from pipeline.writing.merging import Job, merge_here
+from pipeline.writing.run_record import RunRecord
+
+if TYPE_CHECKING:
+    from pipeline.running.worker import Worker  # the model's libraries are imported by whoever loads one: see on_ray.py
+
+
+class Place(Protocol):
+    """Where units are edited."""
+
+    model: ModelRecord
+    settings: WorkerSettings
+
+    def open(self, before: RunRecord | None) -> str:
+        """Get ready; fixes `model` and `settings`. Returns a line for the user, or ""."""
+
+    def edit(self, todo: Todo, claim: Claim) -> None:
+        """Edit and commit every unit of the plan, for the driver that holds the run's folder."""
+
+    def merge(self, sink: SinkConfig, jobs: Iterable[Job]) -> Iterator[Contents]:
+        """Write merged files; returns what they hold, in the order of the jobs. May come without `open`."""
+
+    def seen(self) -> Seen:
+        """What has been committed so far."""
+
+    def stop(self, reason: str) -> None:
+        """Let `edit` raise `RunAborted` with the next commit. Called from another thread."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+class Here:
+    """One process, one unit after the other."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._tally = Tally(recipe.run)
+        self._worker: Worker | None = None
+        self._threads_before = torch.get_num_threads()
+
+    def open(self, before: RunRecord | None) -> str:
+        """See `Place`."""
+        from pipeline.models.loading import load_backbone
+        from pipeline.running.worker import Worker, call_size_for
+
+        recipe = self._recipe
+        pool = plan_pool(recipe.run.model_copy(update={"workers": 1}), resources_here())
+        threads = before.threads if before else pool.threads
+        backbone = load_backbone(recipe.model, device=None if pool.gpus_per_worker else "cpu")
+        self.model = backbone.record
+        self.settings = WorkerSettings(
+            call_size=before.call_size if before else call_size_for(recipe, backbone), threads=threads
+        )
+        self._worker = Worker(recipe, self.settings, backbone, report=self._tally.advance)
+        return pool.line(compiles=recipe.model.compile)
+
+    def edit(self, todo: Todo, claim: Claim) -> None:
+        """See `Place`."""
+        assert self._worker is not None, "open() comes first"
+        source, size = self._recipe.source, self._recipe.run.unit_size
+        self._tally.begin(todo.extent)
+        for task in todo.tasks:
+            for unit_input in read_units(task, source, size, todo.committed.has):
+                stopping.check()
+                finished = self._worker.finish(unit_input, claim.generation)
+                manifest = commit(finished, self._recipe.sink, claim.check)
+                if verdict := self._tally.add(manifest):
+                    raise RunAborted(verdict)
+
+    def merge(self, sink: SinkConfig, jobs: Iterable[Job]) -> Iterator[Contents]:
+        """See `Place`."""
+        return merge_here(sink, jobs)
+
+    def seen(self) -> Seen:
+        """See `Place`."""
+        return self._tally.seen()
+
+    def stop(self, reason: str) -> None:
+        """See `Place`."""
+        self._tally.stop(reason)
+
+    def close(self) -> None:
+        """See `Place`."""
+        if self._worker is not None:
+            self._worker.close()
+            torch.set_num_threads(self._threads_before)  # the process is the caller's
+
+
+def resources_here() -> Resources:
+    """Of this process, without Ray."""
+    cores, gpus = float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
+    return Resources(cpus=cores, gpus=gpus, max_gpus=gpus, node_cpus=cores, node_gpus=gpus)

@@ -1,0 +1,293 @@
+"""One model and the units it edits: load once, then unit in, finished unit out. Knows nothing of Ray.
+
+Units may come from several threads at once: on the engine, one unit's tail and the next one's head share UNet calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from pipeline.engine.engine import Engine
+from pipeline.engine.sizing import probe_call_size
+from pipeline.flow import asked_without, edit_rows, outcome_of
+from pipeline.engine.backbone import Backbone, ModelRecord
+from pipeline.models.loading import load_backbone
+from pipeline.reading.ahead import HELD_BYTES
+from pipeline.reading.decoder import Decoder
+from pipeline.reading.prepare import requests_of
+from pipeline.recipe import Recipe
+from pipeline.records import Decoded, Rejected, Sample, UnitInput, Unreadable
+from pipeline.running.pool import WorkerSettings
+from pipeline.running.tally import InFlight
+from pipeline.writing.attempts import ALONE_FROM, Attempt
+from pipeline.writing.commit import FinishedUnit
+from pipeline.writing.finish import finish_unit
+from pipeline.writing.manifest import Measured
+from pipeline.writing.rows import Row, encode_outcome
+
+LARGE_BYTES = 64 << 20  # pixels of an image of which one at a time is encoded
+ENCODERS = 2  # threads that restore, compare and write images while the model works
+# Measured on narrow and wide models: a row of a smaller call takes up to two fifths longer, larger ones gain little.
+CPU_CALL_SIZE = 16
+
+
+def call_size_for(recipe: Recipe, backbone: Backbone) -> int:
+    """Rows of a UNet call, where no earlier run has decided."""
+    if isinstance(recipe.run.call_size, int):
+        return recipe.run.call_size
+    if backbone.device.type != "cuda":
+        return CPU_CALL_SIZE
+    return probe_call_size(backbone, recipe.model.size or backbone.image_size)
+
+
+class Worker:
+    """A loaded model and its engine.
+
+    Args:
+        recipe: the run.
+        settings: what all workers of the run have in common.
+        backbone: the model, where it is loaded already.
+        report: told of every finished result how far its unit is, from the thread that edits the unit.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        settings: WorkerSettings,
+        backbone: Backbone | None = None,
+        *,
+        report: Callable[[InFlight], None] = lambda _: None,
+    ) -> None:
+        self.recipe = recipe
+        self.settings = settings
+        if not torch.cuda.is_available():
+            torch.set_num_threads(settings.threads)
+        self._decoder = Decoder(recipe.source)  # starts beside the loading of the model
+        self.backbone = backbone or load_backbone(recipe.model)
+        in_flight = recipe.run.images_in_flight
+        self.engine = Engine(
+            self.backbone,
+            call_size=settings.call_size,
+            images_in_flight=in_flight if isinstance(in_flight, int) else None,
+        )
+        self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
+        self._one_large = threading.Lock()
+        self._meter = _Meter(self.engine)
+        self._gate = _Gate()
+        self._report = report
+        self._attempts: set[Attempt] = set()
+        self._is_ending = False
+
+    @property
+    def model(self) -> ModelRecord:
+        """The loaded model."""
+        return self.backbone.record
+
+    def finish(self, unit_input: UnitInput, generation: int, workers: int = 1) -> FinishedUnit:
+        """Edit a unit's rows and render its files. May run in several threads at once.
+
+        Args:
+            unit_input: the unit.
+            generation: of the driver.
+            workers: that share the run at the moment.
+        """
+        with self._attempt(unit_input.unit.id, generation) as attempt:
+            alone = attempt.number >= ALONE_FROM
+            progress = _UnitProgress(unit_input, self._report)
+            with self._gate.alone() if alone else self._gate.shared():
+                self._meter.enter()
+                try:
+                    rows = (
+                        self._one_by_one(unit_input, attempt, progress)
+                        if alone
+                        else self._edit_and_encode(unit_input.rows, progress)
+                    )
+                finally:
+                    seconds, unet_rows = self._meter.leave()
+        return finish_unit(
+            unit_input,
+            rows,
+            self.recipe,
+            generation=generation,
+            model_digest=self.model.digest,
+            call_size=self.settings.call_size,
+            measured=Measured(worker_seconds=round(seconds, 6), workers=workers, unet_rows=unet_rows),
+        )
+
+    @contextmanager
+    def _attempt(self, unit_id: str, generation: int) -> Iterator[Attempt]:
+        with Attempt(unit_id, self.recipe.sink, generation) as attempt:
+            self._attempts.add(attempt)
+            if self._is_ending:
+                attempt.take_back()
+            try:
+                yield attempt
+            finally:
+                self._attempts.discard(attempt)
+
+    def take_back(self) -> None:
+        """The process is about to end by nobody's fault: no unit has it as a death. From whatever thread."""
+        self._is_ending = True
+        for attempt in list(self._attempts):
+            attempt.take_back()
+
+    def _one_by_one(self, unit_input: UnitInput, attempt: Attempt, progress: _UnitProgress) -> list[Row | Rejected]:
+        """The same results as together: what shares a UNet call changes no bits. Rows that killed are passed over."""
+        encoded: list[Row | Rejected] = []
+        for row in unit_input.rows:
+            sample = row.sample if isinstance(row, Unreadable) else row
+            if sample.index in attempt.killers:
+                encoded += [
+                    Rejected(
+                        sample=sample,
+                        edit=edit,
+                        method=method,
+                        stage="edit",
+                        error_class="ProcessKilled",
+                        message=f"the process that edited this row died, {ALONE_FROM} times, at last with no other row "
+                        "in it. Look for memory that runs out, and for faults in the logs of the machine",
+                        attempt=ALONE_FROM,
+                    )
+                    for edit, method in asked_of(row, self.recipe)
+                ]
+                continue
+            attempt.begin_row(sample.index)
+            encoded += self._edit_and_encode([row], progress)
+        attempt.begin_row(None)
+        return encoded
+
+    def _edit_and_encode(
+        self, unit_rows: Sequence[Sample | Unreadable], progress: _UnitProgress
+    ) -> list[Row | Rejected]:
+        encoded: list[Row | Rejected] = []
+        pending: deque[Future[Row | Rejected]] = deque()
+        waiting: deque[int] = deque()  # bytes of their images
+        for result in edit_rows(unit_rows, self.recipe, self.engine, self._decoder):
+            progress.note(result)
+            pending.append(self._encoders.submit(self._encode, result))
+            waiting.append(0 if isinstance(result, Rejected) else result.prepared.original.nbytes)
+            # A result waits as pixels until it is encoded: only so many may.
+            while len(pending) > 2 * ENCODERS or sum(waiting) > HELD_BYTES:
+                encoded.append(pending.popleft().result())
+                waiting.popleft()
+        return encoded + [future.result() for future in pending]
+
+    def _encode(self, result: Decoded | Rejected) -> Row | Rejected:
+        # Encoding takes several times the memory of the image itself.
+        is_large = isinstance(result, Decoded) and result.prepared.original.nbytes > LARGE_BYTES
+        with self._one_large if is_large else contextlib.nullcontext():
+            return self._encoded(result)
+
+    def _encoded(self, result: Decoded | Rejected) -> Row | Rejected:
+        return encode_outcome(outcome_of(result), self.recipe, self.model, self.engine.call_size)
+
+    def close(self) -> None:
+        """Let the encoder threads go."""
+        self._encoders.shutdown(cancel_futures=True)
+
+
+def asked_of(row: Sample | Unreadable, recipe: Recipe) -> list[tuple[str, str]]:
+    """Every (edit, method) that is asked of a row, found out without a look at its image."""
+    if not isinstance(row, Unreadable):
+        with contextlib.suppress(Exception):  # a request that cannot be understood is reported as the others are
+            return [(edit, method) for edit in requests_of(row, recipe) for method in recipe.all_methods]
+    return asked_without(recipe)
+
+
+class _UnitProgress:
+    """How far one unit is, told with every result."""
+
+    def __init__(self, unit_input: UnitInput, report: Callable[[InFlight], None]) -> None:
+        rows = [row.sample if isinstance(row, Unreadable) else row for row in unit_input.rows]
+        self._so_far = InFlight(unit=unit_input.unit.id, rows=len(rows), bytes=sum(map(size_in_shard, rows)))
+        self._seen: set[int] = set()  # images, by their index
+        self._report = report
+
+    def note(self, result: Decoded | Rejected) -> None:
+        """Count a result. Those of an image come together: the first tells of all."""
+        sample = result.sample if isinstance(result, Rejected) else result.prepared.sample
+        new = sample.index not in self._seen
+        self._seen.add(sample.index)
+        self._so_far = replace(
+            self._so_far,
+            images=self._so_far.images + new,
+            failed=self._so_far.failed + isinstance(result, Rejected),
+        )
+        self._report(self._so_far)
+
+
+def size_in_shard(sample: Sample) -> int:
+    """Bytes that a sample takes of a tar, about: its members, each with a header and filled up to whole blocks."""
+    members = [len(sample.image), *map(len, sample.members.values())]
+    members += [len(text) for text in (sample.mask, sample.caption) if text]
+    return sum(512 + -(-size // 512) * 512 for size in members)
+
+
+class _Gate:
+    """Units share a process, but for one that may kill it: whoever is inside with it would be blamed for its death."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._sharing = 0
+        self._one = threading.Lock()
+        self._alone = 0  # inside or waiting: they go first, or an endless stream of others would keep them out
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._alone)
+            self._sharing += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._sharing -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._alone += 1
+            self._changed.wait_for(lambda: not self._sharing)
+        try:
+            with self._one:
+                yield
+        finally:
+            with self._changed:
+                self._alone -= 1
+                self._changed.notify_all()
+
+
+class _Meter:
+    """Shares a worker's time and UNet rows out among units that overlap: every second and row is counted once."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._since = 0.0
+        self._rows = 0
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._since = time.perf_counter()
+            self._inside += 1
+
+    def leave(self) -> tuple[float, int]:
+        """Seconds and UNet rows since anybody last left."""
+        with self._lock:
+            now, rows = time.perf_counter(), self._engine.stats.unet_rows
+            seconds, done = now - self._since, rows - self._rows
+            self._since, self._rows = now, rows
+            self._inside -= 1
+            return seconds, done
