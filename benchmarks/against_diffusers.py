@@ -30,11 +30,11 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging
 
+from pipeline.engine.backbone import ModelRecord
 from pipeline.engine.engine import Engine, EngineStats
 from pipeline.errors import ModelError
 from pipeline.flow import edit_prepared
 from pipeline.models.allocator import keep_freed_memory
-from pipeline.engine.backbone import ModelRecord
 from pipeline.models.compiling import check_compiler
 from pipeline.models.loading import load_backbone
 from pipeline.models.stable_diffusion import StableDiffusion

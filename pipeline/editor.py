@@ -21,12 +21,12 @@ import numpy as np
 import torch
 
 from pipeline.editing.ledits_pp import LEditsPP
+from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import Steps
 from pipeline.engine.engine import Engine
 from pipeline.errors import ModelError, RecipeError
 from pipeline.flow import edit_prepared, restored
 from pipeline.looking.counting import RowCounter
-from pipeline.engine.backbone import Backbone
 from pipeline.models.loading import load_backbone
 from pipeline.reading.pictures import AnyImage, picture
 from pipeline.reading.prepare import prepare_picture

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import DecodeLatents, EncodeImage, Fork, Steps
 from pipeline.engine.engine import Engine
 from pipeline.errors import BlackImageError, ClusterError, EditError, InvertError, RowError, Stage
 from pipeline.evaluation.metrics import figures
 from pipeline.inversion.base import Inversion, draw_from
-from pipeline.engine.backbone import Backbone
 from pipeline.reading.ahead import Ahead
 from pipeline.reading.decoder import Decodes
 from pipeline.reading.prepare import prepare, requests_of, restore, restore_mask

@@ -21,7 +21,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from pipeline.recipe import recipe_from
-from pipeline.running import driver, pool_watch
+from pipeline.running import driver
+from pipeline.running.on_ray import pool_watch
 from pipeline.writing.lock import DriverLock
 from pipeline.writing.summary import Summary
 
@@ -46,9 +47,9 @@ def witness(begun: str, hold: str) -> Callable[[], None]:
 
         import ray
 
-        import pipeline.running.on_ray
+        import pipeline.running.on_ray.executor
 
-        edit = pipeline.running.on_ray.EditWorker.__call__
+        edit = pipeline.running.on_ray.executor.EditWorker.__call__
 
         def slow(self: Any, batch: Any) -> Any:
             unit = json.loads(batch["unit"][0].as_py())["unit"]["id"]
@@ -60,7 +61,7 @@ def witness(begun: str, hold: str) -> Callable[[], None]:
             time.sleep(1.5)
             return edit(self, batch)
 
-        pipeline.running.on_ray.EditWorker.__call__ = slow
+        pipeline.running.on_ray.executor.EditWorker.__call__ = slow
 
     return install
 

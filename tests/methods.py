@@ -10,11 +10,11 @@ from torch import Tensor
 
 from pipeline.editing.base import Editor
 from pipeline.editing.ledits_pp import LEditsPP
+from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import Steps
 from pipeline.inversion.base import Inversion, draw_from
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.models.analytic import AnalyticBackbone
-from pipeline.engine.backbone import Backbone
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig
 from pipeline.records import Concept, EditedLatents, EditRequest, Source, Trajectory

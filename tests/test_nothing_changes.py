@@ -12,11 +12,11 @@ import pytest
 
 from demo_world.scoring import fresh_scenes
 from pipeline.editing import EDITORS
+from pipeline.engine.backbone import Backbone
 from pipeline.engine.engine import Engine
 from pipeline.evaluation.metrics import psnr
 from pipeline.flow import edit_prepared
 from pipeline.inversion import INVERSIONS
-from pipeline.engine.backbone import Backbone
 from pipeline.models.demo.world import draw
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import Method, ModelConfig

@@ -33,7 +33,7 @@ PRELOADED = (
     "pipeline.looking.verify",
     "pipeline.running.worker",
 )
-PRELOADED_FOR_RAY = ("ray.cluster_utils", "ray.data", "pipeline.running.on_ray")
+PRELOADED_FOR_RAY = ("ray.cluster_utils", "ray.data", "pipeline.running.on_ray.executor")
 
 
 def arguments() -> argparse.Namespace:

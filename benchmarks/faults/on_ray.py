@@ -32,9 +32,9 @@ def witness(events: str) -> Callable[[], None]:
         import os
         import time
 
-        import pipeline.running.on_ray
+        import pipeline.running.on_ray.executor
 
-        edit = pipeline.running.on_ray.EditWorker.__call__
+        edit = pipeline.running.on_ray.executor.EditWorker.__call__
 
         def noted(self: Any, batch: Any) -> Any:
             with open(events, "a") as file:
@@ -42,7 +42,7 @@ def witness(events: str) -> Callable[[], None]:
             time.sleep(SECONDS_PER_UNIT)
             return edit(self, batch)
 
-        pipeline.running.on_ray.EditWorker.__call__ = noted  # type: ignore[method-assign]
+        pipeline.running.on_ray.executor.EditWorker.__call__ = noted  # type: ignore[method-assign]
 
     return install
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Place = Literal["down", "mid", "up"]
+NetworkPart = Literal["down", "mid", "up"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Layer:
 
     kind: Literal["self", "cross"]
     index: int  # of its transformer block, in order of execution, from 0; its self- and cross-attention share it
-    place: Place
+    place: NetworkPart
     index_in_place: int  # among the blocks of its place, from 0
     factor: int  # latents' side over the side of its map
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from pipeline.common import stopping
+from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import (
     Call,
     DecodeLatents,
@@ -31,7 +32,6 @@ from pipeline.engine.calls import (
 )
 from pipeline.engine.packing import Batch, Pending, Row, RowQueue, rows_per_call
 from pipeline.errors import EditError
-from pipeline.engine.backbone import Backbone
 
 CACHED_PROMPTS = 1024  # embeddings kept per worker; at 77 x 768 float32 that is 240 MB
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import torch
 
-from pipeline.engine.calls import UNetCall
 from pipeline.engine.backbone import Backbone
+from pipeline.engine.calls import UNetCall
 
 CANDIDATES = (4, 8, 16, 32, 64, 128)
 GOOD_ENOUGH = 0.95  # share of the best throughput at which the smaller call is preferred

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from pipeline.diffusion.schedule import NoiseSchedule
+from pipeline.engine.backbone import ModelRecord
 from pipeline.engine.calls import TextConditioning, UNetAnswer, UNetCall
 from pipeline.engine.controls import Layer
 from pipeline.engine.engine import Engine
 from pipeline.flow import edit_prepared
-from pipeline.engine.backbone import ModelRecord
 from pipeline.recipe import Recipe
 from pipeline.records import EditRequest, Placement, Prepared, Sample
 

@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from pipeline.engine.backbone import Backbone
 from pipeline.engine.engine import Engine
 from pipeline.flow import edit_row, outcome_of
-from pipeline.engine.backbone import Backbone
 from pipeline.models.loading import load_backbone
 from pipeline.reading.decoder import Decoder
 from pipeline.recipe import Recipe

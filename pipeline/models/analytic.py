@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle, scaled_dot_product_attention
 
 from pipeline.diffusion.schedule import NoiseSchedule
+from pipeline.engine.backbone import ModelRecord
 from pipeline.engine.calls import TextConditioning, UNetAnswer, UNetCall
 from pipeline.engine.controls import Hook, Layer
 from pipeline.errors import EditError
 from pipeline.models.attention import WATCHED_FACTOR
-from pipeline.engine.backbone import ModelRecord
 
 STABLE_DIFFUSION_SCHEDULE = {
     "num_train_timesteps": 1000,

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from pipeline.engine.controls import Block, Hook, Layer, Place, attention_probabilities
+from pipeline.engine.controls import Block, Hook, Layer, NetworkPart, attention_probabilities
 from pipeline.errors import ModelError
 
 VECTOR_WIDTH = 16  # float32 numbers that fill a CPU's vector registers well
 FEW_KEYS = 64  # filling up fewer costs more than it saves
 WATCHED_FACTOR = 4  # latent side over map side of the layers that masks are read from (LEDITS++, section 3.3)
 
-PLACES: dict[str, Place] = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}  # as they are executed
+PLACES: dict[str, NetworkPart] = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}  # as they are executed
 
 
 @dataclass(slots=True)
@@ -213,7 +213,7 @@ def attention_layers(unet: Any) -> dict[str, Layer]:
 
     layers: dict[str, Layer] = {}
     transformers: dict[str, Layer] = {}  # by the name of the transformer block, its self-attention
-    counts: dict[Place, int] = {"down": 0, "mid": 0, "up": 0}
+    counts: dict[NetworkPart, int] = {"down": 0, "mid": 0, "up": 0}
     for name in sorted(unet.attn_processors, key=lambda name: (*position(name), name)):
         block, _, which = name.removesuffix(".processor").rpartition(".")
         known = transformers.get(block)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline.diffusion.schedule import NoiseSchedule
+from pipeline.engine.backbone import Backbone, ModelRecord
 from pipeline.errors import ModelError
 from pipeline.models.analytic import AnalyticBackbone
-from pipeline.engine.backbone import Backbone, ModelRecord
 from pipeline.models.checkpoint import SCHEDULER, digest, files_of, read_json
 from pipeline.models.compiling import check_compiler
 from pipeline.models.hub import fetch

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.diffusion.schedule import NoiseSchedule
+from pipeline.engine.backbone import ModelRecord
 from pipeline.engine.calls import TextConditioning, UNetAnswer, UNetCall
 from pipeline.errors import EditError
 from pipeline.models.attention import (
@@ -18,7 +19,6 @@ from pipeline.models.attention import (
     open_attention,
     open_decoder_blocks,
 )
-from pipeline.engine.backbone import ModelRecord
 from pipeline.models.compiling import compiled
 from pipeline.models.networks import words_of_tokens
 

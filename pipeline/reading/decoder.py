@@ -30,7 +30,7 @@ class Decodes(Protocol):
         """See `pipeline.reading.decode.decode_mask`."""
 
 
-class Here:
+class DecodesHere:
     """In this process, without limits: for pictures that the user holds already."""
 
     def image(self, picture: Picture, max_pixels: int) -> tuple[np.ndarray, int]:

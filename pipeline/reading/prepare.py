@@ -19,14 +19,14 @@ from PIL import Image
 
 from pipeline.errors import DecodeError, PrepareError
 from pipeline.reading.decode import Picture
-from pipeline.reading.decoder import Decodes, Here
+from pipeline.reading.decoder import Decodes, DecodesHere
 from pipeline.recipe import Recipe, parse_edits
 from pipeline.records import EditRequest, Placement, Prepared, Sample
 
 MAX_PROMPT = 2000  # characters of a caption that become a prompt; a text encoder reads about 300
 MAX_ASPECT = 16  # a bucket's longer side over its shorter: beyond it, nothing of the image would be left
 
-HERE = Here()
+HERE = DecodesHere()
 BUCKET_AREA = 0.1  # an image that is a bucket already keeps its pixels: by how much its area may differ
 
 

@@ -1,6 +1,6 @@
 """A whole run: find what is left to do, edit it here or on Ray, add up what is committed.
 
-That nothing is lost or done twice rests on the units' names and manifests (writing/commit.py), never on the place.
+That nothing is lost or done twice rests on the units' names and manifests (writing/commit.py), never on the executor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.errors import ClusterError, HeldError, RecipeError, RunAborted, Si
 from pipeline.reading.shards import shard_slug
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import Recipe, SinkConfig
-from pipeline.running.here import Here, Place
+from pipeline.running.local import Executor, LocalExecutor
 from pipeline.running.preflight import check_captions, refuse_what_the_model_lacks, rows_to_look_at
 from pipeline.running.progress import Display, Watch
 from pipeline.running.sink_place import refuse_sink_over_source, refuse_unusable_sink
@@ -94,22 +94,22 @@ def run(
     refuse_sink_over_source(recipe)
     refuse_unusable_sink(recipe)
     refuse_links(recipe.sink)
-    place = _place_of(recipe)
+    executor = _executor_of(recipe)
 
     def hold(part: Partition = WHOLE) -> AbstractContextManager[DriverLock]:
         notify = partial(_say, progress=progress)
-        return _held(DriverLock(recipe.sink, on_lost=place.stop, partition=part, notify=notify), recipe.sink, stop)
+        return _held(DriverLock(recipe.sink, on_lost=executor.stop, partition=part, notify=notify), recipe.sink, stop)
 
     with no_empty_folder(recipe.sink), stopping.orderly() as stop:
         try:
             with hold(partition) as lock:
-                todo, summary = _run(recipe, place, lock, progress, retry_failed, strict, partition)
+                todo, summary = _run(recipe, executor, lock, progress, retry_failed, strict, partition)
         except HeldError:  # maybe by the one that finishes, while there is nothing left to do here
             todo, summary = find_todo(recipe, retry_failed=retry_failed, partition=partition), None
             if partition == WHOLE or todo.tasks:
                 raise
         if summary is None:
-            summary = _finish_as_last(recipe, todo, place, hold, progress, strict, partition)
+            summary = _finish_as_last(recipe, todo, executor, hold, progress, strict, partition)
     if summary.outcome == "over the error budget":  # too few units to be judged on the way, or a lower budget since
         raise RunAborted(over_budget(recipe.run, summary.planned, summary.failed))
     return summary
@@ -153,11 +153,11 @@ def uploaded_paths(recipe: Recipe) -> list[tuple[str, str]]:
     return problems
 
 
-def _place_of(recipe: Recipe) -> Place:
+def _executor_of(recipe: Recipe) -> Executor:
     if recipe.run.engine == "local":
-        return Here(recipe)
+        return LocalExecutor(recipe)
     try:
-        from pipeline.running.on_ray import OnRay
+        from pipeline.running.on_ray.executor import RayExecutor
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "ray":
             raise
@@ -165,12 +165,12 @@ def _place_of(recipe: Recipe) -> Place:
             "run.engine is ray, and Ray is not installed. Install it (pip install 'shardedit[cluster]'), or set "
             "run.engine=local to work in one process"
         ) from error
-    return OnRay(recipe)
+    return RayExecutor(recipe)
 
 
 def _run(
     recipe: Recipe,
-    place: Place,
+    executor: Executor,
     lock: DriverLock,
     progress: Display,
     retry_failed: bool,
@@ -184,31 +184,31 @@ def _run(
     try:
         if not todo.tasks:
             _begin(recipe, todo, lock)
-            return todo, _end(recipe, todo, place, lock, progress, strict)
+            return todo, _end(recipe, todo, executor, lock, progress, strict)
         _say(check_captions(rows_to_look_at(todo.tasks, recipe.source), todo.shards, recipe), progress)
         stopping.check()
         if todo.only is None or todo.before is not None:
-            _open(recipe, todo, todo.before, place, lock.claim, progress)
+            _open(recipe, todo, todo.before, executor, lock.claim, progress)
         else:
-            _open_in_turn(recipe, todo, place, lock.claim, progress)
+            _open_in_turn(recipe, todo, executor, lock.claim, progress)
         _begin(recipe, todo, lock)
-        with Watch(place.seen, display=progress):
+        with Watch(executor.seen, display=progress):
             try:
                 lock.check()
                 stopping.at_work()
-                place.edit(todo, lock.claim)
+                executor.edit(todo, lock.claim)
                 lock.check()
             except BaseException:  # Ctrl-C as well: what is committed by then is worth its summary
                 try:
                     if todo.only is None and lock.claim.holds():  # or the summary is another driver's
-                        so_far = _summary(recipe, todo, place.seen(), lock, strict)
+                        so_far = _summary(recipe, todo, executor.seen(), lock, strict)
                         stopping.note_committed(so_far.images)
                 except (SinkError, RunAborted) as error:  # most likely what ended the run
                     log.warning("no summary was written: %s", error)
                 raise
-        return todo, _end(recipe, todo, place, lock, progress, strict)
+        return todo, _end(recipe, todo, executor, lock, progress, strict)
     finally:
-        place.close()
+        executor.close()
 
 
 def _say(text: str, progress: Display) -> None:
@@ -222,13 +222,15 @@ def _begin(recipe: Recipe, todo: Todo, lock: DriverLock) -> None:
     clean(recipe.sink, lock.claim, Baseline.of(todo.counted, lock.claim.generation, only=todo.only), todo.noise)
 
 
-def _open(recipe: Recipe, todo: Todo, before: RunRecord | None, place: Place, claim: Claim, progress: Display) -> None:
+def _open(
+    recipe: Recipe, todo: Todo, before: RunRecord | None, executor: Executor, claim: Claim, progress: Display
+) -> None:
     """Load the model; write run.json, or see that this is the run which it describes."""
-    _say(place.open(before), progress)
+    _say(executor.open(before), progress)
     stopping.check()
     _say(recipe.model.caveat, progress)
-    settings = place.settings
-    record = run_record(recipe, todo.shards, place.model, settings.call_size, settings.threads)
+    settings = executor.settings
+    record = run_record(recipe, todo.shards, executor.model, settings.call_size, settings.threads)
     if before is None:
         claim.check()
         write_run_record(record, recipe.sink)
@@ -238,26 +240,28 @@ def _open(recipe: Recipe, todo: Todo, before: RunRecord | None, place: Place, cl
         log.warning("other versions than the run began with, bits may differ: %s", difference)
 
 
-def _open_in_turn(recipe: Recipe, todo: Todo, place: Place, claim: Claim, progress: Display) -> None:
+def _open_in_turn(recipe: Recipe, todo: Todo, executor: Executor, claim: Claim, progress: Display) -> None:
     """The same for partitions that begin a run together: the first to load its model decides the call size for all."""
     beginning = recipe.sink.model_copy(update={"folder": f"{recipe.sink.folder.rstrip('/')}/{BEGINNING}"})
     while True:
         try:
             with DriverLock(beginning, on_lost=log.info, notify=log.info) as first:
-                _open(recipe, todo, read_run_record(recipe.sink), place, first.claim, progress)
+                _open(recipe, todo, read_run_record(recipe.sink), executor, first.claim, progress)
                 return
         except HeldError:
             time.sleep(WAIT_S)
             stopping.check()
             if (before := read_run_record(recipe.sink)) is not None:
-                _open(recipe, todo, before, place, claim, progress)
+                _open(recipe, todo, before, executor, claim, progress)
                 return
 
 
-def _end(recipe: Recipe, todo: Todo, place: Place, lock: DriverLock, progress: Display, strict: bool) -> Summary | None:
+def _end(
+    recipe: Recipe, todo: Todo, executor: Executor, lock: DriverLock, progress: Display, strict: bool
+) -> Summary | None:
     """Finish the run; of a partition, which may not be the last, fold its shards."""
     if todo.only is None:
-        return _finish(recipe, todo, place, lock, progress, strict)
+        return _finish(recipe, todo, executor, lock, progress, strict)
     fold_finished_shards(recipe.sink, lock.claim, todo.only)
     return None
 
@@ -265,7 +269,7 @@ def _end(recipe: Recipe, todo: Todo, place: Place, lock: DriverLock, progress: D
 def _finish_as_last(
     recipe: Recipe,
     todo: Todo,
-    place: Place,
+    executor: Executor,
     hold: Callable[[], AbstractContextManager[DriverLock]],
     progress: Display,
     strict: bool,
@@ -284,24 +288,26 @@ def _finish_as_last(
     try:
         if not left:
             with hold() as lock:
-                return _finish(recipe, todo, place, lock, progress, strict)
+                return _finish(recipe, todo, executor, lock, progress, strict)
         others = f"{count(len(left - mine), 'shard')} of others left"
     except HeldError:
         others = "another driver is at work on what is left, or finishes the run"
     finally:
-        place.close()
+        executor.close()
     if not left & mine:
         _say(f"partition {partition.index} of {partition.count} done; {others}", progress)
     return totals.summary(
         complete=False,
         part_complete=not left & mine,
-        units_now=place.seen().units,
+        units_now=executor.seen().units,
         max_failed_fraction=recipe.run.max_failed_fraction,
         strict=strict,
     )
 
 
-def _finish(recipe: Recipe, todo: Todo, place: Place, lock: DriverLock, progress: Display, strict: bool) -> Summary:
+def _finish(
+    recipe: Recipe, todo: Todo, executor: Executor, lock: DriverLock, progress: Display, strict: bool
+) -> Summary:
     """What is left once every unit has been edited: to merge their files, to add up, and to say what is there."""
     stopping.at_work()
     committed, counted = Committed(), Counted()
@@ -316,9 +322,9 @@ def _finish(recipe: Recipe, todo: Todo, place: Place, lock: DriverLock, progress
         begin(recipe.sink, lock.claim, counted, committed)
     clean(recipe.sink, lock.claim, Baseline.of(counted, lock.claim.generation), noise)
     if all(committed.has_whole_shard(shard_slug(shard.path)) for shard in todo.shards):
-        merge_units(recipe.sink, place.merge, lock.claim)
+        merge_units(recipe.sink, executor.merge, lock.claim)
         forget_stops(recipe.sink)
-    summary = _summary(recipe, todo, place.seen(), lock, strict)
+    summary = _summary(recipe, todo, executor.seen(), lock, strict)
     record = read_run_record(recipe.sink)
     lock.claim.check()
     if summary.complete and record is not None and write_card(recipe.sink, record, summary) != CARD:

@@ -16,10 +16,10 @@ from dataclasses import replace
 
 import torch
 
+from pipeline.engine.backbone import Backbone, ModelRecord
 from pipeline.engine.engine import Engine
 from pipeline.engine.sizing import probe_call_size
 from pipeline.flow import asked_without, edit_rows, outcome_of
-from pipeline.engine.backbone import Backbone, ModelRecord
 from pipeline.models.loading import load_backbone
 from pipeline.reading.ahead import HELD_BYTES
 from pipeline.reading.decoder import Decoder

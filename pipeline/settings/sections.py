@@ -31,10 +31,10 @@ def _that_a_system_takes(path: str) -> str:
 
 
 StorageOptions = dict[str, Any]
-Place = Annotated[str, AfterValidator(_that_a_system_takes)]
+Location = Annotated[str, AfterValidator(_that_a_system_takes)]
 Count = Annotated[int, Field(ge=1)]
 OneOrMany = Annotated[  # the schema says what may be written, the type what is made of it
-    tuple[Place, ...],
+    tuple[Location, ...],
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
 ]
 
@@ -105,7 +105,7 @@ class SourceConfig(Section):
 class ModelConfig(Section):
     """Which checkpoint, at which size and precision."""
 
-    name: Place = Field(default="demo", min_length=1)
+    name: Location = Field(default="demo", min_length=1)
     """The bundled "demo", which knows drawn faces only; the closed-form "analytic"; a local folder; or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; none: its main branch."""
@@ -145,7 +145,7 @@ COLUMN_NAMES: dict[str, dict[str, str]] = {
 class SinkConfig(Section):
     """Where results go, and what a result holds."""
 
-    folder: Place = Field(min_length=1)
+    folder: Location = Field(min_length=1)
     """fsspec URL of the output; created where missing."""
     format: Literal["parquet", "webdataset"] = "parquet"
     """What results are written as."""

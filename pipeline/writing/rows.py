@@ -19,9 +19,9 @@ import pyarrow as pa
 from PIL import Image
 
 import pipeline
+from pipeline.engine.backbone import ModelRecord
 from pipeline.errors import EncodeError
 from pipeline.evaluation.metrics import NAMES as FIGURES
-from pipeline.engine.backbone import ModelRecord
 from pipeline.recipe import Recipe, SinkConfig
 from pipeline.records import Edited, Outcome, Rejected, Sample
 from pipeline.writing.instructions import instruction_of

@@ -22,8 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 import pipeline
 from pipeline.common.showing import public_url
-from pipeline.errors import SinkError
 from pipeline.engine.backbone import ModelRecord
+from pipeline.errors import SinkError
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import Recipe, SinkConfig, hash_of
 from pipeline.settings.sections import COLUMN_NAMES

@@ -14,13 +14,13 @@ from pipeline.diffusion.masks import dilated
 from pipeline.editing.diffedit import DiffEdit
 from pipeline.editing.fast_diffedit import GREY, FastDiffEdit
 from pipeline.editor import Editor
+from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import UNetAnswer, UNetCall
 from pipeline.engine.engine import Engine
 from pipeline.errors import EditError, RecipeError
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.noise import NoiseStart
 from pipeline.looking.counting import RowCounter
-from pipeline.engine.backbone import Backbone
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig, recipe_from
 from pipeline.records import EditRequest

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps, UNetAnswer, UNetCall
 from pipeline.engine.controls import Block, Control, Hook, Layer, Routes, attention_probabilities
 from pipeline.engine.engine import Engine
 from pipeline.errors import EditError
 from pipeline.models.analytic import AnalyticBackbone
-from pipeline.engine.backbone import Backbone
 from tests.methods import analytic, source, tiny_sd
 
 

@@ -23,12 +23,12 @@ from torch import Tensor
 from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.ledits_pp import LEditsPP, is_active
 from pipeline.editing.reconstruct import Reconstruct
+from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, TextConditioning
 from pipeline.engine.engine import Engine
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.inversion.noise import NoiseStart
-from pipeline.engine.backbone import Backbone
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig
 from pipeline.records import Concept, EditedLatents, EditRequest, Trajectory

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from pipeline.editor import COMPILED_CALL_SIZE, Editor
+from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import UNetCall
 from pipeline.engine.engine import Engine
 from pipeline.errors import RecipeError
-from pipeline.engine.backbone import Backbone
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig, recipe_from
 from tests.checkpoints import small_unet

@@ -11,7 +11,7 @@ import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
 from pipeline.errors import ModelError
-from pipeline.evaluation.text_gain import signed_texts, text_gain
+from pipeline.looking.report.text_gain import signed_texts, text_gain
 from pipeline.looking.results import Result, ResultRef
 from pipeline.models.image_text import load_image_text
 from pipeline.models.loading import DEMO_FOLDER

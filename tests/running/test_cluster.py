@@ -16,7 +16,8 @@ from pipeline.errors import ClusterError, RecipeError, RunAborted, SinkError, So
 from pipeline.looking.regenerate import regenerate
 from pipeline.looking.runs import find_run
 from pipeline.recipe import Recipe, RunConfig, recipe_from
-from pipeline.running import driver, on_ray
+from pipeline.running import driver
+from pipeline.running.on_ray import executor
 from pipeline.running.pool import IO_CPUS, Resources, cpu_threads, plan_pool
 from pipeline.running.tally import Tally
 from pipeline.writing.commit import committed_units
@@ -243,8 +244,8 @@ def test_an_error_of_ours_comes_out_of_rays_wrapping_and_others_become_short() -
     outer = RuntimeError("hundreds of lines")
     outer.__cause__ = wrapped
     for error in (wrapped, outer):
-        assert (type(on_ray.named(error)), str(on_ray.named(error))) == (SinkError, "no space")
-    other = on_ray.named(RuntimeError("first\n" + "x" * 5000))
+        assert (type(executor.named(error)), str(executor.named(error))) == (SinkError, "no space")
+    other = executor.named(RuntimeError("first\n" + "x" * 5000))
     assert type(other) is ClusterError
     assert len(str(other)) < 600
     assert "the same command goes on" in str(other)

@@ -39,7 +39,7 @@ from pipeline.common.stopping import Stopped
 from pipeline.errors import ClusterError, EncodeError, ModelError, RunAborted
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.running import driver
-from pipeline.running.on_ray import UNITS_AT_ONCE, OnRay
+from pipeline.running.on_ray.executor import UNITS_AT_ONCE, RayExecutor
 from pipeline.writing.attempts import ALONE_FROM
 from pipeline.writing.summary import Summary
 from tests.places import SETTLE_QUICKLY, Place, local_place, s3_place
@@ -56,10 +56,10 @@ def witness(notes: Path) -> Callable[[], None]:
 
     def install() -> None:  # nested, so that it travels by value: workers cannot import this module
         import pipeline.errors
-        import pipeline.running.on_ray
+        import pipeline.running.on_ray.executor
         import pipeline.running.worker
 
-        read, edit = pipeline.running.on_ray.read_units, pipeline.running.on_ray.EditWorker.__call__
+        read, edit = pipeline.running.on_ray.executor.read_units, pipeline.running.on_ray.executor.EditWorker.__call__
 
         def note(event: str, unit: str) -> None:
             with open(notes / "events", "a") as file:
@@ -123,8 +123,8 @@ def witness(notes: Path) -> Callable[[], None]:
             return load(model)
 
         pipeline.running.worker.load_backbone = bad_load
-        pipeline.running.on_ray.read_units = patient_read
-        pipeline.running.on_ray.EditWorker.__call__ = noted_edit
+        pipeline.running.on_ray.executor.read_units = patient_read
+        pipeline.running.on_ray.executor.EditWorker.__call__ = noted_edit
 
     return install
 
@@ -368,7 +368,7 @@ def test_a_worker_that_cannot_load_its_model_ends_the_run_by_name_and_blames_no_
     two_cpus: Path, source: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """The model is there for the driver: a bad disk of a node, say."""
-    monkeypatch.setattr("pipeline.running.on_ray.RESTARTS", 1)
+    monkeypatch.setattr("pipeline.running.on_ray.executor.RESTARTS", 1)
     (notes / "bad").write_text(how)
     recipe = recipe_from(recipe_data(source, tmp_path, engine="ray"))
     named = {
@@ -407,16 +407,16 @@ def test_rays_metrics_tell_an_operator_what_is_committed_and_how_busy_workers_ar
         samples = [one for one in found.get(f"ray_shardedit_{name}", []) if labels.items() <= one.labels.items()]
         return max((sample.value for sample in samples), default=0.0)
 
-    close, over = OnRay.close, threading.Event()
+    close, over = RayExecutor.close, threading.Event()
 
-    def look_and_close(place: OnRay) -> None:
+    def look_and_close(place: RayExecutor) -> None:
         until = time.monotonic() + 60
         while (total("units_total"), total("failures_total")) != (9, 2) and time.monotonic() < until:
             time.sleep(0.1)
         over.set()
         close(place)
 
-    monkeypatch.setattr(OnRay, "close", look_and_close)
+    monkeypatch.setattr(RayExecutor, "close", look_and_close)
     source = write_shards(tmp_path / "in", shards=3, rows=5)
     threading.Thread(target=watch).start()
     try:
@@ -461,8 +461,8 @@ NODE_LOSS = textwrap.dedent("""
     def witness():
         import json, time
         import ray
-        import pipeline.running.on_ray
-        edit = pipeline.running.on_ray.EditWorker.__call__
+        import pipeline.running.on_ray.executor
+        edit = pipeline.running.on_ray.executor.EditWorker.__call__
 
         def slow(self, batch):
             unit = json.loads(batch["unit"][0].as_py())["unit"]["id"]
@@ -471,7 +471,7 @@ NODE_LOSS = textwrap.dedent("""
             time.sleep(0.5)
             return edit(self, batch)
 
-        pipeline.running.on_ray.EditWorker.__call__ = slow
+        pipeline.running.on_ray.executor.EditWorker.__call__ = slow
 
     # Loopback, but not 127.0.0.1, for which Ray would put the machine's outer address.
     common = {"num_gpus": 0, "node_ip_address": "127.0.0.2", "include_dashboard": False}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.running.pool_watch import STRANDED_AFTER_S, PoolWatch, StrandedError, stranded
+from pipeline.running.on_ray.pool_watch import STRANDED_AFTER_S, PoolWatch, StrandedError, stranded
 
 
 class Executor:

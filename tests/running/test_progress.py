@@ -18,7 +18,7 @@ from rich.console import Console
 
 from pipeline.recipe import RunConfig, recipe_from
 from pipeline.running import driver, progress
-from pipeline.running.on_ray import EditWorker
+from pipeline.running.on_ray.executor import EditWorker
 from pipeline.running.progress import Watch, clock
 from pipeline.running.tally import Extent, InFlight, Seen, Tally
 from pipeline.running.todo import find_todo

@@ -38,12 +38,13 @@ def calm(place: Place) -> dict[str, Any]:
 KILLER = SETTLE_QUICKLY + textwrap.dedent("""
     import json, os, signal, sys, time
     from pathlib import Path
-    from pipeline.running import driver, here
+    from pipeline.running import driver
+    from pipeline.running import local
     from pipeline.recipe import recipe_from
 
     asked = json.load(sys.stdin)
     recipe, units = recipe_from(asked["recipe"]), Path(asked["units"])
-    commit = here.commit
+    commit = local.commit
 
     def slow(*args):
         time.sleep(0.15)  # so that a kill between two commits is likely
@@ -52,7 +53,7 @@ KILLER = SETTLE_QUICKLY + textwrap.dedent("""
     def committed():
         return len(list(units.glob("*/*.json")))
 
-    here.commit = slow
+    local.commit = slow
     for wanted, pause in asked["kills"]:
         driver = os.fork()
         if driver == 0:

@@ -338,12 +338,13 @@ DRIVER = SETTLE_QUICKLY + textwrap.dedent("""
     import json, sys, time
     from pathlib import Path
     from pipeline import flow
-    from pipeline.running import driver, here
+    from pipeline.running import driver
+    from pipeline.running import local
     from pipeline.errors import EncodeError, ShardeditError
     from pipeline.recipe import recipe_from
 
     asked = json.load(sys.stdin)
-    restored, commit = flow.restored, here.commit
+    restored, commit = flow.restored, local.commit
 
     def hindered(decoded):
         if decoded.prepared.sample.key in asked["failing"]:
@@ -355,7 +356,7 @@ DRIVER = SETTLE_QUICKLY + textwrap.dedent("""
         time.sleep(asked["pause"])
         return commit(*args)
 
-    flow.restored, here.commit = hindered, noted
+    flow.restored, local.commit = hindered, noted
     try:
         driver.run(recipe_from(asked["recipe"]), progress="off", retry_failed=asked["retry"])
     except ShardeditError as error:

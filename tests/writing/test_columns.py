@@ -22,7 +22,7 @@ from pipeline.reading.units import list_shards, plan_reads, read_units
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.records import EditRequest
 from pipeline.running import driver
-from pipeline.running.blocks import pack_input, unpack_input
+from pipeline.running.on_ray.blocks import pack_input, unpack_input
 from pipeline.writing.instructions import instruction_of
 from pipeline.writing.merging import unified
 from pipeline.writing.rows import schema

@@ -25,11 +25,11 @@ import pipeline
 from pipeline.common.wording import breakable, count, shown
 from pipeline.evaluation import verdict
 from pipeline.evaluation.metrics import MAX_PSNR
-from pipeline.evaluation.text_gain import text_gain
 from pipeline.evaluation.verdict import Verdict, judge
 from pipeline.looking.report import overview
 from pipeline.looking.report.cards import image_card
 from pipeline.looking.report.selection import ImageRow, Key, choose, images_of, key_of, pages_of, spread, worst_first
+from pipeline.looking.report.text_gain import text_gain
 from pipeline.looking.results import READERS, ResultRef, RunFolder
 from pipeline.recipe import SinkConfig
 from pipeline.writing.files import list_folder, put_over_ours, remove

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.evaluation.metrics import figures
 from pipeline.engine.backbone import ModelRecord
+from pipeline.evaluation.metrics import figures
 from pipeline.models.demo.world import Scene, caption, changed_region, draw, edited
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.records import Edited, Rejected, Sample, Unit, UnitInput

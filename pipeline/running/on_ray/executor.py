@@ -30,16 +30,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.common import stopping
 from pipeline.common.showing import describe
 from pipeline.common.stderr_filter import without_lines
-from pipeline.errors import ClusterError, ModelError, RunAborted, ShardeditError, SinkError
 from pipeline.engine.backbone import ModelRecord
+from pipeline.errors import ClusterError, ModelError, RunAborted, ShardeditError, SinkError
 from pipeline.reading.shards import ReadTask, shard_slug
 from pipeline.reading.units import read_units
 from pipeline.recipe import Recipe, SinkConfig, SourceConfig
-from pipeline.running.blocks import pack_finished, pack_input, unpack_finished, unpack_input
-from pipeline.running.metering import MeteredTally, WorkerMeter, run_name
+from pipeline.running.on_ray.blocks import pack_finished, pack_input, unpack_finished, unpack_input
+from pipeline.running.on_ray.metering import MeteredTally, WorkerMeter, run_name
+from pipeline.running.on_ray.pool_watch import stranded
+from pipeline.running.on_ray.settings import data_context
 from pipeline.running.pool import IO_CPUS, Pool, Resources, WorkerSettings, plan_pool
-from pipeline.running.pool_watch import stranded
-from pipeline.running.ray_settings import data_context
 from pipeline.running.tally import InFlight, Seen
 from pipeline.running.todo import Todo
 from pipeline.writing.attempts import note_stop
@@ -86,8 +86,8 @@ def resources_of_cluster() -> Resources:
     )
 
 
-class OnRay:
-    """Ray Data, on a cluster of its own on this machine or on the one that RAY_ADDRESS names. A `Place`."""
+class RayExecutor:
+    """Ray Data, on a cluster of its own on this machine or on the one that RAY_ADDRESS names. A `Executor`."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
@@ -97,7 +97,7 @@ class OnRay:
         self._until_closed = ExitStack()
 
     def open(self, before: RunRecord | None) -> str:
-        """See `Place`."""
+        """See `Executor`."""
         recipe = self._recipe
         self._ours = connect()
         self._until_closed.enter_context(without_lines(RAYS_WARNING, RAYS_COMPLAINT))
@@ -124,7 +124,7 @@ class OnRay:
         return described
 
     def edit(self, todo: Todo, claim: Claim) -> None:
-        """See `Place`."""
+        """See `Executor`."""
         waited_for(self._tally.begin.remote(todo.extent))
         pool, tasks, committed = self.pool, todo.tasks, todo.committed
         while tasks:
@@ -189,7 +189,7 @@ class OnRay:
             )
 
     def merge(self, sink: SinkConfig, jobs: Iterable[Job]) -> Iterator[Contents]:
-        """See `Place`. A task per file; only so many are begun as the cluster has CPUs for."""
+        """See `Executor`. A task per file; only so many are begun as the cluster has CPUs for."""
         jobs = iter(jobs)
         first = next(jobs, None)
         if first is None:
@@ -209,7 +209,7 @@ class OnRay:
             raise named(error) from error
 
     def seen(self) -> Seen:
-        """See `Place`."""
+        """See `Executor`."""
         if self._tally is not None and ray.is_initialized():
             try:
                 self._last_seen = ray.get(self._tally.seen.remote(), timeout=SECONDS_TO_ANSWER)
@@ -218,12 +218,12 @@ class OnRay:
         return self._last_seen
 
     def stop(self, reason: str) -> None:
-        """See `Place`."""
+        """See `Executor`."""
         if self._tally is not None:
             self._tally.stop.remote(reason)
 
     def close(self) -> None:
-        """See `Place`."""
+        """See `Executor`."""
         with self._until_closed:
             if self._ours:
                 ray.shutdown()

@@ -12,7 +12,7 @@ from typing import Any
 import ray.data
 from ray.data.context import AutoscalingConfig
 
-from pipeline.running.pool_watch import PoolWatch
+from pipeline.running.on_ray.pool_watch import PoolWatch
 
 STALLED_AFTER_S = 2 * 3600.0  # nothing moved: GPU nodes may take long to come, and a first model to download
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from pipeline.common import stopping
-from pipeline.errors import RunAborted
 from pipeline.engine.backbone import ModelRecord
+from pipeline.errors import RunAborted
 from pipeline.reading.units import read_units
 from pipeline.recipe import Recipe, SinkConfig
 from pipeline.running.pool import Resources, WorkerSettings, plan_pool
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.running.worker import Worker  # the model's libraries are imported by whoever loads one: see on_ray.py
 
 
-class Place(Protocol):
+class Executor(Protocol):
     """Where units are edited."""
 
     model: ModelRecord
@@ -51,7 +51,7 @@ class Place(Protocol):
         """Let go of everything."""
 
 
-class Here:
+class LocalExecutor:
     """One process, one unit after the other."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -61,7 +61,7 @@ class Here:
         self._threads_before = torch.get_num_threads()
 
     def open(self, before: RunRecord | None) -> str:
-        """See `Place`."""
+        """See `Executor`."""
         from pipeline.models.loading import load_backbone
         from pipeline.running.worker import Worker, call_size_for
 
@@ -77,7 +77,7 @@ class Here:
         return pool.line(compiles=recipe.model.compile)
 
     def edit(self, todo: Todo, claim: Claim) -> None:
-        """See `Place`."""
+        """See `Executor`."""
         assert self._worker is not None, "open() comes first"
         source, size = self._recipe.source, self._recipe.run.unit_size
         self._tally.begin(todo.extent)
@@ -90,19 +90,19 @@ class Here:
                     raise RunAborted(verdict)
 
     def merge(self, sink: SinkConfig, jobs: Iterable[Job]) -> Iterator[Contents]:
-        """See `Place`."""
+        """See `Executor`."""
         return merge_here(sink, jobs)
 
     def seen(self) -> Seen:
-        """See `Place`."""
+        """See `Executor`."""
         return self._tally.seen()
 
     def stop(self, reason: str) -> None:
-        """See `Place`."""
+        """See `Executor`."""
         self._tally.stop(reason)
 
     def close(self) -> None:
-        """See `Place`."""
+        """See `Executor`."""
         if self._worker is not None:
             self._worker.close()
             torch.set_num_threads(self._threads_before)  # the process is the caller's
