@@ -18,6 +18,7 @@ from PIL import Image
 from pipeline.writing.files import is_temporary
 
 EDITS = ("b", "a")
+MORE_DIGITS = re.compile(r"(?<=-[0-9a-f]{8})(?:[0-9a-f]{8})+(?=\.)")  # of a merged file's name
 GENERATION = re.compile(r"-\d{8}(?=\.(?:json|parquet|tar)\b)")
 SECRET = "PLANTED-SECRET-4711"
 
@@ -72,23 +73,27 @@ def recipe_data(
 def contents(folder: Path) -> dict[str, Any]:
     """What a run has written and must be equal in every run: files by path; manifests without what they measured.
 
-    Not what a kill left of a write: temporary files, which count for nothing. Nor the generations of drivers: of two
-    files that differ in theirs alone, the second keeps it.
+    Not what a kill left of a write: temporary files, which count for nothing. Nor the generations of drivers, and the
+    digits that a name takes beyond eight while a driver that was killed might still remove the shorter one: of two
+    files that differ in these alone, the second keeps them.
     """
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if is_temporary(name):
             continue
-        plain = GENERATION.sub("", name)
+        plain = MORE_DIGITS.sub("", GENERATION.sub("", name))
         if plain not in found:
             name = plain
         if name.startswith(("data/", "quarantine/", "_parts/", "_output/data/", "_output/quarantine/")):
-            if path.is_file():
+            if path.is_file() and name.endswith(".json"):
+                found[name] = MORE_DIGITS.sub("", path.read_text()).encode()
+            elif path.is_file():
                 found[name] = path.read_bytes()
         elif name.startswith(("_units/", "_output/index")) and path.is_file():
-            about = json.loads(GENERATION.sub("", path.read_text()))
+            about = json.loads(MORE_DIGITS.sub("", GENERATION.sub("", path.read_text())))
             about.pop("generation")
+            about.pop("dying", None)
             about.pop("measured", None)
             found[name] = about
     return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import random
 import secrets
@@ -271,7 +272,11 @@ def test_two_units_are_in_flight_on_one_worker(on_ray: Run) -> None:
 
 @pytest.mark.usefixtures("two_cpus")
 def test_a_spent_error_budget_ends_a_run_on_ray_and_a_retry_there_goes_on_from_it(
-    source: Path, calm: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path,
+    calm: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def recipe(**run: Any) -> Recipe:
         return recipe_from(recipe_data(source, tmp_path / "out", **run))
@@ -283,9 +288,13 @@ def test_a_spent_error_budget_ends_a_run_on_ray_and_a_retry_there_goes_on_from_i
         patch.setattr("pipeline.flow.restored", hindered)  # in this process alone: Ray's are well
         with pytest.raises(RunAborted, match="1 units in a row"):
             driver.run(recipe(engine="local", max_consecutive_failed_units=1), progress="off")
+    monkeypatch.setattr(logging.getLogger("ray.data"), "handlers", [caplog.handler])
     with pytest.raises(RunAborted, match=r"more than run\.max_failed_fraction 0"):
         # im03 cannot be decoded. Judged with every unit.
         driver.run(recipe(engine="ray", max_consecutive_failed_units=1, max_failed_fraction=0), progress="off")
+    ours = [record for record in caplog.records if record.name == "ray.data.exceptions"]
+    assert ours, "Ray keeps its own account of the error in its log"
+    assert all(getattr(record, "hide", False) for record in ours)  # and off the terminal
     written = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (written["complete"], written["exit_code"]) == (False, 1)
     summary = driver.run(recipe(engine="ray"), progress="off", retry_failed=True)

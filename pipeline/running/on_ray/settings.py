@@ -21,6 +21,12 @@ def _watch(tally: Any) -> PoolWatch:
     return PoolWatch(tally.resize.remote)
 
 
+def _hidden(record: logging.LogRecord) -> bool:
+    """To Ray's own log, and not to the terminal: we say in one line what went wrong."""
+    record.hide = True
+    return True
+
+
 @contextmanager
 def data_context(tally: Any, growing_at: float) -> Iterator[None]:
     """Ray Data's settings for our jobs; the process's own come back afterwards.
@@ -50,6 +56,8 @@ def data_context(tally: Any, growing_at: float) -> Iterator[None]:
         setattr(context, name, value)
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    traces = logging.getLogger("ray.data.exceptions")
+    traces.addFilter(_hidden)
     try:
         with warnings.catch_warnings():
             # `max_restarts` has no named argument yet in Ray 2.60; the warning asks for one.
@@ -60,3 +68,4 @@ def data_context(tally: Any, growing_at: float) -> Iterator[None]:
             setattr(context, name, value)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        traces.removeFilter(_hidden)
