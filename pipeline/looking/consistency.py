@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
-from fsspec import AbstractFileSystem
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import SourceError
 from pipeline.reading.listing import list_source
+from pipeline.reading.storage import FileSystem
 from pipeline.recipe import SourceConfig
 from pipeline.writing.files import NotAFileError, get
 from pipeline.writing.paths import first_problem
@@ -52,7 +52,7 @@ def look_at_source(record: RunRecord, source: SourceConfig) -> FromSource:
     )
 
 
-def summary_problem(fs: AbstractFileSystem, root: str, now: Summary) -> str:
+def summary_problem(fs: FileSystem, root: str, now: Summary) -> str:
     """What is wrong with the summary of a run that is done; "" for nothing.
 
     Args:

@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from fsspec import AbstractFileSystem
 from PIL import Image
 
 from pipeline.common.showing import public_url
@@ -25,7 +24,7 @@ from pipeline.looking.runs import Run
 from pipeline.models.loading import load_backbone
 from pipeline.reading.decoder import Decoder
 from pipeline.reading.shards import Shard
-from pipeline.reading.storage import open_fs
+from pipeline.reading.storage import FileSystem, open_fs
 from pipeline.reading.units import list_shards, plan_reads, read_units
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.records import Decoded, Rejected, Sample, Unreadable
@@ -171,9 +170,7 @@ def _find(run: Run, key: str, edit: str | None, method: str | None) -> _Stored:
     return found[0]
 
 
-def _rows_of(
-    fs: AbstractFileSystem, root: str, span: Span, key: str
-) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
+def _rows_of(fs: FileSystem, root: str, span: Span, key: str) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
     """Rows of a unit with that id or key: their place in it, their names, and what is stored of them."""
     if span.path.endswith(".tar"):
         for at, sample in enumerate(samples_of(fs, root, span)):

@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fsspec import AbstractFileSystem
-
 from pipeline.common.showing import public_url
 from pipeline.reading.shards import shard_slug
-from pipeline.reading.storage import open_fs
+from pipeline.reading.storage import FileSystem, open_fs
 from pipeline.recipe import SinkConfig
 from pipeline.writing.commit import Committed, committed_units
 from pipeline.writing.merged import Merged, Span
@@ -89,7 +87,7 @@ def _estimate(record: RunRecord, whole: Sequence[tuple[str, int]], asked: Counte
     return round(sum(asked[path] for path, _ in whole) * sum(size for _, size, _ in record.input) / sizes)
 
 
-def _failures(fs: AbstractFileSystem, root: str, spans: Sequence[Span]) -> list[dict[str, str]]:
+def _failures(fs: FileSystem, root: str, spans: Sequence[Span]) -> list[dict[str, str]]:
     """The first failed results of some units, without their bytes."""
     found: list[dict[str, str]] = []
     each = max(1, SHOWN_FAILURES // max(1, len(spans)))

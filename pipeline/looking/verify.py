@@ -17,15 +17,12 @@ from functools import partial
 from itertools import islice
 from threading import Lock
 
-from fsspec import AbstractFileSystem
-from fsspec.implementations.local import LocalFileSystem
-
 from pipeline.common import stopping
 from pipeline.looking.checking import Asked, BrokenError, Key, manifest_problems, read_keys, row_problems
 from pipeline.looking.consistency import REPORT_FILE, FromSource, look_at_source, summary_problem
 from pipeline.looking.findings import SEEN_BY_EDIT, Finding, Verdict
 from pipeline.reading.shards import shard_slug
-from pipeline.reading.storage import open_fs, retrying
+from pipeline.reading.storage import FileSystem, is_local, open_fs, retrying
 from pipeline.recipe import SinkConfig, SourceConfig
 from pipeline.writing.baseline import FOLDER as BASELINES
 from pipeline.writing.baseline import Baselines, Counted, baseline_path
@@ -214,13 +211,13 @@ def _note_merged(verdict: Verdict, merged: _MergedFiles, known: set[str]) -> Non
             verdict.needs_repair |= finding.kind not in SEEN_BY_EDIT
 
 
-def _names(fs: AbstractFileSystem, root: str, folder: str) -> set[str]:
+def _names(fs: FileSystem, root: str, folder: str) -> set[str]:
     """Files below a folder, as paths relative to the root."""
     if not fs.exists(f"{root}/{folder}"):
         return set()
     start = len(root.rstrip("/")) + 1
     names = {path[start:] for path in retrying()(fs.find, f"{root}/{folder}")}
-    if isinstance(fs, LocalFileSystem):  # other stores have no folders
+    if is_local(fs):  # other stores have no folders
         for above, folders, _ in os.walk(f"{root}/{folder}"):
             names.update(f"{above}/{name}/"[start:] for name in folders if name.endswith((".json", ".parquet", ".tar")))
     return names
@@ -245,7 +242,7 @@ def _uncommitted(done: Committed, slug: str) -> str:
 class _MergedFiles:
     """Merged files, each read once: when the first of its units is checked, or at the end."""
 
-    def __init__(self, fs: AbstractFileSystem, root: str, asked: Asked, pool: Executor) -> None:
+    def __init__(self, fs: FileSystem, root: str, asked: Asked, pool: Executor) -> None:
         self._fs, self._root, self._asked, self._pool = fs, root, asked, pool
         self._merged = Merged(fs, root, trusted=False)
         self.totals = Totals(self._merged)  # of the units, whose files may be merged
@@ -317,7 +314,7 @@ class _MergedFiles:
 
 
 def _checked(
-    fs: AbstractFileSystem, root: str, sink: SinkConfig, asked: Asked, merged: _MergedFiles
+    fs: FileSystem, root: str, sink: SinkConfig, asked: Asked, merged: _MergedFiles
 ) -> Iterator[tuple[CommittedShard, Manifest, list[Finding]]]:
     shards = committed_shards(sink, trusted=False)
     pairs = ((shard, zip((None, *shard.manifests), shard.manifests, strict=False)) for shard in shards)
@@ -329,7 +326,7 @@ def _checked(
 
 
 def _check_unit(
-    fs: AbstractFileSystem,
+    fs: FileSystem,
     root: str,
     unit: tuple[CommittedShard, Manifest | None, Manifest],  # the second: the one before it, where there is one
     asked: Asked,

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import fsspec
+from fsspec import AbstractFileSystem as FileSystem
+from fsspec.implementations.local import LocalFileSystem
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from pipeline.common.showing import describe, has_password, public_url
@@ -42,7 +44,12 @@ _PASSING = {
 }
 
 
-def open_fs(url: str, storage_options: Mapping[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
+def is_local(fs: FileSystem) -> bool:
+    """Whether it is a disk, with folders and paths of this machine."""
+    return isinstance(fs, LocalFileSystem)
+
+
+def open_fs(url: str, storage_options: Mapping[str, Any]) -> tuple[FileSystem, str]:
     """The file system of a URL and the path in it. Called where it is used: an opened file system never travels.
 
     Args:

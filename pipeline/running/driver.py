@@ -26,7 +26,6 @@ from pipeline.recipe import Recipe, SinkConfig
 from pipeline.running.local import Executor, LocalExecutor
 from pipeline.running.preflight import check_captions, refuse_what_the_model_lacks, rows_to_look_at
 from pipeline.running.progress import Display, Watch
-from pipeline.running.sink_place import refuse_sink_over_source, refuse_unusable_sink
 from pipeline.running.tally import Seen, over_budget
 from pipeline.running.todo import Todo, find_todo
 from pipeline.writing.attempts import forget_stops, note_stop
@@ -48,6 +47,7 @@ from pipeline.writing.run_record import (
     versions_that_differ,
     write_run_record,
 )
+from pipeline.writing.sink_place import refuse_sink_over_source, refuse_unusable_sink
 from pipeline.writing.summary import Summary, Totals, summarise, write_summary
 
 log = logging.getLogger(__name__)

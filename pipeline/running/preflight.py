@@ -17,10 +17,10 @@ from pipeline.reading.storage import open_fs
 from pipeline.reading.units import read_units
 from pipeline.recipe import Method, Recipe
 from pipeline.records import EditRequest, Sample, Unreadable
-from pipeline.running.sink_place import refuse_sink_over_source, refuse_unusable_sink
 from pipeline.running.todo import Todo, find_todo
 from pipeline.settings.sections import SourceConfig
 from pipeline.writing.lock import DriverLock
+from pipeline.writing.sink_place import refuse_sink_over_source, refuse_unusable_sink
 
 TASKS_LOOKED_AT = 4
 ROWS_LOOKED_AT = 8  # of each

@@ -7,14 +7,12 @@ import re
 import stat
 from pathlib import Path
 
-from fsspec import AbstractFileSystem
-from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from pipeline.common.showing import about_path, describe, public_url
 from pipeline.errors import SinkError
 from pipeline.reading.listing import expanded
-from pipeline.reading.storage import open_fs
+from pipeline.reading.storage import FileSystem, is_local, open_fs
 from pipeline.recipe import Recipe
 from pipeline.writing.flags import FOLDER
 from pipeline.writing.manifest import SUFFIXES
@@ -32,7 +30,7 @@ def refuse_sink_over_source(recipe: Recipe) -> None:
         fs, path = open_fs(url, recipe.source.storage_options)
         if not _is_same_store(fs, sink_fs):
             continue
-        is_pattern = re.search(r"[*?\[{]", url) and not (isinstance(fs, LocalFileSystem) and os.path.lexists(path))
+        is_pattern = re.search(r"[*?\[{]", url) and not (is_local(fs) and os.path.lexists(path))
         if is_pattern and _picks_results(url, recipe):
             raise SinkError(
                 f"the pattern {public_url(url)} picks what is written below sink.folder "
@@ -53,7 +51,7 @@ def refuse_unusable_sink(recipe: Recipe) -> None:
         SinkError: it is not so; says what stands in its place.
     """
     fs, root = open_fs(recipe.sink.folder, recipe.sink.storage_options)
-    if not isinstance(fs, LocalFileSystem):
+    if not is_local(fs):
         return
     where = public_url(recipe.sink.folder)
     try:
@@ -69,13 +67,13 @@ def refuse_unusable_sink(recipe: Recipe) -> None:
         raise SinkError(f"sink.folder {where}: {lock} is no folder, and the lock needs one. Set another sink.folder")
 
 
-def _is_same_store(fs: AbstractFileSystem, other: AbstractFileSystem) -> bool:
+def _is_same_store(fs: FileSystem, other: FileSystem) -> bool:
     return type(fs) is type(other) and getattr(fs, "endpoint_url", None) == getattr(other, "endpoint_url", None)
 
 
-def _is_in(fs: AbstractFileSystem, path: str, folder: str) -> bool:
+def _is_in(fs: FileSystem, path: str, folder: str) -> bool:
     """Whether a path is a folder or lies in it; links, ".." and another case of letters are no way round."""
-    if not isinstance(fs, LocalFileSystem):
+    if not is_local(fs):
         return f"{path.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
     real = Path(os.path.realpath(path))
     return any(_is_one_place(parent, folder) for parent in (real, *real.parents))
@@ -91,13 +89,13 @@ def _is_one_place(path: Path, folder: str) -> bool:
 def _picks_results(url: str, recipe: Recipe) -> bool:
     """Whether a pattern of the source picks files that a run writes into the sink's folder."""
     fs, sink = open_fs(recipe.sink.folder, recipe.sink.storage_options)
-    if isinstance(fs, LocalFileSystem):
+    if is_local(fs):
         sink = os.path.realpath(sink)
     suffix = SUFFIXES[recipe.sink.format]
     written = [f"{sink}/{name}" for name in (f"data/train-0.{suffix}", "quarantine/train-0.parquet", "_parts/data/x/0")]
     for one in expanded(url):
         _, pattern = open_fs(one, recipe.source.storage_options)
-        if isinstance(fs, LocalFileSystem):
+        if is_local(fs):
             base = re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
             pattern = os.path.realpath(base or "/").rstrip("/") + pattern[len(base) :]
         try:
