@@ -39,6 +39,7 @@ from pipeline.models.compiling import check_compiler
 from pipeline.models.loading import load_backbone
 from pipeline.models.stable_diffusion import StableDiffusion
 from pipeline.reading.prepare import prepare
+from pipeline.reading.requests import asked_of
 from pipeline.recipe import ModelConfig, Recipe, recipe_from
 from pipeline.records import Prepared, Sample
 from pipeline.running.worker import CPU_CALL_SIZE
@@ -109,7 +110,7 @@ def prepared(images: list[Image.Image], recipe: Recipe, size: int) -> list[Prepa
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
         samples.append(Sample(id=str(number), shard="", key=str(number), index=number, image=buffer.getvalue()))
-    return [prepare(sample, recipe, size=size, multiple=32) for sample in samples]
+    return [prepare(asked_of(sample, recipe), recipe, size=size, multiple=32) for sample in samples]
 
 
 def edit_with_engine(engine: Engine, inputs: list[Prepared], recipe: Recipe) -> None:

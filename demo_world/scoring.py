@@ -26,13 +26,15 @@ from demo_world.oracle import VALUES, read
 from pipeline.editor import Editor
 from pipeline.engine.calls import DecodeLatents, EncodeImage, Steps
 from pipeline.evaluation.metrics import psnr
-from pipeline.flow import edit_row, outcome_of
+from pipeline.flow import edit_row
 from pipeline.models.allocator import keep_freed_memory
 from pipeline.models.demo.networks import IMAGE_SIZE, LATENT_SIZE, load_pipeline
 from pipeline.models.demo.world import Attribute, Scene, changed_region, complete_caption, draw, edited
 from pipeline.reading.prepare import HERE
+from pipeline.reading.requests import asked_of
 from pipeline.recipe import Recipe, load_recipe, recipe_from
 from pipeline.records import Edited, Sample
+from pipeline.writing.restoring import outcome_of
 
 Pixels = UInt8[np.ndarray, "H W 3"]
 
@@ -237,7 +239,9 @@ def run_edits(editor: Editor, scenes: Sequence[Scene], recipe: Recipe) -> list[E
         for index, scene in enumerate(scenes)
     ]
     outcomes: dict[int, Edited] = {}
-    for finished in editor.engine.run(edit_row(sample, recipe, editor.backbone, HERE) for sample in samples):
+    for finished in editor.engine.run(
+        edit_row(asked_of(sample, recipe), recipe, editor.backbone, HERE) for sample in samples
+    ):
         if finished.error is not None:
             raise finished.error
         outcome = outcome_of(*finished.value)

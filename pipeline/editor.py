@@ -25,14 +25,16 @@ from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import Steps
 from pipeline.engine.engine import Engine
 from pipeline.errors import ModelError, RecipeError
-from pipeline.flow import edit_prepared, restored
+from pipeline.flow import edit_prepared
 from pipeline.looking.counting import RowCounter
 from pipeline.models.loading import load_backbone
 from pipeline.reading.pictures import AnyImage, picture
-from pipeline.reading.prepare import prepare_picture
+from pipeline.reading.prepare import Pictures, prepare
+from pipeline.reading.requests import requests_of
 from pipeline.recipe import Recipe, recipe_from
-from pipeline.records import Concept, Decoded, Prepared, Rejected, Sample, WordPair
+from pipeline.records import Asked, Concept, Decoded, Prepared, Rejected, Sample, WordPair
 from pipeline.result import Result
+from pipeline.writing.restoring import restored
 
 COMPILED_CALL_SIZE = 8  # rows of a compiled UNet call, where nothing is said
 
@@ -287,13 +289,14 @@ class Editor:
         return (yield from edit_prepared(prepared, recipe.all_methods, recipe.run.seed, self.backbone))
 
     def _prepared(self, image: AnyImage, mask: AnyImage | None, name: str | None, recipe: Recipe) -> Prepared:
-        prepared = prepare_picture(
-            Sample(id=name or "", shard="", key=name or "image", index=0, image=b""),
-            picture(image),
-            None if mask is None else picture(mask, "mask"),
+        sample = Sample(id=name or "", shard="", key=name or "image", index=0, image=b"")
+        requests = requests_of(sample, recipe)
+        prepared = prepare(
+            Asked(sample=sample, edits=tuple(requests), requests=requests),
             recipe,
             size=recipe.model.size or self.backbone.image_size,
             multiple=self.backbone.multiple,
+            pictures=Pictures(picture(image), None if mask is None else picture(mask, "mask")),
         )
         if name is not None:
             return prepared

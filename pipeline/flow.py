@@ -1,19 +1,19 @@
 """READ FIRST. One unit of work on its way, top to bottom; every other folder serves a line of this file.
 
-    reading    a chunk of one shard becomes samples
-    prepare    a sample becomes pixels at model size, and the requests that apply to it
+    reading    a chunk of one shard becomes samples; each is asked what to change, decoded and fitted to the model
     inversion  pixels become a trajectory, once per image and inversion setting
     editing    a trajectory and a request become edited latents and masks
-    restore    edited latents become an image and masks at the original's size
-    writing    outcomes become rows, files and, last, the manifest that commits them
+    writing    results are restored to their original's size, encoded, and finished as the unit's files and manifest
 
-The functions here are generators over one image. The engine runs those of many images at once (engine/engine.py).
+`edit_unit` is the whole of it. What comes before (which units are left) and after (the commit) stands in running/, and
+so does what wraps it: attempts that count deaths, a gate, a meter (running/worker.py). Inversions and edits are
+generators over one image that ask for model calls; the engine runs those of many images at once (engine/engine.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -25,39 +25,96 @@ from torch.nn.functional import adaptive_avg_pool2d
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import DecodeLatents, EncodeImage, Fork, Steps
 from pipeline.engine.engine import Engine
-from pipeline.errors import BlackImageError, ClusterError, EditError, InvertError, RowError, Stage
-from pipeline.evaluation.metrics import figures
+from pipeline.errors import BlackImageError, ClusterError, EditError, InvertError, Stage
 from pipeline.inversion.base import Inversion, draw_from
 from pipeline.reading.ahead import Ahead
 from pipeline.reading.decoder import Decodes
-from pipeline.reading.prepare import prepare, requests_of, restore, restore_mask
+from pipeline.reading.prepare import prepare
+from pipeline.reading.requests import asked_of, refusal_by
 from pipeline.recipe import Method, Recipe
 from pipeline.records import (
+    Asked,
     Decoded,
-    Edited,
     EditedLatents,
     InversionPrompts,
-    Outcome,
     Prepared,
     Rejected,
     Sample,
     Source,
     Trajectory,
-    Unreadable,
+    UnitInput,
 )
+from pipeline.writing.commit import FinishedUnit
+from pipeline.writing.encoding import Encoders
+from pipeline.writing.finish import finish_unit
+from pipeline.writing.restoring import outcome_of
+from pipeline.writing.rows import Row, encode_outcome
 
 NEARLY_BLACK = 8  # of 255: what compression leaves of a black image
 
+Turns = Callable[[Sequence[Asked]], Iterable[Sequence[Asked]]]
+"""In which turns a unit's rows are edited."""
 
-def edit_rows(
-    rows: Iterable[Sample | Unreadable], recipe: Recipe, engine: Engine, decoder: Decodes
-) -> Iterator[Decoded | Rejected]:
-    """Edit the rows of a unit: every (image, edit, method) asked for comes back once, as `Decoded` or `Rejected`.
 
-    Outcomes come in whatever order they finish. Several units may run on one engine, from several threads.
+def all_at_once(rows: Sequence[Asked]) -> Iterator[Sequence[Asked]]:
+    """In one turn: their rows share the network's calls."""
+    yield rows
+
+
+def edit_unit(
+    unit_input: UnitInput,
+    recipe: Recipe,
+    engine: Engine,
+    *,
+    decoder: Decodes,
+    encoders: Encoders,
+    generation: int,
+    turns: Turns = all_at_once,
+    on_result: Callable[[Decoded | Rejected], None] = lambda _: None,
+) -> FinishedUnit:
+    """Edit every row of a unit by everything that is asked of it: rows in, the unit's files and manifest out.
+
+    Several units may be at work on one engine at once, from several threads. What a row gives depends on the row, the
+    recipe and the call size alone: not on turns, neighbours or order.
+
+    Args:
+        unit_input: the unit and its rows, as read.
+        recipe: the run.
+        engine: a loaded model.
+        decoder: of images and masks.
+        encoders: threads that restore and encode.
+        generation: of the driver, which the names of the unit's files bear.
+        turns: in which its rows are edited.
+        on_result: told of each result as it leaves the engine.
+    """
+
+    def encode(result: Decoded | Rejected) -> Row | Rejected:
+        return encode_outcome(outcome_of(result), recipe, engine.backbone.record, engine.call_size)
+
+    def results() -> Iterator[Decoded | Rejected]:
+        for rows in turns([asked_of(row, recipe) for row in unit_input.rows]):
+            for result in edit_rows(rows, recipe, engine, decoder):
+                on_result(result)
+                yield result
+
+    encoded = encoders.map(encode, results())
+    return finish_unit(
+        unit_input,
+        encoded,
+        recipe,
+        generation=generation,
+        model_digest=engine.backbone.record.digest,
+        call_size=engine.call_size,
+    )
+
+
+def edit_rows(rows: Iterable[Asked], recipe: Recipe, engine: Engine, decoder: Decodes) -> Iterator[Decoded | Rejected]:
+    """Edit rows: every (image, edit, method) asked for comes back once, in whatever order, as `Decoded` or `Rejected`.
+
+    A few rows are made ready ahead of the engine, so that it never waits for a decoder.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:
-        ready = Ahead(rows, lambda row: prepare_row(row, recipe, engine.backbone, decoder))
+        ready = Ahead(rows, lambda asked: prepare_row(asked, recipe, engine.backbone, decoder))
         pool.submit(ready.fill)
         steps = (None if one is None else _edit_ready(one, recipe, engine.backbone) for one in ready)
         try:
@@ -70,11 +127,9 @@ def edit_rows(
             ready.close()
 
 
-def edit_row(
-    row: Sample | Unreadable, recipe: Recipe, backbone: Backbone, decoder: Decodes
-) -> Steps[list[Decoded | Rejected]]:
+def edit_row(asked: Asked, recipe: Recipe, backbone: Backbone, decoder: Decodes) -> Steps[list[Decoded | Rejected]]:
     """All edits of one row by all methods of the recipe."""
-    return (yield from _edit_ready(prepare_row(row, recipe, backbone, decoder), recipe, backbone))
+    return (yield from _edit_ready(prepare_row(asked, recipe, backbone, decoder), recipe, backbone))
 
 
 def _edit_ready(
@@ -86,37 +141,18 @@ def _edit_ready(
 
 
 def prepare_row(
-    row: Sample | Unreadable, recipe: Recipe, backbone: Backbone, decoder: Decodes
+    asked: Asked, recipe: Recipe, backbone: Backbone, decoder: Decodes
 ) -> Prepared | list[Decoded | Rejected]:
-    """Decode and check one row; or everything that was asked of it, rejected."""
-    if isinstance(row, Unreadable):
-        return [
-            Rejected(
-                sample=row.sample,
-                edit=edit,
-                method=method,
-                stage="read",
-                error_class=row.error_class,
-                message=row.message,
-            )
-            for edit, method in asked_without(recipe)
-        ]
-    try:
-        requests = requests_of(row, recipe)
-    except Exception as error:
-        return [rejected(row, edit, method, "prepare", error) for edit, method in asked_without(recipe)]
+    """Decode and fit one row; or everything that was asked of it, rejected."""
+    if asked.refusal is not None:
+        return [*asked.rejected(recipe.all_methods, asked.refusal)]
     try:
         size = recipe.model.size or backbone.image_size
-        return prepare(row, recipe, size=size, multiple=backbone.multiple, decoder=decoder)
+        return prepare(asked, recipe, size=size, multiple=backbone.multiple, decoder=decoder)
     except ClusterError:  # no decoder can be started: no row is to blame
         raise
     except Exception as error:
-        return [rejected(row, edit, method, "decode", error) for edit in requests for method in recipe.all_methods]
-
-
-def asked_without(recipe: Recipe) -> list[tuple[str, str]]:
-    """What is asked of a row whose own edits are not known: the job's edits, or one without a name."""
-    return [(edit, method) for edit in (list(recipe.edits) or [""]) for method in recipe.all_methods]
+        return [*asked.rejected(recipe.all_methods, refusal_by(error, "decode"))]
 
 
 def edit_prepared(
@@ -224,72 +260,13 @@ def _edit(
     )
 
 
-def outcome_of(result: Decoded | Rejected) -> Outcome:
-    """The end of a result's way: restored, or rejected in stage "encode" where that fails."""
-    if isinstance(result, Rejected):
-        return result
-    try:
-        return restored(result)
-    except Exception as error:
-        return rejected(result.prepared.sample, result.edit, result.method, "encode", error)
-
-
-def restored(decoded: Decoded) -> Edited:
-    """A result back at its original's size, with its figures. Needs no model: run it beside the engine, not in it."""
-    prepared, placement = decoded.prepared, decoded.prepared.placement
-    masks, union = regions(decoded)
-    image = restore(decoded.pixels, placement, prepared.original)
-    return Edited(
-        sample=prepared.sample,
-        edit=decoded.edit,
-        method=decoded.method,
-        request=prepared.requests[decoded.edit],
-        image=image,
-        original=prepared.original,
-        masks=masks,
-        mask=union,
-        seed=decoded.seed,
-        figures=figures(
-            original=prepared.original,
-            round_trip=restore(decoded.round_trip, placement, prepared.original),
-            edited=image,
-            mask=union,
-        ),
-    )
-
-
-def regions(decoded: Decoded) -> tuple[tuple[np.ndarray | None, ...], np.ndarray | None]:
-    """Where an edit acted, at its original's size: the masks that it found, and their union; None where nowhere.
-
-    Cut to the user's mask here, for every method, and after scaling: no rounding lets a pixel out.
-    """
-    prepared = decoded.prepared
-    allowed = prepared.allowed
-    found = decoded.masks
-    if found is None:  # it acted wherever it was let: inside the user's mask, or everywhere, which is no region
-        found = () if allowed is None else (np.ones(prepared.placement.canvas, dtype=bool),)
-    at_original = [restore_mask(mask, prepared.placement) for mask in found]
-    inside = at_original if allowed is None else [mask & allowed for mask in at_original]
-    masks = tuple(mask if mask.any() else None for mask in inside)
-    some = [mask for mask in masks if mask is not None]
-    return masks if decoded.masks is not None else (), np.logical_or.reduce(some) if some else None
-
-
 def rejected(sample: Sample, edit: str, method: str, stage: Stage, error: Exception) -> Rejected:
-    """An asked-for result that an error prevented. A `RowError` knows its own stage."""
-    return Rejected(
-        sample=sample,
-        edit=edit,
-        method=method,
-        stage=error.stage if isinstance(error, RowError) else stage,
-        error_class=type(error).__name__,
-        message=str(error),
-        error=error,
-    )
+    """One result that an error prevented."""
+    return Rejected.by(refusal_by(error, stage), sample, edit, method)
 
 
 def seed_for(run_seed: int, image_id: str, purpose: str) -> int:
-    """Seed of one image's noise, 0 .. 2^63 - 1: it hangs on the image's id, not on its place in a batch or shard order.
+    """Seed of one image's noise, 0 .. 2^63 - 1: it depends on the image's id, not on its place in a batch or shard.
 
     Methods that share an inversion share its noise.
     """

@@ -1,4 +1,4 @@
-"""What travels: Sample > Prepared > Trajectory > EditedLatents > Decoded > Edited, or Rejected on the way.
+"""What travels: Sample > Asked > Prepared > Trajectory > EditedLatents > Decoded > Edited, or Rejected on the way.
 
 Each record lists exactly what is known by then; none is ever half filled.
 """
@@ -6,7 +6,7 @@ Each record lists exactly what is known by then; none is ever half filled.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -146,6 +146,31 @@ class UnitInput:
     shard_size: int  # bytes of the shard, as listed
     shard_etag: str  # version of the shard as the store tells it; "" where it tells none
     rows: tuple[Sample | Unreadable, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why nothing that is asked of a row can be made."""
+
+    stage: Stage
+    error_class: str
+    message: str
+    attempt: int = 1
+    error: Exception | None = field(default=None, compare=False, repr=False)  # see `Rejected`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A row and what is asked of it, found out without a look at its image."""
+
+    sample: Sample
+    edits: tuple[str, ...]  # names; those of the job, or "", where the row's own are not known
+    requests: Mapping[str, EditRequest] = field(default_factory=dict)  # by edit name; empty where it is refused
+    refusal: Refusal | None = None
+
+    def rejected(self, methods: Iterable[str], refusal: Refusal) -> list[Rejected]:
+        """Everything that is asked of it, by all methods, refused for one reason."""
+        return [Rejected.by(refusal, self.sample, edit, method) for edit in self.edits for method in methods]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -343,6 +368,20 @@ class Rejected:
     attempt: int = 1
     # What was raised, for who asked in Python. Its traceback holds every array of its frames: jobs let go of it.
     error: Exception | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def by(cls, refusal: Refusal, sample: Sample, edit: str, method: str) -> Rejected:
+        """One result that is refused."""
+        return cls(
+            sample=sample,
+            edit=edit,
+            method=method,
+            stage=refusal.stage,
+            error_class=refusal.error_class,
+            message=refusal.message,
+            attempt=refusal.attempt,
+            error=refusal.error,
+        )
 
 
 Outcome = Edited | Rejected

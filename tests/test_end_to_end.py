@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 
 from pipeline.models.loading import load_backbone
-from pipeline.reading.prepare import prepare, restore
+from pipeline.reading.placement import restore
+from pipeline.reading.prepare import prepare
+from pipeline.reading.requests import asked_of
 from pipeline.recipe import ModelConfig, recipe_from
 from pipeline.records import Sample
 from pipeline.running.driver import run
@@ -76,7 +78,8 @@ def test_photographs_through_s3_come_back_as_their_vae_round_trip(
             size, mode = image.size, image.mode
         modes.add(mode)
         sample = Sample(id=row["id"], shard="", key=row["key"], index=0, image=path.read_bytes())
-        prepared = prepare(sample, recipe_from(data), size=backbone.image_size, multiple=backbone.multiple)
+        recipe = recipe_from(data)
+        prepared = prepare(asked_of(sample, recipe), recipe, size=backbone.image_size, multiple=backbone.multiple)
         round_trip = backbone.decode_latents(backbone.encode_image(prepared.pixels))
         expected = restore(round_trip, prepared.placement, prepared.original)
         edited = pixels_of(row)

@@ -14,11 +14,13 @@ from PIL import Image
 from pipeline.editing import EDITORS
 from pipeline.engine.engine import Engine
 from pipeline.errors import PrepareError
-from pipeline.flow import edit_row, outcome_of
+from pipeline.flow import edit_row
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.reading.prepare import HERE
+from pipeline.reading.requests import asked_of
 from pipeline.recipe import recipe_from
 from pipeline.records import Edited, Outcome, Rejected, Sample
+from pipeline.writing.restoring import outcome_of
 from tests.methods import BACKBONES, SIDE, invert_and_edit, source
 from tests.test_every_pair import EDITOR_SETTINGS, PAIRS, REQUEST
 
@@ -79,7 +81,7 @@ def outcomes(backbone: str, kind: str | None, fit: str = "pad") -> dict[str, Out
     mask = None if kind is None else png(a_mask(kind))
     sample = Sample(id="a", shard="", key="a", index=0, image=png(pixels), mask=mask)
     model = BACKBONES[backbone]()
-    results = Engine(model, call_size=16).run_one(edit_row(sample, recipe, model, HERE))
+    results = Engine(model, call_size=16).run_one(edit_row(asked_of(sample, recipe), recipe, model, HERE))
     return {result.method: outcome_of(result) for result in results}
 
 

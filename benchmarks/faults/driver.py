@@ -170,8 +170,8 @@ def _run(driver: Driver) -> None:
 
 def prepare(driver: Driver) -> None:
     """Shorten what waits, and spoil what is to be wrong."""
+    import pipeline.flow
     import pipeline.reading.storage
-    import pipeline.running.worker
     import pipeline.writing.folding
     from pipeline.writing import lock
 
@@ -185,7 +185,7 @@ def prepare(driver: Driver) -> None:
         now = time.time
         time.time = lambda: now() + driver.clock_s
     if driver.failing:
-        pipeline.running.worker.outcome_of = _failing(pipeline.running.worker.outcome_of, driver.failing)
+        pipeline.flow.outcome_of = _failing(pipeline.flow.outcome_of, driver.failing)
 
 
 def _failing(outcome_of: Callable[[Any], Any], keys: tuple[str, ...]) -> Callable[[Any], Any]:

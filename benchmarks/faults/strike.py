@@ -143,12 +143,12 @@ class Operations:
         s3fs.S3FileSystem._call_s3 = counted
 
     def _watch_results(self) -> None:
-        import pipeline.running.worker
+        import pipeline.flow
 
-        outcome_of = pipeline.running.worker.outcome_of
+        outcome_of = pipeline.flow.outcome_of
 
         def counted(result: Any) -> Any:
             self.happens("results", "")
             return outcome_of(result)
 
-        pipeline.running.worker.outcome_of = counted
+        pipeline.flow.outcome_of = counted

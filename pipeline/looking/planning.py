@@ -17,11 +17,9 @@ from typing import Any
 import torch
 
 from pipeline.common.partition import WHOLE, Partition
-from pipeline.errors import RowError
-from pipeline.flow import asked_without
 from pipeline.looking.counting import RowCounter
 from pipeline.looking.probe import PROBE_SECONDS, Probe, probe_model
-from pipeline.reading.prepare import requests_of
+from pipeline.reading.requests import asked_of
 from pipeline.reading.rows import light
 from pipeline.reading.shards import ReadTask, Shard
 from pipeline.reading.units import count_rows, plan_reads, read_units
@@ -224,19 +222,13 @@ def _rows_of(task: ReadTask, recipe: Recipe) -> Iterator[Sample | Unreadable]:
 
 def add_cost(cost: Cost, row: Sample | Unreadable, recipe: Recipe, counter: RowCounter) -> None:
     """Add what a row asks for."""
-    if isinstance(row, Unreadable):
-        cost.cannot([_in_short(row.message)])
-        cost.results += len(asked_without(recipe))
+    asked = asked_of(row, recipe)
+    cost.results += len(asked.edits) * len(recipe.all_methods)
+    cost.own_edits += asked.sample.edits is not None
+    if asked.refusal is not None:
+        cost.cannot([_in_short(asked.refusal.message)])
         return
-    cost.own_edits += row.edits is not None
-    try:
-        requests = requests_of(row, recipe)
-    except RowError as error:
-        cost.cannot([_in_short(str(error))])
-        cost.results += len(asked_without(recipe))
-        return
-    cost.results += len(requests) * len(recipe.all_methods)
-    masked = row.mask is not None
+    requests, masked = asked.requests, asked.sample.mask is not None
     refused = {
         (edit, name): problems
         for edit, request in requests.items()

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.engine import Engine
-from pipeline.flow import edit_row, outcome_of
+from pipeline.flow import edit_row
 from pipeline.models.loading import load_backbone
 from pipeline.reading.decoder import Decoder
+from pipeline.reading.requests import asked_of
 from pipeline.recipe import Recipe
 from pipeline.records import Edited, Outcome, Rejected, Sample
 from pipeline.running.worker import call_size_for
 from pipeline.writing.parquet import render_parquet
+from pipeline.writing.restoring import outcome_of
 from pipeline.writing.rows import as_written, encode_outcome, schema
 
 PROBE_SECONDS = 60.0  # a probe that takes longer is cut off, and what it has seen by then has to do
@@ -87,7 +89,9 @@ def probe_model(
 def _edit(samples: Sequence[Sample], recipe: Recipe, engine: Engine, why: list[str]) -> list[Outcome]:
     outcomes: list[Outcome] = []
     decoder = Decoder(recipe.source)
-    for finished in engine.run(edit_row(sample, recipe, engine.backbone, decoder) for sample in samples):
+    for finished in engine.run(
+        edit_row(asked_of(sample, recipe), recipe, engine.backbone, decoder) for sample in samples
+    ):
         if finished.error is not None:
             raise finished.error
         outcomes += [outcome_of(result) for result in finished.value]

@@ -19,10 +19,11 @@ from pipeline.common.showing import public_url
 from pipeline.engine.engine import Engine
 from pipeline.errors import SinkError, SourceError
 from pipeline.evaluation.metrics import psnr
-from pipeline.flow import edit_rows, outcome_of
+from pipeline.flow import edit_rows
 from pipeline.looking.runs import Run
 from pipeline.models.loading import load_backbone
 from pipeline.reading.decoder import Decoder
+from pipeline.reading.requests import asked_of
 from pipeline.reading.shards import Shard
 from pipeline.reading.storage import FileSystem, open_fs
 from pipeline.reading.units import list_shards, plan_reads, read_units
@@ -33,6 +34,7 @@ from pipeline.writing.finish import labels_of
 from pipeline.writing.manifest import Manifest
 from pipeline.writing.merged import Merged, Span
 from pipeline.writing.parquet import render_parquet
+from pipeline.writing.restoring import outcome_of
 from pipeline.writing.rows import Labels, Row, as_written, encode_outcome, schema
 from pipeline.writing.run_record import RunRecord, run_record, versions_that_differ
 from pipeline.writing.spans import samples_of, table_of, tar_samples
@@ -98,7 +100,7 @@ def regenerate(run: Run, key: str, *, edit: str | None = None, method: str | Non
         engine = Engine(backbone, call_size=record.call_size)
         made = [
             encode_outcome(outcome_of(result), recipe, backbone.record, record.call_size)
-            for result in edit_rows([row], recipe, engine, Decoder(recipe.source))
+            for result in edit_rows([asked_of(row, recipe)], recipe, engine, Decoder(recipe.source))
             if _name_of(result) == (about["edit"], about["method"])
         ]
     sample = row.sample if isinstance(row, Unreadable) else row

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
-from pipeline.records import Decoded, Prepared, Rejected, Sample, Unreadable
+from pipeline.records import Asked, Decoded, Prepared, Rejected
 
 PREPARED_AHEAD = 4  # rows
 HELD_BYTES = 256 << 20  # of pixels, ready and at work: with so many or more, no further row is begun
@@ -24,9 +24,7 @@ class Ahead:
         prepare_one: does so.
     """
 
-    def __init__(
-        self, rows: Iterable[Sample | Unreadable], prepare_one: Callable[[Sample | Unreadable], Ready]
-    ) -> None:
+    def __init__(self, rows: Iterable[Asked], prepare_one: Callable[[Asked], Ready]) -> None:
         self._rows, self._prepare_one = rows, prepare_one
         self._changed = threading.Condition()
         self._ready: deque[Ready] = deque()

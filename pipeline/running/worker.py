@@ -5,39 +5,39 @@ Units may come from several threads at once: on the engine, one unit's tail and 
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from pipeline.engine.backbone import Backbone, ModelRecord
 from pipeline.engine.engine import Engine
 from pipeline.engine.sizing import probe_call_size
-from pipeline.flow import asked_without, edit_rows, outcome_of
+from pipeline.flow import all_at_once, edit_unit
 from pipeline.models.loading import load_backbone
-from pipeline.reading.ahead import HELD_BYTES
 from pipeline.reading.decoder import Decoder
-from pipeline.reading.prepare import requests_of
 from pipeline.recipe import Recipe
-from pipeline.records import Decoded, Rejected, Sample, UnitInput, Unreadable
+from pipeline.records import Asked, Decoded, Refusal, Rejected, Sample, UnitInput, Unreadable
 from pipeline.running.pool import WorkerSettings
 from pipeline.running.tally import InFlight
 from pipeline.writing.attempts import ALONE_FROM, Attempt
 from pipeline.writing.commit import FinishedUnit
-from pipeline.writing.finish import finish_unit
+from pipeline.writing.encoding import Encoders
 from pipeline.writing.manifest import Measured
-from pipeline.writing.rows import Row, encode_outcome
 
-LARGE_BYTES = 64 << 20  # pixels of an image of which one at a time is encoded
-ENCODERS = 2  # threads that restore, compare and write images while the model works
 # Measured on narrow and wide models: a row of a smaller call takes up to two fifths longer, larger ones gain little.
 CPU_CALL_SIZE = 16
+KILLED = Refusal(
+    stage="edit",
+    error_class="ProcessKilled",
+    message=f"the process that edited this row died, {ALONE_FROM} times, at last with no other row in it. Look for "
+    "memory that runs out, and for faults in the logs of the machine",
+    attempt=ALONE_FROM,
+)
 
 
 def call_size_for(recipe: Recipe, backbone: Backbone) -> int:
@@ -79,8 +79,7 @@ class Worker:
             call_size=settings.call_size,
             images_in_flight=in_flight if isinstance(in_flight, int) else None,
         )
-        self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
-        self._one_large = threading.Lock()
+        self._encoders = Encoders()
         self._meter = _Meter(self.engine)
         self._gate = _Gate()
         self._report = report
@@ -102,26 +101,18 @@ class Worker:
         """
         with self._attempt(unit_input.unit.id, generation) as attempt:
             alone = attempt.number >= ALONE_FROM
-            progress = _UnitProgress(unit_input, self._report)
-            with self._gate.alone() if alone else self._gate.shared():
-                self._meter.enter()
-                try:
-                    rows = (
-                        self._one_by_one(unit_input, attempt, progress)
-                        if alone
-                        else self._edit_and_encode(unit_input.rows, progress)
-                    )
-                finally:
-                    seconds, unet_rows = self._meter.leave()
-        return finish_unit(
-            unit_input,
-            rows,
-            self.recipe,
-            generation=generation,
-            model_digest=self.model.digest,
-            call_size=self.settings.call_size,
-            measured=Measured(worker_seconds=round(seconds, 6), workers=workers, unet_rows=unet_rows),
-        )
+            with self._gate.alone() if alone else self._gate.shared(), self._meter.measuring() as measured:
+                finished = edit_unit(
+                    unit_input,
+                    self.recipe,
+                    self.engine,
+                    decoder=self._decoder,
+                    encoders=self._encoders,
+                    generation=generation,
+                    turns=partial(one_by_one, attempt) if alone else all_at_once,
+                    on_result=_UnitProgress(unit_input, self._report).note,
+                )
+        return finished.with_measured(measured(workers))
 
     @contextmanager
     def _attempt(self, unit_id: str, generation: int) -> Iterator[Attempt]:
@@ -140,67 +131,23 @@ class Worker:
         for attempt in list(self._attempts):
             attempt.take_back()
 
-    def _one_by_one(self, unit_input: UnitInput, attempt: Attempt, progress: _UnitProgress) -> list[Row | Rejected]:
-        """The same results as together: what shares a UNet call changes no bits. Rows that killed are passed over."""
-        encoded: list[Row | Rejected] = []
-        for row in unit_input.rows:
-            sample = row.sample if isinstance(row, Unreadable) else row
-            if sample.index in attempt.killers:
-                encoded += [
-                    Rejected(
-                        sample=sample,
-                        edit=edit,
-                        method=method,
-                        stage="edit",
-                        error_class="ProcessKilled",
-                        message=f"the process that edited this row died, {ALONE_FROM} times, at last with no other row "
-                        "in it. Look for memory that runs out, and for faults in the logs of the machine",
-                        attempt=ALONE_FROM,
-                    )
-                    for edit, method in asked_of(row, self.recipe)
-                ]
-                continue
-            attempt.begin_row(sample.index)
-            encoded += self._edit_and_encode([row], progress)
-        attempt.begin_row(None)
-        return encoded
-
-    def _edit_and_encode(
-        self, unit_rows: Sequence[Sample | Unreadable], progress: _UnitProgress
-    ) -> list[Row | Rejected]:
-        encoded: list[Row | Rejected] = []
-        pending: deque[Future[Row | Rejected]] = deque()
-        waiting: deque[int] = deque()  # bytes of their images
-        for result in edit_rows(unit_rows, self.recipe, self.engine, self._decoder):
-            progress.note(result)
-            pending.append(self._encoders.submit(self._encode, result))
-            waiting.append(0 if isinstance(result, Rejected) else result.prepared.original.nbytes)
-            # A result waits as pixels until it is encoded: only so many may.
-            while len(pending) > 2 * ENCODERS or sum(waiting) > HELD_BYTES:
-                encoded.append(pending.popleft().result())
-                waiting.popleft()
-        return encoded + [future.result() for future in pending]
-
-    def _encode(self, result: Decoded | Rejected) -> Row | Rejected:
-        # Encoding takes several times the memory of the image itself.
-        is_large = isinstance(result, Decoded) and result.prepared.original.nbytes > LARGE_BYTES
-        with self._one_large if is_large else contextlib.nullcontext():
-            return self._encoded(result)
-
-    def _encoded(self, result: Decoded | Rejected) -> Row | Rejected:
-        return encode_outcome(outcome_of(result), self.recipe, self.model, self.engine.call_size)
-
     def close(self) -> None:
         """Let the encoder threads go."""
-        self._encoders.shutdown(cancel_futures=True)
+        self._encoders.close()
 
 
-def asked_of(row: Sample | Unreadable, recipe: Recipe) -> list[tuple[str, str]]:
-    """Every (edit, method) that is asked of a row, found out without a look at its image."""
-    if not isinstance(row, Unreadable):
-        with contextlib.suppress(Exception):  # a request that cannot be understood is reported as the others are
-            return [(edit, method) for edit in requests_of(row, recipe) for method in recipe.all_methods]
-    return asked_without(recipe)
+def one_by_one(attempt: Attempt, rows: Sequence[Asked]) -> Iterator[Sequence[Asked]]:
+    """Turns of one row each, noted before they begin. Rows that have killed a process before are refused.
+
+    The same results as together: what shares a call of the network changes no bits.
+    """
+    for asked in rows:
+        if asked.sample.index in attempt.killers:
+            yield [replace(asked, refusal=KILLED)]
+        else:
+            attempt.begin_row(asked.sample.index)
+            yield [asked]
+    attempt.begin_row(None)
 
 
 class _UnitProgress:
@@ -277,13 +224,20 @@ class _Meter:
         self._since = 0.0
         self._rows = 0
 
-    def enter(self) -> None:
+    @contextmanager
+    def measuring(self) -> Iterator[Callable[[int], Measured]]:
+        """What a unit took, as a function of the number of workers, to be called once the block is left."""
         with self._lock:
             if self._inside == 0:
                 self._since = time.perf_counter()
             self._inside += 1
+        seconds, rows = 0.0, 0
+        try:
+            yield lambda workers: Measured(worker_seconds=round(seconds, 6), workers=workers, unet_rows=rows)
+        finally:
+            seconds, rows = self._leave()
 
-    def leave(self) -> tuple[float, int]:
+    def _leave(self) -> tuple[float, int]:
         """Seconds and UNet rows since anybody last left."""
         with self._lock:
             now, rows = time.perf_counter(), self._engine.stats.unet_rows

@@ -31,6 +31,7 @@ from pipeline.writing.manifest import (
     KINDS,
     FileRecord,
     Manifest,
+    Measured,
     data_path,
     manifest_path,
     quarantine_path,
@@ -52,6 +53,10 @@ class FinishedUnit:
 
     manifest: Manifest
     files: tuple[tuple[str, bytes], ...]  # (path relative to the run's folder, content)
+
+    def with_measured(self, measured: Measured) -> FinishedUnit:
+        """The same unit, with what its making took."""
+        return replace(self, manifest=self.manifest.model_copy(update={"measured": measured}))
 
 
 def file_record(path: str, data: bytes, rows: int) -> FileRecord:

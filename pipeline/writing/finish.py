@@ -13,7 +13,7 @@ import pipeline
 from pipeline.recipe import Recipe
 from pipeline.records import Rejected, Sample, UnitInput, Unreadable
 from pipeline.writing.commit import FinishedUnit, file_record
-from pipeline.writing.manifest import Counts, Manifest, Measured, data_path, quarantine_path
+from pipeline.writing.manifest import NOT_MEASURED, Counts, Manifest, Measured, data_path, quarantine_path
 from pipeline.writing.parquet import render_parquet
 from pipeline.writing.quarantine import render_quarantine
 from pipeline.writing.rows import Labels, Row, as_written, schema, shared_columns
@@ -28,7 +28,7 @@ def finish_unit(
     generation: int,
     model_digest: str,
     call_size: int,
-    measured: Measured,
+    measured: Measured = NOT_MEASURED,
 ) -> FinishedUnit:
     """Render a unit. A unit in which nothing succeeded, or nothing failed, has no file of that kind.
 

@@ -64,6 +64,9 @@ class Measured(Part):
     unet_rows: Count  # asked for in that time; units that overlap in a worker share theirs, the sum is exact
 
 
+NOT_MEASURED = Measured(worker_seconds=0, workers=1, unet_rows=0)
+
+
 class Manifest(Part):
     """See the module."""
 

@@ -48,7 +48,7 @@ DRIVER = textwrap.dedent("""
         stopping.GRACE_S = told["grace"]
         prepare, load = flow.prepare_row, loading.load_backbone
         def slow_prepare(row, *rest):
-            if told["where"] == "unit" and row.key == told["key"]:
+            if told["where"] == "unit" and row.sample.key == told["key"]:
                 wait(told["begun"], told["seconds"])
             return prepare(row, *rest)
         def slow_load(*args, **options):

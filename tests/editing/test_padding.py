@@ -21,7 +21,9 @@ from pipeline.engine.calls import UNetAnswer, UNetCall
 from pipeline.engine.engine import Engine
 from pipeline.flow import edit_prepared
 from pipeline.models.analytic import AnalyticBackbone
-from pipeline.reading.prepare import place, prepare
+from pipeline.reading.placement import place
+from pipeline.reading.prepare import prepare
+from pipeline.reading.requests import asked_of
 from pipeline.recipe import recipe_from
 from pipeline.records import Decoded, Placement, Sample, Source
 from tests.methods import analytic, source
@@ -122,7 +124,8 @@ def test_no_editor_lets_the_padding_decide_what_happens_in_the_image() -> None:
     out = io.BytesIO()
     Image.fromarray(picture).save(out, "PNG")
     recipe = recipe_from({"source": {"shards": "-"}, "edits": REQUEST.model_dump(), "sink": {"folder": "-"}})
-    prepared = prepare(Sample(id="a", shard="", key="a", index=0, image=out.getvalue()), recipe, size=64, multiple=16)
+    row = Sample(id="a", shard="", key="a", index=0, image=out.getvalue())
+    prepared = prepare(asked_of(row, recipe), recipe, size=64, multiple=16)
     other = prepared.pixels.copy()
     other[:16], other[48:] = 0, 255
     backbone = PointByPoint()

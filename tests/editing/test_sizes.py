@@ -13,10 +13,12 @@ from PIL import Image
 from pipeline.diffusion.masks import smooth_attention
 from pipeline.editing import EDITORS
 from pipeline.engine.engine import Engine
-from pipeline.flow import edit_row, outcome_of
+from pipeline.flow import edit_row
 from pipeline.reading.prepare import HERE
+from pipeline.reading.requests import asked_of
 from pipeline.recipe import recipe_from
 from pipeline.records import Edited, Sample
+from pipeline.writing.restoring import outcome_of
 from tests.methods import tiny_sd
 from tests.test_every_pair import EDITOR_SETTINGS, PAIRS, REQUEST
 
@@ -57,7 +59,8 @@ def test_every_method_works_on_the_smallest_and_the_longest_canvas(size: int, fi
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)).save(out, "PNG")
     sample = Sample(id="a", shard="", key="a", index=0, image=out.getvalue())
     results = [
-        outcome_of(one) for one in Engine(tiny_sd(), call_size=16).run_one(edit_row(sample, recipe, tiny_sd(), HERE))
+        outcome_of(one)
+        for one in Engine(tiny_sd(), call_size=16).run_one(edit_row(asked_of(sample, recipe), recipe, tiny_sd(), HERE))
     ]
     assert {one.method for one in results} == set(SETTINGS)
     for one in results:

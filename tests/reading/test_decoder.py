@@ -22,6 +22,7 @@ from pipeline.reading import decode as plain
 from pipeline.reading import guarded
 from pipeline.reading.decoder import Decoder
 from pipeline.reading.prepare import prepare
+from pipeline.reading.requests import asked_of
 from pipeline.recipe import SourceConfig, recipe_from
 from pipeline.records import Sample
 
@@ -227,7 +228,7 @@ def test_a_mask_that_breaks_a_limit_is_told_as_the_mask() -> None:
     )
     row = Sample(id="a", shard="", key="a", index=0, image=saved(noise(40, 40, 3), "PNG"), mask=png_of_one_colour(8000))
     with pytest.raises(PrepareError, match=r"the mask needed more than 128 MiB"):
-        prepare(row, recipe, size=64, multiple=8, decoder=Decoder(recipe.source))
+        prepare(asked_of(row, recipe), recipe, size=64, multiple=8, decoder=Decoder(recipe.source))
 
 
 PARENT = """

@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import DecodeError, PrepareError
-from pipeline.reading.prepare import apply, place, prepare, requests_of, restore, restore_mask
-from pipeline.records import Sample
+from pipeline.reading import prepare as preparing
+from pipeline.reading.placement import apply, place, restore, restore_mask
+from pipeline.reading.requests import requests_of
+from pipeline.records import Asked, Prepared, Sample
 
 FITS = ("crop", "pad", "stretch", "bucket")
 
@@ -31,6 +33,11 @@ def smooth(height, width):
     return np.stack([y * 255 // max(1, height - 1), x * 255 // max(1, width - 1), (x + y) % 60 + 90], -1).astype(
         np.uint8
     )
+
+
+def prepare(row: Sample, recipe: Recipe, **options: Any) -> Prepared:
+    requests = requests_of(row, recipe)
+    return preparing.prepare(Asked(sample=row, edits=tuple(requests), requests=requests), recipe, **options)
 
 
 def sample(image, **fields):

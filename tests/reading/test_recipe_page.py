@@ -13,7 +13,7 @@ import pytest
 from jobs.recipe_reference import page
 from pipeline.editing import EDITORS
 from pipeline.inversion import INVERSIONS
-from pipeline.reading.prepare import requests_of
+from pipeline.reading.requests import requests_of
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.records import Concept, EditRequest, Sample
 

@@ -13,6 +13,7 @@ from pipeline.engine.engine import Engine
 from pipeline.flow import edit_rows
 from pipeline.models.analytic import AnalyticBackbone
 from pipeline.reading.prepare import HERE
+from pipeline.reading.requests import asked_of
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.records import Decoded, Rejected, Sample
 from tests.runs import recipe_data
@@ -38,7 +39,7 @@ def edited(recipe: Recipe, level: int) -> list[Decoded | Rejected]:
     buffer = io.BytesIO()
     Image.new("RGB", (40, 40), (level,) * 3).save(buffer, "PNG")
     row = Sample(id="s/one", shard="s", key="one", index=0, image=buffer.getvalue())
-    return list(edit_rows([row], recipe, Engine(BlackingBackbone(32), call_size=4), HERE))
+    return list(edit_rows([asked_of(row, recipe)], recipe, Engine(BlackingBackbone(32), call_size=4), HERE))
 
 
 def test_a_black_result_is_rejected_with_a_class_and_a_reason_of_its_own(recipe: Recipe) -> None:

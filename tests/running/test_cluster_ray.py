@@ -85,16 +85,16 @@ def witness(notes: Path) -> Callable[[], None]:
                 os.kill(os.getpid(), signal.SIGKILL)
             preempted = notes / "preempted"
             if preempted.exists() and preempted.read_text().count("once") <= 2 * ALONE_FROM:
-                from pipeline.running.worker import Worker
+                from pipeline.running import worker
 
-                def preempt(self: Any, *rest: Any) -> Any:  # as a node that goes: told, and then killed
+                def preempt(*_: Any, **__: Any) -> Any:  # as a node that goes: told, and then killed
                     with open(preempted, "a") as file:
                         file.write("once ")
                     os.kill(os.getpid(), signal.SIGTERM)
                     time.sleep(2)
                     os.kill(os.getpid(), signal.SIGKILL)
 
-                Worker._edit_and_encode = preempt
+                worker.edit_unit = preempt
             poison = notes / "poison"
             if poison.exists():
                 from pipeline import flow
@@ -102,7 +102,7 @@ def witness(notes: Path) -> Callable[[], None]:
                 prepare, key = flow.prepare_row, poison.read_text()
 
                 def deadly(row: Any, *rest: Any) -> Any:
-                    if row.key == key:
+                    if row.sample.key == key:
                         note("died", unit)
                         os._exit(1)
                     return prepare(row, *rest)
@@ -285,7 +285,7 @@ def test_a_spent_error_budget_ends_a_run_on_ray_and_a_retry_there_goes_on_from_i
         raise EncodeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.flow.restored", hindered)  # in this process alone: Ray's are well
+        patch.setattr("pipeline.writing.restoring.restored", hindered)  # in this process alone: Ray's are well
         with pytest.raises(RunAborted, match="1 units in a row"):
             driver.run(recipe(engine="local", max_consecutive_failed_units=1), progress="off")
     monkeypatch.setattr(logging.getLogger("ray.data"), "handlers", [caplog.handler])

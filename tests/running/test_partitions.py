@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 from benchmarks import partitions
 from benchmarks.partitions import data_of, is_whole, run_in_parts
-from pipeline import flow
 from pipeline.cli import app
 from pipeline.common.partition import Partition
 from pipeline.errors import EncodeError, HeldError, SinkError
 from pipeline.looking.planning import plan
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.running import driver, worker
+from pipeline.writing import restoring
 from pipeline.writing.commit import committed_units
 from pipeline.writing.lock import DriverLock
 from pipeline.writing.run_record import read_run_record
@@ -80,7 +80,7 @@ def test_a_run_goes_on_with_other_partitions_or_none(recipe: Recipe, calm: dict[
 
 
 def test_failed_units_are_tried_again_by_partitions(recipe: Recipe, calm: dict[str, bytes], tmp_path: Path) -> None:
-    restored = flow.restored
+    restored = restoring.restored
 
     def hindered(decoded: Any) -> Any:
         if decoded.prepared.sample.key in ("im00", "im05"):
@@ -88,7 +88,7 @@ def test_failed_units_are_tried_again_by_partitions(recipe: Recipe, calm: dict[s
         return restored(decoded)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flow, "restored", hindered)
+        patch.setattr(restoring, "restored", hindered)
         assert driver.run(recipe, progress="off").failed == 6
     for part, units in ((EVEN, 2), (ODD, 1)):  # im03 of shard 0 is no image
         assert driver.run(recipe, progress="off", partition=part, retry_failed=True).units_now == units

@@ -9,12 +9,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import flow
 from pipeline.errors import EncodeError
 from pipeline.looking.verify import Verdict, verify
 from pipeline.recipe import Recipe
 from pipeline.running import driver
-from pipeline.writing import cleaning, commit, folding
+from pipeline.writing import cleaning, commit, folding, restoring
 from pipeline.writing.lock import DriverLock
 from pipeline.writing.run_record import read_run_record
 from tests.places import Place
@@ -36,7 +35,7 @@ def calm(place: Place) -> Recipe:
 @pytest.fixture(scope="module")
 def failed_once(place: Place, calm: Recipe) -> Path:
     """What a run over the same source wrote, in which im00 could not be encoded; what hindered it is over."""
-    restored = flow.restored
+    restored = restoring.restored
 
     def hindered(decoded: Any) -> Any:
         if decoded.prepared.sample.key == "im00":
@@ -45,7 +44,7 @@ def failed_once(place: Place, calm: Recipe) -> Path:
 
     recipe = place.recipe("in", "failed", sink=UNMERGED)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flow, "restored", hindered)
+        patch.setattr(restoring, "restored", hindered)
         assert driver.run(recipe, progress="off").failed == 4
     return place.folder(recipe)
 

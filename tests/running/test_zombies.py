@@ -337,14 +337,14 @@ def test_a_driver_stopped_before_any_write_while_it_does_failures_again_harms_no
 DRIVER = SETTLE_QUICKLY + textwrap.dedent("""
     import json, sys, time
     from pathlib import Path
-    from pipeline import flow
+    from pipeline.writing import restoring
     from pipeline.running import driver
     from pipeline.running import local
     from pipeline.errors import EncodeError, ShardeditError
     from pipeline.recipe import recipe_from
 
     asked = json.load(sys.stdin)
-    restored, commit = flow.restored, local.commit
+    restored, commit = restoring.restored, local.commit
 
     def hindered(decoded):
         if decoded.prepared.sample.key in asked["failing"]:
@@ -356,7 +356,7 @@ DRIVER = SETTLE_QUICKLY + textwrap.dedent("""
         time.sleep(asked["pause"])
         return commit(*args)
 
-    flow.restored, local.commit = hindered, noted
+    restoring.restored, local.commit = hindered, noted
     try:
         driver.run(recipe_from(asked["recipe"]), progress="off", retry_failed=asked["retry"])
     except ShardeditError as error:

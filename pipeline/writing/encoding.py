@@ -1,0 +1,49 @@
+"""Threads that restore, compare and encode results while the model works on the next ones."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from pipeline.reading.ahead import HELD_BYTES
+from pipeline.records import Decoded, Rejected
+from pipeline.writing.rows import Row
+
+ENCODERS = 2  # threads
+LARGE_BYTES = 64 << 20  # pixels of an image of which one at a time is encoded
+
+Encode = Callable[[Decoded | Rejected], Row | Rejected]
+
+
+class Encoders:
+    """Shared by the units that are at work in a process."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
+        self._one_large = threading.Lock()
+
+    def map(self, encode: Encode, results: Iterable[Decoded | Rejected]) -> list[Row | Rejected]:
+        """Encode results as they come. A result waits as pixels until it is encoded: only so many may."""
+        encoded: list[Row | Rejected] = []
+        pending: deque[Future[Row | Rejected]] = deque()
+        waiting: deque[int] = deque()  # bytes of their images
+        for result in results:
+            size = 0 if isinstance(result, Rejected) else result.prepared.original.nbytes
+            pending.append(self._pool.submit(self._encode, encode, result, size > LARGE_BYTES))
+            waiting.append(size)
+            while len(pending) > 2 * ENCODERS or sum(waiting) > HELD_BYTES:
+                encoded.append(pending.popleft().result())
+                waiting.popleft()
+        return encoded + [future.result() for future in pending]
+
+    def _encode(self, encode: Encode, result: Decoded | Rejected, is_large: bool) -> Row | Rejected:
+        # Encoding takes several times the memory of the image itself.
+        with self._one_large if is_large else contextlib.nullcontext():
+            return encode(result)
+
+    def close(self) -> None:
+        """Let the threads go."""
+        self._pool.shutdown(cancel_futures=True)

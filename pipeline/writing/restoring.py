@@ -1,0 +1,61 @@
+"""A result back at its original's size: image, masks, figures. Needs no model: done beside the engine, not in it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline.evaluation.metrics import figures
+from pipeline.reading.placement import restore, restore_mask
+from pipeline.reading.requests import refusal_by
+from pipeline.records import Decoded, Edited, Outcome, Rejected
+
+
+def outcome_of(result: Decoded | Rejected) -> Outcome:
+    """What becomes of a result: restored, or rejected in stage "encode" where that fails."""
+    if isinstance(result, Rejected):
+        return result
+    try:
+        return restored(result)
+    except Exception as error:
+        return Rejected.by(refusal_by(error, "encode"), result.prepared.sample, result.edit, result.method)
+
+
+def restored(decoded: Decoded) -> Edited:
+    """A result at its original's size, with its figures."""
+    prepared, placement = decoded.prepared, decoded.prepared.placement
+    masks, union = regions(decoded)
+    image = restore(decoded.pixels, placement, prepared.original)
+    return Edited(
+        sample=prepared.sample,
+        edit=decoded.edit,
+        method=decoded.method,
+        request=prepared.requests[decoded.edit],
+        image=image,
+        original=prepared.original,
+        masks=masks,
+        mask=union,
+        seed=decoded.seed,
+        figures=figures(
+            original=prepared.original,
+            round_trip=restore(decoded.round_trip, placement, prepared.original),
+            edited=image,
+            mask=union,
+        ),
+    )
+
+
+def regions(decoded: Decoded) -> tuple[tuple[np.ndarray | None, ...], np.ndarray | None]:
+    """Where an edit acted, at its original's size: the masks that it found, and their union; None where nowhere.
+
+    Cut to the user's mask here, for every method, and after scaling: no rounding lets a pixel out.
+    """
+    prepared = decoded.prepared
+    allowed = prepared.allowed
+    found = decoded.masks
+    if found is None:  # it acted wherever it was let: inside the user's mask, or everywhere, which is no region
+        found = () if allowed is None else (np.ones(prepared.placement.canvas, dtype=bool),)
+    at_original = [restore_mask(mask, prepared.placement) for mask in found]
+    inside = at_original if allowed is None else [mask & allowed for mask in at_original]
+    masks = tuple(mask if mask.any() else None for mask in inside)
+    some = [mask for mask in masks if mask is not None]
+    return masks if decoded.masks is not None else (), np.logical_or.reduce(some) if some else None
