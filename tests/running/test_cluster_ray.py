@@ -102,7 +102,7 @@ def witness(notes: Path) -> Callable[[], None]:
                 prepare, key = flow.prepare_row, poison.read_text()
 
                 def deadly(row: Any, *rest: Any) -> Any:
-                    if row.sample.key == key:
+                    if row.sample.key == key and not row.refusal:
                         note("died", unit)
                         os._exit(1)
                     return prepare(row, *rest)

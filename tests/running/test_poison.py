@@ -29,7 +29,7 @@ DRIVER = SETTLE_QUICKLY + textwrap.dedent("""
     recipe, poison = recipe_from(json.load(sys.stdin)), set(sys.argv[1:])
     prepare = flow.prepare_row
     def deadly(row, *rest):
-        if row.sample.key in poison:
+        if row.sample.key in poison and not row.refusal:
             os._exit(7)
         return prepare(row, *rest)
     flow.prepare_row = deadly
