@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import SourceError
+from pipeline.looking.findings import STRAY
 from pipeline.reading.listing import list_source
 from pipeline.reading.storage import FileSystem
 from pipeline.recipe import SourceConfig
@@ -22,8 +23,8 @@ from pipeline.writing.run_record import RunRecord, input_differences, run_input
 from pipeline.writing.summary import EXIT_CODES, STRICT_EXIT_CODE, SUMMARY_FILE, Summary
 
 REPORT_FILE = "report.html"
-# What the command that wrote it adds to what the manifests say, and what hangs on its budget.
-OF_THE_COMMAND = {"units_now", "outcome", "exit_code"}
+# What the command that wrote it adds to what the manifests say, and what depends on its budget.
+OF_THE_COMMAND = {"units_now", "outcome", "exit_code", "generation"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,13 +53,13 @@ def look_at_source(record: RunRecord, source: SourceConfig) -> FromSource:
     )
 
 
-def summary_problem(fs: FileSystem, root: str, now: Summary) -> str:
-    """What is wrong with the summary of a run that is done; "" for nothing.
+def summary_problem(fs: FileSystem, root: str, now: Summary) -> tuple[str, str]:
+    """What is wrong with the summary of a run that is done: the kind of finding and a sentence; "" for nothing.
 
     Args:
         fs: the file system.
         root: of the run's folder in it.
-        now: what the manifests add up to.
+        now: what the manifests add up to, by the last driver's generation.
 
     Raises:
         SinkError: it cannot be read.
@@ -66,11 +67,14 @@ def summary_problem(fs: FileSystem, root: str, now: Summary) -> str:
     try:
         data = get(fs, f"{root}/{SUMMARY_FILE}")
         if data is None:
-            return "is missing"
+            return "summary", "is missing"
         stored = TypeAdapter(Summary).validate_json(data)
     except (NotAFileError, ValidationError) as error:
-        return f"is no summary: {first_problem(error)}"
-    return "; ".join(_contradictions(asdict(stored), asdict(now)))
+        return "summary", f"is no summary: {first_problem(error)}"
+    wrong = "; ".join(_contradictions(asdict(stored), asdict(now)))
+    if wrong and stored.generation < now.generation:
+        return STRAY, f"is an earlier driver's, maybe of one that woke up: {wrong}"
+    return "summary", wrong
 
 
 def _contradictions(stored: Mapping[str, object], now: Mapping[str, object]) -> Iterator[str]:

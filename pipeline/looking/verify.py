@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from threading import Lock
@@ -20,7 +21,7 @@ from threading import Lock
 from pipeline.common import stopping
 from pipeline.looking.checking import Asked, BrokenError, Key, manifest_problems, read_keys, row_problems
 from pipeline.looking.consistency import REPORT_FILE, FromSource, look_at_source, summary_problem
-from pipeline.looking.findings import SEEN_BY_EDIT, Finding, Verdict
+from pipeline.looking.findings import SEEN_BY_EDIT, STRAY, Finding, Verdict
 from pipeline.reading.shards import shard_slug
 from pipeline.reading.storage import FileSystem, is_local, open_fs, retrying
 from pipeline.recipe import SinkConfig, SourceConfig
@@ -86,7 +87,9 @@ def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> tup
     asked = Asked.of(record)
     verdict, done, counted = Verdict(), Committed(), Counted()
     broken: set[str] = set()  # files of damaged units, and those of nobody
-    known = {baseline_path(baseline.generation) for baseline in Baselines(fs, root).all}
+    baselines = Baselines(fs, root).all
+    known = {baseline_path(baseline.generation) for baseline in baselines}
+    latest = max((baseline.generation for baseline in baselines), default=0)
     for text in record.problems():
         verdict.note(Finding(kind="run record", path=RUN_FILE, text=text))
     shards = {shard_slug(path): path for path, _, _ in record.input}
@@ -131,7 +134,7 @@ def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> tup
     strays = [name for name in left if not is_temporary(name)]
     verdict.temporary = len(left) - len(strays)  # left to `shardedit edit`, which removes those that are old enough
     for name in strays:
-        verdict.note(Finding(kind="stray file", path=name, text=_about_stray(name)))
+        verdict.note(Finding(kind=STRAY, path=name, text=_about_stray(name)))
         verdict.needs_repair = True
         broken.add(name.rstrip("/"))
     if verdict.needs_repair:
@@ -144,7 +147,7 @@ def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> tup
         if repairing:  # what is in a folder goes before the folder
             take_back(counted, merged.damaged, sorted(broken, reverse=True), sink, repairing)
     if not verdict.edit_repairs:
-        _note_derived(verdict, sink, record, merged.totals, repairing is not None)
+        _note_derived(verdict, sink, record, merged.totals, latest, repairing)
     return verdict, ends
 
 
@@ -164,20 +167,23 @@ _STRAYS = {
 }
 
 
-def _note_derived(verdict: Verdict, sink: SinkConfig, record: RunRecord, totals: Totals, repair: bool) -> None:
+def _note_derived(
+    verdict: Verdict, sink: SinkConfig, record: RunRecord, totals: Totals, latest: int, repairing: Claim | None
+) -> None:
     """Summary and report of a run that is done, and in which nothing else is wrong."""
     fs, root = open_fs(sink.folder, sink.storage_options)
     budget = record.recipe["run"]["max_failed_fraction"]
-    now = totals.summary(complete=True, units_now=0, max_failed_fraction=budget)
-    if text := summary_problem(fs, root, now):
-        verdict.note(Finding(kind="summary", path=SUMMARY_FILE, text=text))
+    now = totals.summary(complete=True, units_now=0, max_failed_fraction=budget, generation=latest)
+    kind, text = summary_problem(fs, root, now)
+    if text:
+        verdict.note(Finding(kind=kind, path=SUMMARY_FILE, text=text))
         verdict.repairs.append(f"write {SUMMARY_FILE}")
-        if repair:
-            write_summary(now, sink)
+        if repairing:
+            write_summary(replace(now, generation=repairing.generation), sink)
     if size_of(fs, f"{root}/{REPORT_FILE}") is None:
         verdict.note(Finding(kind="report", path=REPORT_FILE, text="is missing"))
         verdict.repairs.append(f"write {REPORT_FILE}")
-        if repair:
+        if repairing:
             from pipeline.looking.report.page import write_report  # which takes time to import
 
             write_report(sink)

@@ -342,6 +342,7 @@ def _summary(recipe: Recipe, todo: Todo, seen: Seen, lock: DriverLock, strict: b
         todo.shards,
         units_now=seen.units,
         max_failed_fraction=recipe.run.max_failed_fraction,
+        generation=lock.claim.generation,
         strict=strict,
         merged=Merged(fs, root),
     )

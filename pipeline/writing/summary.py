@@ -53,6 +53,7 @@ class Summary:
     failed_by_class: dict[str, int]
     outcome: Outcome
     exit_code: int  # of the command
+    generation: int  # of the driver that added it up; one of an earlier driver than the last is stale
 
 
 def summarise(
@@ -61,6 +62,7 @@ def summarise(
     *,
     units_now: int,
     max_failed_fraction: float,
+    generation: int = 0,
     strict: bool = False,
     merged: Merged | None = None,
 ) -> Summary:
@@ -71,6 +73,7 @@ def summarise(
         shards: the input. The run is complete where each has all of its units committed.
         units_now: units that this run of the command has committed.
         max_failed_fraction: of all results asked for; more is over the error budget.
+        generation: of the driver.
         strict: any failed result gives another exit code than 0.
         merged: where the units' files are instead, for the bytes that they take.
     """
@@ -80,7 +83,11 @@ def summarise(
         totals.add(manifest)
     complete = all(committed.has_whole_shard(shard_slug(shard.path)) for shard in shards)
     return totals.summary(
-        complete=complete, units_now=units_now, max_failed_fraction=max_failed_fraction, strict=strict
+        complete=complete,
+        units_now=units_now,
+        max_failed_fraction=max_failed_fraction,
+        generation=generation,
+        strict=strict,
     )
 
 
@@ -129,6 +136,7 @@ class Totals:
         complete: bool,
         units_now: int,
         max_failed_fraction: float,
+        generation: int = 0,
         strict: bool = False,
         part_complete: bool = False,
     ) -> Summary:
@@ -158,6 +166,7 @@ class Totals:
             failed_by_class=dict(sorted(self._classes.items())),
             outcome=outcome,
             exit_code=STRICT_EXIT_CODE if strict and failed else EXIT_CODES[outcome],
+            generation=generation,
         )
 
 

@@ -132,7 +132,7 @@ class Prepared:
 def drive(recipe: Recipe, *, failing: Iterable[str] = (), retry: bool = False) -> None:
     """A whole run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "_place_of", lambda recipe: Prepared(recipe, failing))
+        patch.setattr(driver, "_executor_of", lambda recipe: Prepared(recipe, failing))
         patch.setattr("pipeline.looking.report.page.write_report", lambda sink: None)
         patch.setitem(DriverLock.__init__.__kwdefaults__, "beat_s", 3600.0)  # a stopped driver's heart does not beat
         driver.run(recipe, progress="off", retry_failed=retry)
@@ -231,9 +231,8 @@ def check(recipe: Recipe, place: Place, left: View, calm: View | None, where: st
     assert record is not None
     found = verify(recipe.sink, record)
     found.by_kind.pop("report", None)  # these runs write none
-    # A summary has one fixed name: stopped within its put, a driver puts an old one in its place (docs/faults.md).
-    old_summary = {"summary"} if where.endswith("/summary.json") else set()
-    assert set(found.by_kind) <= {"stray file"} | old_summary, (where, found.findings)
+    # Also a summary, which has one fixed name: stopped within its put, a driver puts an old one in its place.
+    assert set(found.by_kind) <= {"stray file"}, (where, found.findings)
     if found.by_kind:
         verify(recipe.sink, record, repair=True)
         place.settle()
