@@ -27,7 +27,7 @@ from pipeline.writing.manifest import Manifest
 from pipeline.writing.merged import Merged, Span
 from pipeline.writing.paths import first_problem
 from pipeline.writing.run_record import column_names_of, read_run_record
-from pipeline.writing.spans import samples_of, table_of
+from pipeline.writing.spans import rows_of, samples_of, table_of
 from pipeline.writing.summary import SUMMARY_FILE
 from pipeline.writing.webdataset import pictures_of
 
@@ -165,13 +165,10 @@ class RunFolder:
     def failures(self, spans: Sequence[Span]) -> Iterator[dict[str, str]]:
         """What failed, without its bytes: `FAILURE_COLUMNS` of every row of these units."""
         for span in spans:
-            yield from table_of(self.fs, self.root, span, FAILURE_COLUMNS).to_pylist()
+            yield from rows_of(self.fs, self.root, span, FAILURE_COLUMNS)
 
     def _figures_of(self, span: Span) -> list[ResultRef]:
-        if span.path.endswith(".tar"):
-            rows = [json.loads(sample["json"]) for sample in samples_of(self.fs, self.root, span)]
-        else:
-            rows = table_of(self.fs, self.root, span, ("id", "edit", "method", *NAMES)).to_pylist()
+        rows = rows_of(self.fs, self.root, span, ("id", "edit", "method", *NAMES))
         return [
             ResultRef(
                 span=span,
@@ -179,7 +176,7 @@ class RunFolder:
                 id=row["id"],
                 edit=row["edit"],
                 method=row["method"],
-                figures={name: row.get(name) for name in NAMES},
+                figures={name: row[name] for name in NAMES},
             )
             for at, row in enumerate(rows)
         ]

@@ -15,7 +15,7 @@ from pipeline.recipe import SinkConfig
 from pipeline.writing.commit import Committed, committed_units
 from pipeline.writing.merged import Merged, Span
 from pipeline.writing.run_record import RunRecord
-from pipeline.writing.spans import table_of
+from pipeline.writing.spans import rows_of
 from pipeline.writing.summary import Summary, Totals
 
 SHOWN_SHARDS = 5  # with the most failures
@@ -92,5 +92,5 @@ def _failures(fs: FileSystem, root: str, spans: Sequence[Span]) -> list[dict[str
     found: list[dict[str, str]] = []
     each = max(1, SHOWN_FAILURES // max(1, len(spans)))
     for span in spans:
-        found += table_of(fs, root, span, FAILURE_COLUMNS).slice(0, each).to_pylist()
+        found += rows_of(fs, root, span, FAILURE_COLUMNS)[:each]
     return found

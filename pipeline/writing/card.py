@@ -3,9 +3,6 @@
 Its head names the files of each configuration that count ("default": the results, "quarantine": what failed), their
 features and how many rows they have; its text says how they were made. A README.md of somebody else's is never touched:
 ours then stands beside it as README.shardedit.md.
-
-`datasets` opens all configurations of a folder in the format of the first: beside tars the Parquet of the quarantine
-cannot be one, and has to be opened by its path.
 """
 
 from __future__ import annotations
@@ -70,21 +67,20 @@ def card(
         kinds: of "data" and "quarantine", as far as there are rows: `dataset_info` of their configuration.
         files: of both, relative to the run's folder.
     """
-    in_one_format = [kind for kind in kinds if kind == "data" or sink.format == "parquet"]
     head: dict[str, Any] = {
         "configs": [
             {
                 "config_name": CONFIGURATIONS[kind],
                 "data_files": [{"split": "train", "path": _paths(kind, sink, files.get(kind, ()))}],
             }
-            for kind in in_one_format
+            for kind in kinds
         ],
-        "dataset_info": [{"config_name": CONFIGURATIONS[kind], **kinds[kind]} for kind in in_one_format],
+        "dataset_info": [{"config_name": CONFIGURATIONS[kind], **kinds[kind]} for kind in kinds],
         "task_categories": ["image-to-image"],
         "tags": ["image-editing", "synthetic", "shardedit"],
         "size_categories": [next((name for most, name in SIZES if summary.done < most), "n>10M")],
     }
-    if not in_one_format:
+    if not kinds:
         del head["configs"], head["dataset_info"]
     front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=100)
     return f"---\n{front}---\n{MARK}\n\n" + "\n\n".join(_text(sink, record, summary)) + "\n"
@@ -95,8 +91,7 @@ def _paths(kind: str, sink: SinkConfig, files: Sequence[str]) -> str | list[str]
     # card, by pattern.
     if len(files) <= NAMED:
         return list(files)
-    suffix = SUFFIXES[sink.format] if kind == "data" else "parquet"
-    return f"{kind}/{'train' if sink.shard_size else 'part'}-*.{suffix}"
+    return f"{kind}/{'train' if sink.shard_size else 'part'}-*.{SUFFIXES[sink.format]}"
 
 
 def _text(sink: SinkConfig, record: RunRecord, summary: Summary) -> list[str]:
@@ -105,10 +100,7 @@ def _text(sink: SinkConfig, record: RunRecord, summary: Summary) -> list[str]:
     failed = f"; {summary.failed:,} failed ({reasons}) and are kept, with their reasons, in `quarantine/`"
     opened = 'load_dataset("FOLDER")'
     if summary.failed:
-        quarantine = 'load_dataset("FOLDER", "quarantine")'
-        if sink.format == "webdataset":
-            quarantine = 'load_dataset("parquet", data_files="FOLDER/quarantine/*.parquet")'
-        opened += f"  # the results\n{quarantine}  # what failed"
+        opened += '  # the results\nload_dataset("FOLDER", "quarantine")  # what failed'
     return [
         "# Edited images",
         f"{summary.done:,} results from {summary.images:,} images{failed if summary.failed else ''}. "

@@ -51,9 +51,8 @@ def finish_unit(
             (data_path(unit.id, generation, recipe.sink), _render(rows, recipe, labels_of(unit_input.rows)), len(rows))
         )
     if failed:
-        files.append(
-            (quarantine_path(unit.id, generation, recipe.sink), render_quarantine(failed, unit.id), len(failed))
-        )
+        path = quarantine_path(unit.id, generation, recipe.sink)
+        files.append((path, render_quarantine(failed, unit.id, recipe.sink), len(failed)))
     counts = Counts(
         images=len(unit_input.rows),
         asked=len(encoded),

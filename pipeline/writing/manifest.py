@@ -122,7 +122,7 @@ def data_path(unit_id: str, generation: int, sink: SinkConfig) -> str:
 
 def quarantine_path(unit_id: str, generation: int, sink: SinkConfig) -> str:
     """Where what failed in a unit stands, relative to the run's folder."""
-    return _file_path("quarantine", unit_id, generation, "parquet", sink)
+    return _file_path("quarantine", unit_id, generation, SUFFIXES[sink.format], sink)
 
 
 def _file_path(kind: str, unit_id: str, generation: int, suffix: str, sink: SinkConfig) -> str:

@@ -213,8 +213,7 @@ class _Place:
     def job(self, units: Sequence[Unit]) -> Job:
         """What is to be written."""
         sources = [(file, self.merged.find(file, unit) or Span(file.path, unit, file.rows)) for unit, file in units]
-        suffix = SUFFIXES[self.sink.format] if self.kind == "data" else "parquet"
-        return Job(self.stem, suffix, self.avoid, tuple(sources))
+        return Job(self.stem, SUFFIXES[self.sink.format], self.avoid, tuple(sources))
 
     @property
     def stem(self) -> str:

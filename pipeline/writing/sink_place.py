@@ -15,7 +15,7 @@ from pipeline.reading.listing import expanded
 from pipeline.reading.storage import FileSystem, is_local, open_fs
 from pipeline.recipe import Recipe
 from pipeline.writing.flags import FOLDER
-from pipeline.writing.manifest import SUFFIXES
+from pipeline.writing.manifest import KINDS, SUFFIXES
 
 
 def refuse_sink_over_source(recipe: Recipe) -> None:
@@ -92,7 +92,7 @@ def _picks_results(url: str, recipe: Recipe) -> bool:
     if is_local(fs):
         sink = os.path.realpath(sink)
     suffix = SUFFIXES[recipe.sink.format]
-    written = [f"{sink}/{name}" for name in (f"data/train-0.{suffix}", "quarantine/train-0.parquet", "_parts/data/x/0")]
+    written = [f"{sink}/{kind}/train-0.{suffix}" for kind in KINDS] + [f"{sink}/_parts/data/x/0"]
     for one in expanded(url):
         _, pattern = open_fs(one, recipe.source.storage_options)
         if is_local(fs):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,6 +42,19 @@ def table_of(fs: AbstractFileSystem, root: str, span: Span, columns: Sequence[st
         return table.slice(span.start - (start or 0), span.rows)
 
     return read_part(fs, f"{root}/{span.path}", take)
+
+
+def rows_of(fs: AbstractFileSystem, root: str, span: Span, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Some columns of a span's rows that are no pictures, from either format; those that a row lacks are None.
+
+    Raises:
+        SinkError: the file cannot be read.
+    """
+    if not span.path.endswith(".tar"):
+        rows: list[dict[str, Any]] = table_of(fs, root, span, columns).to_pylist()
+        return rows
+    found = (json.loads(sample["json"]) for sample in samples_of(fs, root, span))
+    return [{name: row.get(name) for name in columns} for row in found]
 
 
 def tar_of(fs: AbstractFileSystem, root: str, span: Span) -> bytes:

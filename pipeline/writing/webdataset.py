@@ -14,7 +14,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from webdataset import TarWriter
@@ -27,11 +27,21 @@ PICTURES = {"image": "edited", "mask": "mask", "input": "input", "input_thumbnai
 
 def render_tar(rows: Sequence[Row], sink: SinkConfig) -> bytes:
     """Write rows as a tar, one sample each, in their order."""
+    return render_samples(_sample(row, sink) for row in rows)
+
+
+def render_samples(samples: Iterable[Mapping[str, Any]]) -> bytes:
+    """Write samples, {member: bytes} and their "__key__", as a tar."""
     buffer = io.BytesIO()
     with TarWriter(buffer, encoder=False, user="", group="", mode=0o644, mtime=0) as writer:
-        for row in rows:
-            writer.write(_sample(row, sink))
+        for sample in samples:
+            writer.write(sample)
     return buffer.getvalue()
+
+
+def json_member(columns: Mapping[str, Any]) -> bytes:
+    """Columns as a sample's JSON, in one fixed spelling."""
+    return json.dumps(columns, sort_keys=True, ensure_ascii=False, allow_nan=False).encode("utf-8")
 
 
 def member_of(column: str, sink: SinkConfig) -> str:
@@ -60,7 +70,7 @@ def _sample(row: Row, sink: SinkConfig) -> dict[str, Any]:
         plain[name] = json.loads(plain[name])
     if row[LABELS]:
         plain["labels"] = row[LABELS]
-    sample["json"] = json.dumps(plain, sort_keys=True, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    sample["json"] = json_member(plain)
     return sample
 
 

@@ -55,19 +55,19 @@ KILLER = SETTLE_QUICKLY + textwrap.dedent("""
 
     local.commit = slow
     for wanted, pause in asked["kills"]:
-        driver = os.fork()
-        if driver == 0:
+        child = os.fork()
+        if child == 0:
             try:
                 driver.run(recipe, progress="off")
             except BaseException as error:
                 print(error, file=sys.stderr, flush=True)
             os._exit(0)
         while committed() < wanted:
-            assert os.waitpid(driver, os.WNOHANG) == (0, 0), "the run ended before it was killed"
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended before it was killed"
             time.sleep(0.02)
         time.sleep(pause)
-        os.kill(driver, signal.SIGKILL)
-        _, status = os.waitpid(driver, 0)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), wanted, committed())
 """)
 

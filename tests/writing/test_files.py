@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, SinkConfig
 from pipeline.writing.parquet import render_parquet
 from pipeline.writing.quarantine import SCHEMA, render_quarantine
 from pipeline.writing.rows import Row, encode_outcome, encode_png, schema
@@ -21,6 +21,8 @@ from pipeline.writing.webdataset import render_tar
 from tests.writing.making import MODEL, make_edited, make_rejected, make_sample
 
 RecipeFor = Callable[..., Recipe]
+
+SINK = SinkConfig(folder="out")
 
 
 def rows_of(recipe: Recipe, count: int = 3, **fields: object) -> list[Row]:
@@ -93,7 +95,7 @@ def test_equal_rows_give_equal_files(recipe_for: RecipeFor) -> None:
     recipe = recipe_for(include_input=True)
     parquet = [render_parquet(rows_of(recipe), schema(recipe.sink), shared=["input.bytes"]) for _ in range(2)]
     tars = [render_tar(rows_of(recipe), recipe.sink) for _ in range(2)]
-    quarantines = [render_quarantine([make_rejected(0), make_rejected(1)], "u") for _ in range(2)]
+    quarantines = [render_quarantine([make_rejected(0), make_rejected(1)], "u", SINK) for _ in range(2)]
     assert parquet[0] == parquet[1]
     assert tars[0] == tars[1]
     assert quarantines[0] == quarantines[1]
@@ -116,13 +118,13 @@ def test_an_input_that_many_edits_share_is_stored_once(recipe_for: RecipeFor) ->
 
 def test_many_rows_are_cut_into_groups_and_none_is_lost() -> None:
     rows = [make_rejected(index) for index in range(250)]
-    file = pq.ParquetFile(io.BytesIO(render_quarantine(rows, "u")))
+    file = pq.ParquetFile(io.BytesIO(render_quarantine(rows, "u", SINK)))
     assert file.metadata.num_row_groups == 3
     assert file.read().column("index").to_pylist() == list(range(250))
 
 
 def test_quarantine_keeps_stage_reason_and_the_bytes_as_read() -> None:
-    (row,) = pq.read_table(io.BytesIO(render_quarantine([make_rejected(4, attempt=2)], "unit-7"))).to_pylist()
+    (row,) = pq.read_table(io.BytesIO(render_quarantine([make_rejected(4, attempt=2)], "unit-7", SINK))).to_pylist()
     assert row == {
         "id": "faces/0001.tar/im.4",
         "shard": "faces/0001.tar",

@@ -125,7 +125,7 @@ def test_units_stand_in_files_of_the_asked_size_in_their_order(make: MakeRecipe,
     assert merge(recipe)
     suffix = {"parquet": "parquet", "webdataset": "tar"}[format]
     assert names(recipe, "data") == [f"data/train-{at:05d}-of-00003.{suffix}" for at in range(3)]
-    assert names(recipe, "quarantine") == ["quarantine/train-00000-of-00001.parquet"]
+    assert names(recipe, "quarantine") == [f"quarantine/train-00000-of-00001.{suffix}"]
     assert not names(recipe, "_parts"), "units' own files are removed"
     assert as_readers_see_it(recipe) == as_globs_see_it(recipe) == wanted()
     fs, root = open_fs(recipe.sink.folder, {})
