@@ -125,10 +125,11 @@ def orderly() -> Iterator[Orderly]:
             raise _end_of(run.told)
 
 
-def at_work() -> None:
-    """From now on the run has something to bring to an end."""
+def at_work(when_told: Callable[[], None] | None = None) -> None:
+    """From now on the run has something to bring to an end; `when_told`: what to do at once when it is told to."""
     if _process.run is not None:
         _process.run.grace_s = GRACE_S
+        _process.run.when_told = when_told
 
 
 def check() -> None:

@@ -22,7 +22,7 @@ from pipeline.common.wording import count
 from pipeline.errors import ClusterError, HeldError, RecipeError, RunAborted, SinkError
 from pipeline.reading.shards import shard_slug
 from pipeline.reading.storage import open_fs
-from pipeline.recipe import Recipe, SinkConfig
+from pipeline.recipe import Recipe
 from pipeline.running.local import Executor, LocalExecutor
 from pipeline.running.preflight import check_captions, refuse_what_the_model_lacks, rows_to_look_at
 from pipeline.running.progress import Display, Watch
@@ -98,7 +98,7 @@ def run(
 
     def hold(part: Partition = WHOLE) -> AbstractContextManager[DriverLock]:
         notify = partial(_say, progress=progress)
-        return _held(DriverLock(recipe.sink, on_lost=executor.stop, partition=part, notify=notify), recipe.sink, stop)
+        return _held(DriverLock(recipe.sink, on_lost=executor.stop, partition=part, notify=notify), stop)
 
     with no_empty_folder(recipe.sink), stopping.orderly() as stop:
         try:
@@ -116,11 +116,10 @@ def run(
 
 
 @contextmanager
-def _held(driver: DriverLock, sink: SinkConfig, stop: stopping.Orderly) -> Iterator[DriverLock]:
+def _held(driver: DriverLock, stop: stopping.Orderly) -> Iterator[DriverLock]:
     """The lock, held; given back by a stop as well."""
     try:
         with driver as lock:
-            stop.when_told = partial(note_stop, sink, lock.claim.generation)
             stop.when_ended = partial(lock.__exit__, None, None, None)
             stopping.check()
             yield lock
@@ -195,7 +194,8 @@ def _run(
         with Watch(executor.seen, display=progress):
             try:
                 lock.check()
-                stopping.at_work()
+                # Not before: attempts come now, and where run.json is not yet there, a note would stand for a lost run.
+                stopping.at_work(when_told=partial(note_stop, recipe.sink, lock.claim.generation))
                 executor.edit(todo, lock.claim)
                 lock.check()
             except BaseException:  # Ctrl-C as well: what is committed by then is worth its summary

@@ -223,6 +223,7 @@ def test_a_command_that_loads_its_model_need_not_finish_that(forks: Forks) -> No
     assert (end.code, end.seconds < 5) == (143, True)
     assert end.said.startswith("Stopped by SIGTERM. ")
     assert locks(forks.folder / "model") == ["released"]
+    assert forks.run("model").code == 0  # what it left is no run that has lost its run.json
 
 
 # The thread that hears of a signal is let in as soon as it can be.
