@@ -30,7 +30,7 @@ from pydantic import (
 )
 
 from pipeline.editing import EDITORS
-from pipeline.editing.base import Editor
+from pipeline.editing.base import EditingMethod
 from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.errors import PrepareError, RecipeError
 from pipeline.inversion import INVERSIONS
@@ -43,10 +43,10 @@ from pipeline.settings.yaml_file import UnusableFileError, parse_yaml, read_yaml
 
 if TYPE_CHECKING:
     AnyInversion = Inversion
-    AnyEditor = Editor
+    AnyEditingMethod = EditingMethod
 else:  # what pydantic reads: the registries as tagged unions
     AnyInversion = Annotated[reduce(or_, INVERSIONS.values()), Field(discriminator="method")]
-    AnyEditor = Annotated[reduce(or_, EDITORS.values()), Field(discriminator="method")]
+    AnyEditingMethod = Annotated[reduce(or_, EDITORS.values()), Field(discriminator="method")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_+-]{0,63}$")]
 
 
@@ -55,7 +55,7 @@ class Method(Section):
 
     inversion: AnyInversion = Field(default_factory=DDPMInversion)
     """How an image becomes a trajectory."""
-    editing: AnyEditor = Field(default_factory=LEditsPP)
+    editing: AnyEditingMethod = Field(default_factory=LEditsPP)
     """How a trajectory becomes an edit."""
 
 
@@ -84,7 +84,7 @@ class Recipe(Section):
     """Which checkpoint edits, at which size and precision."""
     inversion: AnyInversion = Field(default_factory=DDPMInversion)
     """How an image becomes a trajectory."""
-    editing: AnyEditor = Field(default_factory=LEditsPP)
+    editing: AnyEditingMethod = Field(default_factory=LEditsPP)
     """How a trajectory becomes an edit."""
     methods: dict[Name, Method] = Field(default_factory=dict)
     """Instead of inversion and editing: several named pairs, each of which edits every image."""
@@ -314,4 +314,4 @@ def _is_place(text: str, items: list[Any]) -> bool:
     return re.fullmatch(r"[0-9]{1,9}", text) is not None and int(text) < len(items)
 
 
-__all__ = ["Editor", "Inversion", "Method", "Recipe", "load_recipe", "parse_edits", "recipe_from"]
+__all__ = ["EditingMethod", "Inversion", "Method", "Recipe", "load_recipe", "parse_edits", "recipe_from"]

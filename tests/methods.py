@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.editing.base import Editor
+from pipeline.editing.base import EditingMethod
 from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import Steps
@@ -63,7 +63,7 @@ def invert_and_edit(
     given: Source,
     request: EditRequest,
     inversion: Inversion | None = None,
-    editor: Editor | None = None,
+    editor: EditingMethod | None = None,
     **options: Any,
 ) -> Steps[tuple[Trajectory, EditedLatents]]:
     """One image through one inversion and one editor."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.editing import EDITORS
-from pipeline.editing.base import Editor
+from pipeline.editing.base import EditingMethod
 from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.reconstruct import Reconstruct
 from pipeline.engine.calls import Steps
@@ -239,7 +239,9 @@ def test_a_pair_that_does_not_fit_is_refused_with_those_that_do(inversion: str, 
 
 
 @pytest.mark.parametrize("methods", [INVERSIONS, EDITORS], ids=["inversions", "editors"])
-def test_a_method_is_listed_under_the_name_that_recipes_use(methods: dict[str, type[Inversion | Editor]]) -> None:
+def test_a_method_is_listed_under_the_name_that_recipes_use(
+    methods: dict[str, type[Inversion | EditingMethod]],
+) -> None:
     for name, cls in methods.items():
         assert cls.model_fields["method"].default == name
         assert cls.paper

@@ -1,4 +1,4 @@
-"""What an editor is: settings, and one generator that walks a trajectory down to edited latents."""
+"""What an editing method is: settings, and one generator that walks a trajectory down to edited latents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, InversionPrompts, Trajectory
 
 
-class Editor(BaseModel, ABC):
+class EditingMethod(BaseModel, ABC):
     """Turns a trajectory and a request into edited latents. Fields are its settings; a subclass is final."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.editing.base import Editor
+from pipeline.editing.base import EditingMethod
 from pipeline.editing.problems import (
     Problem,
     guidance_problems,
@@ -34,7 +34,7 @@ from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, Trajectory
 
 
-class ClassifierFreeGuidance(Editor):
+class ClassifierFreeGuidance(EditingMethod):
     """Sample under the request's target prompt, against its negative prompt."""
 
     inversions: ClassVar = frozenset({"ddim", "ddpm", "negative_prompt", "noise", "null_text"})
@@ -52,12 +52,12 @@ class ClassifierFreeGuidance(Editor):
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """See `Editor`."""
+        """See `EditingMethod`."""
         yield from target_problems(self.method, request)
         yield from negative_prompt_problems(request, inversion)
 
     def pair_problems(self, inversion: Inversion) -> Iterator[str]:
-        """See `Editor`."""
+        """See `EditingMethod`."""
         if getattr(inversion, "uncond_scope", "all") == "source":
             yield (
                 "uncond_scope: source gives the optimised embeddings to a source branch, and cfg has none: this would "
@@ -74,7 +74,7 @@ class ClassifierFreeGuidance(Editor):
         *,
         keep_history: bool = False,
     ) -> Steps[EditedLatents]:
-        """See `Editor`."""
+        """See `EditingMethod`."""
         if user_mask is not None:
             raise_first(self.mask_problems())
         if trajectory.uncond is None:

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.diffusion.masks import above_average, dilated
-from pipeline.editing.base import Editor
+from pipeline.editing.base import EditingMethod
 from pipeline.editing.problems import Problem, target_problems
 from pipeline.editing.walk import inside_of, start_of, take_step
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps
@@ -30,7 +30,7 @@ from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, StepRecord, Trajectory, WordPair
 
 
-class DiffEdit(Editor):
+class DiffEdit(EditingMethod):
     """Edit inside of a mask that the two texts give, or that the user brings."""
 
     inversions: ClassVar = frozenset({"ddim", "direct"})
@@ -57,7 +57,7 @@ class DiffEdit(Editor):
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """See `Editor`."""
+        """See `EditingMethod`."""
         yield from target_problems(self.method, request)
         try:
             compared_texts(request)
@@ -65,7 +65,7 @@ class DiffEdit(Editor):
             yield Problem("blend_words that do not pair up", str(error))
 
     def pair_problems(self, inversion: Inversion) -> Iterator[str]:
-        """See `Editor`."""
+        """See `EditingMethod`."""
         try:
             self.noised_steps(inversion.schedule_steps)
         except PrepareError as error:
@@ -93,7 +93,7 @@ class DiffEdit(Editor):
         *,
         keep_history: bool = False,
     ) -> Steps[EditedLatents]:
-        """See `Editor`."""
+        """See `EditingMethod`."""
         if user_mask is None:
             maps = yield from self.difference_maps(trajectory, compared_texts(request))
             mask = dilated(

@@ -42,7 +42,7 @@ class FastDiffEdit(DiffEdit):
     image."""
 
     def pair_problems(self, inversion: Inversion) -> Iterator[str]:
-        """See `Editor`. An inpainting UNet cannot invert: it is given a region to repaint, and there is none yet."""
+        """An inpainting UNet cannot invert: it is given a region to repaint, and there is none yet."""
         if self.backend == "inpaint" and inversion.method != "noise":
             yield (
                 "backend: inpaint repaints from noise with an inpainting checkpoint, which inversion.method "

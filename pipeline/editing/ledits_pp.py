@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.diffusion.guidance import edit_directions, multi_edit_guidance
 from pipeline.diffusion.masks import attention_mask, change_of_data, dilated, noise_mask, strongest_region
-from pipeline.editing.base import Editor
+from pipeline.editing.base import EditingMethod
 from pipeline.editing.problems import Problem
 from pipeline.editing.walk import start_of, take_step
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps
@@ -77,7 +77,7 @@ def outside_from_source(
     return torch.where(editable, latents, source_latents), data_pred
 
 
-class LEditsPP(Editor):
+class LEditsPP(EditingMethod):
     """Guide the unconditional prediction by every concept's masked direction."""
 
     inversions: ClassVar = frozenset({"ddpm"})
@@ -98,13 +98,13 @@ class LEditsPP(Editor):
     method's own masks."""
 
     def inverts_under(self, request: EditRequest) -> InversionPrompts:
-        """See `Editor`. The prediction that concepts are added to is the empty or negative prompt's, unguided."""
+        """The prediction that concepts are added to is the empty or negative prompt's, unguided."""
         return InversionPrompts(request.negative_prompt, request.negative_prompt)
 
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """See `Editor`. No concept at all is allowed: the image comes back unedited."""
+        """See `EditingMethod`. No concept at all is allowed: the image comes back unedited."""
         if request.target_prompt and not request.concepts:
             yield Problem(
                 "no concepts",
@@ -128,7 +128,7 @@ class LEditsPP(Editor):
         *,
         keep_history: bool = False,
     ) -> Steps[EditedLatents]:
-        """See `Editor`."""
+        """See `EditingMethod`."""
         num_steps = len(trajectory.timesteps)
         size = (trajectory.latents.shape[-2], trajectory.latents.shape[-1])
         concepts = request.concepts

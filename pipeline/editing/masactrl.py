@@ -23,7 +23,7 @@ from torch.nn.functional import interpolate, scaled_dot_product_attention
 
 from pipeline.diffusion.masks import OfImage
 from pipeline.editing.alignment import token_weights
-from pipeline.editing.base import Editor
+from pipeline.editing.base import EditingMethod
 from pipeline.editing.problems import (
     Problem,
     guidance_problems,
@@ -48,7 +48,7 @@ Keys = Literal["source", "union", "own"]
 Index = Annotated[int, Field(ge=0)]
 
 
-class MutualSelfAttention(Editor):
+class MutualSelfAttention(EditingMethod):
     """What the editors of this kind share: when and where the target reads the source."""
 
     guidance_scale: float = Field(default=7.5, allow_inf_nan=False)
@@ -66,12 +66,12 @@ class MutualSelfAttention(Editor):
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """See `Editor`."""
+        """See `EditingMethod`."""
         yield from target_problems(self.method, request)
         yield from negative_prompt_problems(request, inversion)
 
     def pair_problems(self, inversion: Inversion) -> Iterator[str]:
-        """See `Editor`."""
+        """See `EditingMethod`."""
         yield from guidance_problems(self.guidance_scale, inversion)
         num_steps = inversion.num_steps
         if self.step_idx is None:
@@ -139,7 +139,7 @@ class MasaCtrl(MutualSelfAttention):
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """See `Editor`."""
+        """See `EditingMethod`."""
         yield from super().problems(request, inversion, caption_follows=caption_follows)
         if self.mask != "auto":
             return
@@ -163,7 +163,7 @@ class MasaCtrl(MutualSelfAttention):
         *,
         keep_history: bool = False,
     ) -> Steps[EditedLatents]:
-        """See `Editor`. With `mask: given` the user's mask tells foreground from background, and confines nothing."""
+        """With `mask: given` the user's mask tells foreground from background, and confines nothing."""
         branches = yield from Branches.encode(trajectory, request)
         edit = MasaCtrlEdit(self, trajectory, branches, request, user_mask)
         confines = None if self.mask == "given" else user_mask

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.editing.base import Editor
+from pipeline.editing.base import EditingMethod
 from pipeline.editing.problems import Problem, target_problems
 from pipeline.editing.two_branch import BranchEdit, Branches, BranchRows, two_branch
 from pipeline.editing.walk import take_step
@@ -36,7 +36,7 @@ FEATURE_FACTOR = 4  # latents' side over the side of its features
 FEATURE_BLOCK = 1  # its place in its up block
 
 
-class PlugAndPlay(Editor):
+class PlugAndPlay(EditingMethod):
     """Sample under the target prompt with the source's features and self-attention."""
 
     inversions: ClassVar = frozenset({"ddim", "direct"})
@@ -61,11 +61,11 @@ class PlugAndPlay(Editor):
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """See `Editor`."""
+        """See `EditingMethod`."""
         yield from target_problems(self.method, request)
 
     def pair_problems(self, inversion: Inversion) -> Iterator[str]:
-        """See `Editor`."""
+        """See `EditingMethod`."""
         if self.compat_shift and inversion.method != "ddim":
             yield (
                 "compat_shift shifts the source that is resampled after inversion.method 'ddim'; after "
@@ -80,7 +80,7 @@ class PlugAndPlay(Editor):
         *,
         keep_history: bool = False,
     ) -> Steps[EditedLatents]:
-        """See `Editor`."""
+        """See `EditingMethod`."""
         empty, target, negative = yield EncodeText(
             ("", request.target_prompt, request.negative_prompt or self.negative_prompt)
         )

@@ -28,7 +28,7 @@ from pipeline.editing.alignment import (
     token_weights,
     word_schedule,
 )
-from pipeline.editing.base import Editor
+from pipeline.editing.base import EditingMethod
 from pipeline.editing.problems import (
     Problem,
     guidance_problems,
@@ -50,7 +50,7 @@ BLEND_FACTOR = 4  # latents' side over map side of the layers that LocalBlend re
 SELF_FACTOR = 2  # self-attention is replaced in maps that are this much coarser than the latents, or more
 
 
-class PromptToPrompt(Editor):
+class PromptToPrompt(EditingMethod):
     """Edit by the difference between the source prompt and the target prompt."""
 
     inversions: ClassVar = frozenset({"ddim", "ddpm", "direct", "negative_prompt", "noise", "null_text"})
@@ -79,7 +79,7 @@ class PromptToPrompt(Editor):
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """See `Editor`."""
+        """See `EditingMethod`."""
         yield from target_problems(self.method, request)
         yield from negative_prompt_problems(request, inversion)
         has_source = bool(request.source_prompt) or caption_follows
@@ -124,7 +124,7 @@ class PromptToPrompt(Editor):
             )
 
     def pair_problems(self, inversion: Inversion) -> Iterator[str]:
-        """See `Editor`."""
+        """See `EditingMethod`."""
         yield from guidance_problems(self.guidance_scale, inversion)
         yield from window_problems("cross_replace_steps", self.cross_replace_steps, inversion)
         yield from window_problems("self_replace_steps", self.self_replace_steps, inversion)
@@ -137,7 +137,7 @@ class PromptToPrompt(Editor):
         *,
         keep_history: bool = False,
     ) -> Steps[EditedLatents]:
-        """See `Editor`."""
+        """See `EditingMethod`."""
         branches = yield from Branches.encode(trajectory, request)
         edit = self.begin(trajectory, branches, request)
         return (yield from two_branch(trajectory, branches, edit, user_mask, keep_history=keep_history))

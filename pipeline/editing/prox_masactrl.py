@@ -58,7 +58,7 @@ class ProxMasaCtrl(MutualSelfAttention):
         return self
 
     def pair_problems(self, inversion: Inversion) -> Iterator[str]:
-        """See `Editor`."""
+        """See `EditingMethod`."""
         if self.npi_step > 0 and inversion.method != NATIVE_INVERSION:
             yield (
                 f"npi_step is {self.npi_step}, but inversion.method '{inversion.method}' brings no unconditional "
@@ -79,7 +79,7 @@ class ProxMasaCtrl(MutualSelfAttention):
         *,
         keep_history: bool = False,
     ) -> Steps[EditedLatents]:
-        """See `Editor`."""
+        """See `EditingMethod`."""
         branches = yield from Branches.encode(trajectory, request)
         if trajectory.uncond is not None:
             # The source takes its own prompt in both halves, however the target's embedding is interpolated.

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from pipeline.editing.base import Editor
+from pipeline.editing.base import EditingMethod
 from pipeline.editing.problems import Problem
 from pipeline.editing.walk import Predict, guided_against_brought, no_masks, walk
 from pipeline.engine.calls import EncodeText, Steps
@@ -20,7 +20,7 @@ from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, Trajectory
 
 
-class Reconstruct(Editor):
+class Reconstruct(EditingMethod):
     """Replay a trajectory."""
 
     paper: ClassVar = "the replay step of any inversion"
@@ -31,7 +31,7 @@ class Reconstruct(Editor):
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """See `Editor`: every request will do, what it wants changed is not read."""
+        """See `EditingMethod`: every request will do, what it wants changed is not read."""
         yield from ()
 
     def edit(
@@ -42,7 +42,7 @@ class Reconstruct(Editor):
         *,
         keep_history: bool = False,
     ) -> Steps[EditedLatents]:
-        """See `Editor`."""
+        """See `EditingMethod`."""
         if trajectory.source_guidance == 1.0 or trajectory.uncond is None:
             prompt = yield from GuidedPrompt.encode(
                 trajectory.source_prompt, trajectory.source_guidance, trajectory.source.negative_prompt

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.editing.base import Editor
+from pipeline.editing.base import EditingMethod
 from pipeline.engine.engine import Engine
 from pipeline.records import EditedLatents, EditRequest, Source, Trajectory
 
@@ -54,6 +54,8 @@ def source_of(engine: Engine, latents: Tensor, prompt: str, noises: Tensor | Non
     )
 
 
-def edit(engine: Engine, editor: Editor, trajectory: Trajectory, request: EditRequest, **options: Any) -> EditedLatents:
+def edit(
+    engine: Engine, editor: EditingMethod, trajectory: Trajectory, request: EditRequest, **options: Any
+) -> EditedLatents:
     """One edit of one image, with what every step did."""
     return engine.run_one(editor.edit(trajectory, request, keep_history=True, **options))
