@@ -126,6 +126,10 @@ class Unreadable:
     message: str  # without addresses, times and hosts; names the offset where a shard is damaged
 
 
+ReadRow = Sample | Unreadable
+"""A row as it was read, or why it could not be."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
     """A fixed chunk of one input shard: what is planned, edited and committed as a whole."""
@@ -145,7 +149,7 @@ class UnitInput:
     unit: Unit
     shard_size: int  # bytes of the shard, as listed
     shard_etag: str  # version of the shard as the store tells it; "" where it tells none
-    rows: tuple[Sample | Unreadable, ...]
+    rows: tuple[ReadRow, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,7 @@ from pipeline.engine.calls import (
     TextConditioning,
     UNetAnswer,
 )
-from pipeline.engine.packing import Batch, Pending, Row, RowQueue, rows_per_call
+from pipeline.engine.packing import Batch, CallRow, PendingCall, RowQueue, rows_per_call
 from pipeline.errors import EditError
 
 CACHED_PROMPTS = 1024  # embeddings kept per worker; at 77 x 768 float32 that is 240 MB
@@ -284,13 +284,13 @@ class Engine:
     def _enqueue(self, task: _Task, call: Denoise) -> None:
         if call.watch is not None:
             self.backbone.check_watchable(*call.latents.shape[-2:])
-        pending = Pending(task, call)
+        pending = PendingCall(task, call)
         if rows_per_call(pending.kind, self.call_size) == 0:
             raise EditError(self._does_not_fit(pending))
         task.unet_rows += call.cost
         self._queue.push(pending)
 
-    def _does_not_fit(self, pending: Pending) -> str:
+    def _does_not_fit(self, pending: PendingCall) -> str:
         return (
             f"{pending.group} rows read each other and must share a UNet call, which has {self.call_size} rows. Set "
             f"run.call_size to {pending.group} or more"
@@ -352,12 +352,12 @@ class Engine:
                 continue
             self._deliver(single, answer)
 
-    def _fail_askers(self, row: Row, error: Exception) -> None:
+    def _fail_askers(self, row: CallRow, error: Exception) -> None:
         for pending in dict.fromkeys(pending for pending, _ in row.askers):
             if pending.missing >= 0:  # it may have failed with another of its rows
                 self._fail(pending, error)
 
-    def _fail(self, pending: Pending, error: Exception) -> None:
+    def _fail(self, pending: PendingCall, error: Exception) -> None:
         pending.missing = -1
         self._queue.drop(pending)
         self._ready.append((pending.owner, None, error))

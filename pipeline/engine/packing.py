@@ -24,7 +24,7 @@ GRADIENT_SHARE = 4  # a call that keeps its activations has this fraction of a p
 
 
 @dataclass(slots=True, eq=False)
-class Pending:
+class PendingCall:
     """One `Denoise` call whose rows are on their way."""
 
     owner: Any  # whoever waits for the answer
@@ -77,13 +77,13 @@ class Pending:
 
 
 @dataclass(slots=True, eq=False)
-class Row:
+class CallRow:
     """One row of a UNet call, and everyone who asked for it: a `Denoise` call and the place of the row in it."""
 
-    askers: list[tuple[Pending, int]]
+    askers: list[tuple[PendingCall, int]]
 
     @property
-    def pending(self) -> Pending:
+    def pending(self) -> PendingCall:
         """The first call that asked for it."""
         return self.askers[0][0]
 
@@ -129,7 +129,7 @@ def rows_per_call(kind: Kind, call_size: int) -> int:
 class Batch:
     """The rows of one UNet call, not yet padded; groups stand together."""
 
-    rows: list[Row]
+    rows: list[CallRow]
 
     @property
     def kind(self) -> Kind:
@@ -142,7 +142,7 @@ class Batch:
         return sum(len(row.askers) for row in self.rows)
 
     @property
-    def groups(self) -> list[list[Row]]:
+    def groups(self) -> list[list[CallRow]]:
         """Its rows by group."""
         size = self.rows[0].pending.group
         return [self.rows[start : start + size] for start in range(0, len(self.rows), size)]
@@ -164,7 +164,7 @@ class Batch:
             cotangents=self._cotangents(size),
         )
 
-    def _starts(self) -> Iterator[tuple[int, list[Row]]]:
+    def _starts(self) -> Iterator[tuple[int, list[CallRow]]]:
         start = 0
         for group in self.groups:
             yield start, group
@@ -201,7 +201,7 @@ class Batch:
         given = [row.pending.call.cotangent for row in self.rows if row.pending.call.cotangent is not None]
         return tuple(self._padded(given, size)) if given else None
 
-    def deliver(self, answer: UNetAnswer) -> Iterator[Pending]:
+    def deliver(self, answer: UNetAnswer) -> Iterator[PendingCall]:
         """Hand out the answers of a call; yields the calls that have all theirs."""
         seen = iter(answer.seen)
         for number, row in enumerate(self.rows):
@@ -228,17 +228,17 @@ class RowQueue:
     once."""
 
     def __init__(self) -> None:
-        self._by_kind: OrderedDict[Kind, deque[Row]] = OrderedDict()
-        self._waiting: dict[tuple[Any, ...], Row] = {}  # by sameness
+        self._by_kind: OrderedDict[Kind, deque[CallRow]] = OrderedDict()
+        self._waiting: dict[tuple[Any, ...], CallRow] = {}  # by sameness
 
     def __len__(self) -> int:
         return sum(len(rows) for rows in self._by_kind.values())
 
-    def push(self, pending: Pending) -> None:
+    def push(self, pending: PendingCall) -> None:
         """Queue all rows of a call."""
         rows = self._by_kind.setdefault(pending.kind, deque())
         for at in range(len(pending.call.timesteps)):
-            row = Row([(pending, at)])
+            row = CallRow([(pending, at)])
             if (sameness := row.sameness) is not None:
                 waiting = self._waiting.setdefault(sameness, row)
                 if waiting is not row:
@@ -269,19 +269,19 @@ class RowQueue:
         """Return the rows of a call that was not made to the head of their queue, in their order."""
         self._by_kind.setdefault(batch.kind, deque()).extendleft(reversed(batch.rows))
 
-    def calls(self) -> list[Pending]:
+    def calls(self) -> list[PendingCall]:
         """Calls that wait for answers, once each."""
         rows = (row for waiting in self._by_kind.values() for row in waiting)
         return list(dict.fromkeys(asker for row in rows for asker, _ in row.askers))
 
-    def too_large(self, call_size: int) -> list[Pending]:
+    def too_large(self, call_size: int) -> list[PendingCall]:
         """Calls whose group does not fit into a UNet call, once each."""
         found = [
             row.pending for kind, rows in self._by_kind.items() if rows_per_call(kind, call_size) == 0 for row in rows
         ]
         return list(dict.fromkeys(found))
 
-    def drop(self, pending: Pending) -> None:
+    def drop(self, pending: PendingCall) -> None:
         """Forget the rows of a call that failed, but for those that others asked for, too."""
         for kind, rows in list(self._by_kind.items()):
             for row in rows:
@@ -292,7 +292,7 @@ class RowQueue:
             if not self._by_kind[kind]:
                 del self._by_kind[kind]
 
-    def _forget(self, row: Row) -> None:
+    def _forget(self, row: CallRow) -> None:
         """No later asker may join a row."""
         sameness = row.sameness
         if sameness is not None and self._waiting.get(sameness) is row:

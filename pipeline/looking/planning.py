@@ -24,7 +24,7 @@ from pipeline.reading.rows import light
 from pipeline.reading.shards import ReadTask, Shard
 from pipeline.reading.units import count_rows, plan_reads, read_units
 from pipeline.recipe import Recipe
-from pipeline.records import Sample, Unreadable
+from pipeline.records import ReadRow, Sample
 from pipeline.running.preflight import check_captions, todo_of_plan
 from pipeline.settings.sections import RunConfig, WorkerRange
 
@@ -189,7 +189,7 @@ class Looked:
     """Rows whose edits were looked at. Their pictures are not kept, but for those that a probe edits."""
 
     cost: Cost = field(default_factory=Cost)
-    rows: list[Sample | Unreadable] = field(default_factory=list)
+    rows: list[ReadRow] = field(default_factory=list)
     to_probe: list[Sample] = field(default_factory=list)
     complete: bool = False  # whether these are all
 
@@ -215,12 +215,12 @@ def _nothing(_: str) -> bool:
     return False
 
 
-def _rows_of(task: ReadTask, recipe: Recipe) -> Iterator[Sample | Unreadable]:
+def _rows_of(task: ReadTask, recipe: Recipe) -> Iterator[ReadRow]:
     for unit in read_units(task, recipe.source, recipe.run.unit_size, _nothing):
         yield from unit.rows
 
 
-def add_cost(cost: Cost, row: Sample | Unreadable, recipe: Recipe, counter: RowCounter) -> None:
+def add_cost(cost: Cost, row: ReadRow, recipe: Recipe, counter: RowCounter) -> None:
     """Add what a row asks for."""
     asked = asked_of(row, recipe)
     cost.results += len(asked.edits) * len(recipe.all_methods)

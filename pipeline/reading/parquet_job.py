@@ -22,7 +22,7 @@ from pipeline.reading.parquet_rows import (
     rows_of,
 )
 from pipeline.reading.rows import damaged_row
-from pipeline.records import Sample, Unreadable
+from pipeline.records import ReadRow, Unreadable
 from pipeline.settings.sections import SourceConfig
 
 MAX_TEXT = 16 << 20  # bytes of JSON that all but a row's pictures and members may become
@@ -66,7 +66,7 @@ def answer(channel: Channel, head: dict[str, Any], tail: bytes, allow: Allow) ->
     return {"done": True}, []
 
 
-def _packed(row: Sample | Unreadable) -> Answer:
+def _packed(row: ReadRow) -> Answer:
     blobs: list[bytes] = []
     text = json.dumps(pack_row(row, blobs), default=str)
     if len(text) <= MAX_TEXT:

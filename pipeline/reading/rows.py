@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from pipeline.records import Sample, Unreadable
+from pipeline.records import ReadRow, Sample, Unreadable
 from pipeline.settings.sections import SourceConfig
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm", "pbm", "jp2", "avif")
@@ -130,7 +130,7 @@ def damaged_row(shard: str, key: str, name: str, index: int, message: str) -> Un
     return unreadable(Sample(id=f"{shard}/{name}", shard=shard, key=key, index=index, image=b""), message)
 
 
-def light(row: Sample | Unreadable) -> Sample | Unreadable:
+def light(row: ReadRow) -> ReadRow:
     """A row as far as it says what is asked for and what it is made of: without its pictures and all that is long."""
     if isinstance(row, Unreadable):
         return replace(row, sample=_light(row.sample))
@@ -157,7 +157,7 @@ def build_sample(
     index: int,
     image_path: str = "",
     problem: str = "",
-) -> Sample | Unreadable:
+) -> ReadRow:
     """One row from its members.
 
     Args:

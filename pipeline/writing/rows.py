@@ -26,7 +26,7 @@ from pipeline.recipe import Recipe, SinkConfig
 from pipeline.records import Edited, Outcome, Rejected, Sample
 from pipeline.writing.instructions import instruction_of
 
-Row = dict[str, Any]
+OutputRow = dict[str, Any]
 """One output row under our own names, and `LABELS`; `as_written` makes it ready for `schema`."""
 LABELS = "labels of the source"  # in a row: {column of the source: number of the class}; no column's name
 PNG_LEVEL = 4  # of zlib, 0..9: a third of the time of the default 6, for 2 % more bytes
@@ -100,7 +100,7 @@ def label_column(name: str, taken: Container[str]) -> str:
     return name
 
 
-def as_written(row: Row, sink: SinkConfig, labels: Labels | None = None) -> Row:
+def as_written(row: OutputRow, sink: SinkConfig, labels: Labels | None = None) -> OutputRow:
     """A row under the names that `schema` gives its columns."""
     named = {sink.column_names.get(name, name): value for name, value in row.items() if name != LABELS}
     columns = {name: label_column(name, named) for name in sorted(labels or {})}
@@ -118,7 +118,7 @@ def _feature(kind: pa.DataType) -> Any:
     return [_FEATURES[kind.value_type]] if pa.types.is_list(kind) else _FEATURES[kind]
 
 
-def encode_outcome(outcome: Outcome, recipe: Recipe, model: ModelRecord, call_size: int) -> Row | Rejected:
+def encode_outcome(outcome: Outcome, recipe: Recipe, model: ModelRecord, call_size: int) -> OutputRow | Rejected:
     """Turn a result into a row. What was rejected stays so; what cannot be encoded is rejected in stage "encode".
 
     Args:
@@ -142,10 +142,10 @@ def encode_outcome(outcome: Outcome, recipe: Recipe, model: ModelRecord, call_si
         )
 
 
-def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> Row:
+def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> OutputRow:
     sample, request, sink = edited.sample, edited.request, recipe.sink
     stem = stem_of(sample, edited.edit, edited.method)
-    row: Row = {
+    row: OutputRow = {
         "id": clean(sample.id),
         "shard": clean(sample.shard),
         "key": clean(sample.key),
