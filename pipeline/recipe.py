@@ -37,7 +37,7 @@ from pipeline.inversion import INVERSIONS
 from pipeline.inversion.base import Inversion
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.records import EditRequest
-from pipeline.settings.explain import describe
+from pipeline.settings.explain import problems_in_words
 from pipeline.settings.sections import ModelConfig, RunConfig, Section, SinkConfig, SourceConfig
 from pipeline.settings.yaml_file import UnusableFileError, parse_yaml, read_yaml_file
 
@@ -220,7 +220,7 @@ def _one_edit(value: Any, name: str, where: str) -> EditRequest:
     try:
         return EditRequest.model_validate(_without_none(value))
     except ValidationError as error:
-        problems = "; ".join(f"{path}: {text}" for path, text in describe(error, EditRequest))
+        problems = "; ".join(f"{path}: {text}" for path, text in problems_in_words(error, EditRequest))
         raise PrepareError(f"{where} is no edit request: {problems}") from error
 
 
@@ -253,7 +253,7 @@ def recipe_from(data: Any, where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(where, _as_written(describe(error, Recipe), data)) from error
+        raise RecipeError(where, _as_written(problems_in_words(error, Recipe), data)) from error
     except RecipeError as error:
         raise RecipeError(where, _as_written(error.problems, data)) from error
 
@@ -272,7 +272,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply overrides such as `inversion.num_steps=20`; values are YAML.
 
     Raises:
-        RecipeError: the file cannot be read or does not describe a possible run; lists every problem.
+        RecipeError: the file cannot be read or does not problems_in_words a possible run; lists every problem.
     """
     where = str(path)
     try:

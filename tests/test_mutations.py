@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline.looking.findings import Verdict
+from pipeline.looking.findings import RunVerdict
 from pipeline.looking.runs import find_run
 from pipeline.looking.verify import verify
 from pipeline.recipe import recipe_from
@@ -47,7 +47,7 @@ def run(made: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def verdict_on(run: Path, **settings: Any) -> Verdict:
+def verdict_on(run: Path, **settings: Any) -> RunVerdict:
     found = find_run(str(run.parent / "recipe.yaml"))
     return verify(found.sink, found.record, **{"source": found.source, **settings})
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline.looking.planning import Plan
     from pipeline.looking.runs import Run
     from pipeline.looking.status import Status
-    from pipeline.looking.verify import Verdict
+    from pipeline.looking.verify import RunVerdict
     from pipeline.recipe import Recipe
     from pipeline.writing.summary import Summary
 
@@ -117,7 +117,7 @@ def first_words(message: str) -> str:
     return " ".join(message.split())[:160]
 
 
-def show_verdict(verdict: Verdict, run: Run) -> None:
+def show_verdict(verdict: RunVerdict, run: Run) -> None:
     """What is wrong, where, and what puts it right."""
     from pipeline.common.wording import count, size_text
 

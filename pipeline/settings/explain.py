@@ -26,7 +26,7 @@ _PLAIN = {"int_type", "literal_error"}
 _KIND_ENDS = ("_type", "_parsing", "_from_float", "greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
-def describe(error: ValidationError, root: type[BaseModel]) -> list[tuple[str, str]]:
+def problems_in_words(error: ValidationError, root: type[BaseModel]) -> list[tuple[str, str]]:
     """Pydantic's findings as (key path, what is wrong and the way out), one for each key.
 
     Args:
