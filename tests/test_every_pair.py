@@ -45,7 +45,7 @@ EDITOR_SETTINGS: dict[str, dict[str, Any]] = {
     "prompt_to_prompt": {"cross_replace_steps": (0.0, 1.0)},
 }
 
-# UNet rows of one image with a source prompt and one target: of the inversion, and of the edit per step of it (with
+# Network rows of one image with a source prompt and one target: of the inversion, and of the edit per step of it (with
 # what it takes once besides). These are the smallest layouts that lose nothing; fewer are welcome.
 INVERSION_ROWS: dict[str, Callable[[], int]] = {
     "ddim": lambda: S,
@@ -157,9 +157,9 @@ def test_rows_are_those_of_the_smallest_lossless_layout_or_fewer_and_planning_co
     planned = RowCounter(recipe(inversion, editor)).rows({"edit": REQUEST})
     assert planned <= INVERSION_ROWS[inversion]() + S * per_step[inversion] + once
     if inversion == "null_text":  # stops early where it has arrived
-        assert finished.unet_rows <= planned
+        assert finished.network_rows <= planned
     else:
-        assert finished.unet_rows == planned
+        assert finished.network_rows == planned
 
 
 def test_no_pair_is_a_copy_of_a_cheaper_one(beside_all_others: Any) -> None:
@@ -188,7 +188,7 @@ def test_guidance_without_a_source_branch_reads_what_the_inversion_brings() -> N
     finished = sorted(Engine(tiny_sd(), call_size=CALL_SIZE).run(generators), key=lambda one: one.index)
     unchanged, walked, against_source, against_nothing = (one.value[1].latents for one in finished)
     assert torch.equal(unchanged, walked)
-    assert finished[0].unet_rows == 2 * S
+    assert finished[0].network_rows == 2 * S
     assert not torch.allclose(against_source, against_nothing, rtol=0.1)
 
 

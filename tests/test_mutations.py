@@ -223,7 +223,7 @@ def test_a_folder_that_lost_its_run_json_is_told_as_such(run: Path) -> None:
     said = shardedit("verify", run)
     assert said.exit_code == 1
     assert "run.json: it is lost" in said.stderr
-    (run / "run.json").write_text('{"schema_version": 3, "recipe": {}}')
+    (run / "run.json").write_text('{"schema_version": 4, "recipe": {}}')
     said = shardedit("status", run)
     assert "is no record of a run" in said.stderr
 

@@ -5,7 +5,7 @@ SDEdit (above 0); on `ddim` it is the plain edit that the other methods improve 
 `negative_prompt` the embeddings that these bring take the empty prompt's place. There is no source branch, so that
 `direct` would have nothing to put back.
 
-Cost: two UNet rows per step walked, one at guidance 1 or 0. Masks: none.
+Cost: two network rows per step walked, one at guidance 1 or 0. Masks: none.
 """
 
 from __future__ import annotations

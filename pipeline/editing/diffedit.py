@@ -150,7 +150,7 @@ class DiffEdit(EditingMethod):
         )
 
     def inpaint_input(self, trajectory: Trajectory, mask: Tensor) -> Steps[Tensor | None]:
-        """What the UNet is given beside the latents to repaint a mask (h, w) bool: (1 + C, h, w), or None."""
+        """What the network is given beside the latents to repaint a mask (h, w) bool: (1 + C, h, w), or None."""
         return None
         yield  # a generator, since an editor that has something to give must encode it
 

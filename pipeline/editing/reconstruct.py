@@ -1,6 +1,6 @@
 """No edit: walk the trajectory back under the inversion's own prediction, and see what returns.
 
-The measure of an inversion, and the identity of a pipeline. Cost: one UNet row per step (two with a guided source
+The measure of an inversion, and the identity of a pipeline. Cost: one network row per step (two with a guided source
 prompt), of which none is left out although an exact inversion could: walking is the point. Masks: none.
 """
 

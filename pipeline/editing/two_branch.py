@@ -28,7 +28,7 @@ from pipeline.records import EditedLatents, EditRequest, StepRecord, Trajectory
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Branches:
-    """The prompts of one edit, as the UNet reads them."""
+    """The prompts of one edit, as the network reads them."""
 
     source: TextConditioning
     source_uncond: tuple[TextConditioning, ...]  # N, one per step
@@ -104,7 +104,7 @@ class BranchEdit:
         self.source_guidance = guidance_scale if source_guidance is None else source_guidance
 
     def reads_attention(self, step: int) -> bool:
-        """Whether the target's rows, or a mask, read the source's rows inside the UNet at this step."""
+        """Whether the target's rows, or a mask, read the source's rows inside the network at this step."""
         return False
 
     def reads_latents(self, step: int) -> bool:

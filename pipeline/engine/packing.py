@@ -1,4 +1,4 @@
-"""Packing: the rows of all pending `Denoise` calls, in UNet calls of one fixed shape.
+"""Packing: the rows of all pending `Denoise` calls, in network calls of one fixed shape.
 
 In calls of one shape a row's answer does not depend on its neighbours, bit for bit; across shapes it does, in the last
 digits. So a short call is filled up with copies that nobody reads, and results depend on the call size alone.
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.engine.calls import Denoise, Denoised, UNetAnswer, UNetCall
+from pipeline.engine.calls import Denoise, Denoised, NetworkAnswer, NetworkCall
 
 Kind = tuple[Any, ...]
-"""What the rows of one UNet call have in common: shapes, whether a control acts on them and gradients are wanted, and
-the size of their groups."""
+"""What the rows of one network call have in common: shapes, whether a control acts on them, whether gradients are
+wanted, and the size of their groups."""
 
 GRADIENT_SHARE = 4  # a call that keeps its activations has this fraction of a plain call's rows
 
@@ -61,7 +61,7 @@ class PendingCall:
 
     @property
     def group(self) -> int:
-        """Rows that must share a UNet call."""
+        """Rows that must share a network call."""
         return 1 if self.call.control is None else len(self.call.timesteps)
 
     def answer(self) -> Denoised:
@@ -78,7 +78,7 @@ class PendingCall:
 
 @dataclass(slots=True, eq=False)
 class CallRow:
-    """One row of a UNet call, and everyone who asked for it: a `Denoise` call and the place of the row in it."""
+    """One row of a network call, and everyone who asked for it: a `Denoise` call and the place of the row in it."""
 
     askers: list[tuple[PendingCall, int]]
 
@@ -118,8 +118,8 @@ def _place_of(latents: Tensor) -> tuple[Any, ...]:
 
 
 def rows_per_call(kind: Kind, call_size: int) -> int:
-    """Rows of a UNet call of a kind: whole groups, and fewer where gradients are wanted. It hangs on nothing else, so
-    that a row's bits do not either. Zero where not one group fits."""
+    """Rows of a network call of a kind: whole groups, and fewer where gradients are wanted. Zero where not one group
+    fits. It depends on nothing else, so that a row's bits do not either."""
     wants_gradients, group = kind[-2:]
     size = max(group, call_size // GRADIENT_SHARE) if wants_gradients else call_size
     return int(min(size, call_size) // group * group)
@@ -127,7 +127,7 @@ def rows_per_call(kind: Kind, call_size: int) -> int:
 
 @dataclass(slots=True)
 class Batch:
-    """The rows of one UNet call, not yet padded; groups stand together."""
+    """The rows of one network call, not yet padded; groups stand together."""
 
     rows: list[CallRow]
 
@@ -147,11 +147,11 @@ class Batch:
         size = self.rows[0].pending.group
         return [self.rows[start : start + size] for start in range(0, len(self.rows), size)]
 
-    def as_call(self, size: int) -> UNetCall:
+    def as_call(self, size: int) -> NetworkCall:
         """The call of `size` rows, filled up with copies of its first ones."""
         controls = [(start, group[0].pending.call.control) for start, group in self._starts()]
         rows = [(row.pending.call, row.at) for row in self.rows]
-        return UNetCall(
+        return NetworkCall(
             latents=torch.stack(self._padded([call.latents[at] for call, at in rows], size)),
             timesteps=self._padded([call.timesteps[at] for call, at in rows], size),
             embeddings=self._padded([call.conditioning[at].embedding for call, at in rows], size),
@@ -201,7 +201,7 @@ class Batch:
         given = [row.pending.call.cotangent for row in self.rows if row.pending.call.cotangent is not None]
         return tuple(self._padded(given, size)) if given else None
 
-    def deliver(self, answer: UNetAnswer) -> Iterator[PendingCall]:
+    def deliver(self, answer: NetworkAnswer) -> Iterator[PendingCall]:
         """Hand out the answers of a call; yields the calls that have all theirs."""
         seen = iter(answer.seen)
         for number, row in enumerate(self.rows):
@@ -224,8 +224,8 @@ class Batch:
 
 
 class RowQueue:
-    """Rows that wait for a UNet call, oldest first, by kind. A row that is asked for again while it waits is computed
-    once."""
+    """Rows that wait for a network call, oldest first, by kind. A row that is asked for again while it waits is
+    computed once."""
 
     def __init__(self) -> None:
         self._by_kind: OrderedDict[Kind, deque[CallRow]] = OrderedDict()
@@ -275,7 +275,7 @@ class RowQueue:
         return list(dict.fromkeys(asker for row in rows for asker, _ in row.askers))
 
     def too_large(self, call_size: int) -> list[PendingCall]:
-        """Calls whose group does not fit into a UNet call, once each."""
+        """Calls whose group does not fit into a network call, once each."""
         found = [
             row.pending for kind, rows in self._by_kind.items() if rows_per_call(kind, call_size) == 0 for row in rows
         ]

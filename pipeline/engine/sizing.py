@@ -1,4 +1,4 @@
-"""How many rows a UNet call should have on this device: found by a probe when the model is loaded.
+"""How many rows a network call should have on this device: found by a probe when the model is loaded.
 
 Too few leave a GPU idle, too many wait for rows, pad, and run out of memory. The size is part of a run's record, since
 bits are equal within one call size.
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from pipeline.engine.backbone import Backbone
-from pipeline.engine.calls import UNetCall
+from pipeline.engine.calls import NetworkCall
 
 CANDIDATES = (4, 8, 16, 32, 64, 128)
 GOOD_ENOUGH = 0.95  # share of the best throughput at which the smaller call is preferred
@@ -59,7 +59,7 @@ def probe_call_size(backbone: Backbone, image_size: int) -> int:
                 if round_ == 1:
                     started = time.perf_counter()
                 # The answer is brought to the CPU, as the engine does: that waits for the device.
-                backbone.denoise(UNetCall(latents, [500] * size, [prompt.embedding] * size, watch)).noise_preds.cpu()
+                backbone.denoise(NetworkCall(latents, [500] * size, [prompt.embedding] * size, watch)).noise_preds.cpu()
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return None

@@ -45,4 +45,4 @@ class Inversion(BaseModel, ABC):
 
     @abstractmethod
     def rows(self, source_prompt: str) -> int:
-        """UNet rows that one inversion takes."""
+        """Network rows that one inversion takes."""

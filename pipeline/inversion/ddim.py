@@ -1,6 +1,6 @@
 """DDIM inversion (Song et al., arXiv 2010.02502, section 4.3; Dhariwal and Nichol, arXiv 2105.05233, appendix F).
 
-Cost: one UNet row per step at guidance 1 or 0, two otherwise; steps depend on each other, so no two share a call.
+Cost: one network row per step at guidance 1 or 0, two otherwise; steps depend on each other, so no two share a call.
 Reconstruction: approximate, it drifts with guidance. Memory: N + 1 latents per image. Deterministic.
 """
 

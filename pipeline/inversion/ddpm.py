@@ -1,6 +1,6 @@
 """Edit-friendly DDPM inversion (Huberman-Spiegelglas et al., arXiv 2304.06140), as LEDITS++ extends it.
 
-Cost: one UNet row per kept step (two with a guided source prompt), all asked for in one go, since each noisy latent
+Cost: one network row per kept step (two with a guided source prompt), all asked for in one go, since each noisy latent
 is drawn straight from the image. Reconstruction: exact by construction, whatever the network predicts.
 Memory: 3 N + 1 latents per image. Stochastic: one seed per image.
 """

@@ -1,6 +1,6 @@
 """The forward process as a start: pure noise at step 0 (text to image), the noised image below it (SDEdit).
 
-SDEdit: Meng et al., arXiv 2108.01073. Cost: no UNet row. Reconstruction: none. Memory: N + 1 latents per image.
+SDEdit: Meng et al., arXiv 2108.01073. Cost: no network row. Reconstruction: none. Memory: N + 1 latents per image.
 Stochastic: one seed per image.
 """
 

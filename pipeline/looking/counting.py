@@ -1,4 +1,4 @@
-"""How many UNet rows an image will take: the generators that edit it run against a model that answers with zeros."""
+"""How many network rows an image will take: the generators that edit it run against a model that answers with zeros."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import ModelRecord
-from pipeline.engine.calls import TextConditioning, UNetAnswer, UNetCall
+from pipeline.engine.calls import NetworkAnswer, NetworkCall, TextConditioning
 from pipeline.engine.controls import Layer
 from pipeline.engine.engine import Engine
 from pipeline.flow import edit_prepared
@@ -23,7 +23,7 @@ from pipeline.records import EditRequest, Placement, Prepared, Sample
 
 @dataclass(slots=True)
 class RowCounter:
-    """UNet rows of one image under some requests, by running the flow's own generators. Each distinct case once."""
+    """Network rows of one image under some requests, by running the flow's own generators. Each distinct case once."""
 
     recipe: Recipe
     known: dict[Any, int] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class RowCounter:
         masked: bool = False,
         refused: frozenset[tuple[str, str]] = frozenset(),
     ) -> int:
-        """UNet rows of an image that is edited as `requests` say, by every method of the recipe.
+        """Network rows of an image that is edited as `requests` say, by every method of the recipe.
 
         `refused` are the (edit, method) that fail by what the prompts say, which the case does not tell.
         """
@@ -62,7 +62,7 @@ class RowCounter:
         (finished,) = engine.run([edit_prepared(prepared, self.recipe.all_methods, 0, backbone)])
         if finished.error is not None:
             raise finished.error
-        return finished.unet_rows
+        return finished.network_rows
 
 
 def _anonymous(requests: Mapping[str, EditRequest]) -> str:
@@ -115,7 +115,7 @@ class ZeroBackbone:
     def check_watchable(self, height: int, width: int) -> None:
         """See `Backbone`: every grid will do."""
 
-    def denoise(self, call: UNetCall) -> UNetAnswer:
+    def denoise(self, call: NetworkCall) -> NetworkAnswer:
         """See `Backbone`. Hooks run on zeros: an editor's masks come out empty, which leaves its row count as it is."""
         rows, _, height, width = call.latents.shape
         layer = Layer("cross", 0, "down", 0, 4)
@@ -132,7 +132,7 @@ class ZeroBackbone:
         # the same reason the corner tells one text from another: a mask of where two texts differ is not empty.
         noise_preds = torch.full_like(call.latents, 0.0 if call.cotangents is None else 1e3)
         noise_preds[:, :, 0, 0] += torch.stack([embedding[0, 0] for embedding in call.embeddings])[:, None] / 2**32
-        return UNetAnswer(
+        return NetworkAnswer(
             noise_preds=noise_preds,
             attention=None if call.watch is None else torch.zeros(rows, height // 4, width // 4),
             seen=seen,

@@ -1,6 +1,6 @@
-"""What a run will take, before it starts: images, results, UNet rows, bytes, time. Nothing is edited into the sink.
+"""What a run will take, before it starts: images, results, network rows, bytes, time. Nothing is edited into the sink.
 
-UNet rows are not computed from formulas but counted: the very generators that edit an image run against a model that
+Network rows are not computed from formulas but counted: the very generators that edit an image run against a model that
 answers with zeros. Time comes from a probe of the real model (probe.py).
 """
 
@@ -48,7 +48,7 @@ class Plan:
     edits: tuple[str, ...]  # the job's
     methods: tuple[str, ...]
     results: int  # (image, edit, method) asked for
-    unet_rows: int
+    network_rows: int
     workers: int
     bytes_out: int | None  # None without a probe
     seconds: float | None  # on `workers` workers like this machine; None without a probe
@@ -80,7 +80,7 @@ def plan(recipe: Recipe, *, probe: bool = True, partition: Partition = WHOLE) ->
     looked = look_at_rows(shards, recipe, images)
     cost, rows, complete = looked.cost, looked.rows, looked.complete
     scale = 1.0 if complete else images / max(len(rows), 1)
-    results, unet_rows = round(cost.results * scale), round(cost.unet_rows * scale)
+    results, network_rows = round(cost.results * scale), round(cost.network_rows * scale)
     notes = [recipe.model.caveat, todo.left_out, images_note, cost.note(len(rows), complete)]
     notes.append(check_captions(rows, shards, recipe))
     if todo.before is not None:
@@ -104,12 +104,12 @@ def plan(recipe: Recipe, *, probe: bool = True, partition: Partition = WHOLE) ->
         edits=tuple(recipe.edits),
         methods=tuple(recipe.all_methods),
         results=results,
-        unet_rows=unet_rows,
+        network_rows=network_rows,
         workers=workers,
         bytes_out=None
         if measured is None or measured.bytes_per_result is None
         else round(results * measured.bytes_per_result),
-        seconds=None if measured is None else seconds_for(unet_rows, images, measured, workers),
+        seconds=None if measured is None else seconds_for(network_rows, images, measured, workers),
         probe=measured,
         notes=tuple(note for note in notes if note),
     )
@@ -124,9 +124,9 @@ def assumed_workers(run: RunConfig) -> tuple[int, int | None]:
     return run.workers if isinstance(run.workers, int) else max(torch.cuda.device_count(), 1), None
 
 
-def seconds_for(unet_rows: int, images: int, probe: Probe, workers: int) -> float:
-    """Full UNet calls, and what each image takes beside them, over the workers."""
-    calls = math.ceil(unet_rows / probe.call_size)
+def seconds_for(network_rows: int, images: int, probe: Probe, workers: int) -> float:
+    """Full network calls, and what each image takes beside them, over the workers."""
+    calls = math.ceil(network_rows / probe.call_size)
     return (calls * probe.seconds_per_call + images * probe.seconds_per_image) / workers
 
 
@@ -137,7 +137,9 @@ def probe_note(probe: Probe | None, why: Sequence[str] = ()) -> str:
         return "time: unknown, none of the first rows can be edited" + (f": {reasons}" if reasons else "")
     failed = f"; {len(why)} of the results that were tried failed: {reasons}" if reasons else ""
     length = f"{probe.images} image(s)" if probe.images else f"the first {PROBE_SECONDS:.0f} s of an image"
-    basis = f"time and output: from {length} on this machine ({probe.device}), extrapolated by UNet rows in full calls"
+    basis = (
+        f"time and output: from {length} on this machine ({probe.device}), extrapolated by network rows in full calls"
+    )
     return basis + failed
 
 
@@ -159,7 +161,7 @@ class Cost:
     """What some rows ask for."""
 
     results: int = 0
-    unet_rows: int = 0
+    network_rows: int = 0
     own_edits: int = 0  # rows that bring an edit of their own
     unusable: int = 0  # rows of which something that was asked for cannot be made
     reasons: Counter[str] = field(default_factory=Counter)  # why, by rows
@@ -167,7 +169,7 @@ class Cost:
     def note(self, rows: int, complete: bool) -> str:
         """How these numbers came about."""
         basis = "counted over all rows" if complete else f"estimated from the first {rows:,} rows"
-        parts = [f"results and UNet rows: {basis}"]
+        parts = [f"results and network rows: {basis}"]
         if self.own_edits:
             parts.append(f"{self.own_edits:,} of {rows:,} bring their own edit")
         if self.unusable:
@@ -236,7 +238,7 @@ def add_cost(cost: Cost, row: ReadRow, recipe: Recipe, counter: RowCounter) -> N
         if (problems := tuple(method.editing.problems_of_row(request, method.inversion, masked=masked)))
     }
     cost.cannot(problem.reason for problems in refused.values() for problem in problems)
-    cost.unet_rows += counter.rows(requests, masked=masked, refused=frozenset(refused))
+    cost.network_rows += counter.rows(requests, masked=masked, refused=frozenset(refused))
 
 
 def _in_short(message: str) -> str:

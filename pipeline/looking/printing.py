@@ -70,7 +70,7 @@ def show_summary(summary: Summary, recipe: Recipe) -> None:
         rows["  by reason"] = counted(summary.failed_by_class)
         rows["  kept in"] = f"{folder}/quarantine"
     speed = f"{summary.images_per_second:.3g} images/s, " if summary.images_per_second else ""
-    rows["pace"] = f"{speed}{summary.unet_rows:,} UNet rows in {duration(summary.seconds)}"
+    rows["pace"] = f"{speed}{summary.network_rows:,} network rows in {duration(summary.seconds)}"
     rows["written"] = f"{size_text(summary.output_bytes)} in {count(summary.units, 'unit')} ({summary.units_now:,} now)"
     rows["results"] = f"{folder}/data"
     rows["report"] = f"{folder}/report.html"
@@ -98,7 +98,7 @@ def show_status(found: Status, config: str) -> None:
         "committed", f"{count(so_far.units, 'unit')}, {found.shards_done:,} of {count(found.shards, 'shard')}"
     )
     speed = f"{so_far.images_per_second:.3g} images/s, " if so_far.images_per_second else ""
-    table.add_row("pace", f"{speed}{so_far.unet_rows:,} UNet rows in {duration(so_far.seconds)}")
+    table.add_row("pace", f"{speed}{so_far.network_rows:,} network rows in {duration(so_far.seconds)}")
     table.add_row("written", size_text(so_far.output_bytes))
     out.print(table)
     for shard, number, file in found.worst_shards:
@@ -155,13 +155,13 @@ def show_plan(made: Plan, config: str) -> None:
     """A plan, as a person reads it."""
     from pipeline.common.wording import count, size_text
 
-    per_image = made.unet_rows / made.images if made.images else 0.0
+    per_image = made.network_rows / made.images if made.images else 0.0
     edits = ", ".join(made.edits) if made.edits else "those of the rows"
     rows = {
         "images": f"{made.images:,} in {count(made.shards, 'shard')}, {size_text(made.bytes_in)}",
         "edits": f"{edits}, by {', '.join(made.methods)}",
         "results": f"{made.results:,}",
-        "UNet rows": f"{made.unet_rows:,}, {per_image:.1f} per image",
+        "network rows": f"{made.network_rows:,}, {per_image:.1f} per image",
     }
     if made.bytes_out is not None:
         rows["output"] = f"about {size_text(made.bytes_out)}"

@@ -80,7 +80,7 @@ class StoredTotals:
     done: int = 0
     failed: int = 0
     images: int = 0
-    unet_rows: int = 0
+    network_rows: int = 0
     output_bytes: int = 0
     spans: dict[str, list[Span]] = field(default_factory=dict)  # by kind, in the order of the units
 
@@ -89,7 +89,7 @@ class StoredTotals:
         self.done += manifest.counts.ok
         self.failed += manifest.counts.failed
         self.images += manifest.counts.images
-        self.unet_rows += manifest.measured.unet_rows
+        self.network_rows += manifest.measured.network_rows
         for span, file in zip(merged.spans(manifest), manifest.files, strict=True):
             self.output_bytes += file.size
             self.spans.setdefault(span.kind, []).append(span)

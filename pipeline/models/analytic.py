@@ -20,7 +20,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle, scaled_dot_produ
 
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import ModelRecord
-from pipeline.engine.calls import TextConditioning, UNetAnswer, UNetCall
+from pipeline.engine.calls import NetworkAnswer, NetworkCall, TextConditioning
 from pipeline.engine.controls import Hook, Layer
 from pipeline.errors import EditError
 from pipeline.models.attention import WATCHED_FACTOR
@@ -100,7 +100,7 @@ class AnalyticBackbone:
         colours = embeddings[:, 0, 3:6].repeat_interleave(self.latent_scale**2, dim=1)  # (R, C)
         return colours[:, :, None, None] * self.spots(embeddings, height, width)[:, None]
 
-    def denoise(self, call: UNetCall) -> UNetAnswer:
+    def denoise(self, call: NetworkCall) -> NetworkAnswer:
         """See `Backbone`. Attention is the prompt's spot, shared by its tokens.
 
         Hooks see one cross-attention layer whose probabilities follow the spot. What they change there changes no
@@ -126,7 +126,7 @@ class AnalyticBackbone:
         grid = self.spots(context, height // WATCHED_FACTOR, width // WATCHED_FACTOR)
         attention = None if call.watch is None else grid * call.watch.sum(dim=1)[:, None, None].to(self.dtype)
         seen = [self._seen(control.hook(height, width, self.device), grid[rows]) for rows, control in call.controls]
-        return UNetAnswer(noise_preds, attention, seen, grads)
+        return NetworkAnswer(noise_preds, attention, seen, grads)
 
     def _seen(self, hook: Hook, grid: Tensor) -> object:
         """Run a hook over the one layer: the own tokens' scores are the spot's strength, those of padding are zero."""

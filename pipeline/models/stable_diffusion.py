@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import ModelRecord
-from pipeline.engine.calls import TextConditioning, UNetAnswer, UNetCall
+from pipeline.engine.calls import NetworkAnswer, NetworkCall, TextConditioning
 from pipeline.errors import EditError
 from pipeline.models.attention import (
     WATCHED_FACTOR,
@@ -98,12 +98,12 @@ class StableDiffusion:
     def _is_watchable(self, height: int, width: int) -> bool:
         return WATCHED_FACTOR in self._watched_factors and not height % WATCHED_FACTOR and not width % WATCHED_FACTOR
 
-    def denoise(self, call: UNetCall) -> UNetAnswer:
+    def denoise(self, call: NetworkCall) -> NetworkAnswer:
         """See `Backbone`."""
         with torch.set_grad_enabled(call.cotangents is not None):
             return self._denoise(call)
 
-    def _denoise(self, call: UNetCall) -> UNetAnswer:
+    def _denoise(self, call: NetworkCall) -> NetworkAnswer:
         dtype = self._dtype
         times = torch.tensor(call.timesteps, device=self.device)
         inputs = self._with_inpainting(call.latents.to(self.device, dtype), call.inpaint)
@@ -118,7 +118,7 @@ class StableDiffusion:
                 inputs, times, embeddings.to(dtype), watch, first_alike
             )
             noise_preds = self._noise_preds(output, call.latents, times)
-            return UNetAnswer(noise_preds=noise_preds, attention=None if call.watch is None else attention)
+            return NetworkAnswer(noise_preds=noise_preds, attention=None if call.watch is None else attention)
         if call.cotangents is not None:
             embeddings = embeddings.detach().requires_grad_()
         height, width = inputs.shape[-2:]
@@ -135,7 +135,7 @@ class StableDiffusion:
             rows = zip(call.cotangents, noise_preds.detach().cpu(), strict=True)
             cotangents = [cotangent(row) for cotangent, row in rows]
             (grads,) = torch.autograd.grad(noise_preds, embeddings, torch.stack(cotangents).to(noise_preds))
-        return UNetAnswer(
+        return NetworkAnswer(
             noise_preds=noise_preds.detach(),
             attention=own.mean(height, width),
             seen=tuple(hook.answer() for _, hook in hooks),
@@ -165,7 +165,7 @@ class StableDiffusion:
         output = output.to(self._outside)
         return self.schedule.to_noise_pred(output, latents.to(output), times)
 
-    def _first_alike(self, call: UNetCall) -> Tensor | None:
+    def _first_alike(self, call: NetworkCall) -> Tensor | None:
         """For each row the first of those that are the same until the text is read; None where it is not used.
 
         Only on a CPU: there a slice's fused attention has the same bits in batches of any size, as the rows of two

@@ -21,7 +21,7 @@ RAYS_DIGITS = 10_000  # Ray counts resources in parts of this
 class WorkerSettings:
     """What every worker of a run has in common, decided before the first unit."""
 
-    call_size: int  # rows of a UNet call
+    call_size: int  # rows of a network call
     threads: int  # of a CPU worker; another number gives other rounding
 
 
@@ -54,7 +54,7 @@ class Pool:
             count = f"{self.workers}" if self.fewest == self.most else f"{self.fewest} to {self.most}"
             said.append(f"no GPU in use: {count} worker(s) on CPU in float32, {self.threads} thread(s) each")
         if compiles:
-            said.append("UNet calls are compiled first (model.compile), which takes a minute or more")
+            said.append("calls of the network are compiled first (model.compile), which takes a minute or more")
         return "; ".join(said)
 
 

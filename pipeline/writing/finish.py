@@ -38,7 +38,7 @@ def finish_unit(
         recipe: decides formats.
         generation: of the driver.
         model_digest: of the model that made the results.
-        call_size: rows of a UNet call.
+        call_size: rows of a network call.
         measured: goes into the manifest beside what is reproducible.
     """
     unit = unit_input.unit

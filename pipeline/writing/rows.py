@@ -125,7 +125,7 @@ def encode_outcome(outcome: Outcome, recipe: Recipe, model: ModelRecord, call_si
         outcome: what came out of the engine.
         recipe: decides the image format, and goes into the row as its hash.
         model: what made the result.
-        call_size: rows of a UNet call; bits are equal within one.
+        call_size: rows of a network call; bits are equal within one.
     """
     if isinstance(outcome, Rejected):
         return dataclasses.replace(outcome, error=None)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 RUN_FILE = "run.json"
 # Of all that stands in a run's folder. 2: results without a region have no mask; other figures. 3: names of files carry
 # the generation of the driver that wrote them, or digits of their contents.
-SCHEMA_VERSION: Literal[3] = 3
+SCHEMA_VERSION: Literal[4] = 4
 # What a run writes below its folder after the record; README.md has a mark of its own (writing/card.py).
 OURS = (
     *("data", "quarantine", "_parts", "_units", "_shards", "_output", "_attempts"),
@@ -87,12 +87,12 @@ class RunRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[3] = SCHEMA_VERSION
+    schema_version: Literal[4] = SCHEMA_VERSION
     recipe_hash: str
     settings: dict[str, Any]  # what decides results: `Recipe.result_settings`, credentials removed
     recipe: dict[str, Any]  # the whole resolved recipe
     model: dict[str, str]
-    call_size: int  # rows of a UNet call
+    call_size: int  # rows of a network call
     threads: int  # of a CPU worker
     sha256: str = ""  # of all else that is recorded
     input_fingerprint: str

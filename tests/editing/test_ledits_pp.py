@@ -43,10 +43,10 @@ REQUESTS = {
 
 
 @pytest.mark.parametrize("request_", REQUESTS.values(), ids=list(REQUESTS))
-def test_unet_rows_equal_the_formula(request_: EditRequest) -> None:
+def test_network_rows_equal_the_formula(request_: EditRequest) -> None:
     engine = Engine(analytic(), call_size=4)
     engine.run_one(invert_and_edit(source(analytic(), 1), request_))
-    assert engine.stats.unet_rows == N + rows_of_edit(request_)
+    assert engine.stats.network_rows == N + rows_of_edit(request_)
 
 
 def test_three_concepts_with_the_specifications_windows_take_25_edit_rows_fewer_than_the_reference() -> None:
@@ -57,7 +57,7 @@ def test_three_concepts_with_the_specifications_windows_take_25_edit_rows_fewer_
     engine = Engine(analytic(), call_size=4)
     request = EditRequest(concepts=concepts)
     engine.run_one(invert_and_edit(source(analytic(), 1), request, DDPMInversion(num_steps=10, skip=0.2)))
-    assert engine.stats.unet_rows - 10 == 25
+    assert engine.stats.network_rows - 10 == 25
 
 
 def test_ten_concepts_in_calls_of_four_equal_ten_concepts_in_calls_of_sixteen() -> None:
@@ -84,7 +84,7 @@ def test_nothing_to_change_returns_the_encoded_image_without_an_edit_row(
     given = source(backbone, 1)
     _, edited = engine.run_one(invert_and_edit(given, request_, DDPMInversion(num_steps=N, solver=solver)))
     assert torch.equal(edited.latents, given.latents)
-    assert engine.stats.unet_rows == N
+    assert engine.stats.network_rows == N
     assert edited.masks.shape == (len(request_.concepts), 12, 12)
     assert not edited.masks.any()
 
@@ -272,7 +272,7 @@ def test_a_kept_background_is_the_sources_outside_the_widened_masks_at_every_ste
     first = kept.history[0]
     outside = ~dilated(first.masks[0], 1)
     assert torch.equal(first.latents[:, outside], trajectory.latents[1][:, outside])
-    assert engines[0].stats.unet_rows == engines[1].stats.unet_rows
+    assert engines[0].stats.network_rows == engines[1].stats.network_rows
 
 
 @every_solver

@@ -54,7 +54,7 @@ def test_the_source_has_rows_only_where_they_are_read(inversion: Any, prompt: st
     engine = Engine(analytic(), call_size=8)
     request = EditRequest(target_prompt=STANDING)
     engine.run_one(invert_and_edit(source(analytic(), 1, prompt), request, inversion, MasaCtrl(start_step=1)))
-    assert engine.stats.unet_rows == inversion.rows(prompt) + free + (N - 1) * controlled
+    assert engine.stats.network_rows == inversion.rows(prompt) + free + (N - 1) * controlled
 
 
 @pytest.mark.parametrize("never", [{"start_step": N}, {"start_layer": 16}, {"layer_idx": ()}, {"step_idx": ()}])
@@ -100,7 +100,7 @@ def test_one_row_for_both_halves_of_an_empty_source_is_as_good_as_two() -> None:
         generator = invert_and_edit(
             source(tiny_sd(), 1, prompt), WORDS, NoiseStart(num_steps=N), MasaCtrl(**EVERYWHERE)
         )
-        return engine.run_one(generator)[1].latents, engine.stats.unet_rows
+        return engine.run_one(generator)[1].latents, engine.stats.network_rows
 
     (three, three_rows), (four, four_rows) = run(""), run("almost empty")
     assert (three_rows, four_rows) == (3 * N, 4 * N)

@@ -70,7 +70,7 @@ def test_without_windows_and_blend_words_it_is_plain_guidance_at_its_cost(backbo
         given = source(backbone, 1, SOURCE)
         engine = Engine(backbone, call_size=8)
         results.append(engine.run_one(invert_and_edit(given, REQUEST, inversion(num_steps=S), editor))[1].latents)
-        rows.append(engine.stats.unet_rows)
+        rows.append(engine.stats.network_rows)
     assert torch.equal(results[0], results[1])
     assert rows[0] == rows[1]
 
@@ -184,7 +184,7 @@ def test_rows_equal_the_formula(
     }
     # A free source is walked up to its last reader; a pinned one has a row where it is read and nowhere else.
     with_source = last_read if per_step == 4 else len(reads)
-    assert engine.stats.unet_rows == given.rows(SOURCE) + 2 * steps + (per_step - 2) * with_source
+    assert engine.stats.network_rows == given.rows(SOURCE) + 2 * steps + (per_step - 2) * with_source
 
 
 REFUSED = {

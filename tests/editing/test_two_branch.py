@@ -43,7 +43,7 @@ def rows_of_edit(inversion: Any, editor: Any, request: EditRequest = REQUEST, **
     generator = invert_and_edit(source(analytic(), 1, SOURCE), request, inversion, editor, **options)
     (finished,) = Engine(analytic(), call_size=8).run([generator])
     assert finished.error is None
-    return finished.unet_rows - inversion.rows(SOURCE)
+    return finished.network_rows - inversion.rows(SOURCE)
 
 
 @every_backbone
@@ -77,7 +77,7 @@ def test_branches_that_do_not_read_each_other_are_plain_guidance_at_its_cost(
     engine = Engine(backbone, call_size=8)
     edited = engine.run_one(plain(scale, trajectory, REQUEST))
     assert torch.equal(edited.latents, expected.latents)
-    assert engine.stats.unet_rows == guided.stats.unet_rows == S * (1 if scale == 1.0 else 2)
+    assert engine.stats.network_rows == guided.stats.network_rows == S * (1 if scale == 1.0 else 2)
 
 
 @pytest.mark.parametrize(

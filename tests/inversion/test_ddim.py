@@ -46,7 +46,7 @@ def test_rows_are_those_of_the_kept_steps(kind: Any, settings: dict[str, Any]) -
     inversion = kind(num_steps=4, skip_steps=3, **settings)
     engine = Engine(analytic(), call_size=8)
     engine.run_one(inversion.invert(source(analytic(), 1, "a hat")))
-    assert engine.stats.unet_rows <= inversion.rows("a hat")
+    assert engine.stats.network_rows <= inversion.rows("a hat")
     assert inversion.rows("a hat") == kind(num_steps=4, **settings).rows("a hat")
 
 

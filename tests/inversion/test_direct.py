@@ -36,7 +36,7 @@ def test_it_stores_what_ddim_stores_at_the_same_cost(backbone: Any, guidance: fl
         engine = Engine(backbone, call_size=8)
         settings = inversion(num_steps=S, guidance_scale=guidance)
         trajectories.append(engine.run_one(settings.invert(source(backbone, 1, SOURCE))))
-        rows.append(engine.stats.unet_rows)
+        rows.append(engine.stats.network_rows)
     free, pinned = trajectories
     assert torch.equal(free.latents, pinned.latents)
     assert (free.pinned, pinned.pinned) == (False, True)

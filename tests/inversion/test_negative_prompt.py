@@ -35,7 +35,7 @@ def test_the_unconditional_embedding_is_the_source_prompts(backbone: Any) -> Non
     engine = Engine(backbone, call_size=8)
     trajectory = engine.run_one(NegativePromptInversion(num_steps=S).invert(source(backbone, 1, SOURCE)))
     assert torch.equal(trajectory.uncond, backbone.encode_text(SOURCE).embedding)
-    assert engine.stats.unet_rows == S
+    assert engine.stats.network_rows == S
 
 
 @every_backbone

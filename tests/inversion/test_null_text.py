@@ -32,7 +32,7 @@ def inverted(backbone: Any, settings: NullTextInversion, number: int = 1) -> tup
     (finished,) = Engine(backbone, call_size=8).run([settings.invert(source(backbone, number, SOURCE))])
     if finished.error is not None:
         raise finished.error
-    return finished.value, finished.unet_rows
+    return finished.value, finished.network_rows
 
 
 def losses_of(backbone: Any, settings: NullTextInversion) -> list[float]:
@@ -131,7 +131,7 @@ def test_images_that_stop_early_leave_their_neighbours_bits_alone() -> None:
     together = {one.index: one for one in Engine(backbone, call_size=8).run(generators)}
     for number, (trajectory, rows) in enumerate(alone):
         assert torch.equal(together[number].value.uncond, trajectory.uncond)
-        assert together[number].unet_rows == rows
+        assert together[number].network_rows == rows
 
 
 def test_no_random_number_is_used() -> None:

@@ -54,7 +54,7 @@ from pipeline.writing.run_record import RunRecord
 
 log = logging.getLogger(__name__)
 
-UNITS_AT_ONCE = 2  # per worker: the tail of one unit and the head of the next share UNet calls
+UNITS_AT_ONCE = 2  # per worker: the tail of one unit and the head of the next share network calls
 UNITS_PER_WORKER = 3  # at work or fetched; with those in the sink, what a kill may cost
 # Of a worker or task; Ray's default is without end. A row that kills its process costs three (writing/attempts.py), so
 # a worker outlives half a dozen of them; after that the job fails, and the same command goes on.

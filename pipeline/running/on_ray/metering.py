@@ -41,7 +41,7 @@ class MeteredTally(Tally):
                 "units": "Units committed.",
                 "images": "Images of committed units.",
                 "results": "Results of committed units that were made.",
-                "unet_rows": "UNet rows of committed units.",
+                "network_rows": "Network rows of committed units.",
                 "output_bytes": "Bytes of the files of committed units.",
             }.items()
         }
@@ -59,7 +59,7 @@ class MeteredTally(Tally):
             "units": 1,
             "images": counts.images,
             "results": counts.ok,
-            "unet_rows": manifest.measured.unet_rows,
+            "network_rows": manifest.measured.network_rows,
             "output_bytes": sum(file.size for file in manifest.files),
         }.items():
             if value:  # a counter refuses 0
