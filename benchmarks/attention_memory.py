@@ -86,7 +86,7 @@ class Watched:
         return getattr(self._backbone, name)
 
     def denoise(self, call: NetworkCall) -> NetworkAnswer:
-        """See `Backbone`."""
+        """The backbone's answer, with what lived meanwhile noted."""
         self.held.append(self._tensors.live)
         self._tensors.peak = self._tensors.live
         answer = self._backbone.denoise(call)
@@ -95,7 +95,7 @@ class Watched:
 
 
 def stored_maps_mib(backbone: StableDiffusion) -> float:
-    """See the module."""
+    """MiB that the store of all maps would take: see the module."""
     numbers = 0
     for name, layer in attention_layers(backbone.unet).items():
         if layer.factor >= 2:

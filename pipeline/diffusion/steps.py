@@ -93,7 +93,7 @@ class DDIM:
         )
 
     def transition(self, step: int, latents: Tensor, noise_pred: Tensor, previous: Tensor | None) -> Transition:
-        """See `Solver`; a single-step method, `previous` is not read."""
+        """A single-step method: `previous` is not read."""
         a, b = self.alpha_bars[step], self.target_alpha_bars[step]
         variance = (1.0 - b) / (1.0 - a) * (1.0 - a / b)
         in_direction = variance * (self.eta**2 if self.eta_squared else self.eta)
@@ -108,7 +108,7 @@ class DDIM:
         return ddim_move(latents, noise_pred, self.target_alpha_bars[step], self.alpha_bars[step])
 
     def add_noise(self, latents: Tensor, noise: Tensor, step: int) -> Tensor:
-        """See `Solver`."""
+        """Clean latents at the noise level that step `step` starts from."""
         a = self.alpha_bars[step]
         return math.sqrt(a) * latents + math.sqrt(1.0 - a) * noise
 
@@ -148,7 +148,7 @@ class SDEDPMSolver:
         return math.log(self.alphas[level]) - math.log(self.sigmas[level])
 
     def transition(self, step: int, latents: Tensor, noise_pred: Tensor, previous: Tensor | None) -> Transition:
-        """See `Solver`. Without `previous` the step is of first order."""
+        """Without `previous` the step is of first order."""
         data_pred = (latents - self.sigmas[step] * noise_pred) / self.alphas[step]
         if self.sigmas[step + 1] == 0.0:
             return Transition(data_pred, 0.0, data_pred)
@@ -162,7 +162,7 @@ class SDEDPMSolver:
         return Transition(mean, self.sigmas[step + 1] * math.sqrt(-math.expm1(-2.0 * h)), data_pred)
 
     def add_noise(self, latents: Tensor, noise: Tensor, step: int) -> Tensor:
-        """See `Solver`."""
+        """Clean latents at the noise level that step `step` starts from."""
         return self.alphas[step] * latents + self.sigmas[step] * noise
 
     def noise_of(self, step: int, latents: Tensor, data_pred: Tensor) -> Tensor:

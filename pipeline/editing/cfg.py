@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.editing.base import EditingMethod
 from pipeline.editing.problems import (
@@ -49,15 +50,15 @@ class ClassifierFreeGuidance(EditingMethod):
     start_step: int = Field(default=0, ge=0)
     """Steps left out at the noisy end; more keeps more of the image."""
 
+    @override
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """See `EditingMethod`."""
         yield from target_problems(self.method, request)
         yield from negative_prompt_problems(request, inversion)
 
+    @override
     def pair_problems(self, inversion: Inversion) -> Iterator[str]:
-        """See `EditingMethod`."""
         if getattr(inversion, "uncond_scope", "all") == "source":
             yield (
                 "uncond_scope: source gives the optimised embeddings to a source branch, and cfg has none: this would "
@@ -66,6 +67,7 @@ class ClassifierFreeGuidance(EditingMethod):
         yield from guidance_problems(self.guidance_scale, inversion)
         yield from start_problems(self.start_step, inversion.num_steps)
 
+    @override
     def edit(
         self,
         trajectory: Trajectory,
@@ -74,7 +76,6 @@ class ClassifierFreeGuidance(EditingMethod):
         *,
         keep_history: bool = False,
     ) -> Steps[EditedLatents]:
-        """See `EditingMethod`."""
         if user_mask is not None:
             raise_first(self.mask_problems())
         if trajectory.uncond is None:

@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.diffusion.masks import above_average, dilated
 from pipeline.editing.base import EditingMethod
@@ -54,18 +55,18 @@ class DiffEdit(EditingMethod):
     image itself at the end; reference: one level noisier, as in the maintained implementation, hence never quite the
     image."""
 
+    @override
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """See `EditingMethod`."""
         yield from target_problems(self.method, request)
         try:
             compared_texts(request)
         except PrepareError as error:
             yield Problem("blend_words that do not pair up", str(error))
 
+    @override
     def pair_problems(self, inversion: Inversion) -> Iterator[str]:
-        """See `EditingMethod`."""
         try:
             self.noised_steps(inversion.schedule_steps)
         except PrepareError as error:
@@ -85,6 +86,7 @@ class DiffEdit(EditingMethod):
             )
         return steps
 
+    @override
     def edit(
         self,
         trajectory: Trajectory,
@@ -93,7 +95,6 @@ class DiffEdit(EditingMethod):
         *,
         keep_history: bool = False,
     ) -> Steps[EditedLatents]:
-        """See `EditingMethod`."""
         if user_mask is None:
             maps = yield from self.difference_maps(trajectory, compared_texts(request))
             mask = dilated(

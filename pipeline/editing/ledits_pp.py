@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.diffusion.guidance import edit_directions, multi_edit_guidance
 from pipeline.diffusion.masks import attention_mask, change_of_data, dilated, noise_mask, strongest_region
@@ -97,14 +98,16 @@ class LEditsPP(EditingMethod):
     blending of Blended Latent Diffusion (Avrahami et al., arXiv 2206.02779) and of Prompt-to-Prompt, under this
     method's own masks."""
 
+    @override
     def inverts_under(self, request: EditRequest) -> InversionPrompts:
         """The prediction that concepts are added to is the empty or negative prompt's, unguided."""
         return InversionPrompts(request.negative_prompt, request.negative_prompt)
 
+    @override
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """See `EditingMethod`. No concept at all is allowed: the image comes back unedited."""
+        """No concept at all is allowed: the image comes back unedited."""
         if request.target_prompt and not request.concepts:
             yield Problem(
                 "no concepts",
@@ -120,6 +123,7 @@ class LEditsPP(EditingMethod):
                     "inversion.num_steps",
                 )
 
+    @override
     def edit(
         self,
         trajectory: Trajectory,
@@ -128,7 +132,6 @@ class LEditsPP(EditingMethod):
         *,
         keep_history: bool = False,
     ) -> Steps[EditedLatents]:
-        """See `EditingMethod`."""
         num_steps = len(trajectory.timesteps)
         size = (trajectory.latents.shape[-2], trajectory.latents.shape[-1])
         concepts = request.concepts

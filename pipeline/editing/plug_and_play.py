@@ -19,6 +19,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.editing.base import EditingMethod
 from pipeline.editing.problems import Problem, target_problems
@@ -58,20 +59,21 @@ class PlugAndPlay(EditingMethod):
     """Source latents one step less noisy than the row's timestep, and the target's start, too: what the published
     comparison of `ddim` with `direct` does. For parity only."""
 
+    @override
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """See `EditingMethod`."""
         yield from target_problems(self.method, request)
 
+    @override
     def pair_problems(self, inversion: Inversion) -> Iterator[str]:
-        """See `EditingMethod`."""
         if self.compat_shift and inversion.method != "ddim":
             yield (
                 "compat_shift shifts the source that is resampled after inversion.method 'ddim'; after "
                 f"'{inversion.method}' there is none. Leave it out"
             )
 
+    @override
     def edit(
         self,
         trajectory: Trajectory,
@@ -80,7 +82,6 @@ class PlugAndPlay(EditingMethod):
         *,
         keep_history: bool = False,
     ) -> Steps[EditedLatents]:
-        """See `EditingMethod`."""
         empty, target, negative = yield EncodeText(
             ("", request.target_prompt, request.negative_prompt or self.negative_prompt)
         )
@@ -131,12 +132,12 @@ class PlugAndPlayEdit(BranchEdit):
         """The last step at which something is injected; 0 also where nothing ever is."""
         return max(min(max(self.feature_steps, self.attention_steps), len(self.trajectory.timesteps)) - 1, 0)
 
+    @override
     def reads_attention(self, step: int) -> bool:
-        """See `BranchEdit`."""
         return step < self.feature_steps or step < self.attention_steps
 
+    @override
     def control(self, step: int, rows: BranchRows) -> Control | None:
-        """See `BranchEdit`."""
         assert rows.source is not None  # it reads the source at this step
         return Injection(
             source=rows.source,
@@ -155,8 +156,8 @@ class Injection(Control):
     features: bool  # the hidden state of the decoder block of `FEATURE_FACTOR` and `FEATURE_BLOCK`
     attention: bool  # queries and keys of the decoder's self-attention, but for its first layer
 
+    @override
     def hook(self, height: int, width: int, device: torch.device) -> Hook:
-        """See `Control`."""
         return _InjectionHook(self)
 
 
@@ -164,6 +165,7 @@ class _InjectionHook(Hook):
     def __init__(self, control: Injection) -> None:
         self.control = control
 
+    @override
     def routes(self, layer: Layer) -> Routes | None:
         injected = layer.kind == "self" and layer.place == "up" and layer.index_in_place > 0
         if not (self.control.attention and injected):
@@ -171,6 +173,7 @@ class _InjectionHook(Hook):
         from_source = [self.control.source] * self.control.rows
         return Routes(from_source, from_source, list(range(self.control.rows)))
 
+    @override
     def features(self, block: Block, hidden: Tensor) -> Tensor:
         injected = block.factor == FEATURE_FACTOR and block.index_in_block == FEATURE_BLOCK
         if not (self.control.features and injected):

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.editing.masactrl import Keys, MutualEdit, MutualSelfAttention
 from pipeline.editing.proxedit import Prox, direction_problem, proximal, threshold_of
@@ -57,8 +58,8 @@ class ProxMasaCtrl(MutualSelfAttention):
             raise ValueError(problem)
         return self
 
+    @override
     def pair_problems(self, inversion: Inversion) -> Iterator[str]:
-        """See `EditingMethod`."""
         if self.npi_step > 0 and inversion.method != NATIVE_INVERSION:
             yield (
                 f"npi_step is {self.npi_step}, but inversion.method '{inversion.method}' brings no unconditional "
@@ -71,6 +72,7 @@ class ProxMasaCtrl(MutualSelfAttention):
             )
         yield from super().pair_problems(inversion)
 
+    @override
     def edit(
         self,
         trajectory: Trajectory,
@@ -79,7 +81,6 @@ class ProxMasaCtrl(MutualSelfAttention):
         *,
         keep_history: bool = False,
     ) -> Steps[EditedLatents]:
-        """See `EditingMethod`."""
         branches = yield from Branches.encode(trajectory, request)
         if trajectory.uncond is not None:
             # The source takes its own prompt in both halves, however the target's embedding is interpolated.
@@ -110,8 +111,9 @@ class ProxMasaCtrlEdit(MutualEdit):
         )
         self.proximal_settings = settings
 
+    @override
     def guide(self, step: int, source: Prediction | None, target: Prediction) -> tuple[Tensor | None, Tensor]:
-        """See `BranchEdit`: proximal guidance of the target."""
+        """Proximal guidance of the target."""
         settings = self.proximal_settings
         if settings.prox == "none" or step < settings.prox_step or target.uncond is None:
             return super().guide(step, source, target)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.editing.base import EditingMethod
 from pipeline.editing.problems import Problem
@@ -28,12 +29,14 @@ class Reconstruct(EditingMethod):
     method: Literal["reconstruct"] = "reconstruct"
     """No edit: the trajectory is replayed."""
 
+    @override
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """See `EditingMethod`: every request will do, what it wants changed is not read."""
+        """Every request will do, what it wants changed is not read."""
         yield from ()
 
+    @override
     def edit(
         self,
         trajectory: Trajectory,
@@ -42,7 +45,6 @@ class Reconstruct(EditingMethod):
         *,
         keep_history: bool = False,
     ) -> Steps[EditedLatents]:
-        """See `EditingMethod`."""
         if trajectory.source_guidance == 1.0 or trajectory.uncond is None:
             prompt = yield from GuidedPrompt.encode(
                 trajectory.source_prompt, trajectory.source_guidance, trajectory.source.negative_prompt

@@ -49,7 +49,7 @@ class PendingCall:
 
     @property
     def kind(self) -> Kind:
-        """See `Kind`."""
+        """What its rows have in common."""
         return (
             *self.call.latents.shape[1:],
             *self.call.conditioning[0].embedding.shape,

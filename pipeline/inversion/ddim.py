@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
+from typing_extensions import override
 
 from pipeline.diffusion.steps import DDIM
 from pipeline.engine.calls import Steps
@@ -44,12 +45,13 @@ class DDIMInversion(Inversion):
         return self
 
     @property
+    @override
     def schedule_steps(self) -> int:
         """Steps of the whole schedule, the skipped ones included."""
         return self.num_steps + self.skip_steps
 
+    @override
     def invert(self, source: Source) -> Steps[Trajectory]:
-        """See `Inversion`."""
         timesteps = source.schedule.ddim_timesteps(self.schedule_steps)[self.skip_steps :]
         stride = source.schedule.num_train_timesteps // self.schedule_steps
         solver = DDIM.from_schedule(source.schedule, timesteps, stride)

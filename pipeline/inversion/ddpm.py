@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.diffusion.steps import DDIM, SDEDPMSolver, Solver
@@ -74,6 +75,7 @@ class DDPMInversion(Inversion):
         return self
 
     @property
+    @override
     def schedule_steps(self) -> int:
         """Steps of the whole schedule, the skipped ones included."""
         if self.skip_steps is not None:
@@ -98,8 +100,9 @@ class DDPMInversion(Inversion):
         timesteps = schedule.dpm_timesteps(total)[-self.num_steps :]
         return SDEDPMSolver.from_schedule(schedule, timesteps, zero_last_sigma=not self.exact_last_step)
 
+    @override
     def invert(self, source: Source) -> Steps[Trajectory]:
-        """See `Inversion`. Noise is drawn for ascending timesteps, the reference's order."""
+        """Noise is drawn for ascending timesteps, the reference's order."""
         solver = self.solver_for(source.schedule)
         steps = range(self.num_steps)
         # One independent draw per level, unlike a forward Markov chain: this makes the noise maps carry the layout of

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
+from typing_extensions import override
 
 from pipeline.diffusion.steps import DDIM
 from pipeline.engine.calls import Steps
@@ -30,8 +31,9 @@ class NoiseStart(Inversion):
     eta: float = Field(default=0.0, ge=0, le=1)
     """Share of DDPM's fresh noise while sampling; 0: none, 1: as DDPM."""
 
+    @override
     def invert(self, source: Source) -> Steps[Trajectory]:
-        """See `Inversion`. The start is drawn first, then one noise map per step where eta is above 0."""
+        """The start is drawn first, then one noise map per step where eta is above 0."""
         timesteps = source.schedule.ddim_timesteps(self.num_steps)
         stride = source.schedule.num_train_timesteps // self.num_steps
         solver = DDIM.from_schedule(source.schedule, timesteps, stride, eta=self.eta)

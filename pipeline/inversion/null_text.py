@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps, TextConditioning
 from pipeline.inversion.ddim import DDIMInversion
@@ -48,12 +49,12 @@ class NullTextInversion(DDIMInversion):
     """Which branches of an editor take the embeddings: all, or the source branch alone."""
 
     @property
+    @override
     def brings_uncond(self) -> bool:
-        """See `Inversion`."""
         return self.uncond_scope == "all"
 
+    @override
     def invert(self, source: Source) -> Steps[Trajectory]:
-        """See `Inversion`."""
         trajectory = yield from super().invert(source)
         cond, empty = yield EncodeText((source.prompt, ""))
         uncond = yield from self.optimise(trajectory, cond, empty.embedding)

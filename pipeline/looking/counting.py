@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.engine.backbone import ModelRecord
+from pipeline.engine.backbone import Backbone, ModelRecord
 from pipeline.engine.calls import NetworkAnswer, NetworkCall, TextConditioning
 from pipeline.engine.controls import Layer
 from pipeline.engine.engine import Engine
@@ -81,7 +82,7 @@ def _anonymous(requests: Mapping[str, EditRequest]) -> str:
     return repr([hide(request.model_dump()) for _, request in sorted(requests.items())])
 
 
-class ZeroBackbone:
+class ZeroBackbone(Backbone):
     """A model that answers nearly everything with zeros, at once. Only the number of what it is asked has a meaning."""
 
     record = ModelRecord(name="zeros", revision="", digest="", dtype="float32", device="cpu")
@@ -93,30 +94,32 @@ class ZeroBackbone:
     inpaints = True  # whatever is asked
     image_size = 128  # latents of 16 x 16
 
+    @override
     def encode_text(self, prompt: str) -> TextConditioning:
-        """See `Backbone`."""
         count = min(len(prompt.split()), 75)
         number = float(zlib.crc32(prompt.encode()))  # equal embeddings for equal prompts alone, as a model has them
         return TextConditioning(
             prompt, torch.full((77, 1), number), count, (0, *range(2, 2 + count), 1), tuple(range(count))
         )
 
+    @override
     def encode_image(self, pixels: np.ndarray) -> Tensor:
-        """See `Backbone`."""
         return torch.zeros(
             self.latent_channels, pixels.shape[0] // self.latent_scale, pixels.shape[1] // self.latent_scale
         )
 
+    @override
     def decode_latents(self, latents: Tensor) -> np.ndarray:
-        """See `Backbone`."""
         height, width = latents.shape[-2] * self.latent_scale, latents.shape[-1] * self.latent_scale
         return np.zeros((height, width, 3), dtype=np.uint8)
 
+    @override
     def check_watchable(self, height: int, width: int) -> None:
-        """See `Backbone`: every grid will do."""
+        """Every grid will do."""
 
+    @override
     def denoise(self, call: NetworkCall) -> NetworkAnswer:
-        """See `Backbone`. Hooks run on zeros: an editor's masks come out empty, which leaves its row count as it is."""
+        """Hooks run on zeros: an editor's masks come out empty, which leaves its row count as it is."""
         rows, _, height, width = call.latents.shape
         layer = Layer("cross", 0, "down", 0, 4)
         zeros = torch.zeros(1, 1, (height // 4) * (width // 4), 1)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import override
 
 from pipeline.common.showing import printable, without_credentials
 
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
 class PlainConsole(Console):
     """A console that shows strangers' control characters as escapes, wherever a text comes from."""
 
+    @override
     def render_str(self, text: str, **options: Any) -> Text:
         """A text as it is to be shown."""
         return super().render_str(printable(text), **options)
 
+    @override
     def on_broken_pipe(self) -> None:
         """Called where whoever reads has gone: for the command to end by, and not with rich's own code."""
         raise
@@ -38,6 +41,7 @@ class PlainConsole(Console):
 class PlainFormatter(logging.Formatter):
     """The same for what is logged, tracebacks included; addresses in it carry no credentials."""
 
+    @override
     def format(self, record: logging.LogRecord) -> str:
         """A record as it is to be shown."""
         return printable(without_credentials(super().format(record)))

@@ -145,15 +145,15 @@ class TimedBackbone:
         return answer
 
     def encode_image(self, pixels: Any) -> Any:
-        """See `Backbone`."""
+        """The backbone's own, timed."""
         return self._timed("encode_image", pixels)
 
     def decode_latents(self, latents: Tensor) -> Any:
-        """See `Backbone`."""
+        """The backbone's own, timed."""
         return self._timed("decode_latents", latents)
 
     def denoise(self, *arguments: Any) -> Any:
-        """See `Backbone`."""
+        """The backbone's own, timed."""
         if self.compiles:
             self.compiles = False
             answer = self.backbone.denoise(*arguments)

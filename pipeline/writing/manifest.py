@@ -68,7 +68,7 @@ NOT_MEASURED = Measured(worker_seconds=0, workers=1, network_rows=0)
 
 
 class Manifest(Part):
-    """See the module."""
+    """What was read, what was written and how it went, of one unit."""
 
     schema_version: Literal[3] = 3
     unit: UnitId

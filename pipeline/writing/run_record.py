@@ -83,7 +83,7 @@ class _Recipe(_Method):
 
 
 class RunRecord(BaseModel):
-    """See the module."""
+    """run.json."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 
 from ray.util.metrics import Counter, Gauge, Histogram
+from typing_extensions import override
 
 from pipeline.common.showing import public_url
 from pipeline.recipe import RunConfig, SinkConfig
@@ -52,6 +53,7 @@ class MeteredTally(Tally):
         for metric in (*self._counters.values(), self._failures, self._seconds, self._workers, self._left):
             metric.set_default_tags(tags)
 
+    @override
     def _count(self, manifest: Manifest) -> None:
         super()._count(manifest)
         counts = manifest.counts
@@ -71,8 +73,8 @@ class MeteredTally(Tally):
         if left is not None:
             self._left.set(left)
 
+    @override
     def resize(self, workers: int) -> None:
-        """See `Tally`."""
         super().resize(workers)
         self._workers.set(workers)
 
