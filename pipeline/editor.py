@@ -305,7 +305,7 @@ class Editor:
 
 
 def _reporting(on_progress: OnProgress, total: int) -> Callable[[int], None]:
-    """Tell of rows that are done; the last ones are told of once all results are there."""
+    """Report rows that are done; the last ones once all results are there."""
 
     def told(rows: int) -> None:
         if rows < total:

@@ -272,7 +272,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply overrides such as `inversion.num_steps=20`; values are YAML.
 
     Raises:
-        RecipeError: the file cannot be read or does not problems_in_words a possible run; lists every problem.
+        RecipeError: the file cannot be read or does not describe a possible run; lists every problem.
     """
     where = str(path)
     try:

@@ -25,9 +25,9 @@ from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps
 from pipeline.inversion.base import Inversion
 from pipeline.records import Concept, EditedLatents, EditRequest, InversionPrompts, Source, StepRecord, Trajectory
 
-# A concept's region moves from step to step: early steps lay out an object, late ones work at its edges. Reported is
-# where it acted in this share of its steps. On drawn truth half loses the inside of large objects, which only the early
-# steps mark; for small ones shares from a fifth to a half differ little.
+# A concept's region moves from step to step: early steps lay out an object, late ones work at its edges. The reported
+# mask is where it acted in at least this share of its steps. Against drawn truth, a half loses the inside of large
+# objects, which only the early steps mark; for small ones, shares from a fifth to a half differ little.
 REPORTED_SHARE = 0.25
 
 
@@ -65,9 +65,9 @@ def outside_from_source(
     regions: Bool[Tensor, "E h w"],
     user_mask: Float[Tensor, "h w"] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `step` led to, with the source's latents and data prediction outside the regions, widened by one cell.
+    """The result of `step`, with the source's latents and data prediction outside the regions widened by one cell.
 
-    The cell more leaves an outline room to fit in. Outside a user's mask everything is the source's.
+    That cell leaves room for an outline. Outside a user's mask everything is the source's.
     """
     editable = dilated(regions.any(dim=0), 1)
     if user_mask is not None:

@@ -193,7 +193,7 @@ def positions_or_words(
 
 
 class MutualEdit(BranchEdit):
-    """One edit of one image, with keys of either half of guidance from where they are said to come."""
+    """One edit of one image; `cond` and `uncond` say whose keys each half of guidance reads."""
 
     def __init__(
         self,

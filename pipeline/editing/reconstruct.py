@@ -33,7 +33,7 @@ class Reconstruct(EditingMethod):
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """Every request will do, what it wants changed is not read."""
+        """Every request will do: what it asks to change is not read."""
         yield from ()
 
     @override

@@ -160,7 +160,7 @@ class Engine:
         return finished.value
 
     def _abandon(self, session: _Session) -> None:
-        """Its caller has gone, by Ctrl-C or an error of its own: what it asked for would cost the next one's time."""
+        """Its caller has gone, by Ctrl-C or an error of its own: what it asked for would only delay the next one."""
         self._ready = deque(item for item in self._ready if item[0].session is not session)
         for pending in self._queue.calls():
             if pending.owner.session is session:

@@ -96,9 +96,8 @@ class CallRow:
     def sameness(self) -> tuple[Any, ...] | None:
         """Equal for rows that are the same computation; None for a row that is nobody else's.
 
-        Several edits of one image ask for the same predictions at the first step that they act in: of views of the
-        trajectory's latents, under prompts that were encoded once. Told by where these lie, so that nothing is compared
-        number by number.
+        Several edits of one image ask for the same predictions at their first step: views of the trajectory's latents,
+        under prompts that were encoded once. Where these lie in memory tells them, so no numbers are compared.
         """
         call, at = self.pending.call, self.at
         if call.control is not None or call.inpaint is not None or call.cotangent is not None:
@@ -113,7 +112,7 @@ class CallRow:
 
 
 def _place_of(latents: Tensor) -> tuple[Any, ...]:
-    """Where a tensor lies. While it is held, no other numbers lie there."""
+    """Where a tensor lies in memory. While it is held, nothing else can lie there."""
     return latents.data_ptr(), latents.stride()
 
 
@@ -171,8 +170,8 @@ class Batch:
             start += len(group)
 
     def _first_alike(self, size: int) -> list[int]:
-        """Rows are told to be alike by where their latents lie: a method that asks for several prompts at one point
-        gives views of one tensor. Rows that only fill the call up are copies of the first."""
+        """Where their latents lie in memory tells which rows are alike: a method that asks for several prompts at one
+        point gives views of one tensor. Rows that only fill the call up are copies of the first."""
         first: dict[tuple[Any, ...], int] = {}
         alike = []
         for number, row in enumerate(self.rows):

@@ -206,7 +206,7 @@ def row_problems(manifest: Manifest, rows: list[Key], expected: Expected) -> Ite
         edits.setdefault(one.index, set()).add((one.edit, one.method))
         ids.setdefault(one.index, set()).add(one.id)
     if manifest.stop - manifest.start > expected.unit_size:
-        return  # said already; and no loop is as long as a damaged manifest asks for
+        return  # said already; and no damaged manifest decides how long a loop is
     for index in range(manifest.start, manifest.stop):
         pairs = edits.get(index, set())
         if not pairs:

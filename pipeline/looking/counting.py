@@ -24,7 +24,8 @@ from pipeline.records import EditRequest, Placement, Prepared, Sample
 
 @dataclass(slots=True)
 class RowCounter:
-    """Network rows of one image under some requests, by running the flow's own generators. Each distinct case once."""
+    """Network rows of one image under some requests, by running the flow's own generators. Each distinct case is run
+    once."""
 
     recipe: Recipe
     known: dict[Any, int] = field(default_factory=dict)
@@ -83,7 +84,7 @@ def _anonymous(requests: Mapping[str, EditRequest]) -> str:
 
 
 class ZeroBackbone(Backbone):
-    """A model that answers nearly everything with zeros, at once. Only the number of what it is asked has a meaning."""
+    """A model that answers nearly everything with zeros, at once. Only how often it is asked has a meaning."""
 
     record = ModelRecord(name="zeros", revision="", digest="", dtype="float32", device="cpu")
     schedule = NoiseSchedule.from_config({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})

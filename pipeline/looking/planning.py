@@ -40,7 +40,7 @@ COUNTERS = 8  # shards counted side by side
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A run in numbers. What is estimated is said so in `notes`."""
+    """A run in numbers. `notes` says which numbers are estimates."""
 
     shards: int
     bytes_in: int
@@ -116,7 +116,7 @@ def plan(recipe: Recipe, *, probe: bool = True, partition: Partition = WHOLE) ->
 
 
 def assumed_workers(run: RunConfig) -> tuple[int, int | None]:
-    """Workers that an estimate of time counts on; and, of a pool that may grow, how many there may come to be."""
+    """Workers that an estimate of time counts on, and the most that a growing pool may have."""
     if run.engine == "local":
         return 1, None
     if isinstance(run.workers, WorkerRange):
@@ -131,7 +131,7 @@ def seconds_for(network_rows: int, images: int, probe: Probe, workers: int) -> f
 
 
 def probe_note(probe: Probe | None, why: Sequence[str] = ()) -> str:
-    """What an estimate of time rests on; of rows that could not be edited, why."""
+    """What an estimate of time rests on, and why some rows could not be edited."""
     reasons = ", ".join(f"{text} ({count})" for text, count in Counter(map(_in_short, why)).most_common(SHOWN_REASONS))
     if probe is None:
         return "time: unknown, none of the first rows can be edited" + (f": {reasons}" if reasons else "")

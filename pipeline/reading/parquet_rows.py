@@ -148,7 +148,7 @@ def _labels_of(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
 
 
 def names_of_repeated_keys(file: pq.ParquetFile, layout: Layout) -> dict[int, str]:
-    """What follows the shard in the id of a row, by index, where that cannot be the row's key: it was there before."""
+    """The id's part after the shard, by row index, of rows whose key is blank or was there before."""
     if not layout.key:
         return {}
     column = file.read(columns=[layout.key], use_threads=False).column(0)

@@ -52,7 +52,7 @@ class Names:
 
 
 def _mark(key: str) -> str:
-    """Stands for a key among those of a shard, which may have a megabyte each."""
+    """Stands for a key while a shard is read: each may have a megabyte."""
     if len(key) <= LONG_KEY:
         return key
     return f"{key[:LONG_KEY]}\n{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}"
@@ -131,7 +131,7 @@ def damaged_row(shard: str, key: str, name: str, index: int, message: str) -> Un
 
 
 def light(row: ReadRow) -> ReadRow:
-    """A row as far as it says what is asked for and what it is made of: without its pictures and all that is long."""
+    """A row without its pictures and all that is long: enough to see what it asks for and what it is made of."""
     if isinstance(row, Unreadable):
         return replace(row, sample=_light(row.sample))
     return _light(row)

@@ -24,7 +24,8 @@ from pipeline.writing.merging import Job, merge_here
 from pipeline.writing.run_record import RunRecord
 
 if TYPE_CHECKING:
-    from pipeline.running.worker import Worker  # the model's libraries are imported by whoever loads one: see on_ray.py
+    # The model's libraries are imported by whoever loads one: see on_ray/executor.py.
+    from pipeline.running.worker import Worker
 
 
 class Executor(Protocol):

@@ -1,4 +1,4 @@
-"""What a run's folder and source tell before it begins, without a write: `edit` looks first, and `plan` does, too."""
+"""What is checked before a run begins, without a write: by `edit`, and by `plan` too."""
 
 from __future__ import annotations
 

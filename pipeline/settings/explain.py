@@ -37,7 +37,7 @@ def problems_in_words(error: ValidationError, root: type[BaseModel]) -> list[tup
     for item in error.errors():
         place = _walk(root, item["loc"])
         if isinstance(item["input"], Mapping) and item["type"] in _PLAIN and _model_branch(place.kind):
-            continue  # of a mapping that is none of a field's plain values, the branch for mappings says what is wrong
+            continue  # a mapping where plain values fit, too: the branch for mappings says what is wrong
         # Of a union pydantic reports every branch: the field's own words name them all at once.
         found.setdefault(place.path or "recipe", _text(item, place, root))
     return list(found.items())

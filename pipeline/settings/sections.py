@@ -1,4 +1,4 @@
-"""The recipe's sections other than inversion and editing: source, model, sink, run. No key is unknown in any.
+"""The recipe's sections other than inversion and editing: source, model, sink, run. None takes an unknown key.
 
 A key's docstring is its description: in `shardedit schema`, in docs/recipe.md, in an editor that knows the schema.
 """
@@ -49,7 +49,7 @@ def _or_size_text(schema: dict[str, Any]) -> None:
 
 
 class Section(BaseModel):
-    """Base of the recipe's sections: immutable, and no key is unknown."""
+    """Base of the recipe's sections: immutable, and unknown keys are refused."""
 
     # A misplaced secret must not stand in an error's traceback.
     model_config = ConfigDict(

@@ -70,7 +70,8 @@ class Contents(Part):
 
 
 class Slot(Part):
-    """One merged file of the index: the units from `first` to before the next slot's; the first, all before too."""
+    """One merged file of the index. Its units are those from `first` up to the next slot's; the first slot has all
+    before, too."""
 
     first: UnitId
     file: FileRecord | None  # None: it was damaged and taken back; its units are done again

@@ -39,7 +39,7 @@ def sections(inversion: dict[str, Any], editing: dict[str, Any]) -> dict[str, An
 
 @pytest.fixture(scope="module")
 def inpainting(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    """The tiny checkpoint with five more input channels, of random weights, that its predictions hang on."""
+    """The tiny checkpoint with five more input channels, of random weights, on which its predictions depend."""
     from diffusers import UNet2DConditionModel
 
     folder = Path(shutil.copytree(TINY_SD, tmp_path_factory.mktemp("inpainting") / "model"))

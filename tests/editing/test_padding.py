@@ -104,7 +104,7 @@ def test_the_images_part_is_what_is_at_least_half_image_and_never_nothing(
 
 
 class PointByPoint(AnalyticBackbone):
-    """Answers each latent by itself, and how much two prompts differ there hangs on the latent."""
+    """Answers each latent by itself, and how much two prompts differ there depends on the latent."""
 
     def denoise(self, call: NetworkCall) -> NetworkAnswer:
         answer = super().denoise(call)
