@@ -69,12 +69,7 @@ class ClassifierFreeGuidance(EditingMethod):
 
     @override
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
         if user_mask is not None:
             raise_first(self.mask_problems())
@@ -86,5 +81,5 @@ class ClassifierFreeGuidance(EditingMethod):
         else:
             (target,) = yield EncodeText((request.target_prompt,))
             predict = guided_against_brought(trajectory, target, self.guidance_scale)
-        latents, history = yield from walk(trajectory, self.start_step, predict, keep_history=keep_history)
-        return EditedLatents(latents=latents, masks=None, history=history)
+        latents = yield from walk(trajectory, self.start_step, predict)
+        return EditedLatents(latents=latents, masks=None)

@@ -22,13 +22,14 @@ from typing_extensions import override
 
 from pipeline.diffusion.masks import above_average, dilated
 from pipeline.editing.base import EditingMethod
+from pipeline.editing.observing import StepRecord, observer
 from pipeline.editing.problems import Problem, target_problems
 from pipeline.editing.walk import inside_of, start_of, take_step
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps
 from pipeline.engine.prompts import GuidedPrompt
 from pipeline.errors import PrepareError
 from pipeline.inversion.base import Inversion
-from pipeline.records import EditedLatents, EditRequest, StepRecord, Trajectory, WordPair
+from pipeline.records import EditedLatents, EditRequest, Trajectory, WordPair
 
 
 class DiffEdit(EditingMethod):
@@ -88,12 +89,7 @@ class DiffEdit(EditingMethod):
 
     @override
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
         if user_mask is None:
             maps = yield from self.difference_maps(trajectory, compared_texts(request))
@@ -103,7 +99,7 @@ class DiffEdit(EditingMethod):
         else:
             mask = inside_of(user_mask)
         kept = trajectory.latents[1:] if self.background == "aligned" else trajectory.latents[:-1]
-        latents, history = kept[-1], []
+        latents = kept[-1]
         if mask.any():
             prompt = yield from GuidedPrompt.encode(request.target_prompt, self.guidance_scale, request.negative_prompt)
             prompt = dataclasses.replace(prompt, inpaint=(yield from self.inpaint_input(trajectory, mask)))
@@ -112,9 +108,9 @@ class DiffEdit(EditingMethod):
                 noise_pred = yield from prompt.predict(latents, timestep)
                 latents, previous = take_step(trajectory, step, latents, noise_pred, previous)
                 latents = torch.where(mask, latents, kept[step])
-                if keep_history:
-                    history.append(StepRecord(step=step, latents=latents, masks=mask[None], source_latents=kept[step]))
-        return EditedLatents(latents=latents, masks=mask[None], history=tuple(history))
+                if tell := observer():
+                    tell(StepRecord(step=step, latents=latents, masks=mask[None], source_latents=kept[step]))
+        return EditedLatents(latents=latents, masks=mask[None])
 
     def difference_maps(self, trajectory: Trajectory, texts: list[tuple[str, str]]) -> Steps[Tensor]:
         """How much the predictions under the two texts of each of P pairs differ, (P, h, w), at least 0.

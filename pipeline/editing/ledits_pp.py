@@ -19,11 +19,12 @@ from typing_extensions import override
 from pipeline.diffusion.guidance import edit_directions, multi_edit_guidance
 from pipeline.diffusion.masks import attention_mask, change_of_data, dilated, noise_mask, strongest_region
 from pipeline.editing.base import EditingMethod
+from pipeline.editing.observing import StepRecord, observer
 from pipeline.editing.problems import Problem
 from pipeline.editing.walk import start_of, take_step
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps
 from pipeline.inversion.base import Inversion
-from pipeline.records import Concept, EditedLatents, EditRequest, InversionPrompts, Source, StepRecord, Trajectory
+from pipeline.records import Concept, EditedLatents, EditRequest, InversionPrompts, Source, Trajectory
 
 # A concept's region moves from step to step: early steps lay out an object, late ones work at its edges. The reported
 # mask is where it acted in at least this share of its steps. Against drawn truth, a half loses the inside of large
@@ -125,12 +126,7 @@ class LEditsPP(EditingMethod):
 
     @override
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
         num_steps = len(trajectory.timesteps)
         size = (trajectory.latents.shape[-2], trajectory.latents.shape[-1])
@@ -147,7 +143,6 @@ class LEditsPP(EditingMethod):
         times_in_mask = torch.zeros((len(concepts), *size))
         times_active = torch.zeros((len(concepts), 1, 1))
         changes = torch.zeros((len(concepts), *size))  # that the directions of all steps so far would make
-        history = []
         for step in range(first_step, num_steps):
             timestep = trajectory.timesteps[step]
             active = [number for number in mattering if is_active(concepts[number], step)]
@@ -181,14 +176,14 @@ class LEditsPP(EditingMethod):
             if self.keep_background:
                 touched = where_acted(times_in_mask, times_active)
                 latents, previous = outside_from_source(trajectory, step, latents, previous, touched, user_mask)
-            if keep_history:
+            if tell := observer():
                 attention = None
                 if active and denoised.attention is not None:
                     attention = torch.zeros((len(concepts), *denoised.attention.shape[1:]), dtype=latents.dtype)
                     attention[active] = denoised.attention[1:]
-                history.append(StepRecord(step=step, latents=latents, masks=masks, attention=attention))
+                tell(StepRecord(step=step, latents=latents, masks=masks, attention=attention))
         masks = where_acted(times_in_mask, times_active)
-        return EditedLatents(latents=latents, masks=masks, history=tuple(history))
+        return EditedLatents(latents=latents, masks=masks)
 
     def _masks(
         self, concepts: list[Concept], directions: Tensor, attention: Tensor | None, timestep: int, source: Source

@@ -22,6 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pipeline.editing.base import EditingMethod
+from pipeline.editing.observing import observer
 from pipeline.editing.problems import Problem, target_problems
 from pipeline.editing.two_branch import BranchEdit, Branches, BranchRows, two_branch
 from pipeline.editing.walk import take_step
@@ -75,12 +76,7 @@ class PlugAndPlay(EditingMethod):
 
     @override
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
         empty, target, negative = yield EncodeText(
             ("", request.target_prompt, request.negative_prompt or self.negative_prompt)
@@ -91,9 +87,9 @@ class PlugAndPlay(EditingMethod):
         )
         edit = PlugAndPlayEdit(self, trajectory)
         if not trajectory.pinned:
-            read = num_steps if user_mask is not None or keep_history else edit.last_step
+            read = num_steps if user_mask is not None or observer() else edit.last_step
             trajectory = yield from resampled(trajectory, read, shift=self.compat_shift)
-        return (yield from two_branch(trajectory, branches, edit, user_mask, keep_history=keep_history))
+        return (yield from two_branch(trajectory, branches, edit, user_mask))
 
 
 def resampled(trajectory: Trajectory, read: int, *, shift: bool) -> Steps[Trajectory]:

@@ -74,12 +74,7 @@ class ProxMasaCtrl(MutualSelfAttention):
 
     @override
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
         branches = yield from Branches.encode(trajectory, request)
         if trajectory.uncond is not None:
@@ -92,7 +87,7 @@ class ProxMasaCtrl(MutualSelfAttention):
                 target_uncond=(empty,) * first + branches.target_uncond[first:],
             )
         edit = ProxMasaCtrlEdit(self, trajectory)
-        return (yield from two_branch(trajectory, branches, edit, user_mask, keep_history=keep_history))
+        return (yield from two_branch(trajectory, branches, edit, user_mask))
 
 
 KEYS: dict[str, Keys] = {"src": "source", "joint": "union", "none": "own"}

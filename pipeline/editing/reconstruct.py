@@ -38,12 +38,7 @@ class Reconstruct(EditingMethod):
 
     @override
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
         if trajectory.source_guidance == 1.0 or trajectory.uncond is None:
             prompt = yield from GuidedPrompt.encode(
@@ -53,5 +48,5 @@ class Reconstruct(EditingMethod):
         else:
             (source,) = yield EncodeText((trajectory.source_prompt,))
             predict = guided_against_brought(trajectory, source, trajectory.source_guidance)
-        latents, history = yield from walk(trajectory, 0, predict, keep_history=keep_history)
-        return EditedLatents(latents=latents, masks=no_masks(latents), history=history)
+        latents = yield from walk(trajectory, 0, predict)
+        return EditedLatents(latents=latents, masks=no_masks(latents))

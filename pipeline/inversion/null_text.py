@@ -62,16 +62,13 @@ class NullTextInversion(DDIMInversion):
             trajectory, uncond=uncond, uncond_scope=self.uncond_scope, source_guidance=self.edit_guidance_scale
         )
 
-    def optimise(
-        self, trajectory: Trajectory, cond: TextConditioning, start: Tensor, losses: list[float] | None = None
-    ) -> Steps[Tensor]:
+    def optimise(self, trajectory: Trajectory, cond: TextConditioning, start: Tensor) -> Steps[Tensor]:
         """The N embeddings (N, L, D), float32 or wider, on the CPU.
 
         Args:
             trajectory: whose latents the guided steps shall land on.
             cond: the source prompt.
             start: (L, D) embedding to begin with.
-            losses: takes every loss in order of evaluation, where given.
         """
         outside = trajectory.latents.dtype
         uncond = start.cpu().to(outside)
@@ -91,8 +88,6 @@ class NullTextInversion(DDIMInversion):
                 assert attempt.embedding_grads is not None
                 loss = objective.loss(attempt.noise_preds[0])
                 uncond = adam.update(uncond, attempt.embedding_grads[0].to(outside))
-                if losses is not None:
-                    losses.append(loss)
                 if loss < self.early_stop_epsilon + step * 2e-5:
                     break
             stored.append(uncond)
@@ -101,12 +96,6 @@ class NullTextInversion(DDIMInversion):
             final: Denoised = yield Denoise(latents[None], [timestep], [unconditional(uncond)])
             latents = objective.landing(final.noise_preds[0])
         return torch.stack(stored)
-
-    def rows(self, source_prompt: str) -> int:
-        """See `Inversion`; the most that it can take."""
-        if self.edit_guidance_scale == 1.0 or self.num_inner_steps == 0:
-            return super().rows(source_prompt)
-        return super().rows(source_prompt) + self.num_steps * (2 + 3 * self.num_inner_steps)
 
 
 def unconditional(embedding: Tensor) -> TextConditioning:

@@ -24,7 +24,7 @@ from pipeline.inversion.negative_prompt import NegativePromptInversion
 from pipeline.inversion.null_text import NullTextInversion
 from pipeline.recipe import recipe_from
 from pipeline.records import EditedLatents, EditRequest, Trajectory
-from tests.methods import BACKBONES, analytic, invert_and_edit, source, tiny_sd
+from tests.methods import BACKBONES, analytic, invert_and_edit, rows_of_edit, source, tiny_sd
 
 N = 4
 CAT, DOG = "a photo of a cat on grass", "a photo of a dog on grass"
@@ -41,7 +41,7 @@ def edit(
     backbone = tiny_sd(torch.float64) if backbone is None else backbone
     engine = Engine(backbone, call_size=8)
     generator = invert_and_edit(
-        source(backbone, 1, CAT), EditRequest(target_prompt=target), inversion, editor, keep_history=True
+        source(backbone, 1, CAT), EditRequest(target_prompt=target), inversion, editor, observe=True
     )
     trajectory, edited = engine.run_one(generator)
     return trajectory, edited, engine.stats.network_rows
@@ -162,13 +162,10 @@ def test_the_sign_of_recon_t_says_which_side_is_pulled(recon_t: int, pulled: lis
     ],
 )
 def test_the_source_has_rows_only_where_they_are_read(inversion: Any, quantile: float, rows: int) -> None:
-    engine = Engine(analytic(), call_size=8)
-    request = EditRequest(target_prompt=DOG)
-    engine.run_one(invert_and_edit(source(analytic(), 1, CAT), request, inversion, ProxEdit(quantile=quantile)))
-    assert engine.stats.network_rows - inversion.rows(CAT) == rows
+    assert rows_of_edit(inversion, ProxEdit(quantile=quantile), EditRequest(target_prompt=DOG), CAT) == rows
 
 
-def test_keeping_history_changes_no_edit() -> None:
+def test_looking_at_every_step_changes_no_edit() -> None:
     for inversion in (NPI, DDIMInversion(num_steps=N), DirectInversion(num_steps=N, offset_scale=0.5)):
         generator = invert_and_edit(
             source(analytic(), 1, CAT), EditRequest(target_prompt=DOG), inversion, ProxEdit(guidance_scale=2.0)
