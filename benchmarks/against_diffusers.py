@@ -159,7 +159,7 @@ def with_unet(backbone: StableDiffusion, unet: UNet2DConditionModel, compile_une
 
 
 def rows(steps: int, edits: list[list[dict[str, Any]]]) -> tuple[int, int]:
-    """UNet rows of one image: diffusers' and ours, by the formulas of LEDITS++'s specification."""
+    """Network rows of one image: diffusers' and ours, by the formulas of LEDITS++'s specification."""
     reference = sum(steps + steps * (1 + len(concepts)) for concepts in edits)
     lossless = steps
     for concepts in edits:
@@ -224,7 +224,7 @@ class Ours:
     def padded_share(self) -> float:
         """Share of the rows computed that only filled up a call."""
         stats = self.engine.stats
-        return stats.padded_rows / (stats.padded_rows + stats.unet_rows - stats.shared_rows)
+        return stats.padded_rows / (stats.padded_rows + stats.network_rows - stats.shared_rows)
 
 
 class OursCompiled(Ours):

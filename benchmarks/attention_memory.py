@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.editing import EDITORS
-from pipeline.engine.calls import UNetAnswer, UNetCall
+from pipeline.engine.calls import NetworkAnswer, NetworkCall
 from pipeline.engine.engine import Engine
 from pipeline.inversion.direct import DirectInversion
 from pipeline.models.attention import attention_layers
@@ -75,7 +75,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 class Watched:
-    """A backbone whose UNet calls note what lives when they begin, and the most that lives within."""
+    """A backbone whose network calls note what lives when they begin, and the most that lives within."""
 
     def __init__(self, backbone: StableDiffusion, tensors: LiveTensors) -> None:
         self._backbone, self._tensors = backbone, tensors
@@ -85,8 +85,8 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backbone, name)
 
-    def denoise(self, call: UNetCall) -> UNetAnswer:
-        """See `Backbone`."""
+    def denoise(self, call: NetworkCall) -> NetworkAnswer:
+        """The backbone's answer, with what lived meanwhile noted."""
         self.held.append(self._tensors.live)
         self._tensors.peak = self._tensors.live
         answer = self._backbone.denoise(call)
@@ -95,7 +95,7 @@ class Watched:
 
 
 def stored_maps_mib(backbone: StableDiffusion) -> float:
-    """See the module."""
+    """MiB that the store of all maps would take: see the module."""
     numbers = 0
     for name, layer in attention_layers(backbone.unet).items():
         if layer.factor >= 2:
@@ -107,7 +107,7 @@ def stored_maps_mib(backbone: StableDiffusion) -> float:
 
 
 def measure() -> list[dict[str, Any]]:
-    """One row per editor: what it holds between steps beyond `cfg`, and the peak of a UNet call, in KiB and MiB."""
+    """One row per editor: what it holds between steps beyond `cfg`, and the peak of a network call, in KiB and MiB."""
     backbone = load_backbone(ModelConfig(name=str(TINY_SD)), device="cpu")
     assert isinstance(backbone, StableDiffusion)
     latents = torch.randn((4, SIDE, SIDE), generator=torch.Generator().manual_seed(0))

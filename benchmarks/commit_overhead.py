@@ -51,7 +51,7 @@ def unit(number: int, data: bytes, sink: SinkConfig) -> FinishedUnit:
         call_size=8,
         files=(file_record(path, data, 32),),
         counts=Counts(images=32, asked=32, ok=32, failed=0, failed_by_stage={}, failed_by_class={}),
-        measured=Measured(worker_seconds=1.0, workers=1, unet_rows=1),
+        measured=Measured(worker_seconds=1.0, workers=1, network_rows=1),
     )
     return FinishedUnit(manifest, ((path, data),))
 

@@ -63,7 +63,7 @@ def manifest_of(shard, chunk):
         start=chunk * size, stop=(chunk + 1) * size,
         is_last=chunk == per_shard - 1, shard_size=1, shard_etag="", recipe_hash="0" * 16, code_version="0",
         model_digest="0" * 16, call_size=8, files=(), counts=nothing,
-        measured=Measured(worker_seconds=1.0, workers=1, unet_rows=1),
+        measured=Measured(worker_seconds=1.0, workers=1, network_rows=1),
     )
 
 if is_folded:  # every shard like the first, under its own name

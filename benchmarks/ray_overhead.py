@@ -4,8 +4,8 @@
 
 The model waits instead of computing, as a CPU waits for a GPU; so both runs take the same time where the data plane is
 never in the way. Compared is the pace between the first commit and the last, since starting Ray (tens of seconds,
-printed too) is paid once a run. The two units that Ray keeps in flight share UNet calls, which the loop's one cannot:
-a ratio below 1 is possible.
+printed too) is paid once a run. The two units that Ray keeps in flight share network calls, which the loop's one
+cannot: a ratio below 1 is possible.
 """
 
 from __future__ import annotations

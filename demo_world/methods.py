@@ -4,7 +4,7 @@ Each scene is drawn and gets one edit, the edits taking turns. All pairs edit th
 editors that think in two prompts get complete descriptions of the scene before and after, those that think in concepts
 get the concept. An inversion that several editors read is run once. The outcome is judged as in score.py.
 
-Cost: a few hundred UNet rows per scene and pair, and a tenth of a second per result for reading it back.
+Cost: a few hundred network rows per scene and pair, and a tenth of a second per result for reading it back.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Pair:
     unchanged: float  # attributes that should stay and did
     mask_iou: float | None  # of the method's mask with the pixels that should change; None: it reports no mask
     background_psnr: float  # dB, outside of these pixels, against the autoencoder's round trip
-    unet_rows: float  # per image, inversion and edit
+    network_rows: float  # per image, inversion and edit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,7 +145,7 @@ class Outcome:
 
     pixels: Pixels
     latents: EditedLatents
-    unet_rows: int
+    network_rows: int
 
 
 def without_source_prompt(inversion: str, editor: str) -> bool:
@@ -227,7 +227,7 @@ def measure_pairs(
 def invert_all(
     editor: Editor, inversion: Inversion, tasks: Sequence[Task], prompts: Sequence[str]
 ) -> list[tuple[Trajectory, int]]:
-    """The tasks' trajectories, and the UNet rows that each took."""
+    """The tasks' trajectories, and the network rows that each took."""
 
     def invert(number: int) -> Steps[Trajectory]:
         latents = yield EncodeImage(tasks[number].pixels)
@@ -243,7 +243,7 @@ def invert_all(
         return (yield from inversion.invert(source))
 
     finished = in_order(editor.engine.run(invert(number) for number in range(len(tasks))))
-    return [(one.value, one.unet_rows) for one in finished]
+    return [(one.value, one.network_rows) for one in finished]
 
 
 def edit_all(
@@ -259,7 +259,7 @@ def edit_all(
     generators = (edit(trajectory, request) for (trajectory, _), request in zip(inverted, requests, strict=True))
     finished = in_order(engine.run(generators))
     return [
-        Outcome(pixels=one.value[0], latents=one.value[1], unet_rows=rows + one.unet_rows)
+        Outcome(pixels=one.value[0], latents=one.value[1], network_rows=rows + one.network_rows)
         for one, (_, rows) in zip(finished, inverted, strict=True)
     ]
 
@@ -292,11 +292,11 @@ def judge(inversion: str, editor: str, tasks: Sequence[Task], outcomes: Sequence
         unchanged=float(np.mean(stayed)),
         mask_iou=float(np.mean(ious)) if ious else None,
         background_psnr=float(np.mean(noises)),
-        unet_rows=float(np.mean([outcome.unet_rows for outcome in outcomes])),
+        network_rows=float(np.mean([outcome.network_rows for outcome in outcomes])),
     )
 
 
-COLUMNS = ("inversion", "editor", "success", "unchanged", "mask IoU", "background PSNR", "UNet rows")
+COLUMNS = ("inversion", "editor", "success", "unchanged", "mask IoU", "background PSNR", "network rows")
 
 
 def cells(pair: Pair) -> tuple[str, ...]:
@@ -308,7 +308,7 @@ def cells(pair: Pair) -> tuple[str, ...]:
         f"{pair.unchanged:.2f}",
         "" if pair.mask_iou is None else f"{pair.mask_iou:.2f}",
         f"{pair.background_psnr:.1f} dB",
-        f"{pair.unet_rows:.0f}",
+        f"{pair.network_rows:.0f}",
     )
 
 

@@ -192,7 +192,7 @@ def plan(
     partition: Part = "0/1",
     debug: Debug = False,
 ) -> None:
-    """Say what a run would take: images, results, UNet rows, bytes, time. Nothing is edited or written."""
+    """Say what a run would take: images, results, network rows, bytes, time. Nothing is edited or written."""
     part = parsed_partition(partition)
     with reported(debug):
         from pipeline.recipe import load_recipe

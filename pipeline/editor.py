@@ -36,7 +36,7 @@ from pipeline.records import Asked, Concept, Decoded, Prepared, Rejected, Sample
 from pipeline.result import Result
 from pipeline.writing.restoring import restored
 
-COMPILED_CALL_SIZE = 8  # rows of a compiled UNet call, where nothing is said
+COMPILED_CALL_SIZE = 8  # rows of a compiled network call, where nothing is said
 
 OneConcept = str | Mapping[str, Any] | Concept
 Concepts = OneConcept | Sequence[OneConcept]
@@ -64,7 +64,7 @@ class EditSettings(TypedDict, total=False):
 class Editor:
     """A loaded model, ready to edit images.
 
-    Its UNet calls are as small as what is asked needs, so that nothing is wasted; a job's are of one fixed size.
+    Its network calls are as small as what is asked needs, so that nothing is wasted; a job's are of one fixed size.
     Results agree to rounding; for the bits of a job, load with the job's call size. `close` it, or use it in a `with`,
     to free the model's memory.
     """
@@ -86,7 +86,7 @@ class Editor:
         Args:
             model: "demo", the bundled model, which knows drawn faces only; a folder in diffusers format; or a hub id.
             device: "cpu", "cuda", "cuda:1", ...; None for the GPU where there is one.
-            call_size: rows of every UNet call; None for calls as small as what is asked, or, with `compile=True`,
+            call_size: rows of every network call; None for calls as small as what is asked, or, with `compile=True`,
                 for calls of 8: every other size would be compiled anew.
             settings: more of the recipe's model section: revision, variant, dtype, compile.
 
@@ -163,8 +163,8 @@ class Editor:
             seed: of the run; the image's own seed derives from it and from `name`.
             name: the image's id. Where none is given it derives from the pixels: the same picture as a file, an array
                 or a Pillow image has the same seed.
-            on_progress: called with (UNet rows done, UNet rows in all) after each call of the UNet. What may end early
-                counts as if it did not, and the last call has all rows done.
+            on_progress: called with (rows done, rows in all) after each network call. What may end early counts as if
+                it did not, and the last call has all rows done.
             more: other fields of the edit request (`EditRequest`): blend_words, subtract_words, equalizer,
                 cross_replace_steps.
 
@@ -199,7 +199,7 @@ class Editor:
         errors: Literal["return", "raise"] = "return",
         **settings: Unpack[EditSettings],
     ) -> list[Result | Exception]:
-        """Make the same edit of many images, which share UNet calls: fewer than one after the other would make.
+        """Make the same edit of many images, which share network calls: fewer than one after the other would make.
 
         Args:
             images: each as `edit` takes it.
@@ -305,7 +305,7 @@ class Editor:
 
 
 def _reporting(on_progress: OnProgress, total: int) -> Callable[[int], None]:
-    """Tell of rows that are done; the last ones are told of once all results are there."""
+    """Report rows that are done; the last ones once all results are there."""
 
     def told(rows: int) -> None:
         if rows < total:

@@ -48,7 +48,7 @@ from pipeline.writing.commit import FinishedUnit
 from pipeline.writing.encoding import Encoders
 from pipeline.writing.finish import finish_unit
 from pipeline.writing.restoring import outcome_of
-from pipeline.writing.rows import Row, encode_outcome
+from pipeline.writing.rows import OutputRow, encode_outcome
 
 NEARLY_BLACK = 8  # of 255: what compression leaves of a black image
 
@@ -88,7 +88,7 @@ def edit_unit(
         on_result: told of each result as it leaves the engine.
     """
 
-    def encode(result: Decoded | Rejected) -> Row | Rejected:
+    def encode(result: Decoded | Rejected) -> OutputRow | Rejected:
         return encode_outcome(outcome_of(result), recipe, engine.backbone.record, engine.call_size)
 
     def results() -> Iterator[Decoded | Rejected]:

@@ -30,23 +30,23 @@ from pydantic import (
 )
 
 from pipeline.editing import EDITORS
-from pipeline.editing.base import Editor
+from pipeline.editing.base import EditingMethod
 from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.errors import PrepareError, RecipeError
 from pipeline.inversion import INVERSIONS
 from pipeline.inversion.base import Inversion
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.records import EditRequest
-from pipeline.settings.explain import describe
+from pipeline.settings.explain import problems_in_words
 from pipeline.settings.sections import ModelConfig, RunConfig, Section, SinkConfig, SourceConfig
 from pipeline.settings.yaml_file import UnusableFileError, parse_yaml, read_yaml_file
 
 if TYPE_CHECKING:
     AnyInversion = Inversion
-    AnyEditor = Editor
+    AnyEditingMethod = EditingMethod
 else:  # what pydantic reads: the registries as tagged unions
     AnyInversion = Annotated[reduce(or_, INVERSIONS.values()), Field(discriminator="method")]
-    AnyEditor = Annotated[reduce(or_, EDITORS.values()), Field(discriminator="method")]
+    AnyEditingMethod = Annotated[reduce(or_, EDITORS.values()), Field(discriminator="method")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_+-]{0,63}$")]
 
 
@@ -55,7 +55,7 @@ class Method(Section):
 
     inversion: AnyInversion = Field(default_factory=DDPMInversion)
     """How an image becomes a trajectory."""
-    editing: AnyEditor = Field(default_factory=LEditsPP)
+    editing: AnyEditingMethod = Field(default_factory=LEditsPP)
     """How a trajectory becomes an edit."""
 
 
@@ -84,7 +84,7 @@ class Recipe(Section):
     """Which checkpoint edits, at which size and precision."""
     inversion: AnyInversion = Field(default_factory=DDPMInversion)
     """How an image becomes a trajectory."""
-    editing: AnyEditor = Field(default_factory=LEditsPP)
+    editing: AnyEditingMethod = Field(default_factory=LEditsPP)
     """How a trajectory becomes an edit."""
     methods: dict[Name, Method] = Field(default_factory=dict)
     """Instead of inversion and editing: several named pairs, each of which edits every image."""
@@ -220,7 +220,7 @@ def _one_edit(value: Any, name: str, where: str) -> EditRequest:
     try:
         return EditRequest.model_validate(_without_none(value))
     except ValidationError as error:
-        problems = "; ".join(f"{path}: {text}" for path, text in describe(error, EditRequest))
+        problems = "; ".join(f"{path}: {text}" for path, text in problems_in_words(error, EditRequest))
         raise PrepareError(f"{where} is no edit request: {problems}") from error
 
 
@@ -253,7 +253,7 @@ def recipe_from(data: Any, where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(where, _as_written(describe(error, Recipe), data)) from error
+        raise RecipeError(where, _as_written(problems_in_words(error, Recipe), data)) from error
     except RecipeError as error:
         raise RecipeError(where, _as_written(error.problems, data)) from error
 
@@ -314,4 +314,4 @@ def _is_place(text: str, items: list[Any]) -> bool:
     return re.fullmatch(r"[0-9]{1,9}", text) is not None and int(text) < len(items)
 
 
-__all__ = ["Editor", "Inversion", "Method", "Recipe", "load_recipe", "parse_edits", "recipe_from"]
+__all__ = ["EditingMethod", "Inversion", "Method", "Recipe", "load_recipe", "parse_edits", "recipe_from"]

@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.editing.base import Editor
+from pipeline.editing.base import EditingMethod
 from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import Steps
+from pipeline.engine.engine import Engine
 from pipeline.inversion.base import Inversion, draw_from
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.models.analytic import AnalyticBackbone
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig
-from pipeline.records import Concept, EditedLatents, EditRequest, Source, Trajectory
+from pipeline.records import Concept, EditRequest, Source, Trajectory
+from tests.golden.checks import observed
 from tests.golden.replay import TINY_SD
 
 SIDE = 12  # latents; the attention grid is 3 x 3
@@ -63,13 +65,24 @@ def invert_and_edit(
     given: Source,
     request: EditRequest,
     inversion: Inversion | None = None,
-    editor: Editor | None = None,
+    editor: EditingMethod | None = None,
+    *,
+    observe: bool = False,
     **options: Any,
-) -> Steps[tuple[Trajectory, EditedLatents]]:
+) -> Steps[tuple[Trajectory, Any]]:  # EditedLatents; ObservedLatents where its steps are looked on at
     """One image through one inversion and one editor."""
     trajectory = yield from (inversion or DDPMInversion(num_steps=6)).invert(given)
-    edited = yield from (editor or LEditsPP()).edit(trajectory, request, **options)
-    return trajectory, edited
+    editing = (editor or LEditsPP()).edit(trajectory, request, **options)
+    return trajectory, (yield from observed(editing) if observe else editing)
+
+
+def rows_of_edit(inversion: Inversion, editor: EditingMethod, request: EditRequest, prompt: str, **options: Any) -> int:
+    """Network rows that the edit of one image takes, without those of its inversion."""
+    engine = Engine(analytic(), call_size=8)
+    trajectory = engine.run_one(inversion.invert(source(analytic(), 1, prompt)))
+    before = engine.stats.network_rows
+    engine.run_one(editor.edit(trajectory, request, **options))
+    return engine.stats.network_rows - before
 
 
 def sunglasses_and_hat(**changes: Any) -> EditRequest:

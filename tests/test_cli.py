@@ -228,7 +228,12 @@ def test_a_stop_is_one_line_and_an_exit_code(config, monkeypatch):
 def test_plan_prints_numbers_and_writes_nothing(config):
     done = shardedit("plan", config)
     assert done.exit_code == 0, done.output
-    for line in (r"images +6 in 1 shard", r"results +6", r"UNet rows +72, 12.0 per image", r"time +about .* \(cpu\)"):
+    for line in (
+        r"images +6 in 1 shard",
+        r"results +6",
+        r"network rows +72, 12.0 per image",
+        r"time +about .* \(cpu\)",
+    ):
         assert re.search(line, done.stdout), line
     assert f"shardedit edit {config}" in done.stdout
     assert not (config.parent / "out").exists()
@@ -236,7 +241,7 @@ def test_plan_prints_numbers_and_writes_nothing(config):
 
 def test_plan_speaks_json(config):
     done = shardedit("plan", config, "--json", "--no-probe")
-    assert json.loads(done.stdout)["unet_rows"] == 72
+    assert json.loads(done.stdout)["network_rows"] == 72
 
 
 def test_report_is_written_again(config):

@@ -88,7 +88,7 @@ def test_four_edits_of_one_image_share_one_inversion() -> None:
     )
     results = editor.edit_many(PICTURE, recipe)
     assert [result.edit for result in results] == ["scale2", "scale3", "scale4", "scale5"]
-    assert editor.engine.stats.unet_rows == 5 + 4 * 5 * 2
+    assert editor.engine.stats.network_rows == 5 + 4 * 5 * 2
     assert editor.engine.stats.shared_rows == 3 * 2  # of the first step, the same in all four
     assert len({result.image.tobytes() for result in results}) == 4
     assert len({result.seed for result in results}) == 1
@@ -283,12 +283,12 @@ def test_many_images_give_a_list_in_their_order_and_one_that_fails_loses_no_othe
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_many_images_share_unet_calls() -> None:
+def test_many_images_share_network_calls() -> None:
     editor = Editor.load("analytic")
     editor.edit_all([PICTURE] * 4, "hat", names=list("abcd"), **QUICK)
-    together = editor.engine.stats.unet_calls
+    together = editor.engine.stats.network_calls
     editor.edit(PICTURE, "hat", **QUICK)
-    assert together <= editor.engine.stats.unet_calls - together
+    assert together <= editor.engine.stats.network_calls - together
 
 
 def test_each_image_has_its_own_mask_and_name(editor: Editor) -> None:
@@ -313,9 +313,9 @@ def test_asked_to_raise_the_first_failure_ends_it_and_leaves_nothing_in_the_engi
     editor = Editor.load("analytic")
     with pytest.raises(DecodeError):
         editor.edit_all([PICTURE, b"not an image", PICTURE], "hat", errors="raise")
-    before = editor.engine.stats.unet_rows
+    before = editor.engine.stats.network_rows
     editor.edit(PICTURE, "hat", **QUICK)
-    assert editor.engine.stats.unet_rows - before == 2 + 2 * 2
+    assert editor.engine.stats.network_rows - before == 2 + 2 * 2
 
 
 def test_a_closed_editor_frees_its_model_and_keeps_its_results() -> None:
@@ -360,15 +360,15 @@ def test_a_result_prints_in_a_line(editor: Editor) -> None:
     ],
     ids=["ddpm", "may end early"],
 )
-def test_progress_rises_with_every_unet_call_and_ends_at_all_rows(settings: Any, calls: int | None) -> None:
+def test_progress_rises_with_every_network_call_and_ends_at_all_rows(settings: Any, calls: int | None) -> None:
     editor = Editor.load("analytic")
     seen: list[tuple[int, int]] = []
     edit = {"concepts": "hat"} if calls else {"source_prompt": "a cat", "target_prompt": "a dog"}
     editor.edit(PICTURE, **edit, **settings, on_progress=lambda *at: seen.append(at))
     done, totals = zip(*seen, strict=True)
     assert len(set(totals)) == 1
-    assert done[-1] == totals[0] >= editor.engine.stats.unet_rows
+    assert done[-1] == totals[0] >= editor.engine.stats.network_rows
     assert list(done) == sorted(set(done))
     if calls:
-        assert len(done) == calls == editor.engine.stats.unet_calls
-        assert totals[0] == editor.engine.stats.unet_rows
+        assert len(done) == calls == editor.engine.stats.network_calls
+        assert totals[0] == editor.engine.stats.network_rows

@@ -172,7 +172,7 @@ def test_several_methods_and_edits_give_a_row_each_from_one_inversion(mixed: Pat
     # Rows 5 and 6 bring two and one edits for ledits_pp alone: cfg refuses them for want of a target_prompt.
     per_image = 4 + 2 * (4 * 2) + 2 * (4 * 2)
     own = (4 + 4 * 2) + (4 + 4 * 2)
-    assert sum(manifest["measured"]["unet_rows"] for manifest in manifests) == 5 * per_image + own
+    assert sum(manifest["measured"]["network_rows"] for manifest in manifests) == 5 * per_image + own
 
 
 def test_a_parquet_result_opens_as_images_in_datasets(mixed: Path) -> None:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline.looking.findings import Verdict
+from pipeline.looking.findings import RunVerdict
 from pipeline.looking.runs import find_run
 from pipeline.looking.verify import verify
 from pipeline.recipe import recipe_from
@@ -47,7 +47,7 @@ def run(made: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def verdict_on(run: Path, **settings: Any) -> Verdict:
+def verdict_on(run: Path, **settings: Any) -> RunVerdict:
     found = find_run(str(run.parent / "recipe.yaml"))
     return verify(found.sink, found.record, **{"source": found.source, **settings})
 
@@ -223,7 +223,7 @@ def test_a_folder_that_lost_its_run_json_is_told_as_such(run: Path) -> None:
     said = shardedit("verify", run)
     assert said.exit_code == 1
     assert "run.json: it is lost" in said.stderr
-    (run / "run.json").write_text('{"schema_version": 3, "recipe": {}}')
+    (run / "run.json").write_text('{"schema_version": 4, "recipe": {}}')
     said = shardedit("status", run)
     assert "is no record of a run" in said.stderr
 

@@ -367,10 +367,10 @@ def test_credentials_reach_no_file_and_no_log_of_ray(s3_server: Any, tmp_path: P
     data["run"]["engine"] = "ray"
     script = (
         "import json, sys, ray\n"
-        "from pipeline import cluster\n"
+        "from pipeline.running import driver\n"
         "from pipeline.recipe import load_recipe\n"
         "ray.init(address='local', num_cpus=2, include_dashboard=False, _temp_dir=sys.argv[2])\n"
-        "cluster.run(load_recipe(sys.argv[1]), progress='off')\n"
+        "driver.run(load_recipe(sys.argv[1]), progress='off')\n"
         "print(json.dumps(dict(ray.get_runtime_context().runtime_env)))\n"
     )
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))

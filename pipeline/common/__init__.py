@@ -1,1 +1,1 @@
-"""What every floor stands on: what may be shown, how a run is stopped, words of numbers."""
+"""What every layer uses: what may be shown, how a run is stopped, numbers in words."""

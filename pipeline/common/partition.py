@@ -12,29 +12,29 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """Which places of a listing: those that leave the remainder `index` when divided by `count`."""
+    """Which indexes of a listing: those that leave the remainder `index` when divided by `count`."""
 
     index: int = 0
     count: int = 1
 
     def of(self, listing: Sequence[T]) -> Sequence[T]:
-        """Its part of a listing, whose order has to be the same for all."""
+        """This partition's part of a listing. All partitions must have it in the same order."""
         return listing[self.index :: self.count]
 
     def overlaps(self, other: Partition) -> bool:
-        """Whether some place of a listing that is long enough is in both (the Chinese remainder theorem)."""
+        """Whether some index of a long enough listing is in both (the Chinese remainder theorem)."""
         return (self.index - other.index) % gcd(self.count, other.count) == 0
 
     def covers(self, other: Partition) -> bool:
-        """Whether every place of the other one is in this."""
+        """Whether every index of the other one is in this one."""
         return other.count % self.count == 0 and other.index % self.count == self.index
 
     @staticmethod
     def parsed(text: str) -> Partition:
-        """Of "I/N".
+        """Parse "I/N".
 
         Raises:
-            ValueError: it is none, or I is not below N.
+            ValueError: it is not of that form, or I is not below N.
         """
         index, slash, count = text.partition("/")
         if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):

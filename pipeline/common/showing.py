@@ -13,7 +13,7 @@ from collections.abc import Sequence
 _USER = r"//[^/\s:@'\"\[]*:(?!\d+(?:[/\s?]|$))"
 _USERINFO = re.compile(rf"{_USER}[^\s'\"?]*@|//[^/\s@?]*@|{_USER}[^\s'\"]*")
 _WEB_QUERY = re.compile(r"(https?://[^\s?'\"]*)\?[^\s'\")]*")
-# In a path of another kind of storage a lone question mark is a glob's.
+# In paths of other storage a lone question mark is a wildcard.
 _QUERY = re.compile(r"(\w[\w+.-]*://[^\s?'\"]*(?:\?(?![\w.%-]+=)[^\s?'\"]*)*)\?[\w.%-]+=[^\s'\")]*")
 
 
@@ -26,7 +26,7 @@ def public_url(url: str) -> str:
 
 
 def without_credentials(text: str) -> str:
-    """A text whose addresses have neither user, password nor query."""
+    """The text, its addresses without user, password and query."""
     return _QUERY.sub(r"\1", _WEB_QUERY.sub(r"\1", _USERINFO.sub("//", text)))
 
 
@@ -73,9 +73,8 @@ def about_path(error: OSError) -> str | None:
 
 
 def printable(text: str) -> str:
-    """A text that moves no cursor, rings no bell and turns no line round: what would is shown as an escape.
-
-    Newlines and tabs stay. Keys, captions and names of files come from strangers, and a terminal obeys what it is sent.
+    """The text with escapes instead of what would move the cursor, ring the bell or turn a line round. Newlines and
+    tabs stay. Keys, captions and names of files come from strangers, and a terminal obeys what it is sent.
     """
     return "".join(char if char in "\n\t" or not _commands(char) else _escape(char) for char in text)
 

@@ -5,8 +5,8 @@ is being imported, or leaves a lock held that nobody can take again. So a signal
 it where it can end (`check`). A thread hears signals as well, also while the main thread is in native code, and ends
 the process of a command itself where no such point is reached in time. A second signal ends a command at once.
 
-In somebody's program handlers are ours only while `cluster.run` is at work, and only those that are Python's own; the
-process is never ended there. Nothing is imported here that takes time: the command listens before it imports the rest.
+In a program of the user's, our handlers stand only while `driver.run` is at work, and only in place of Python's own;
+that process is never ended. Nothing is imported here that takes time: the command listens before it imports the rest.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ def listen(*, goes_on: bool) -> None:
 def orderly() -> Iterator[Orderly]:
     """A run that looks for signals by `check`, and is given `Orderly.grace_s` to end.
 
-    Whatever it raises once it has been told to stop is a consequence, and comes out as `Stopped`. In a program of
-    somebody's own the handlers come back afterwards, and a signal other than SIGINT is raised again: what ends such a
-    program by default ends it still. Outside of the main thread no signal can be heard, and none is.
+    Whatever it raises once it has been told to stop is a consequence, and comes out as `Stopped`. In a program of the
+    user's the handlers come back afterwards, and a signal other than SIGINT is raised again: what ends such a program
+    by default still ends it. Outside of the main thread no signal can be heard.
 
     Raises:
         Stopped: a signal came.
@@ -328,7 +328,8 @@ def _read(path: str) -> str:
 
 
 def _take_over() -> dict[int, Any]:
-    """Hear signals in somebody's program; returns the handlers that were there. Those of the program's own stay."""
+    """Hear signals in a program of the user's; returns the handlers that were there. Those of the program's own
+    stay."""
     defaults = {signal.SIGINT: signal.default_int_handler}
     ours = [number for number in SIGNALS if signal.getsignal(number) == defaults.get(number, signal.SIG_DFL)]
     _process.first, _process.outcome, _process.heard = None, GOES_ON, 0

@@ -38,9 +38,6 @@ class Solver(Protocol):
     def add_noise(self, latents: Tensor, noise: Tensor, step: int) -> Tensor:
         """Clean latents at the noise level that step `step` starts from."""
 
-    def noise_of(self, step: int, latents: Tensor, data_pred: Tensor) -> Tensor:
-        """The noise prediction that belongs to a data prediction at a step."""
-
 
 def ddim_data_pred(latents: Tensor, noise_pred: Tensor, alpha_bar: float) -> Tensor:
     """Clean latents implied by a noise prediction (DDIM, arXiv 2010.02502, equation 9)."""
@@ -93,7 +90,7 @@ class DDIM:
         )
 
     def transition(self, step: int, latents: Tensor, noise_pred: Tensor, previous: Tensor | None) -> Transition:
-        """See `Solver`; a single-step method, `previous` is not read."""
+        """A single-step method: `previous` is not read."""
         a, b = self.alpha_bars[step], self.target_alpha_bars[step]
         variance = (1.0 - b) / (1.0 - a) * (1.0 - a / b)
         in_direction = variance * (self.eta**2 if self.eta_squared else self.eta)
@@ -108,14 +105,9 @@ class DDIM:
         return ddim_move(latents, noise_pred, self.target_alpha_bars[step], self.alpha_bars[step])
 
     def add_noise(self, latents: Tensor, noise: Tensor, step: int) -> Tensor:
-        """See `Solver`."""
+        """Clean latents at the noise level that step `step` starts from."""
         a = self.alpha_bars[step]
         return math.sqrt(a) * latents + math.sqrt(1.0 - a) * noise
-
-    def noise_of(self, step: int, latents: Tensor, data_pred: Tensor) -> Tensor:
-        """See `Solver`."""
-        a = self.alpha_bars[step]
-        return (latents - math.sqrt(a) * data_pred) / math.sqrt(1.0 - a)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +140,7 @@ class SDEDPMSolver:
         return math.log(self.alphas[level]) - math.log(self.sigmas[level])
 
     def transition(self, step: int, latents: Tensor, noise_pred: Tensor, previous: Tensor | None) -> Transition:
-        """See `Solver`. Without `previous` the step is of first order."""
+        """Without `previous` the step is of first order."""
         data_pred = (latents - self.sigmas[step] * noise_pred) / self.alphas[step]
         if self.sigmas[step + 1] == 0.0:
             return Transition(data_pred, 0.0, data_pred)
@@ -162,9 +154,5 @@ class SDEDPMSolver:
         return Transition(mean, self.sigmas[step + 1] * math.sqrt(-math.expm1(-2.0 * h)), data_pred)
 
     def add_noise(self, latents: Tensor, noise: Tensor, step: int) -> Tensor:
-        """See `Solver`."""
+        """Clean latents at the noise level that step `step` starts from."""
         return self.alphas[step] * latents + self.sigmas[step] * noise
-
-    def noise_of(self, step: int, latents: Tensor, data_pred: Tensor) -> Tensor:
-        """See `Solver`."""
-        return (latents - self.alphas[step] * data_pred) / self.sigmas[step]

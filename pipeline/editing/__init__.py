@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.editing.base import Editor
+from pipeline.editing.base import EditingMethod
 from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.diffedit import DiffEdit
 from pipeline.editing.fast_diffedit import FastDiffEdit
@@ -14,7 +14,7 @@ from pipeline.editing.prox_masactrl import ProxMasaCtrl
 from pipeline.editing.proxedit import ProxEdit
 from pipeline.editing.reconstruct import Reconstruct
 
-EDITORS: dict[str, type[Editor]] = {
+EDITORS: dict[str, type[EditingMethod]] = {
     "cfg": ClassifierFreeGuidance,
     "diffedit": DiffEdit,
     "fast_diffedit": FastDiffEdit,

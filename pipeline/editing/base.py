@@ -1,4 +1,4 @@
-"""What an editor is: settings, and one generator that walks a trajectory down to edited latents."""
+"""What an editing method is: settings, and one generator that walks a trajectory down to edited latents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, InversionPrompts, Trajectory
 
 
-class Editor(BaseModel, ABC):
+class EditingMethod(BaseModel, ABC):
     """Turns a trajectory and a request into edited latents. Fields are its settings; a subclass is final."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
@@ -79,12 +79,7 @@ class Editor(BaseModel, ABC):
 
     @abstractmethod
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
         """Yield model calls; return the edit of one image.
 
@@ -92,5 +87,4 @@ class Editor(BaseModel, ABC):
             trajectory: what the inversion returned.
             request: what to change.
             user_mask: (h, w) at latent resolution in [0, 1], or None for everywhere.
-            keep_history: also return what every step did.
         """

@@ -5,7 +5,7 @@ SDEdit (above 0); on `ddim` it is the plain edit that the other methods improve 
 `negative_prompt` the embeddings that these bring take the empty prompt's place. There is no source branch, so that
 `direct` would have nothing to put back.
 
-Cost: two UNet rows per step walked, one at guidance 1 or 0. Masks: none.
+Cost: two network rows per step walked, one at guidance 1 or 0. Masks: none.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
-from pipeline.editing.base import Editor
+from pipeline.editing.base import EditingMethod
 from pipeline.editing.problems import (
     Problem,
     guidance_problems,
@@ -34,7 +35,7 @@ from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, Trajectory
 
 
-class ClassifierFreeGuidance(Editor):
+class ClassifierFreeGuidance(EditingMethod):
     """Sample under the request's target prompt, against its negative prompt."""
 
     inversions: ClassVar = frozenset({"ddim", "ddpm", "negative_prompt", "noise", "null_text"})
@@ -49,15 +50,15 @@ class ClassifierFreeGuidance(Editor):
     start_step: int = Field(default=0, ge=0)
     """Steps left out at the noisy end; more keeps more of the image."""
 
+    @override
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """See `Editor`."""
         yield from target_problems(self.method, request)
         yield from negative_prompt_problems(request, inversion)
 
+    @override
     def pair_problems(self, inversion: Inversion) -> Iterator[str]:
-        """See `Editor`."""
         if getattr(inversion, "uncond_scope", "all") == "source":
             yield (
                 "uncond_scope: source gives the optimised embeddings to a source branch, and cfg has none: this would "
@@ -66,15 +67,10 @@ class ClassifierFreeGuidance(Editor):
         yield from guidance_problems(self.guidance_scale, inversion)
         yield from start_problems(self.start_step, inversion.num_steps)
 
+    @override
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
-        """See `Editor`."""
         if user_mask is not None:
             raise_first(self.mask_problems())
         if trajectory.uncond is None:
@@ -85,5 +81,5 @@ class ClassifierFreeGuidance(Editor):
         else:
             (target,) = yield EncodeText((request.target_prompt,))
             predict = guided_against_brought(trajectory, target, self.guidance_scale)
-        latents, history = yield from walk(trajectory, self.start_step, predict, keep_history=keep_history)
-        return EditedLatents(latents=latents, masks=None, history=history)
+        latents = yield from walk(trajectory, self.start_step, predict)
+        return EditedLatents(latents=latents, masks=None)

@@ -18,19 +18,21 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.diffusion.masks import above_average, dilated
-from pipeline.editing.base import Editor
+from pipeline.editing.base import EditingMethod
+from pipeline.editing.observing import StepRecord, observer
 from pipeline.editing.problems import Problem, target_problems
 from pipeline.editing.walk import inside_of, start_of, take_step
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps
 from pipeline.engine.prompts import GuidedPrompt
 from pipeline.errors import PrepareError
 from pipeline.inversion.base import Inversion
-from pipeline.records import EditedLatents, EditRequest, StepRecord, Trajectory, WordPair
+from pipeline.records import EditedLatents, EditRequest, Trajectory, WordPair
 
 
-class DiffEdit(Editor):
+class DiffEdit(EditingMethod):
     """Edit inside of a mask that the two texts give, or that the user brings."""
 
     inversions: ClassVar = frozenset({"ddim", "direct"})
@@ -54,18 +56,18 @@ class DiffEdit(Editor):
     image itself at the end; reference: one level noisier, as in the maintained implementation, hence never quite the
     image."""
 
+    @override
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """See `Editor`."""
         yield from target_problems(self.method, request)
         try:
             compared_texts(request)
         except PrepareError as error:
             yield Problem("blend_words that do not pair up", str(error))
 
+    @override
     def pair_problems(self, inversion: Inversion) -> Iterator[str]:
-        """See `Editor`."""
         try:
             self.noised_steps(inversion.schedule_steps)
         except PrepareError as error:
@@ -85,15 +87,10 @@ class DiffEdit(Editor):
             )
         return steps
 
+    @override
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
-        """See `Editor`."""
         if user_mask is None:
             maps = yield from self.difference_maps(trajectory, compared_texts(request))
             mask = dilated(
@@ -102,7 +99,7 @@ class DiffEdit(Editor):
         else:
             mask = inside_of(user_mask)
         kept = trajectory.latents[1:] if self.background == "aligned" else trajectory.latents[:-1]
-        latents, history = kept[-1], []
+        latents = kept[-1]
         if mask.any():
             prompt = yield from GuidedPrompt.encode(request.target_prompt, self.guidance_scale, request.negative_prompt)
             prompt = dataclasses.replace(prompt, inpaint=(yield from self.inpaint_input(trajectory, mask)))
@@ -111,9 +108,9 @@ class DiffEdit(Editor):
                 noise_pred = yield from prompt.predict(latents, timestep)
                 latents, previous = take_step(trajectory, step, latents, noise_pred, previous)
                 latents = torch.where(mask, latents, kept[step])
-                if keep_history:
-                    history.append(StepRecord(step=step, latents=latents, masks=mask[None], source_latents=kept[step]))
-        return EditedLatents(latents=latents, masks=mask[None], history=tuple(history))
+                if tell := observer():
+                    tell(StepRecord(step=step, latents=latents, masks=mask[None], source_latents=kept[step]))
+        return EditedLatents(latents=latents, masks=mask[None])
 
     def difference_maps(self, trajectory: Trajectory, texts: list[tuple[str, str]]) -> Steps[Tensor]:
         """How much the predictions under the two texts of each of P pairs differ, (P, h, w), at least 0.
@@ -150,7 +147,7 @@ class DiffEdit(Editor):
         )
 
     def inpaint_input(self, trajectory: Trajectory, mask: Tensor) -> Steps[Tensor | None]:
-        """What the UNet is given beside the latents to repaint a mask (h, w) bool: (1 + C, h, w), or None."""
+        """What the network is given beside the latents to repaint a mask (h, w) bool: (1 + C, h, w), or None."""
         return None
         yield  # a generator, since an editor that has something to give must encode it
 

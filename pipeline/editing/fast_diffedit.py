@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.editing.diffedit import DiffEdit
 from pipeline.engine.calls import EncodeImage, Steps
@@ -41,8 +42,9 @@ class FastDiffEdit(DiffEdit):
     """Who fills the mask: the plain model, or an inpainting checkpoint, whose UNet is also given mask and masked
     image."""
 
+    @override
     def pair_problems(self, inversion: Inversion) -> Iterator[str]:
-        """See `Editor`. An inpainting UNet cannot invert: it is given a region to repaint, and there is none yet."""
+        """An inpainting UNet cannot invert: it is given a region to repaint, and there is none yet."""
         if self.backend == "inpaint" and inversion.method != "noise":
             yield (
                 "backend: inpaint repaints from noise with an inpainting checkpoint, which inversion.method "
@@ -50,8 +52,9 @@ class FastDiffEdit(DiffEdit):
             )
         yield from super().pair_problems(inversion)
 
+    @override
     def inpaint_input(self, trajectory: Trajectory, mask: Tensor) -> Steps[Tensor | None]:
-        """See `DiffEdit`: mask, and latents of the image with the mask greyed out.
+        """Mask, and latents of the image with the mask greyed out.
 
         To find the mask everything is masked, which leaves the UNet to the latents and the text alone.
         """

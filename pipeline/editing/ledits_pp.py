@@ -14,19 +14,21 @@ import torch
 from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.diffusion.guidance import edit_directions, multi_edit_guidance
 from pipeline.diffusion.masks import attention_mask, change_of_data, dilated, noise_mask, strongest_region
-from pipeline.editing.base import Editor
+from pipeline.editing.base import EditingMethod
+from pipeline.editing.observing import StepRecord, observer
 from pipeline.editing.problems import Problem
 from pipeline.editing.walk import start_of, take_step
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps
 from pipeline.inversion.base import Inversion
-from pipeline.records import Concept, EditedLatents, EditRequest, InversionPrompts, Source, StepRecord, Trajectory
+from pipeline.records import Concept, EditedLatents, EditRequest, InversionPrompts, Source, Trajectory
 
-# A concept's region moves from step to step: early steps lay out an object, late ones work at its edges. Reported is
-# where it acted in this share of its steps. On drawn truth half loses the inside of large objects, which only the early
-# steps mark; for small ones shares from a fifth to a half differ little.
+# A concept's region moves from step to step: early steps lay out an object, late ones work at its edges. The reported
+# mask is where it acted in at least this share of its steps. Against drawn truth, a half loses the inside of large
+# objects, which only the early steps mark; for small ones, shares from a fifth to a half differ little.
 REPORTED_SHARE = 0.25
 
 
@@ -64,9 +66,9 @@ def outside_from_source(
     regions: Bool[Tensor, "E h w"],
     user_mask: Float[Tensor, "h w"] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `step` led to, with the source's latents and data prediction outside the regions, widened by one cell.
+    """The result of `step`, with the source's latents and data prediction outside the regions widened by one cell.
 
-    The cell more leaves an outline room to fit in. Outside a user's mask everything is the source's.
+    That cell leaves room for an outline. Outside a user's mask everything is the source's.
     """
     editable = dilated(regions.any(dim=0), 1)
     if user_mask is not None:
@@ -77,7 +79,7 @@ def outside_from_source(
     return torch.where(editable, latents, source_latents), data_pred
 
 
-class LEditsPP(Editor):
+class LEditsPP(EditingMethod):
     """Guide the unconditional prediction by every concept's masked direction."""
 
     inversions: ClassVar = frozenset({"ddpm"})
@@ -97,14 +99,16 @@ class LEditsPP(Editor):
     blending of Blended Latent Diffusion (Avrahami et al., arXiv 2206.02779) and of Prompt-to-Prompt, under this
     method's own masks."""
 
+    @override
     def inverts_under(self, request: EditRequest) -> InversionPrompts:
-        """See `Editor`. The prediction that concepts are added to is the empty or negative prompt's, unguided."""
+        """The prediction that concepts are added to is the empty or negative prompt's, unguided."""
         return InversionPrompts(request.negative_prompt, request.negative_prompt)
 
+    @override
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """See `Editor`. No concept at all is allowed: the image comes back unedited."""
+        """No concept at all is allowed: the image comes back unedited."""
         if request.target_prompt and not request.concepts:
             yield Problem(
                 "no concepts",
@@ -120,15 +124,10 @@ class LEditsPP(Editor):
                     "inversion.num_steps",
                 )
 
+    @override
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
-        """See `Editor`."""
         num_steps = len(trajectory.timesteps)
         size = (trajectory.latents.shape[-2], trajectory.latents.shape[-1])
         concepts = request.concepts
@@ -144,7 +143,6 @@ class LEditsPP(Editor):
         times_in_mask = torch.zeros((len(concepts), *size))
         times_active = torch.zeros((len(concepts), 1, 1))
         changes = torch.zeros((len(concepts), *size))  # that the directions of all steps so far would make
-        history = []
         for step in range(first_step, num_steps):
             timestep = trajectory.timesteps[step]
             active = [number for number in mattering if is_active(concepts[number], step)]
@@ -178,14 +176,14 @@ class LEditsPP(Editor):
             if self.keep_background:
                 touched = where_acted(times_in_mask, times_active)
                 latents, previous = outside_from_source(trajectory, step, latents, previous, touched, user_mask)
-            if keep_history:
+            if tell := observer():
                 attention = None
                 if active and denoised.attention is not None:
                     attention = torch.zeros((len(concepts), *denoised.attention.shape[1:]), dtype=latents.dtype)
                     attention[active] = denoised.attention[1:]
-                history.append(StepRecord(step=step, latents=latents, masks=masks, attention=attention))
+                tell(StepRecord(step=step, latents=latents, masks=masks, attention=attention))
         masks = where_acted(times_in_mask, times_active)
-        return EditedLatents(latents=latents, masks=masks, history=tuple(history))
+        return EditedLatents(latents=latents, masks=masks)
 
     def _masks(
         self, concepts: list[Concept], directions: Tensor, attention: Tensor | None, timestep: int, source: Source

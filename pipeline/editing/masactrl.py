@@ -20,10 +20,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import interpolate, scaled_dot_product_attention
+from typing_extensions import override
 
 from pipeline.diffusion.masks import OfImage
 from pipeline.editing.alignment import token_weights
-from pipeline.editing.base import Editor
+from pipeline.editing.base import EditingMethod
 from pipeline.editing.problems import (
     Problem,
     guidance_problems,
@@ -48,7 +49,7 @@ Keys = Literal["source", "union", "own"]
 Index = Annotated[int, Field(ge=0)]
 
 
-class MutualSelfAttention(Editor):
+class MutualSelfAttention(EditingMethod):
     """What the editors of this kind share: when and where the target reads the source."""
 
     guidance_scale: float = Field(default=7.5, allow_inf_nan=False)
@@ -63,15 +64,15 @@ class MutualSelfAttention(Editor):
     layer_idx: tuple[Index, ...] | None = None
     """The controlled layers, one by one; start_layer is then not read. None: start_layer counts."""
 
+    @override
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """See `Editor`."""
         yield from target_problems(self.method, request)
         yield from negative_prompt_problems(request, inversion)
 
+    @override
     def pair_problems(self, inversion: Inversion) -> Iterator[str]:
-        """See `Editor`."""
         yield from guidance_problems(self.guidance_scale, inversion)
         num_steps = inversion.num_steps
         if self.step_idx is None:
@@ -136,10 +137,10 @@ class MasaCtrl(MutualSelfAttention):
             )
         return self
 
+    @override
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """See `Editor`."""
         yield from super().problems(request, inversion, caption_follows=caption_follows)
         if self.mask != "auto":
             return
@@ -155,19 +156,15 @@ class MasaCtrl(MutualSelfAttention):
         )
         yield from pair_of_words_problems(read, "blend word", request, caption_follows=caption_follows)
 
+    @override
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
-        """See `Editor`. With `mask: given` the user's mask tells foreground from background, and confines nothing."""
+        """With `mask: given` the user's mask tells foreground from background, and confines nothing."""
         branches = yield from Branches.encode(trajectory, request)
         edit = MasaCtrlEdit(self, trajectory, branches, request, user_mask)
         confines = None if self.mask == "given" else user_mask
-        return (yield from two_branch(trajectory, branches, edit, confines, keep_history=keep_history))
+        return (yield from two_branch(trajectory, branches, edit, confines))
 
 
 def positions_or_words(
@@ -191,7 +188,7 @@ def positions_or_words(
 
 
 class MutualEdit(BranchEdit):
-    """One edit of one image, with keys of either half of guidance from where they are said to come."""
+    """One edit of one image; `cond` and `uncond` say whose keys each half of guidance reads."""
 
     def __init__(
         self,
@@ -207,12 +204,12 @@ class MutualEdit(BranchEdit):
         self.settings, self.cond, self.uncond, self.masks = settings, cond, uncond, masks
         self.reads_both_halves = uncond != "own"
 
+    @override
     def reads_attention(self, step: int) -> bool:
-        """See `BranchEdit`."""
         return self.settings.controls_step(step) and (self.cond, self.uncond) != ("own", "own")
 
+    @override
     def control(self, step: int, rows: BranchRows) -> Control | None:
-        """See `BranchEdit`."""
         assert rows.source is not None  # it reads attention at this step
         readers = [Reader(rows.target, rows.source, self.cond)]
         if rows.target_uncond is not None and rows.source_uncond is not None:
@@ -263,17 +260,18 @@ class MasaCtrlEdit(MutualEdit):
             )
         super().__init__(settings, trajectory, cond=settings.keys, uncond=settings.keys, masks=masks)
 
+    @override
     def after_step(
         self, step: int, source: Tensor | None, target: Tensor, seen: Any
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """See `BranchEdit`: where either branch has the foreground, the image may change."""
+        """Where either branch has the foreground, the image may change."""
         if seen is not None:
             both = interpolate(seen[None].float(), size=target.shape[-2:], mode="nearest")[0]
             self.last_mask = both.any(dim=0)
         return source, target, self.last_mask
 
+    @override
     def mask(self) -> Tensor | None:
-        """See `BranchEdit`."""
         return self.last_mask
 
 
@@ -316,8 +314,8 @@ class MutualAttention(Control):
     target: int
     masks: Masks | None
 
+    @override
     def hook(self, height: int, width: int, device: torch.device) -> Hook:
-        """See `Control`."""
         return _MutualHook(self, height, width)
 
 
@@ -326,6 +324,7 @@ class _MutualHook(Hook):
         self.control, self.height, self.width = control, height, width
         self.fields: list[Tensor] = []  # (2, h', w') per layer: where the tokens of source and target attend
 
+    @override
     def routes(self, layer: Layer) -> Routes | None:
         """Without masks the target attends with its own queries to the source's keys: no map is made."""
         control = self.control
@@ -338,6 +337,7 @@ class _MutualHook(Hook):
                 keys[reader.row] = reader.source
         return Routes(own, keys, keys)
 
+    @override
     def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, scale: float, attended: Tensor) -> Tensor:
         """Collect what automatic masks are made of; attend to two branches at once, or under masks."""
         control = self.control
@@ -392,6 +392,7 @@ class _MutualHook(Hook):
         # Where the source has no such class there is nothing to keep to.
         return allowed | ~allowed.any(dim=1, keepdim=True)
 
+    @override
     def answer(self) -> Tensor | None:
         """(2, h', w') bool: automatic foreground of source and target, by all layers."""
         foreground = self._foreground() if self.fields else None

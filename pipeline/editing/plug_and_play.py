@@ -19,8 +19,10 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
-from pipeline.editing.base import Editor
+from pipeline.editing.base import EditingMethod
+from pipeline.editing.observing import observer
 from pipeline.editing.problems import Problem, target_problems
 from pipeline.editing.two_branch import BranchEdit, Branches, BranchRows, two_branch
 from pipeline.editing.walk import take_step
@@ -36,7 +38,7 @@ FEATURE_FACTOR = 4  # latents' side over the side of its features
 FEATURE_BLOCK = 1  # its place in its up block
 
 
-class PlugAndPlay(Editor):
+class PlugAndPlay(EditingMethod):
     """Sample under the target prompt with the source's features and self-attention."""
 
     inversions: ClassVar = frozenset({"ddim", "direct"})
@@ -58,29 +60,24 @@ class PlugAndPlay(Editor):
     """Source latents one step less noisy than the row's timestep, and the target's start, too: what the published
     comparison of `ddim` with `direct` does. For parity only."""
 
+    @override
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """See `Editor`."""
         yield from target_problems(self.method, request)
 
+    @override
     def pair_problems(self, inversion: Inversion) -> Iterator[str]:
-        """See `Editor`."""
         if self.compat_shift and inversion.method != "ddim":
             yield (
                 "compat_shift shifts the source that is resampled after inversion.method 'ddim'; after "
                 f"'{inversion.method}' there is none. Leave it out"
             )
 
+    @override
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
-        """See `Editor`."""
         empty, target, negative = yield EncodeText(
             ("", request.target_prompt, request.negative_prompt or self.negative_prompt)
         )
@@ -90,9 +87,9 @@ class PlugAndPlay(Editor):
         )
         edit = PlugAndPlayEdit(self, trajectory)
         if not trajectory.pinned:
-            read = num_steps if user_mask is not None or keep_history else edit.last_step
+            read = num_steps if user_mask is not None or observer() else edit.last_step
             trajectory = yield from resampled(trajectory, read, shift=self.compat_shift)
-        return (yield from two_branch(trajectory, branches, edit, user_mask, keep_history=keep_history))
+        return (yield from two_branch(trajectory, branches, edit, user_mask))
 
 
 def resampled(trajectory: Trajectory, read: int, *, shift: bool) -> Steps[Trajectory]:
@@ -131,12 +128,12 @@ class PlugAndPlayEdit(BranchEdit):
         """The last step at which something is injected; 0 also where nothing ever is."""
         return max(min(max(self.feature_steps, self.attention_steps), len(self.trajectory.timesteps)) - 1, 0)
 
+    @override
     def reads_attention(self, step: int) -> bool:
-        """See `BranchEdit`."""
         return step < self.feature_steps or step < self.attention_steps
 
+    @override
     def control(self, step: int, rows: BranchRows) -> Control | None:
-        """See `BranchEdit`."""
         assert rows.source is not None  # it reads the source at this step
         return Injection(
             source=rows.source,
@@ -155,8 +152,8 @@ class Injection(Control):
     features: bool  # the hidden state of the decoder block of `FEATURE_FACTOR` and `FEATURE_BLOCK`
     attention: bool  # queries and keys of the decoder's self-attention, but for its first layer
 
+    @override
     def hook(self, height: int, width: int, device: torch.device) -> Hook:
-        """See `Control`."""
         return _InjectionHook(self)
 
 
@@ -164,6 +161,7 @@ class _InjectionHook(Hook):
     def __init__(self, control: Injection) -> None:
         self.control = control
 
+    @override
     def routes(self, layer: Layer) -> Routes | None:
         injected = layer.kind == "self" and layer.place == "up" and layer.index_in_place > 0
         if not (self.control.attention and injected):
@@ -171,6 +169,7 @@ class _InjectionHook(Hook):
         from_source = [self.control.source] * self.control.rows
         return Routes(from_source, from_source, list(range(self.control.rows)))
 
+    @override
     def features(self, block: Block, hidden: Tensor) -> Tensor:
         injected = block.factor == FEATURE_FACTOR and block.index_in_block == FEATURE_BLOCK
         if not (self.control.features and injected):

@@ -74,7 +74,7 @@ def target_problems(method: str, request: EditRequest) -> Iterator[Problem]:
 
 
 def negative_prompt_problems(request: EditRequest, inversion: Inversion) -> Iterator[Problem]:
-    """An inversion that brings unconditional embeddings leaves a negative prompt no place."""
+    """An inversion that brings unconditional embeddings leaves no place for a negative prompt."""
     if request.negative_prompt and inversion.brings_uncond:
         yield Problem(
             f"a negative_prompt after inversion {inversion.method}",
@@ -109,7 +109,7 @@ def word_problems(words: Iterable[str], what: str, prompt: str, which: str) -> I
 
 
 def overlap_problems(words: Iterable[str], what: str, prompt: str) -> Iterator[Problem]:
-    """Two texts that name one word of a prompt: which of their values counts there would hang on their order."""
+    """Two texts that name one word of a prompt: which of their values counts would depend on their order."""
     for one, other in combinations(sorted(words), 2):
         if places_of(one, prompt) & places_of(other, prompt):
             yield Problem(

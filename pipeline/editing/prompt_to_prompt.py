@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
+from typing_extensions import override
 
 from pipeline.diffusion.masks import OfImage, everything
 from pipeline.editing.alignment import (
@@ -28,7 +29,7 @@ from pipeline.editing.alignment import (
     token_weights,
     word_schedule,
 )
-from pipeline.editing.base import Editor
+from pipeline.editing.base import EditingMethod
 from pipeline.editing.problems import (
     Problem,
     guidance_problems,
@@ -50,7 +51,7 @@ BLEND_FACTOR = 4  # latents' side over map side of the layers that LocalBlend re
 SELF_FACTOR = 2  # self-attention is replaced in maps that are this much coarser than the latents, or more
 
 
-class PromptToPrompt(Editor):
+class PromptToPrompt(EditingMethod):
     """Edit by the difference between the source prompt and the target prompt."""
 
     inversions: ClassVar = frozenset({"ddim", "ddpm", "direct", "negative_prompt", "noise", "null_text"})
@@ -76,10 +77,10 @@ class PromptToPrompt(Editor):
     aligned_tail: bool = False
     """With kind replace: keep words behind a change of token count together; the published code does not."""
 
+    @override
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """See `Editor`."""
         yield from target_problems(self.method, request)
         yield from negative_prompt_problems(request, inversion)
         has_source = bool(request.source_prompt) or caption_follows
@@ -123,24 +124,19 @@ class PromptToPrompt(Editor):
                 f"{inversion.num_steps} that are walked: the blend_words would never act. Lower editing.start_blend",
             )
 
+    @override
     def pair_problems(self, inversion: Inversion) -> Iterator[str]:
-        """See `Editor`."""
         yield from guidance_problems(self.guidance_scale, inversion)
         yield from window_problems("cross_replace_steps", self.cross_replace_steps, inversion)
         yield from window_problems("self_replace_steps", self.self_replace_steps, inversion)
 
+    @override
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
-        """See `Editor`."""
         branches = yield from Branches.encode(trajectory, request)
         edit = self.begin(trajectory, branches, request)
-        return (yield from two_branch(trajectory, branches, edit, user_mask, keep_history=keep_history))
+        return (yield from two_branch(trajectory, branches, edit, user_mask))
 
     def begin(self, trajectory: Trajectory, branches: Branches, request: EditRequest) -> BranchEdit:
         """Everything that can be known before the first step.
@@ -197,16 +193,16 @@ class PromptToPromptEdit(BranchEdit):
             return None
         return self.blend if self.subtract is None else torch.cat([self.blend, self.subtract])
 
+    @override
     def reads_attention(self, step: int) -> bool:
-        """See `BranchEdit`."""
         return bool(self.schedule[step].any()) or step in self.self_steps or self.blend is not None
 
+    @override
     def reads_latents(self, step: int) -> bool:
-        """See `BranchEdit`."""
         return self.blend is not None and step + 1 > self.first_blend_step
 
+    @override
     def control(self, step: int, rows: BranchRows) -> Control | None:
-        """See `BranchEdit`."""
         assert rows.source is not None  # it reads attention at this step
         return AttentionReplacement(
             source=rows.source,
@@ -220,10 +216,11 @@ class PromptToPromptEdit(BranchEdit):
             selectors=self.selectors,
         )
 
+    @override
     def after_step(
         self, step: int, source: Tensor | None, target: Tensor, seen: Any
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """See `BranchEdit`: LocalBlend."""
+        """LocalBlend."""
         if self.blend is None:
             return source, target, None
         self.fields = seen if self.fields is None else self.fields + seen
@@ -243,8 +240,8 @@ class PromptToPromptEdit(BranchEdit):
             mask = mask & ~(taken[0] | taken[1])
         return mask
 
+    @override
     def mask(self) -> Tensor | None:
-        """See `BranchEdit`."""
         return self.last_mask
 
 
@@ -273,8 +270,8 @@ class AttentionReplacement(Control):
     replaces_self: bool
     selectors: Tensor | None  # (S, L) tokens whose maps are collected, source and target in turn
 
+    @override
     def hook(self, height: int, width: int, device: torch.device) -> Hook:
-        """See `Control`."""
         return _ReplacementHook(self, height, width)
 
 
@@ -284,6 +281,7 @@ class _ReplacementHook(Hook):
         self.overwrites = bool(control.active.any())
         self.collected: list[Tensor] = []
 
+    @override
     def routes(self, layer: Layer) -> Routes | None:
         """Self-attention maps are replaced by attending with the source's queries and keys: no map is made."""
         if layer.kind != "self" or not self.control.replaces_self or layer.factor < SELF_FACTOR:
@@ -292,6 +290,7 @@ class _ReplacementHook(Hook):
         replaced = [self.control.source if row == self.control.target else row for row in own]
         return Routes(replaced, replaced, own)
 
+    @override
     def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, scale: float, attended: Tensor) -> Tensor:
         """Cross-attention maps are mixed from the source's and the target's own."""
         control = self.control
@@ -315,6 +314,7 @@ class _ReplacementHook(Hook):
             self.collected.append(fields.unflatten(1, layer.grid(self.height, self.width)))
         return attended
 
+    @override
     def answer(self) -> Tensor | None:
         """(S, h', w'): what the selected tokens attended to, mean over heads and layers."""
         return torch.stack(self.collected).mean(dim=0).cpu() if self.collected else None

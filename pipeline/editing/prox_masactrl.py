@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.editing.masactrl import Keys, MutualEdit, MutualSelfAttention
 from pipeline.editing.proxedit import Prox, direction_problem, proximal, threshold_of
@@ -57,8 +58,8 @@ class ProxMasaCtrl(MutualSelfAttention):
             raise ValueError(problem)
         return self
 
+    @override
     def pair_problems(self, inversion: Inversion) -> Iterator[str]:
-        """See `Editor`."""
         if self.npi_step > 0 and inversion.method != NATIVE_INVERSION:
             yield (
                 f"npi_step is {self.npi_step}, but inversion.method '{inversion.method}' brings no unconditional "
@@ -71,15 +72,10 @@ class ProxMasaCtrl(MutualSelfAttention):
             )
         yield from super().pair_problems(inversion)
 
+    @override
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
-        """See `Editor`."""
         branches = yield from Branches.encode(trajectory, request)
         if trajectory.uncond is not None:
             # The source takes its own prompt in both halves, however the target's embedding is interpolated.
@@ -91,7 +87,7 @@ class ProxMasaCtrl(MutualSelfAttention):
                 target_uncond=(empty,) * first + branches.target_uncond[first:],
             )
         edit = ProxMasaCtrlEdit(self, trajectory)
-        return (yield from two_branch(trajectory, branches, edit, user_mask, keep_history=keep_history))
+        return (yield from two_branch(trajectory, branches, edit, user_mask))
 
 
 KEYS: dict[str, Keys] = {"src": "source", "joint": "union", "none": "own"}
@@ -110,8 +106,9 @@ class ProxMasaCtrlEdit(MutualEdit):
         )
         self.proximal_settings = settings
 
+    @override
     def guide(self, step: int, source: Prediction | None, target: Prediction) -> tuple[Tensor | None, Tensor]:
-        """See `BranchEdit`: proximal guidance of the target."""
+        """Proximal guidance of the target."""
         settings = self.proximal_settings
         if settings.prox == "none" or step < settings.prox_step or target.uncond is None:
             return super().guide(step, source, target)

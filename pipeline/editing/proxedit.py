@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from torch import Tensor
 from torch.nn.functional import max_pool2d
+from typing_extensions import override
 
 from pipeline.diffusion.masks import OfImage, everything
 from pipeline.diffusion.steps import DDIM
@@ -115,8 +116,8 @@ class ProxEdit(PromptToPrompt):
             raise ValueError(problem)
         return self
 
+    @override
     def begin(self, trajectory: Trajectory, branches: Branches, request: EditRequest) -> BranchEdit:
-        """See `PromptToPrompt`."""
         return ProxEditEdit(self, trajectory, branches, request)
 
     def pulls(self, timestep: int) -> bool:
@@ -146,14 +147,16 @@ class ProxEditEdit(PromptToPromptEdit):
         self.edit_mask: Tensor | None = None  # (2, C, h, w) bool of source and target: where the direction is left
         self.unmoved: Iterator[Tensor] = iter(())  # (C, h, w) masks of the branches that are still to move
 
+    @override
     def reads_latents(self, step: int) -> bool:
-        """See `BranchEdit`: the quantile reads the source's direction, for which the source must be walked."""
+        """The quantile reads the source's direction, for which the source must be walked."""
         settings = self.proximal_settings
         pools = settings.prox != "none" and settings.quantile > 0 and self.source_has_direction
         return pools or super().reads_latents(step)
 
+    @override
     def guide(self, step: int, source: Prediction | None, target: Prediction) -> tuple[Tensor | None, Tensor]:
-        """See `BranchEdit`: proximal guidance."""
+        """Proximal guidance."""
         settings = self.proximal_settings
         if settings.prox == "none":
             return super().guide(step, source, target)
@@ -175,8 +178,9 @@ class ProxEditEdit(PromptToPromptEdit):
         assert guided[1] is not None
         return guided[0], guided[1]
 
+    @override
     def move(self, step: int, latents: Tensor, noise_pred: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See `BranchEdit`: reconstruction guidance. The target moves first."""
+        """Reconstruction guidance. The target moves first."""
         moved, data_pred = super().move(step, latents, noise_pred, previous)
         settings, solver = self.proximal_settings, self.trajectory.solver
         if settings.use_reconstruction_guidance and settings.pulls(self.trajectory.timesteps[step]):
@@ -186,10 +190,11 @@ class ProxEditEdit(PromptToPromptEdit):
             moved = moved + math.sqrt(solver.target_alpha_bars[step]) * (pulled - data_pred)
         return moved, data_pred
 
+    @override
     def after_step(
         self, step: int, source: Tensor | None, target: Tensor, seen: Any
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """See `BranchEdit`: inversion guidance, then LocalBlend."""
+        """Inversion guidance, then LocalBlend."""
         settings = self.proximal_settings
         if settings.use_inversion_guidance and settings.pulls(self.trajectory.timesteps[step]):
             assert self.edit_mask is not None  # the settings ask for an operator
@@ -199,14 +204,14 @@ class ProxEditEdit(PromptToPromptEdit):
         source, target, blended = super().after_step(step, source, target, seen)
         return source, target, self.mask() if blended is None else blended
 
+    @override
     def details(self) -> Mapping[str, Tensor]:
-        """See `BranchEdit`."""
         if self.edit_mask is None:
             return {}
         return {"threshold": torch.tensor(self.threshold, dtype=torch.float64), "edit_mask": self.edit_mask}
 
+    @override
     def mask(self) -> Tensor | None:
-        """See `BranchEdit`."""
         if self.edit_mask is None or self.blend is not None:
             return super().mask()
         return self.edit_mask[1].any(dim=0)

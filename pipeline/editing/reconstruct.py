@@ -1,6 +1,6 @@
 """No edit: walk the trajectory back under the inversion's own prediction, and see what returns.
 
-The measure of an inversion, and the identity of a pipeline. Cost: one UNet row per step (two with a guided source
+The measure of an inversion, and the identity of a pipeline. Cost: one network row per step (two with a guided source
 prompt), of which none is left out although an exact inversion could: walking is the point. Masks: none.
 """
 
@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from torch import Tensor
+from typing_extensions import override
 
-from pipeline.editing.base import Editor
+from pipeline.editing.base import EditingMethod
 from pipeline.editing.problems import Problem
 from pipeline.editing.walk import Predict, guided_against_brought, no_masks, walk
 from pipeline.engine.calls import EncodeText, Steps
@@ -20,7 +21,7 @@ from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, Trajectory
 
 
-class Reconstruct(Editor):
+class Reconstruct(EditingMethod):
     """Replay a trajectory."""
 
     paper: ClassVar = "the replay step of any inversion"
@@ -28,21 +29,17 @@ class Reconstruct(Editor):
     method: Literal["reconstruct"] = "reconstruct"
     """No edit: the trajectory is replayed."""
 
+    @override
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
-        """See `Editor`: every request will do, what it wants changed is not read."""
+        """Every request will do: what it asks to change is not read."""
         yield from ()
 
+    @override
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
-        """See `Editor`."""
         if trajectory.source_guidance == 1.0 or trajectory.uncond is None:
             prompt = yield from GuidedPrompt.encode(
                 trajectory.source_prompt, trajectory.source_guidance, trajectory.source.negative_prompt
@@ -51,5 +48,5 @@ class Reconstruct(Editor):
         else:
             (source,) = yield EncodeText((trajectory.source_prompt,))
             predict = guided_against_brought(trajectory, source, trajectory.source_guidance)
-        latents, history = yield from walk(trajectory, 0, predict, keep_history=keep_history)
-        return EditedLatents(latents=latents, masks=no_masks(latents), history=history)
+        latents = yield from walk(trajectory, 0, predict)
+        return EditedLatents(latents=latents, masks=no_masks(latents))

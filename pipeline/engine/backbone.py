@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.engine.calls import TextConditioning, UNetAnswer, UNetCall
+from pipeline.engine.calls import NetworkAnswer, NetworkCall, TextConditioning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ class Backbone(Protocol):
     latent_channels: int
     latent_scale: int  # pixels per latent, along a side
     multiple: int  # sides in pixels are multiples of this
-    inpaints: bool  # whether the UNet takes a mask and a masked image beside the latents
+    inpaints: bool  # whether the network takes a mask and a masked image beside the latents
 
     def encode_text(self, prompt: str) -> TextConditioning:
         """Embed one prompt; text beyond the encoder's length is cut."""
@@ -55,8 +55,8 @@ class Backbone(Protocol):
             EditError: names the grids that there are.
         """
 
-    def denoise(self, call: UNetCall) -> UNetAnswer:
-        """Predict the noise of R rows in one UNet call; answers lie on the model's device.
+    def denoise(self, call: NetworkCall) -> NetworkAnswer:
+        """Predict the noise of R rows in one network call; answers lie on the model's device.
 
         Raises:
             EditError: the model lacks what a control or an inpainting row needs.

@@ -8,8 +8,8 @@ A method is a generator over one image. It yields these records, the engine answ
     DecodeLatents -> pixels (H, W, 3) uint8
     Fork          -> list of results or exceptions, one per child generator
 
-R counts the rows of one call. Rows do not interact and may be packed into different UNet calls, unless the call has a
-control: then they form a group that shares one.
+R counts the rows of one call. Rows do not interact and may be packed into different network calls, unless the call has
+a control: then they form a group that shares one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class TextConditioning:
-    """One prompt as the UNet reads it. Opaque to methods but for its tokens."""
+    """One prompt as the network reads it. Opaque to methods but for its tokens."""
 
     prompt: str
     embedding: Tensor  # (L, D)
@@ -77,16 +77,16 @@ class Denoise:
     """
 
     latents: Tensor  # (R, C, h, w)
-    timesteps: Sequence[int]  # R, what the UNet is told
+    timesteps: Sequence[int]  # R, what the network is told
     conditioning: Sequence[TextConditioning]  # R
     watch: Sequence[Sequence[int]] | None = None  # R
     control: Control | None = None  # makes a group of the R rows
-    inpaint: Tensor | None = None  # (R, 1 + C, h, w): mask and masked image, for UNets that take these, too
+    inpaint: Tensor | None = None  # (R, 1 + C, h, w): mask and masked image, for networks that take these, too
     cotangent: Callable[[Tensor], Tensor] | None = None
 
     @property
     def cost(self) -> int:
-        """UNet rows; a backward pass counts as two forward ones."""
+        """Network rows; a backward pass counts as two forward ones."""
         return len(self.timesteps) * (1 if self.cotangent is None else 3)
 
 
@@ -101,7 +101,7 @@ class Denoised:
 
 
 @dataclass(frozen=True, slots=True)
-class UNetCall:
+class NetworkCall:
     """What the engine makes of the rows of many `Denoise` calls: one call of the model, R rows."""
 
     latents: Tensor  # (R, C, h, w), on the CPU
@@ -116,7 +116,7 @@ class UNetCall:
 
 
 @dataclass(frozen=True, slots=True)
-class UNetAnswer:
+class NetworkAnswer:
     """What the model answers."""
 
     noise_preds: Tensor  # (R, C, h, w), epsilon

@@ -1,8 +1,8 @@
-"""Controls: how the rows of one `Denoise` call may read each other inside the UNet, and what is recorded there.
+"""Controls: how the rows of one `Denoise` call may read each other inside the network, and what is recorded there.
 
-A control travels with its call. For one UNet call the model asks it for a `Hook`, which sees the attention layers and
-residual blocks in the order in which they run, and gives what it recorded at the end; after the call nothing is left
-behind, so a call may be repeated. All rows of a call with a control share one UNet call: they are a group.
+A control travels with its call. For one network call the model asks it for a `Hook`, which sees the attention layers
+and residual blocks in the order in which they run, and gives what it recorded at the end; after the call nothing is
+left behind, so a call may be repeated. All rows of a call with a control share one network call: they are a group.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NetworkPart = Literal["down", "mid", "up"]
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One attention layer of the UNet, told by its name; never by counting calls."""
+    """One attention layer of the network, told by its name; never by counting calls."""
 
     kind: Literal["self", "cross"]
     index: int  # of its transformer block, in order of execution, from 0; its self- and cross-attention share it
@@ -51,7 +51,7 @@ class Routes(NamedTuple):
 
 
 class Hook:
-    """What one control does in one UNet call. Overrides what it needs; the rest leaves everything as it is."""
+    """What one control does in one network call. Overrides what it needs; the rest leaves everything as it is."""
 
     def routes(self, layer: Layer) -> Routes | None:
         """Before a layer attends: whose queries, keys and values each row uses. None: its own."""
@@ -87,7 +87,7 @@ class Control(ABC):
 
     @abstractmethod
     def hook(self, height: int, width: int, device: torch.device) -> Hook:
-        """A fresh hook for a UNet call on latents of (height, width)."""
+        """A fresh hook for a network call on latents of (height, width)."""
 
 
 def attention_probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:

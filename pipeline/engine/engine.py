@@ -1,7 +1,7 @@
 """The engine: many generators in flight, one model.
 
 It holds the methods of many images at once, answers their small calls, collects the rows of all their pending
-`Denoise` calls, packs these into UNet calls of one fixed shape, and hands the results back: continuous batching, as
+`Denoise` calls, packs these into network calls of one fixed shape, and hands the results back: continuous batching, as
 language-model servers do it.
 """
 
@@ -26,11 +26,11 @@ from pipeline.engine.calls import (
     EncodeImage,
     EncodeText,
     Fork,
+    NetworkAnswer,
     Steps,
     TextConditioning,
-    UNetAnswer,
 )
-from pipeline.engine.packing import Batch, Pending, Row, RowQueue, rows_per_call
+from pipeline.engine.packing import Batch, CallRow, PendingCall, RowQueue, rows_per_call
 from pipeline.errors import EditError
 
 CACHED_PROMPTS = 1024  # embeddings kept per worker; at 77 x 768 float32 that is 240 MB
@@ -40,13 +40,10 @@ CACHED_PROMPTS = 1024  # embeddings kept per worker; at 77 x 768 float32 that is
 class EngineStats:
     """What an engine has done since it was made."""
 
-    unet_calls: int = 0
-    unet_rows: int = 0  # rows that somebody asked for
+    network_calls: int = 0
+    network_rows: int = 0  # rows that somebody asked for
     shared_rows: int = 0  # of these, rows that another row's answer served
     padded_rows: int = 0  # rows that only filled a call up
-    prompts_encoded: int = 0
-    images_encoded: int = 0
-    images_decoded: int = 0
     busy_seconds: float = 0.0  # in which the model computed
 
 
@@ -57,7 +54,7 @@ class Finished:
     index: int  # its place in what `run` was given
     value: Any  # what it returned; None where it failed
     error: Exception | None
-    unet_rows: int  # that it, and what it forked, asked for
+    network_rows: int  # that it, and what it forked, asked for
 
 
 @dataclass(slots=True, eq=False)
@@ -68,7 +65,7 @@ class _Task:
     parent: _Task | None = None
     children: list[Any] = field(default_factory=list)  # results of a fork, by place
     unfinished_children: int = 0
-    unet_rows: int = 0
+    network_rows: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -89,11 +86,11 @@ class _Session:
 
 
 class Engine:
-    """Runs generators on one backbone. `run` may be called from several threads at once: their rows share UNet calls.
+    """Runs generators on one backbone. Several threads may call `run` at once: their rows share network calls.
 
     Args:
         backbone: the model.
-        call_size: rows of a UNet call. Part of a run's record, since bits are equal within one call size.
+        call_size: rows of a network call. Part of a run's record, since bits are equal within one call size.
         images_in_flight: generators held at once; bounds memory. None: as many as keep calls full.
         pad: fill short calls up to `call_size`, so that a row's bits do not depend on what else is in flight. Without
             padding calls are as short as what is pending: less work where a single image is edited.
@@ -122,12 +119,12 @@ class Engine:
 
         The iterable is drawn from as places become free; it may answer None, "none at present", while generators of its
         own are running or have finished and were not fetched. A generator that raises ends alone, with its exception in
-        its `Finished`; KeyboardInterrupt and other non-errors end everything, a signal between two UNet calls.
+        its `Finished`; KeyboardInterrupt and other non-errors end everything, a signal between two network calls.
 
         Args:
             generators: of any number.
-            on_rows: called after each UNet call with the rows, of all that these generators asked for, which have been
-                answered; a row counts as its `Denoise` costs.
+            on_rows: called after each network call with the number of answered rows, of all that these generators asked
+                for; a row counts as its `Denoise` costs.
         """
         session = _Session(iter(generators))
         told = 0
@@ -160,14 +157,14 @@ class Engine:
         return finished.value
 
     def _abandon(self, session: _Session) -> None:
-        """Its caller has gone, by Ctrl-C or an error of its own: what it asked for would cost the next one's time."""
+        """Its caller has gone, by Ctrl-C or an error of its own: what it asked for would only delay the next one."""
         self._ready = deque(item for item in self._ready if item[0].session is not session)
         for pending in self._queue.calls():
             if pending.owner.session is session:
                 self._queue.drop(pending)
 
     def _advance(self) -> None:
-        """One unit of progress: resume whoever has an answer, let images in, then make one UNet call."""
+        """One unit of progress: resume whoever has an answer, let images in, then make one network call."""
         while True:
             while self._ready:
                 self._resume(*self._ready.popleft())
@@ -201,7 +198,7 @@ class Engine:
         return False
 
     def _resume(self, task: _Task, answer: Any, error: Exception | None) -> None:
-        """Give a generator its answer, and answer at once whatever needs no UNet."""
+        """Give a generator its answer, and answer at once whatever needs no network call."""
         while True:
             try:
                 call = task.generator.throw(error) if error is not None else task.generator.send(answer)
@@ -238,10 +235,10 @@ class Engine:
         parent = task.parent
         if parent is None:
             task.session.running -= 1
-            task.session.finished.append(Finished(task.index, value, error, task.unet_rows))
+            task.session.finished.append(Finished(task.index, value, error, task.network_rows))
             return
         parent.children[task.index] = value if error is None else error
-        parent.unet_rows += task.unet_rows
+        parent.network_rows += task.network_rows
         parent.unfinished_children -= 1
         if parent.unfinished_children == 0:
             self._ready.append((parent, parent.children, None))
@@ -259,10 +256,8 @@ class Engine:
             case EncodeText(prompts):
                 return [self._encode_text(prompt) for prompt in prompts]
             case EncodeImage(pixels):
-                self.stats.images_encoded += 1
                 return self.backbone.encode_image(pixels)
             case DecodeLatents(latents):
-                self.stats.images_decoded += 1
                 return self.backbone.decode_latents(latents)
             case Fork():
                 return []
@@ -275,7 +270,6 @@ class Engine:
             self._prompts.move_to_end(prompt)
             return self._prompts[prompt]
         conditioning = self.backbone.encode_text(prompt)
-        self.stats.prompts_encoded += 1
         self._prompts[prompt] = conditioning
         if len(self._prompts) > CACHED_PROMPTS:
             self._prompts.popitem(last=False)
@@ -284,15 +278,15 @@ class Engine:
     def _enqueue(self, task: _Task, call: Denoise) -> None:
         if call.watch is not None:
             self.backbone.check_watchable(*call.latents.shape[-2:])
-        pending = Pending(task, call)
+        pending = PendingCall(task, call)
         if rows_per_call(pending.kind, self.call_size) == 0:
             raise EditError(self._does_not_fit(pending))
-        task.unet_rows += call.cost
+        task.network_rows += call.cost
         self._queue.push(pending)
 
-    def _does_not_fit(self, pending: Pending) -> str:
+    def _does_not_fit(self, pending: PendingCall) -> str:
         return (
-            f"{pending.group} rows read each other and must share a UNet call, which has {self.call_size} rows. Set "
+            f"{pending.group} rows read each other and must share a network call, which has {self.call_size} rows. Set "
             f"run.call_size to {pending.group} or more"
         )
 
@@ -308,22 +302,22 @@ class Engine:
             return
         self._deliver(batch, answer)
 
-    def _call(self, batch: Batch) -> UNetAnswer:
+    def _call(self, batch: Batch) -> NetworkAnswer:
         size = rows_per_call(batch.kind, self.call_size) if self.pad else len(batch.rows)
         answer = self.backbone.denoise(batch.as_call(size))
-        self.stats.unet_calls += 1
-        self.stats.unet_rows += batch.asked_for
+        self.stats.network_calls += 1
+        self.stats.network_rows += batch.asked_for
         self.stats.shared_rows += batch.asked_for - len(batch.rows)
         self.stats.padded_rows += size - len(batch.rows)
-        # Methods compute on the CPU in float32: cheap beside a UNet, and the same bits on every kind of GPU.
-        return UNetAnswer(
+        # Methods compute on the CPU in float32: cheap beside a network call, and the same bits on every kind of GPU.
+        return NetworkAnswer(
             noise_preds=answer.noise_preds.cpu(),
             attention=None if answer.attention is None else answer.attention.cpu(),
             seen=answer.seen,
             embedding_grads=None if answer.embedding_grads is None else answer.embedding_grads.cpu(),
         )
 
-    def _deliver(self, batch: Batch, answer: UNetAnswer) -> None:
+    def _deliver(self, batch: Batch, answer: NetworkAnswer) -> None:
         for pending in batch.deliver(answer):
             pending.owner.session.answered_rows += pending.call.cost
             self._ready.append((pending.owner, pending.answer(), None))
@@ -352,12 +346,12 @@ class Engine:
                 continue
             self._deliver(single, answer)
 
-    def _fail_askers(self, row: Row, error: Exception) -> None:
+    def _fail_askers(self, row: CallRow, error: Exception) -> None:
         for pending in dict.fromkeys(pending for pending, _ in row.askers):
             if pending.missing >= 0:  # it may have failed with another of its rows
                 self._fail(pending, error)
 
-    def _fail(self, pending: Pending, error: Exception) -> None:
+    def _fail(self, pending: PendingCall, error: Exception) -> None:
         pending.missing = -1
         self._queue.drop(pending)
         self._ready.append((pending.owner, None, error))

@@ -1,4 +1,4 @@
-"""Packing: the rows of all pending `Denoise` calls, in UNet calls of one fixed shape.
+"""Packing: the rows of all pending `Denoise` calls, in network calls of one fixed shape.
 
 In calls of one shape a row's answer does not depend on its neighbours, bit for bit; across shapes it does, in the last
 digits. So a short call is filled up with copies that nobody reads, and results depend on the call size alone.
@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.engine.calls import Denoise, Denoised, UNetAnswer, UNetCall
+from pipeline.engine.calls import Denoise, Denoised, NetworkAnswer, NetworkCall
 
 Kind = tuple[Any, ...]
-"""What the rows of one UNet call have in common: shapes, whether a control acts on them and gradients are wanted, and
-the size of their groups."""
+"""What the rows of one network call have in common: shapes, whether a control acts on them, whether gradients are
+wanted, and the size of their groups."""
 
 GRADIENT_SHARE = 4  # a call that keeps its activations has this fraction of a plain call's rows
 
 
 @dataclass(slots=True, eq=False)
-class Pending:
+class PendingCall:
     """One `Denoise` call whose rows are on their way."""
 
     owner: Any  # whoever waits for the answer
@@ -49,7 +49,7 @@ class Pending:
 
     @property
     def kind(self) -> Kind:
-        """See `Kind`."""
+        """What its rows have in common."""
         return (
             *self.call.latents.shape[1:],
             *self.call.conditioning[0].embedding.shape,
@@ -61,7 +61,7 @@ class Pending:
 
     @property
     def group(self) -> int:
-        """Rows that must share a UNet call."""
+        """Rows that must share a network call."""
         return 1 if self.call.control is None else len(self.call.timesteps)
 
     def answer(self) -> Denoised:
@@ -77,13 +77,13 @@ class Pending:
 
 
 @dataclass(slots=True, eq=False)
-class Row:
-    """One row of a UNet call, and everyone who asked for it: a `Denoise` call and the place of the row in it."""
+class CallRow:
+    """One row of a network call, and everyone who asked for it: a `Denoise` call and the place of the row in it."""
 
-    askers: list[tuple[Pending, int]]
+    askers: list[tuple[PendingCall, int]]
 
     @property
-    def pending(self) -> Pending:
+    def pending(self) -> PendingCall:
         """The first call that asked for it."""
         return self.askers[0][0]
 
@@ -96,9 +96,8 @@ class Row:
     def sameness(self) -> tuple[Any, ...] | None:
         """Equal for rows that are the same computation; None for a row that is nobody else's.
 
-        Several edits of one image ask for the same predictions at the first step that they act in: of views of the
-        trajectory's latents, under prompts that were encoded once. Told by where these lie, so that nothing is compared
-        number by number.
+        Several edits of one image ask for the same predictions at their first step: views of the trajectory's latents,
+        under prompts that were encoded once. Where these lie in memory tells them, so no numbers are compared.
         """
         call, at = self.pending.call, self.at
         if call.control is not None or call.inpaint is not None or call.cotangent is not None:
@@ -113,13 +112,13 @@ class Row:
 
 
 def _place_of(latents: Tensor) -> tuple[Any, ...]:
-    """Where a tensor lies. While it is held, no other numbers lie there."""
+    """Where a tensor lies in memory. While it is held, nothing else can lie there."""
     return latents.data_ptr(), latents.stride()
 
 
 def rows_per_call(kind: Kind, call_size: int) -> int:
-    """Rows of a UNet call of a kind: whole groups, and fewer where gradients are wanted. It hangs on nothing else, so
-    that a row's bits do not either. Zero where not one group fits."""
+    """Rows of a network call of a kind: whole groups, and fewer where gradients are wanted. Zero where not one group
+    fits. It depends on nothing else, so that a row's bits do not either."""
     wants_gradients, group = kind[-2:]
     size = max(group, call_size // GRADIENT_SHARE) if wants_gradients else call_size
     return int(min(size, call_size) // group * group)
@@ -127,9 +126,9 @@ def rows_per_call(kind: Kind, call_size: int) -> int:
 
 @dataclass(slots=True)
 class Batch:
-    """The rows of one UNet call, not yet padded; groups stand together."""
+    """The rows of one network call, not yet padded; groups stand together."""
 
-    rows: list[Row]
+    rows: list[CallRow]
 
     @property
     def kind(self) -> Kind:
@@ -142,16 +141,16 @@ class Batch:
         return sum(len(row.askers) for row in self.rows)
 
     @property
-    def groups(self) -> list[list[Row]]:
+    def groups(self) -> list[list[CallRow]]:
         """Its rows by group."""
         size = self.rows[0].pending.group
         return [self.rows[start : start + size] for start in range(0, len(self.rows), size)]
 
-    def as_call(self, size: int) -> UNetCall:
+    def as_call(self, size: int) -> NetworkCall:
         """The call of `size` rows, filled up with copies of its first ones."""
         controls = [(start, group[0].pending.call.control) for start, group in self._starts()]
         rows = [(row.pending.call, row.at) for row in self.rows]
-        return UNetCall(
+        return NetworkCall(
             latents=torch.stack(self._padded([call.latents[at] for call, at in rows], size)),
             timesteps=self._padded([call.timesteps[at] for call, at in rows], size),
             embeddings=self._padded([call.conditioning[at].embedding for call, at in rows], size),
@@ -164,15 +163,15 @@ class Batch:
             cotangents=self._cotangents(size),
         )
 
-    def _starts(self) -> Iterator[tuple[int, list[Row]]]:
+    def _starts(self) -> Iterator[tuple[int, list[CallRow]]]:
         start = 0
         for group in self.groups:
             yield start, group
             start += len(group)
 
     def _first_alike(self, size: int) -> list[int]:
-        """Rows are told to be alike by where their latents lie: a method that asks for several prompts at one point
-        gives views of one tensor. Rows that only fill the call up are copies of the first."""
+        """Where their latents lie in memory tells which rows are alike: a method that asks for several prompts at one
+        point gives views of one tensor. Rows that only fill the call up are copies of the first."""
         first: dict[tuple[Any, ...], int] = {}
         alike = []
         for number, row in enumerate(self.rows):
@@ -201,7 +200,7 @@ class Batch:
         given = [row.pending.call.cotangent for row in self.rows if row.pending.call.cotangent is not None]
         return tuple(self._padded(given, size)) if given else None
 
-    def deliver(self, answer: UNetAnswer) -> Iterator[Pending]:
+    def deliver(self, answer: NetworkAnswer) -> Iterator[PendingCall]:
         """Hand out the answers of a call; yields the calls that have all theirs."""
         seen = iter(answer.seen)
         for number, row in enumerate(self.rows):
@@ -224,21 +223,21 @@ class Batch:
 
 
 class RowQueue:
-    """Rows that wait for a UNet call, oldest first, by kind. A row that is asked for again while it waits is computed
-    once."""
+    """Rows that wait for a network call, oldest first, by kind. A row that is asked for again while it waits is
+    computed once."""
 
     def __init__(self) -> None:
-        self._by_kind: OrderedDict[Kind, deque[Row]] = OrderedDict()
-        self._waiting: dict[tuple[Any, ...], Row] = {}  # by sameness
+        self._by_kind: OrderedDict[Kind, deque[CallRow]] = OrderedDict()
+        self._waiting: dict[tuple[Any, ...], CallRow] = {}  # by sameness
 
     def __len__(self) -> int:
         return sum(len(rows) for rows in self._by_kind.values())
 
-    def push(self, pending: Pending) -> None:
+    def push(self, pending: PendingCall) -> None:
         """Queue all rows of a call."""
         rows = self._by_kind.setdefault(pending.kind, deque())
         for at in range(len(pending.call.timesteps)):
-            row = Row([(pending, at)])
+            row = CallRow([(pending, at)])
             if (sameness := row.sameness) is not None:
                 waiting = self._waiting.setdefault(sameness, row)
                 if waiting is not row:
@@ -269,19 +268,19 @@ class RowQueue:
         """Return the rows of a call that was not made to the head of their queue, in their order."""
         self._by_kind.setdefault(batch.kind, deque()).extendleft(reversed(batch.rows))
 
-    def calls(self) -> list[Pending]:
+    def calls(self) -> list[PendingCall]:
         """Calls that wait for answers, once each."""
         rows = (row for waiting in self._by_kind.values() for row in waiting)
         return list(dict.fromkeys(asker for row in rows for asker, _ in row.askers))
 
-    def too_large(self, call_size: int) -> list[Pending]:
-        """Calls whose group does not fit into a UNet call, once each."""
+    def too_large(self, call_size: int) -> list[PendingCall]:
+        """Calls whose group does not fit into a network call, once each."""
         found = [
             row.pending for kind, rows in self._by_kind.items() if rows_per_call(kind, call_size) == 0 for row in rows
         ]
         return list(dict.fromkeys(found))
 
-    def drop(self, pending: Pending) -> None:
+    def drop(self, pending: PendingCall) -> None:
         """Forget the rows of a call that failed, but for those that others asked for, too."""
         for kind, rows in list(self._by_kind.items()):
             for row in rows:
@@ -292,7 +291,7 @@ class RowQueue:
             if not self._by_kind[kind]:
                 del self._by_kind[kind]
 
-    def _forget(self, row: Row) -> None:
+    def _forget(self, row: CallRow) -> None:
         """No later asker may join a row."""
         sameness = row.sameness
         if sameness is not None and self._waiting.get(sameness) is row:

@@ -23,18 +23,13 @@ class GuidedPrompt:
     cond: TextConditioning
     uncond: TextConditioning
     guidance_scale: float
-    inpaint: Tensor | None = None  # (1 + C, h, w): mask and masked image, for UNets that take these, too
+    inpaint: Tensor | None = None  # (1 + C, h, w): mask and masked image, for networks that take these, too
 
     @classmethod
     def encode(cls, prompt: str, guidance_scale: float, negative_prompt: str = "") -> Steps[GuidedPrompt]:
         """Encode both prompts. Between equal ones there is no direction, hence no guidance."""
         cond, uncond = yield EncodeText((prompt, negative_prompt))
         return cls(cond, uncond, 1.0 if prompt == negative_prompt else guidance_scale)
-
-    @staticmethod
-    def rows_of(prompt: str, guidance_scale: float, negative_prompt: str = "") -> int:
-        """UNet rows of one prediction."""
-        return 1 if guidance_scale in (0.0, 1.0) or prompt == negative_prompt else 2
 
     def predict(self, latents: Tensor, timestep: int) -> Steps[Tensor]:
         """Noise prediction (C, h, w) for latents (C, h, w)."""

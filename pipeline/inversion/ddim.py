@@ -1,6 +1,6 @@
 """DDIM inversion (Song et al., arXiv 2010.02502, section 4.3; Dhariwal and Nichol, arXiv 2105.05233, appendix F).
 
-Cost: one UNet row per step at guidance 1 or 0, two otherwise; steps depend on each other, so no two share a call.
+Cost: one network row per step at guidance 1 or 0, two otherwise; steps depend on each other, so no two share a call.
 Reconstruction: approximate, it drifts with guidance. Memory: N + 1 latents per image. Deterministic.
 """
 
@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
+from typing_extensions import override
 
 from pipeline.diffusion.steps import DDIM
 from pipeline.engine.calls import Steps
@@ -44,12 +45,13 @@ class DDIMInversion(Inversion):
         return self
 
     @property
+    @override
     def schedule_steps(self) -> int:
         """Steps of the whole schedule, the skipped ones included."""
         return self.num_steps + self.skip_steps
 
+    @override
     def invert(self, source: Source) -> Steps[Trajectory]:
-        """See `Inversion`."""
         timesteps = source.schedule.ddim_timesteps(self.schedule_steps)[self.skip_steps :]
         stride = source.schedule.num_train_timesteps // self.schedule_steps
         solver = DDIM.from_schedule(source.schedule, timesteps, stride)
@@ -66,7 +68,3 @@ class DDIMInversion(Inversion):
             source_guidance=self.guidance_scale,
             skipped_steps=self.skip_steps,
         )
-
-    def rows(self, source_prompt: str) -> int:
-        """See `Inversion`."""
-        return self.num_steps * GuidedPrompt.rows_of(source_prompt, self.guidance_scale)

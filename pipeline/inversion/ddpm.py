@@ -1,6 +1,6 @@
 """Edit-friendly DDPM inversion (Huberman-Spiegelglas et al., arXiv 2304.06140), as LEDITS++ extends it.
 
-Cost: one UNet row per kept step (two with a guided source prompt), all asked for in one go, since each noisy latent
+Cost: one network row per kept step (two with a guided source prompt), all asked for in one go, since each noisy latent
 is drawn straight from the image. Reconstruction: exact by construction, whatever the network predicts.
 Memory: 3 N + 1 latents per image. Stochastic: one seed per image.
 """
@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.diffusion.steps import DDIM, SDEDPMSolver, Solver
@@ -74,6 +75,7 @@ class DDPMInversion(Inversion):
         return self
 
     @property
+    @override
     def schedule_steps(self) -> int:
         """Steps of the whole schedule, the skipped ones included."""
         if self.skip_steps is not None:
@@ -98,8 +100,9 @@ class DDPMInversion(Inversion):
         timesteps = schedule.dpm_timesteps(total)[-self.num_steps :]
         return SDEDPMSolver.from_schedule(schedule, timesteps, zero_last_sigma=not self.exact_last_step)
 
+    @override
     def invert(self, source: Source) -> Steps[Trajectory]:
-        """See `Inversion`. Noise is drawn for ascending timesteps, the reference's order."""
+        """Noise is drawn for ascending timesteps, the reference's order."""
         solver = self.solver_for(source.schedule)
         steps = range(self.num_steps)
         # One independent draw per level, unlike a forward Markov chain: this makes the noise maps carry the layout of
@@ -130,7 +133,3 @@ class DDPMInversion(Inversion):
             skipped_steps=self.schedule_steps - self.num_steps,
             pinned=True,
         )
-
-    def rows(self, source_prompt: str) -> int:
-        """See `Inversion`."""
-        return self.num_steps * GuidedPrompt.rows_of(source_prompt, self.source_guidance_scale)

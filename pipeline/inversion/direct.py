@@ -13,6 +13,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from pipeline.engine.calls import Steps
 from pipeline.inversion.ddim import DDIMInversion
@@ -32,13 +33,13 @@ class DirectInversion(DDIMInversion):
     interval: int = Field(default=1, ge=1)
     """The difference is put back after every so many steps, the first included; 1: after each."""
 
+    @override
     def invert(self, source: Source) -> Steps[Trajectory]:
-        """See `Inversion`."""
         trajectory = yield from super().invert(source)
         return dataclasses.replace(trajectory, pinned=True, pin_shares=self.pin_shares(len(trajectory.timesteps)))
 
     def pin_shares(self, num_steps: int) -> tuple[float, ...] | None:
-        """See `Trajectory`."""
+        """Share of the difference that is put back, by step; None: all of it at every step."""
         if self.offset_scale == 1.0 and self.interval == 1:
             return None
         return tuple(self.offset_scale if step % self.interval == 0 else 0.0 for step in range(num_steps))

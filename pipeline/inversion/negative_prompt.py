@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.engine.calls import EncodeText, Steps
 from pipeline.inversion.ddim import DDIMInversion
@@ -35,12 +36,12 @@ class NegativePromptInversion(DDIMInversion):
     """Also keep the source branch on its trajectory, as `direct` does; not in the paper."""
 
     @property
+    @override
     def brings_uncond(self) -> bool:
-        """See `Inversion`."""
         return True
 
+    @override
     def invert(self, source: Source) -> Steps[Trajectory]:
-        """See `Inversion`."""
         trajectory = yield from super().invert(source)
         cond, empty = yield EncodeText((source.prompt, ""))
         uncond = cond.embedding if self.npi_interp == 0 else slerp(cond.embedding, empty.embedding, self.npi_interp)

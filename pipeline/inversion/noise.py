@@ -1,6 +1,6 @@
 """The forward process as a start: pure noise at step 0 (text to image), the noised image below it (SDEdit).
 
-SDEdit: Meng et al., arXiv 2108.01073. Cost: no UNet row. Reconstruction: none. Memory: N + 1 latents per image.
+SDEdit: Meng et al., arXiv 2108.01073. Cost: no network row. Reconstruction: none. Memory: N + 1 latents per image.
 Stochastic: one seed per image.
 """
 
@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
+from typing_extensions import override
 
 from pipeline.diffusion.steps import DDIM
 from pipeline.engine.calls import Steps
@@ -30,8 +31,9 @@ class NoiseStart(Inversion):
     eta: float = Field(default=0.0, ge=0, le=1)
     """Share of DDPM's fresh noise while sampling; 0: none, 1: as DDPM."""
 
+    @override
     def invert(self, source: Source) -> Steps[Trajectory]:
-        """See `Inversion`. The start is drawn first, then one noise map per step where eta is above 0."""
+        """The start is drawn first, then one noise map per step where eta is above 0."""
         timesteps = source.schedule.ddim_timesteps(self.num_steps)
         stride = source.schedule.num_train_timesteps // self.num_steps
         solver = DDIM.from_schedule(source.schedule, timesteps, stride, eta=self.eta)
@@ -46,7 +48,3 @@ class NoiseStart(Inversion):
             noise_maps=None if noise_maps is None else torch.stack(noise_maps),
         )
         yield  # a generator, like every inversion, although it asks nothing of the model
-
-    def rows(self, source_prompt: str) -> int:
-        """See `Inversion`."""
-        return 0

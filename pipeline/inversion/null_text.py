@@ -4,7 +4,7 @@ After plain DDIM inversion the unconditional text embedding is optimised step by
 that one guided step lands on the inverted latents. Guided sampling of the source prompt then returns the image.
 
 Cost: N rows of inversion, then per step 2 + 3 J with J updates of the embedding (a backward pass counts as two forward
-ones), fewer where the loss falls under its limit early. Updates of different images share UNet calls. Memory: N + 1
+ones), fewer where the loss falls under its limit early. Updates of different images share network calls. Memory: N + 1
 latents and N embeddings per image, 12 MB at 77 x 768 and 50 steps. Deterministic. Reconstruction: nearly exact, at the
 guidance that was optimised for and no other.
 """
@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps, TextConditioning
 from pipeline.inversion.ddim import DDIMInversion
@@ -48,12 +49,12 @@ class NullTextInversion(DDIMInversion):
     """Which branches of an editor take the embeddings: all, or the source branch alone."""
 
     @property
+    @override
     def brings_uncond(self) -> bool:
-        """See `Inversion`."""
         return self.uncond_scope == "all"
 
+    @override
     def invert(self, source: Source) -> Steps[Trajectory]:
-        """See `Inversion`."""
         trajectory = yield from super().invert(source)
         cond, empty = yield EncodeText((source.prompt, ""))
         uncond = yield from self.optimise(trajectory, cond, empty.embedding)
@@ -61,16 +62,13 @@ class NullTextInversion(DDIMInversion):
             trajectory, uncond=uncond, uncond_scope=self.uncond_scope, source_guidance=self.edit_guidance_scale
         )
 
-    def optimise(
-        self, trajectory: Trajectory, cond: TextConditioning, start: Tensor, losses: list[float] | None = None
-    ) -> Steps[Tensor]:
+    def optimise(self, trajectory: Trajectory, cond: TextConditioning, start: Tensor) -> Steps[Tensor]:
         """The N embeddings (N, L, D), float32 or wider, on the CPU.
 
         Args:
             trajectory: whose latents the guided steps shall land on.
             cond: the source prompt.
             start: (L, D) embedding to begin with.
-            losses: takes every loss in order of evaluation, where given.
         """
         outside = trajectory.latents.dtype
         uncond = start.cpu().to(outside)
@@ -90,8 +88,6 @@ class NullTextInversion(DDIMInversion):
                 assert attempt.embedding_grads is not None
                 loss = objective.loss(attempt.noise_preds[0])
                 uncond = adam.update(uncond, attempt.embedding_grads[0].to(outside))
-                if losses is not None:
-                    losses.append(loss)
                 if loss < self.early_stop_epsilon + step * 2e-5:
                     break
             stored.append(uncond)
@@ -100,12 +96,6 @@ class NullTextInversion(DDIMInversion):
             final: Denoised = yield Denoise(latents[None], [timestep], [unconditional(uncond)])
             latents = objective.landing(final.noise_preds[0])
         return torch.stack(stored)
-
-    def rows(self, source_prompt: str) -> int:
-        """See `Inversion`; the most that it can take."""
-        if self.edit_guidance_scale == 1.0 or self.num_inner_steps == 0:
-            return super().rows(source_prompt)
-        return super().rows(source_prompt) + self.num_steps * (2 + 3 * self.num_inner_steps)
 
 
 def unconditional(embedding: Tensor) -> TextConditioning:

@@ -30,7 +30,7 @@ ROWS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Expected:
     """What run.json says of every unit."""
 
     methods: Mapping[str, str]  # their inversions, by name
@@ -45,10 +45,10 @@ class Asked:
     names: Mapping[str, str]  # of columns that are not our own
 
     @staticmethod
-    def of(record: RunRecord) -> Asked:
+    def of(record: RunRecord) -> Expected:
         """Of a run."""
         recipe = record.recipe
-        return Asked(
+        return Expected(
             methods={name: one["inversion"]["method"] for name, one in recipe["methods"].items()}
             or {recipe["editing"]["method"]: recipe["inversion"]["method"]},
             seed=recipe["run"]["seed"],
@@ -91,13 +91,13 @@ class BrokenError(Exception):
     """A file or one of its pictures does not open."""
 
 
-def read_keys(path: str, opened: BinaryIO, asked: Asked, pool: Executor | None = None) -> list[Key]:
+def read_keys(path: str, opened: BinaryIO, expected: Expected, pool: Executor | None = None) -> list[Key]:
     """Every row of a file, its pictures decoded.
 
     Args:
         path: relative to the run's folder: says what the file is.
         opened: the file.
-        asked: what run.json says.
+        expected: what run.json says.
         pool: decodes pictures side by side.
 
     Raises:
@@ -107,9 +107,9 @@ def read_keys(path: str, opened: BinaryIO, asked: Asked, pool: Executor | None =
     keys: list[Key] = []
     decode = pool.map if pool else map
     try:
-        rows = _tar_rows(opened, asked) if path.endswith(".tar") else _parquet_rows(opened, is_data, asked)
+        rows = _tar_rows(opened, expected) if path.endswith(".tar") else _parquet_rows(opened, is_data, expected)
         while some := list(islice(rows, ROWS_AT_ONCE)):
-            found = [_key(row, is_data, asked) for row, _ in some]
+            found = [_key(row, is_data, expected) for row, _ in some]
             has_mask = [row.get("mask_share") is not None for row, _ in some]
             list(decode(_check_pictures, found, [pictures for _, pictures in some], has_mask))
             keys += found
@@ -118,33 +118,35 @@ def read_keys(path: str, opened: BinaryIO, asked: Asked, pool: Executor | None =
     return keys
 
 
-def _key(row: Mapping[str, Any], is_data: bool, asked: Asked) -> Key:
+def _key(row: Mapping[str, Any], is_data: bool, expected: Expected) -> Key:
     made_by = row["code_version"] if is_data else "\n".join((row["unit"], row["stage"], row["error_class"]))
-    problem = _contradiction(row, asked) if is_data else ""
+    problem = _contradiction(row, expected) if is_data else ""
     return Key(row["shard"], row["index"], row["id"], row["edit"], row["method"], is_data, made_by, problem)
 
 
-def _contradiction(row: Mapping[str, Any], asked: Asked) -> str:
-    if (inversion := asked.methods.get(row["method"])) is None:
+def _contradiction(row: Mapping[str, Any], expected: Expected) -> str:
+    if (inversion := expected.methods.get(row["method"])) is None:
         return f"has method {row['method']}, which run.json does not have"
-    for name, value in (*asked.columns.items(), ("seed", seed_for(asked.seed, row["id"], inversion))):
+    for name, value in (*expected.columns.items(), ("seed", seed_for(expected.seed, row["id"], inversion))):
         if row[name] != value:
             return f"has {name} {row[name]}, by run.json it is {value}"
     return ""
 
 
-def _parquet_rows(opened: BinaryIO, is_data: bool, asked: Asked) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
+def _parquet_rows(
+    opened: BinaryIO, is_data: bool, expected: Expected
+) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
     for batch in pq.ParquetFile(opened).iter_batches(batch_size=ROWS_AT_ONCE):
         for row in batch.to_pylist():
-            columns = {name: asked.names.get(name, name) for name in PICTURES} if is_data else {}
+            columns = {name: expected.names.get(name, name) for name in PICTURES} if is_data else {}
             stored = {name: row[column] for name, column in columns.items() if column in row}
             stored |= {f"mask.{at}": mask for at, mask in enumerate(row.get("masks", ()))}
             yield row, {name: picture["bytes"] for name, picture in stored.items() if picture is not None}
 
 
-def _tar_rows(opened: BinaryIO, asked: Asked) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
+def _tar_rows(opened: BinaryIO, expected: Expected) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
     for sample in tar_samples(opened):
-        yield json.loads(sample["json"]), pictures_of(sample, asked.names)
+        yield json.loads(sample["json"]), pictures_of(sample, expected.names)
 
 
 def _check_pictures(key: Key, pictures: Mapping[str, bytes], has_mask: bool) -> None:
@@ -172,7 +174,7 @@ def _check_pictures(key: Key, pictures: Mapping[str, bytes], has_mask: bool) -> 
             raise BrokenError(f"{name} of {key.text()} is {size[0]} x {size[1]}, its image is not")
 
 
-def row_problems(manifest: Manifest, rows: list[Key], asked: Asked) -> Iterator[str]:
+def row_problems(manifest: Manifest, rows: list[Key], expected: Expected) -> Iterator[str]:
     """Whether data and quarantine together hold what the unit was asked for, once each."""
     counts = manifest.counts
     for name, says, found in (
@@ -203,13 +205,13 @@ def row_problems(manifest: Manifest, rows: list[Key], asked: Asked) -> Iterator[
             continue
         edits.setdefault(one.index, set()).add((one.edit, one.method))
         ids.setdefault(one.index, set()).add(one.id)
-    if manifest.stop - manifest.start > asked.unit_size:
-        return  # said already; and no loop is as long as a damaged manifest asks for
+    if manifest.stop - manifest.start > expected.unit_size:
+        return  # said already; and no damaged manifest decides how long a loop is
     for index in range(manifest.start, manifest.stop):
         pairs = edits.get(index, set())
         if not pairs:
             yield f"row {index} of {manifest.shard} is missing"
-        for edit, method in sorted(set(product({edit for edit, _ in pairs}, asked.methods)) - pairs):
+        for edit, method in sorted(set(product({edit for edit, _ in pairs}, expected.methods)) - pairs):
             yield f"({next(iter(ids[index]))}, {edit}, {method}) is missing"
         if len(ids.get(index, ())) > 1:
             yield f"row {index} of {manifest.shard} has several ids"
@@ -228,20 +230,20 @@ def _failures_problems(manifest: Manifest, rows: list[Key]) -> Iterator[str]:
             yield f"failures of unit {manifest.unit} by {name} are {dict(found)}, its manifest says {says}"
 
 
-def manifest_problems(manifest: Manifest, asked: Asked) -> Iterator[str]:
+def manifest_problems(manifest: Manifest, expected: Expected) -> Iterator[str]:
     """Where a manifest contradicts run.json, or itself."""
-    if asked.shards.get(shard_slug(manifest.shard)) != manifest.shard:
+    if expected.shards.get(shard_slug(manifest.shard)) != manifest.shard:
         yield f"its shard {manifest.shard} is not in run.json's input"
     if manifest.unit != unit_id(manifest.shard, manifest.chunk):
         yield f"unit {manifest.unit} is none of shard {manifest.shard}"
     count = manifest.stop - manifest.start
     # Units of large rows are shorter than asked for, so that later ones begin earlier; the last one may have none.
-    fits = count <= asked.unit_size and count >= (0 if manifest.is_last else 1)
-    if not 0 <= manifest.start <= manifest.chunk * asked.unit_size or not fits:
+    fits = count <= expected.unit_size and count >= (0 if manifest.is_last else 1)
+    if not 0 <= manifest.start <= manifest.chunk * expected.unit_size or not fits:
         yield f"rows {manifest.start} to {manifest.stop} are not those of chunk {manifest.chunk}"
     version = (manifest.shard_size, manifest.shard_etag)
-    if (listed := asked.inputs.get(manifest.shard, version)) != version:
+    if (listed := expected.inputs.get(manifest.shard, version)) != version:
         yield f"its shard had {version[0]} bytes and version '{version[1]}', by run.json {listed[0]} and '{listed[1]}'"
     for name in ("recipe_hash", "model_digest", "call_size"):
-        if getattr(manifest, name) != getattr(asked, name):
-            yield f"{name} is {getattr(manifest, name)}, run.json says {getattr(asked, name)}"
+        if getattr(manifest, name) != getattr(expected, name):
+            yield f"{name} is {getattr(manifest, name)}, run.json says {getattr(expected, name)}"

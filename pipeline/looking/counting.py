@@ -1,4 +1,4 @@
-"""How many UNet rows an image will take: the generators that edit it run against a model that answers with zeros."""
+"""How many network rows an image will take: the generators that edit it run against a model that answers with zeros."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.engine.backbone import ModelRecord
-from pipeline.engine.calls import TextConditioning, UNetAnswer, UNetCall
+from pipeline.engine.backbone import Backbone, ModelRecord
+from pipeline.engine.calls import NetworkAnswer, NetworkCall, TextConditioning
 from pipeline.engine.controls import Layer
 from pipeline.engine.engine import Engine
 from pipeline.flow import edit_prepared
@@ -23,7 +24,8 @@ from pipeline.records import EditRequest, Placement, Prepared, Sample
 
 @dataclass(slots=True)
 class RowCounter:
-    """UNet rows of one image under some requests, by running the flow's own generators. Each distinct case once."""
+    """Network rows of one image under some requests, by running the flow's own generators. Each distinct case is run
+    once."""
 
     recipe: Recipe
     known: dict[Any, int] = field(default_factory=dict)
@@ -35,7 +37,7 @@ class RowCounter:
         masked: bool = False,
         refused: frozenset[tuple[str, str]] = frozenset(),
     ) -> int:
-        """UNet rows of an image that is edited as `requests` say, by every method of the recipe.
+        """Network rows of an image that is edited as `requests` say, by every method of the recipe.
 
         `refused` are the (edit, method) that fail by what the prompts say, which the case does not tell.
         """
@@ -62,7 +64,7 @@ class RowCounter:
         (finished,) = engine.run([edit_prepared(prepared, self.recipe.all_methods, 0, backbone)])
         if finished.error is not None:
             raise finished.error
-        return finished.unet_rows
+        return finished.network_rows
 
 
 def _anonymous(requests: Mapping[str, EditRequest]) -> str:
@@ -81,8 +83,8 @@ def _anonymous(requests: Mapping[str, EditRequest]) -> str:
     return repr([hide(request.model_dump()) for _, request in sorted(requests.items())])
 
 
-class ZeroBackbone:
-    """A model that answers nearly everything with zeros, at once. Only the number of what it is asked has a meaning."""
+class ZeroBackbone(Backbone):
+    """A model that answers nearly everything with zeros, at once. Only how often it is asked has a meaning."""
 
     record = ModelRecord(name="zeros", revision="", digest="", dtype="float32", device="cpu")
     schedule = NoiseSchedule.from_config({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
@@ -93,30 +95,32 @@ class ZeroBackbone:
     inpaints = True  # whatever is asked
     image_size = 128  # latents of 16 x 16
 
+    @override
     def encode_text(self, prompt: str) -> TextConditioning:
-        """See `Backbone`."""
         count = min(len(prompt.split()), 75)
         number = float(zlib.crc32(prompt.encode()))  # equal embeddings for equal prompts alone, as a model has them
         return TextConditioning(
             prompt, torch.full((77, 1), number), count, (0, *range(2, 2 + count), 1), tuple(range(count))
         )
 
+    @override
     def encode_image(self, pixels: np.ndarray) -> Tensor:
-        """See `Backbone`."""
         return torch.zeros(
             self.latent_channels, pixels.shape[0] // self.latent_scale, pixels.shape[1] // self.latent_scale
         )
 
+    @override
     def decode_latents(self, latents: Tensor) -> np.ndarray:
-        """See `Backbone`."""
         height, width = latents.shape[-2] * self.latent_scale, latents.shape[-1] * self.latent_scale
         return np.zeros((height, width, 3), dtype=np.uint8)
 
+    @override
     def check_watchable(self, height: int, width: int) -> None:
-        """See `Backbone`: every grid will do."""
+        """Every grid will do."""
 
-    def denoise(self, call: UNetCall) -> UNetAnswer:
-        """See `Backbone`. Hooks run on zeros: an editor's masks come out empty, which leaves its row count as it is."""
+    @override
+    def denoise(self, call: NetworkCall) -> NetworkAnswer:
+        """Hooks run on zeros: an editor's masks come out empty, which leaves its row count as it is."""
         rows, _, height, width = call.latents.shape
         layer = Layer("cross", 0, "down", 0, 4)
         zeros = torch.zeros(1, 1, (height // 4) * (width // 4), 1)
@@ -132,7 +136,7 @@ class ZeroBackbone:
         # the same reason the corner tells one text from another: a mask of where two texts differ is not empty.
         noise_preds = torch.full_like(call.latents, 0.0 if call.cotangents is None else 1e3)
         noise_preds[:, :, 0, 0] += torch.stack([embedding[0, 0] for embedding in call.embeddings])[:, None] / 2**32
-        return UNetAnswer(
+        return NetworkAnswer(
             noise_preds=noise_preds,
             attention=None if call.watch is None else torch.zeros(rows, height // 4, width // 4),
             seen=seen,

@@ -9,7 +9,6 @@ MAX_FINDINGS = 1000  # kept; all are counted and repaired
 SEEN_BY_EDIT = {"missing unit", "missing file", "wrong size", "not merged"}  # what `shardedit edit` does again unasked
 NOT_OF_OUTPUT = {"source", "run record"}  # what neither `edit` nor a repair can put right
 STRAY = "stray file"
-DERIVED = {"summary", "report"}  # what both write again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +23,7 @@ class Finding:
 
 
 @dataclass(slots=True, kw_only=True)
-class Verdict:
+class RunVerdict:
     """What was looked at and found."""
 
     units: int = 0

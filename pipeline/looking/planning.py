@@ -1,6 +1,6 @@
-"""What a run will take, before it starts: images, results, UNet rows, bytes, time. Nothing is edited into the sink.
+"""What a run will take, before it starts: images, results, network rows, bytes, time. Nothing is edited into the sink.
 
-UNet rows are not computed from formulas but counted: the very generators that edit an image run against a model that
+Network rows are not computed from formulas but counted: the very generators that edit an image run against a model that
 answers with zeros. Time comes from a probe of the real model (probe.py).
 """
 
@@ -24,7 +24,7 @@ from pipeline.reading.rows import light
 from pipeline.reading.shards import ReadTask, Shard
 from pipeline.reading.units import count_rows, plan_reads, read_units
 from pipeline.recipe import Recipe
-from pipeline.records import Sample, Unreadable
+from pipeline.records import ReadRow, Sample
 from pipeline.running.preflight import check_captions, todo_of_plan
 from pipeline.settings.sections import RunConfig, WorkerRange
 
@@ -40,7 +40,7 @@ COUNTERS = 8  # shards counted side by side
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A run in numbers. What is estimated is said so in `notes`."""
+    """A run in numbers. `notes` says which numbers are estimates."""
 
     shards: int
     bytes_in: int
@@ -48,7 +48,7 @@ class Plan:
     edits: tuple[str, ...]  # the job's
     methods: tuple[str, ...]
     results: int  # (image, edit, method) asked for
-    unet_rows: int
+    network_rows: int
     workers: int
     bytes_out: int | None  # None without a probe
     seconds: float | None  # on `workers` workers like this machine; None without a probe
@@ -80,7 +80,7 @@ def plan(recipe: Recipe, *, probe: bool = True, partition: Partition = WHOLE) ->
     looked = look_at_rows(shards, recipe, images)
     cost, rows, complete = looked.cost, looked.rows, looked.complete
     scale = 1.0 if complete else images / max(len(rows), 1)
-    results, unet_rows = round(cost.results * scale), round(cost.unet_rows * scale)
+    results, network_rows = round(cost.results * scale), round(cost.network_rows * scale)
     notes = [recipe.model.caveat, todo.left_out, images_note, cost.note(len(rows), complete)]
     notes.append(check_captions(rows, shards, recipe))
     if todo.before is not None:
@@ -104,19 +104,19 @@ def plan(recipe: Recipe, *, probe: bool = True, partition: Partition = WHOLE) ->
         edits=tuple(recipe.edits),
         methods=tuple(recipe.all_methods),
         results=results,
-        unet_rows=unet_rows,
+        network_rows=network_rows,
         workers=workers,
         bytes_out=None
         if measured is None or measured.bytes_per_result is None
         else round(results * measured.bytes_per_result),
-        seconds=None if measured is None else seconds_for(unet_rows, images, measured, workers),
+        seconds=None if measured is None else seconds_for(network_rows, images, measured, workers),
         probe=measured,
         notes=tuple(note for note in notes if note),
     )
 
 
 def assumed_workers(run: RunConfig) -> tuple[int, int | None]:
-    """Workers that an estimate of time counts on; and, of a pool that may grow, how many there may come to be."""
+    """Workers that an estimate of time counts on, and the most that a growing pool may have."""
     if run.engine == "local":
         return 1, None
     if isinstance(run.workers, WorkerRange):
@@ -124,20 +124,22 @@ def assumed_workers(run: RunConfig) -> tuple[int, int | None]:
     return run.workers if isinstance(run.workers, int) else max(torch.cuda.device_count(), 1), None
 
 
-def seconds_for(unet_rows: int, images: int, probe: Probe, workers: int) -> float:
-    """Full UNet calls, and what each image takes beside them, over the workers."""
-    calls = math.ceil(unet_rows / probe.call_size)
+def seconds_for(network_rows: int, images: int, probe: Probe, workers: int) -> float:
+    """Full network calls, and what each image takes beside them, over the workers."""
+    calls = math.ceil(network_rows / probe.call_size)
     return (calls * probe.seconds_per_call + images * probe.seconds_per_image) / workers
 
 
 def probe_note(probe: Probe | None, why: Sequence[str] = ()) -> str:
-    """What an estimate of time rests on; of rows that could not be edited, why."""
+    """What an estimate of time rests on, and why some rows could not be edited."""
     reasons = ", ".join(f"{text} ({count})" for text, count in Counter(map(_in_short, why)).most_common(SHOWN_REASONS))
     if probe is None:
         return "time: unknown, none of the first rows can be edited" + (f": {reasons}" if reasons else "")
     failed = f"; {len(why)} of the results that were tried failed: {reasons}" if reasons else ""
     length = f"{probe.images} image(s)" if probe.images else f"the first {PROBE_SECONDS:.0f} s of an image"
-    basis = f"time and output: from {length} on this machine ({probe.device}), extrapolated by UNet rows in full calls"
+    basis = (
+        f"time and output: from {length} on this machine ({probe.device}), extrapolated by network rows in full calls"
+    )
     return basis + failed
 
 
@@ -159,7 +161,7 @@ class Cost:
     """What some rows ask for."""
 
     results: int = 0
-    unet_rows: int = 0
+    network_rows: int = 0
     own_edits: int = 0  # rows that bring an edit of their own
     unusable: int = 0  # rows of which something that was asked for cannot be made
     reasons: Counter[str] = field(default_factory=Counter)  # why, by rows
@@ -167,7 +169,7 @@ class Cost:
     def note(self, rows: int, complete: bool) -> str:
         """How these numbers came about."""
         basis = "counted over all rows" if complete else f"estimated from the first {rows:,} rows"
-        parts = [f"results and UNet rows: {basis}"]
+        parts = [f"results and network rows: {basis}"]
         if self.own_edits:
             parts.append(f"{self.own_edits:,} of {rows:,} bring their own edit")
         if self.unusable:
@@ -189,7 +191,7 @@ class Looked:
     """Rows whose edits were looked at. Their pictures are not kept, but for those that a probe edits."""
 
     cost: Cost = field(default_factory=Cost)
-    rows: list[Sample | Unreadable] = field(default_factory=list)
+    rows: list[ReadRow] = field(default_factory=list)
     to_probe: list[Sample] = field(default_factory=list)
     complete: bool = False  # whether these are all
 
@@ -215,12 +217,12 @@ def _nothing(_: str) -> bool:
     return False
 
 
-def _rows_of(task: ReadTask, recipe: Recipe) -> Iterator[Sample | Unreadable]:
+def _rows_of(task: ReadTask, recipe: Recipe) -> Iterator[ReadRow]:
     for unit in read_units(task, recipe.source, recipe.run.unit_size, _nothing):
         yield from unit.rows
 
 
-def add_cost(cost: Cost, row: Sample | Unreadable, recipe: Recipe, counter: RowCounter) -> None:
+def add_cost(cost: Cost, row: ReadRow, recipe: Recipe, counter: RowCounter) -> None:
     """Add what a row asks for."""
     asked = asked_of(row, recipe)
     cost.results += len(asked.edits) * len(recipe.all_methods)
@@ -236,7 +238,7 @@ def add_cost(cost: Cost, row: Sample | Unreadable, recipe: Recipe, counter: RowC
         if (problems := tuple(method.editing.problems_of_row(request, method.inversion, masked=masked)))
     }
     cost.cannot(problem.reason for problems in refused.values() for problem in problems)
-    cost.unet_rows += counter.rows(requests, masked=masked, refused=frozenset(refused))
+    cost.network_rows += counter.rows(requests, masked=masked, refused=frozenset(refused))
 
 
 def _in_short(message: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import override
 
 from pipeline.common.showing import printable, without_credentials
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.looking.planning import Plan
     from pipeline.looking.runs import Run
     from pipeline.looking.status import Status
-    from pipeline.looking.verify import Verdict
+    from pipeline.looking.verify import RunVerdict
     from pipeline.recipe import Recipe
     from pipeline.writing.summary import Summary
 
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
 class PlainConsole(Console):
     """A console that shows strangers' control characters as escapes, wherever a text comes from."""
 
+    @override
     def render_str(self, text: str, **options: Any) -> Text:
         """A text as it is to be shown."""
         return super().render_str(printable(text), **options)
 
+    @override
     def on_broken_pipe(self) -> None:
         """Called where whoever reads has gone: for the command to end by, and not with rich's own code."""
         raise
@@ -38,6 +41,7 @@ class PlainConsole(Console):
 class PlainFormatter(logging.Formatter):
     """The same for what is logged, tracebacks included; addresses in it carry no credentials."""
 
+    @override
     def format(self, record: logging.LogRecord) -> str:
         """A record as it is to be shown."""
         return printable(without_credentials(super().format(record)))
@@ -70,7 +74,7 @@ def show_summary(summary: Summary, recipe: Recipe) -> None:
         rows["  by reason"] = counted(summary.failed_by_class)
         rows["  kept in"] = f"{folder}/quarantine"
     speed = f"{summary.images_per_second:.3g} images/s, " if summary.images_per_second else ""
-    rows["pace"] = f"{speed}{summary.unet_rows:,} UNet rows in {duration(summary.seconds)}"
+    rows["pace"] = f"{speed}{summary.network_rows:,} network rows in {duration(summary.seconds)}"
     rows["written"] = f"{size_text(summary.output_bytes)} in {count(summary.units, 'unit')} ({summary.units_now:,} now)"
     rows["results"] = f"{folder}/data"
     rows["report"] = f"{folder}/report.html"
@@ -98,7 +102,7 @@ def show_status(found: Status, config: str) -> None:
         "committed", f"{count(so_far.units, 'unit')}, {found.shards_done:,} of {count(found.shards, 'shard')}"
     )
     speed = f"{so_far.images_per_second:.3g} images/s, " if so_far.images_per_second else ""
-    table.add_row("pace", f"{speed}{so_far.unet_rows:,} UNet rows in {duration(so_far.seconds)}")
+    table.add_row("pace", f"{speed}{so_far.network_rows:,} network rows in {duration(so_far.seconds)}")
     table.add_row("written", size_text(so_far.output_bytes))
     out.print(table)
     for shard, number, file in found.worst_shards:
@@ -117,7 +121,7 @@ def first_words(message: str) -> str:
     return " ".join(message.split())[:160]
 
 
-def show_verdict(verdict: Verdict, run: Run) -> None:
+def show_verdict(verdict: RunVerdict, run: Run) -> None:
     """What is wrong, where, and what puts it right."""
     from pipeline.common.wording import count, size_text
 
@@ -155,13 +159,13 @@ def show_plan(made: Plan, config: str) -> None:
     """A plan, as a person reads it."""
     from pipeline.common.wording import count, size_text
 
-    per_image = made.unet_rows / made.images if made.images else 0.0
+    per_image = made.network_rows / made.images if made.images else 0.0
     edits = ", ".join(made.edits) if made.edits else "those of the rows"
     rows = {
         "images": f"{made.images:,} in {count(made.shards, 'shard')}, {size_text(made.bytes_in)}",
         "edits": f"{edits}, by {', '.join(made.methods)}",
         "results": f"{made.results:,}",
-        "UNet rows": f"{made.unet_rows:,}, {per_image:.1f} per image",
+        "network rows": f"{made.network_rows:,}, {per_image:.1f} per image",
     }
     if made.bytes_out is not None:
         rows["output"] = f"about {size_text(made.bytes_out)}"

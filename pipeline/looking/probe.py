@@ -31,9 +31,9 @@ class Probe:
     """What a few images through the real model took."""
 
     images: int  # that were timed from beginning to end; 0 where the probe was cut off
-    call_size: int  # rows of a UNet call
+    call_size: int  # rows of a network call
     seconds_per_call: float
-    seconds_per_image: float  # all but the UNet: decoding, autoencoder, the method's own arithmetic, figures, encoding
+    seconds_per_image: float  # all else: decoding, autoencoder, the method's own arithmetic, figures, encoding
     bytes_per_result: float | None  # in the output; None where no image came to its end in time
     device: str
 
@@ -118,7 +118,7 @@ class TimeIsUp(BaseException):
 class TimedBackbone:
     """A backbone that notes what its calls take, and ends the probe after so many seconds.
 
-    Where it `compiles`, the first UNet call is no measure of anything: it is not noted, and time counts from its end.
+    Where it `compiles`, the first network call measures nothing: it is not noted, and time counts from its end.
     """
 
     def __init__(self, backbone: Backbone, seconds: float, *, compiles: bool = False) -> None:
@@ -145,15 +145,15 @@ class TimedBackbone:
         return answer
 
     def encode_image(self, pixels: Any) -> Any:
-        """See `Backbone`."""
+        """The backbone's own, timed."""
         return self._timed("encode_image", pixels)
 
     def decode_latents(self, latents: Tensor) -> Any:
-        """See `Backbone`."""
+        """The backbone's own, timed."""
         return self._timed("decode_latents", latents)
 
     def denoise(self, *arguments: Any) -> Any:
-        """See `Backbone`."""
+        """The backbone's own, timed."""
         if self.compiles:
             self.compiles = False
             answer = self.backbone.denoise(*arguments)

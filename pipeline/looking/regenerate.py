@@ -28,14 +28,14 @@ from pipeline.reading.shards import Shard
 from pipeline.reading.storage import FileSystem, open_fs
 from pipeline.reading.units import list_shards, plan_reads, read_units
 from pipeline.recipe import Recipe, recipe_from
-from pipeline.records import Decoded, Rejected, Sample, Unreadable
+from pipeline.records import Decoded, ReadRow, Rejected, Unreadable
 from pipeline.writing.commit import committed_units
 from pipeline.writing.finish import labels_of
 from pipeline.writing.manifest import Manifest
 from pipeline.writing.merged import Merged, Span
 from pipeline.writing.parquet import render_parquet
 from pipeline.writing.restoring import outcome_of
-from pipeline.writing.rows import Labels, Row, as_written, encode_outcome, schema
+from pipeline.writing.rows import Labels, OutputRow, as_written, encode_outcome, schema
 from pipeline.writing.run_record import RunRecord, run_record, versions_that_differ
 from pipeline.writing.spans import samples_of, table_of, tar_samples
 from pipeline.writing.webdataset import render_tar
@@ -195,7 +195,7 @@ def _recipe_of(run: Run) -> Recipe:
     return recipe_from(data, "run.json")
 
 
-def _read_again(stored: _Stored, recipe: Recipe) -> tuple[Shard, Sample | Unreadable]:
+def _read_again(stored: _Stored, recipe: Recipe) -> tuple[Shard, ReadRow]:
     manifest = stored.manifest
     shards = [shard for shard in list_shards(recipe.source) if shard.path == manifest.shard]
 
@@ -230,7 +230,7 @@ def _changes(before: RunRecord, now: RunRecord) -> Iterator[str]:
     yield from (f"version of {line}" for line in versions_that_differ(before, now))
 
 
-def _compared(stored: _Stored, made: Row | Rejected, recipe: Recipe, labels: Labels) -> tuple[list[str], str]:
+def _compared(stored: _Stored, made: OutputRow | Rejected, recipe: Recipe, labels: Labels) -> tuple[list[str], str]:
     """What differs, and what was compared, in words."""
     if isinstance(made, Rejected):
         return [f"it fails now, in stage {made.stage}: {made.error_class}: {made.message}"], "nothing"

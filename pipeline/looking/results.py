@@ -62,7 +62,7 @@ class ResultRef:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
+class StoredResult:
     """One result with its pictures, encoded as stored."""
 
     ref: ResultRef
@@ -74,13 +74,13 @@ class Result:
 
 
 @dataclass(slots=True)
-class Totals:
+class StoredTotals:
     """All committed units of a run, added up."""
 
     done: int = 0
     failed: int = 0
     images: int = 0
-    unet_rows: int = 0
+    network_rows: int = 0
     output_bytes: int = 0
     spans: dict[str, list[Span]] = field(default_factory=dict)  # by kind, in the order of the units
 
@@ -89,7 +89,7 @@ class Totals:
         self.done += manifest.counts.ok
         self.failed += manifest.counts.failed
         self.images += manifest.counts.images
-        self.unet_rows += manifest.measured.unet_rows
+        self.network_rows += manifest.measured.network_rows
         for span, file in zip(merged.spans(manifest), manifest.files, strict=True):
             self.output_bytes += file.size
             self.spans.setdefault(span.kind, []).append(span)
@@ -124,7 +124,7 @@ class RunFolder:
         self.record = record.model_dump(mode="json")
         self._names = column_names_of(self.record)
         self.summary = self._summary()
-        self.totals = Totals()
+        self.totals = StoredTotals()
         merged = Merged(self.fs, self.root)
         for manifest in committed_units(self.sink):  # drawn once, none is kept: a long run has a million
             self.totals.add(manifest, merged)
@@ -152,7 +152,7 @@ class RunFolder:
         with ThreadPoolExecutor(READERS) as pool:
             return [ref for refs in pool.map(self._figures_of, spans) for ref in refs]
 
-    def load(self, refs: Sequence[ResultRef]) -> list[Result]:
+    def load(self, refs: Sequence[ResultRef]) -> list[StoredResult]:
         """These results with their pictures, in the order given; each unit is read once."""
         by_span: dict[Span, list[ResultRef]] = {}
         for ref in refs:
@@ -181,12 +181,12 @@ class RunFolder:
             for at, row in enumerate(rows)
         ]
 
-    def _load(self, refs: Sequence[ResultRef]) -> list[Result]:
+    def _load(self, refs: Sequence[ResultRef]) -> list[StoredResult]:
         span = refs[0].span
         wanted = {ref.row: ref for ref in refs}
         rows = self._rows_of_tar(span) if span.path.endswith(".tar") else self._rows_of_parquet(span, set(wanted))
         return [
-            Result(
+            StoredResult(
                 ref=wanted[at],
                 caption=row["caption"] or "",
                 request=json.loads(row["request"]) if isinstance(row["request"], str) else row["request"],

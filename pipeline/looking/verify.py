@@ -19,9 +19,9 @@ from itertools import islice
 from threading import Lock
 
 from pipeline.common import stopping
-from pipeline.looking.checking import Asked, BrokenError, Key, manifest_problems, read_keys, row_problems
+from pipeline.looking.checking import BrokenError, Expected, Key, manifest_problems, read_keys, row_problems
 from pipeline.looking.consistency import REPORT_FILE, FromSource, look_at_source, summary_problem
-from pipeline.looking.findings import SEEN_BY_EDIT, STRAY, Finding, Verdict
+from pipeline.looking.findings import SEEN_BY_EDIT, STRAY, Finding, RunVerdict
 from pipeline.reading.shards import shard_slug
 from pipeline.reading.storage import FileSystem, is_local, open_fs, retrying
 from pipeline.recipe import SinkConfig, SourceConfig
@@ -51,7 +51,7 @@ def verify(
     repair: bool = False,
     source: SourceConfig | None = None,
     source_is_needed: bool = True,
-) -> Verdict:
+) -> RunVerdict:
     """Check a run that is not at work: what it is writing meanwhile would look like strays.
 
     Args:
@@ -78,14 +78,14 @@ def verify(
     return verdict
 
 
-def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> tuple[Verdict, dict[str, int]]:
+def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> tuple[RunVerdict, dict[str, int]]:
     """The verdict, and the row after the last of every shard that is done."""
     fs, root = open_fs(sink.folder, sink.storage_options)
     fs.invalidate_cache()
     # Listed first: what is committed in the meantime is then no stray.
     there = {folder: _names(fs, root, folder) for folder in FOLDERS}
-    asked = Asked.of(record)
-    verdict, done, counted = Verdict(), Committed(), Counted()
+    expected = Expected.of(record)
+    verdict, done, counted = RunVerdict(), Committed(), Counted()
     broken: set[str] = set()  # files of damaged units, and those of nobody
     baselines = Baselines(fs, root).all
     known = {baseline_path(baseline.generation) for baseline in baselines}
@@ -96,9 +96,9 @@ def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> tup
     ends: dict[str, int] = {}
     bad = 0  # units
     with ThreadPoolExecutor(CHECKERS) as pool:
-        merged = _MergedFiles(fs, root, asked, pool)
+        merged = _MergedFiles(fs, root, expected, pool)
         known.add(merged.index_path)
-        for shard, manifest, findings in _checked(fs, root, sink, asked, merged):
+        for shard, manifest, findings in _checked(fs, root, sink, expected, merged):
             stopping.check()
             verdict.units += 1
             known.update(shard.used)
@@ -168,7 +168,7 @@ _STRAYS = {
 
 
 def _note_derived(
-    verdict: Verdict, sink: SinkConfig, record: RunRecord, totals: Totals, latest: int, repairing: Claim | None
+    verdict: RunVerdict, sink: SinkConfig, record: RunRecord, totals: Totals, latest: int, repairing: Claim | None
 ) -> None:
     """Summary and report of a run that is done, and in which nothing else is wrong."""
     fs, root = open_fs(sink.folder, sink.storage_options)
@@ -189,7 +189,7 @@ def _note_derived(
             write_report(sink)
 
 
-def _note_source(verdict: Verdict, found: FromSource, ends: Mapping[str, int], is_needed: bool) -> None:
+def _note_source(verdict: RunVerdict, found: FromSource, ends: Mapping[str, int], is_needed: bool) -> None:
     """Add what the source's listing says of the run."""
     verdict.source_was_listed, verdict.source_unreachable = not found.unreachable, found.unreachable
     verdict.left_out = found.left_out
@@ -204,7 +204,7 @@ def _note_source(verdict: Verdict, found: FromSource, ends: Mapping[str, int], i
             verdict.note(Finding(kind="source", path=shard, text=text))
 
 
-def _note_merged(verdict: Verdict, merged: _MergedFiles, known: set[str]) -> None:
+def _note_merged(verdict: RunVerdict, merged: _MergedFiles, known: set[str]) -> None:
     """Add what was found in merged files."""
     for slot, findings in merged.all_findings():
         known.add(slot.contents)
@@ -248,8 +248,8 @@ def _uncommitted(done: Committed, slug: str) -> str:
 class _MergedFiles:
     """Merged files, each read once: when the first of its units is checked, or at the end."""
 
-    def __init__(self, fs: FileSystem, root: str, asked: Asked, pool: Executor) -> None:
-        self._fs, self._root, self._asked, self._pool = fs, root, asked, pool
+    def __init__(self, fs: FileSystem, root: str, expected: Expected, pool: Executor) -> None:
+        self._fs, self._root, self._expected, self._pool = fs, root, expected, pool
         self._merged = Merged(fs, root, trusted=False)
         self.totals = Totals(self._merged)  # of the units, whose files may be merged
         self._lock = Lock()
@@ -305,7 +305,7 @@ class _MergedFiles:
                     sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
                     findings += _byte_problems(slot.file, opened.tell(), sha256)
                     opened.seek(0)
-                    rows = read_keys(slot.file.path, opened, self._asked, self._pool)
+                    rows = read_keys(slot.file.path, opened, self._expected, self._pool)
                 if len(rows) != slot.file.rows:
                     text = f"has {len(rows)} row(s), the index says {slot.file.rows}"
                     findings.append(Finding(kind="rows", path=slot.file.path, text=text))
@@ -320,14 +320,14 @@ class _MergedFiles:
 
 
 def _checked(
-    fs: FileSystem, root: str, sink: SinkConfig, asked: Asked, merged: _MergedFiles
+    fs: FileSystem, root: str, sink: SinkConfig, expected: Expected, merged: _MergedFiles
 ) -> Iterator[tuple[CommittedShard, Manifest, list[Finding]]]:
     shards = committed_shards(sink, trusted=False)
     pairs = ((shard, zip((None, *shard.manifests), shard.manifests, strict=False)) for shard in shards)
     units = ((shard, before, manifest) for shard, some in pairs for before, manifest in some)
     with ThreadPoolExecutor(CHECKERS) as pool:
         while window := list(islice(units, CHECKERS)):
-            found = pool.map(lambda unit: _check_unit(fs, root, unit, asked, merged), window)
+            found = pool.map(lambda unit: _check_unit(fs, root, unit, expected, merged), window)
             yield from ((shard, one, findings) for (shard, _, one), findings in zip(window, found, strict=True))
 
 
@@ -335,11 +335,11 @@ def _check_unit(
     fs: FileSystem,
     root: str,
     unit: tuple[CommittedShard, Manifest | None, Manifest],  # the second: the one before it, where there is one
-    asked: Asked,
+    expected: Expected,
     merged: _MergedFiles,
 ) -> list[Finding]:
     shard, before, manifest = unit
-    problems = [*manifest_problems(manifest, asked)]
+    problems = [*manifest_problems(manifest, expected)]
     if before is not None and before.chunk == manifest.chunk - 1 and before.stop != manifest.start:
         problems.append(f"it begins with row {manifest.start}, the unit before it ends before row {before.stop}")
     if manifest.is_last and manifest.chunk != shard.manifests[-1].chunk:
@@ -368,7 +368,7 @@ def _check_unit(
             continue
         findings += _byte_problems(file, len(data), hashlib.sha256(data).hexdigest())
         try:
-            found = read_keys(file.path, io.BytesIO(data), asked)
+            found = read_keys(file.path, io.BytesIO(data), expected)
             rows += found
             if len(found) != file.rows:
                 text = f"has {len(found)} row(s), unit {manifest.unit} lists {file.rows}"
@@ -376,7 +376,7 @@ def _check_unit(
         except BrokenError as error:
             findings.append(Finding(kind="does not open", path=file.path, text=str(error)))
             readable = False
-    if readable and (problems := list(row_problems(manifest, rows, asked))):
+    if readable and (problems := list(row_problems(manifest, rows, expected))):
         where = manifest.files[0].path if manifest.files else manifest_path(manifest.unit, manifest.generation)
         findings += [Finding(kind="rows", path=where, text=text) for text in problems]
         for file in manifest.files:

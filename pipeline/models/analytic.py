@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle, scaled_dot_product_attention
+from typing_extensions import override
 
 from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.engine.backbone import ModelRecord
-from pipeline.engine.calls import TextConditioning, UNetAnswer, UNetCall
+from pipeline.engine.backbone import Backbone, ModelRecord
+from pipeline.engine.calls import NetworkAnswer, NetworkCall, TextConditioning
 from pipeline.engine.controls import Hook, Layer
 from pipeline.errors import EditError
 from pipeline.models.attention import WATCHED_FACTOR
@@ -37,8 +38,8 @@ STABLE_DIFFUSION_SCHEDULE = {
 SHOWN_TOKENS = 12  # places of the text, from the start, whose cross-attention follows the spot
 
 
-class AnalyticBackbone:
-    """See the module, and `Backbone` for what each method promises."""
+class AnalyticBackbone(Backbone):
+    """The best prediction of the noise on Gaussian images, in closed form: see the module."""
 
     latent_scale = 4
     latent_channels = 3 * latent_scale**2
@@ -60,8 +61,9 @@ class AnalyticBackbone:
             device="cpu",
         )
 
+    @override
     def encode_text(self, prompt: str) -> TextConditioning:
-        """See `Backbone`. Place 0 holds where the prompt's spot is, how strong, and its colour: (L, 6)."""
+        """Place 0 holds where the prompt's spot is, how strong, and its colour: (L, 6)."""
         words = prompt.split()[: self.text_length - 2]
         embedding = torch.zeros((self.text_length, 6), dtype=self.dtype)
         if words:
@@ -71,18 +73,18 @@ class AnalyticBackbone:
         own = tuple(2 + int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big") for word in words)
         return TextConditioning(prompt, embedding, len(words), (0, *own, 1), tuple(range(len(words))))
 
+    @override
     def encode_image(self, pixels: np.ndarray) -> Tensor:
-        """See `Backbone`."""
         image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).to(self.dtype) / 127.5 - 1.0
         return pixel_unshuffle(image, self.latent_scale)
 
+    @override
     def decode_latents(self, latents: Tensor) -> np.ndarray:
-        """See `Backbone`."""
         image = pixel_shuffle(latents, self.latent_scale).permute(1, 2, 0)
         return ((image + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
 
+    @override
     def check_watchable(self, height: int, width: int) -> None:
-        """See `Backbone`."""
         if height % WATCHED_FACTOR or width % WATCHED_FACTOR:
             raise EditError(f"latents of {height}x{width} have no grid at a quarter of their side")
 
@@ -100,8 +102,9 @@ class AnalyticBackbone:
         colours = embeddings[:, 0, 3:6].repeat_interleave(self.latent_scale**2, dim=1)  # (R, C)
         return colours[:, :, None, None] * self.spots(embeddings, height, width)[:, None]
 
-    def denoise(self, call: UNetCall) -> UNetAnswer:
-        """See `Backbone`. Attention is the prompt's spot, shared by its tokens.
+    @override
+    def denoise(self, call: NetworkCall) -> NetworkAnswer:
+        """Attention is the prompt's spot, shared by its tokens.
 
         Hooks see one cross-attention layer whose probabilities follow the spot. What they change there changes no
         prediction: this model's answers stay known.
@@ -126,7 +129,7 @@ class AnalyticBackbone:
         grid = self.spots(context, height // WATCHED_FACTOR, width // WATCHED_FACTOR)
         attention = None if call.watch is None else grid * call.watch.sum(dim=1)[:, None, None].to(self.dtype)
         seen = [self._seen(control.hook(height, width, self.device), grid[rows]) for rows, control in call.controls]
-        return UNetAnswer(noise_preds, attention, seen, grads)
+        return NetworkAnswer(noise_preds, attention, seen, grads)
 
     def _seen(self, hook: Hook, grid: Tensor) -> object:
         """Run a hook over the one layer: the own tokens' scores are the spot's strength, those of padding are zero."""

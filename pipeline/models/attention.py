@@ -29,7 +29,7 @@ PLACES: dict[str, NetworkPart] = {"down_blocks": "down", "mid_block": "mid", "up
 
 @dataclass(slots=True)
 class CallControl:
-    """What comes along with one UNet call of R rows, and what was seen.
+    """What comes along with one network call of R rows, and what was seen.
 
     `token_weights` is (R, L) or None; each watched layer adds its heads' mean of the probabilities, summed over the
     weighted tokens, as (R, positions) to `seen`. `hooks` act on a group of rows each.

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.engine.backbone import ModelRecord
-from pipeline.engine.calls import TextConditioning, UNetAnswer, UNetCall
+from pipeline.engine.backbone import Backbone, ModelRecord
+from pipeline.engine.calls import NetworkAnswer, NetworkCall, TextConditioning
 from pipeline.errors import EditError
 from pipeline.models.attention import (
     WATCHED_FACTOR,
@@ -23,7 +24,7 @@ from pipeline.models.compiling import compiled
 from pipeline.models.networks import words_of_tokens
 
 
-class StableDiffusion:
+class StableDiffusion(Backbone):
     """UNet, VAE, text encoder and tokenizer, loaded and opened. See `Backbone` for what each method promises."""
 
     def __init__(
@@ -57,8 +58,9 @@ class StableDiffusion:
         self._compiled = compiled(self._predict) if compile_unet else None
 
     @torch.no_grad()
+    @override
     def encode_text(self, prompt: str) -> TextConditioning:
-        """See `Backbone`. The length is counted before padding: a fast tokenizer reports the padded one."""
+        """The length is counted before padding: a fast tokenizer reports the padded one."""
         length = self.tokenizer.model_max_length
         own = self.tokenizer(prompt, truncation=True, max_length=length, return_offsets_mapping=True)
         token_words = words_of_tokens(prompt, own.offset_mapping[1:-1])
@@ -71,22 +73,22 @@ class StableDiffusion:
         return TextConditioning(prompt, embedding, len(token_ids) - 2, token_ids, token_words)
 
     @torch.no_grad()
+    @override
     def encode_image(self, pixels: np.ndarray) -> Tensor:
-        """See `Backbone`."""
         image = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device, self.vae.dtype)
         image = image.permute(2, 0, 1)[None] / 127.5 - 1.0
         latents = self.vae.encode(image).latent_dist.mode()[0] * self.vae.config.scaling_factor
         return latents.to("cpu", self._outside)
 
     @torch.no_grad()
+    @override
     def decode_latents(self, latents: Tensor) -> np.ndarray:
-        """See `Backbone`."""
         scaled = latents[None].to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
         image = self.vae.decode(scaled).sample[0].float()
         return ((image.permute(1, 2, 0) + 1.0) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
 
+    @override
     def check_watchable(self, height: int, width: int) -> None:
-        """See `Backbone`."""
         if not self._is_watchable(height, width):
             grids = ", ".join(f"{-(-height // f)}x{-(-width // f)}" for f in self._watched_factors) or "none"
             raise EditError(
@@ -98,12 +100,12 @@ class StableDiffusion:
     def _is_watchable(self, height: int, width: int) -> bool:
         return WATCHED_FACTOR in self._watched_factors and not height % WATCHED_FACTOR and not width % WATCHED_FACTOR
 
-    def denoise(self, call: UNetCall) -> UNetAnswer:
-        """See `Backbone`."""
+    @override
+    def denoise(self, call: NetworkCall) -> NetworkAnswer:
         with torch.set_grad_enabled(call.cotangents is not None):
             return self._denoise(call)
 
-    def _denoise(self, call: UNetCall) -> UNetAnswer:
+    def _denoise(self, call: NetworkCall) -> NetworkAnswer:
         dtype = self._dtype
         times = torch.tensor(call.timesteps, device=self.device)
         inputs = self._with_inpainting(call.latents.to(self.device, dtype), call.inpaint)
@@ -118,7 +120,7 @@ class StableDiffusion:
                 inputs, times, embeddings.to(dtype), watch, first_alike
             )
             noise_preds = self._noise_preds(output, call.latents, times)
-            return UNetAnswer(noise_preds=noise_preds, attention=None if call.watch is None else attention)
+            return NetworkAnswer(noise_preds=noise_preds, attention=None if call.watch is None else attention)
         if call.cotangents is not None:
             embeddings = embeddings.detach().requires_grad_()
         height, width = inputs.shape[-2:]
@@ -135,7 +137,7 @@ class StableDiffusion:
             rows = zip(call.cotangents, noise_preds.detach().cpu(), strict=True)
             cotangents = [cotangent(row) for cotangent, row in rows]
             (grads,) = torch.autograd.grad(noise_preds, embeddings, torch.stack(cotangents).to(noise_preds))
-        return UNetAnswer(
+        return NetworkAnswer(
             noise_preds=noise_preds.detach(),
             attention=own.mean(height, width),
             seen=tuple(hook.answer() for _, hook in hooks),
@@ -165,7 +167,7 @@ class StableDiffusion:
         output = output.to(self._outside)
         return self.schedule.to_noise_pred(output, latents.to(output), times)
 
-    def _first_alike(self, call: UNetCall) -> Tensor | None:
+    def _first_alike(self, call: NetworkCall) -> Tensor | None:
         """For each row the first of those that are the same until the text is read; None where it is not used.
 
         Only on a CPU: there a slice's fused attention has the same bits in batches of any size, as the rows of two

@@ -24,8 +24,8 @@ from pipeline.reading.user_masks import MAX_16_BIT, brightness
 # Pillow registers its rarer formats at the first failure to open; naming one before that is a KeyError.
 Image.init()
 
-# Formats that hold one picture and are decoded by libraries made for bytes of strangers. Not among them: EPS and PDF,
-# which are programs; and everything that no image dataset holds.
+# Formats that hold one picture, whose decoders are hardened against untrusted input. Not among them: EPS and PDF, which
+# are programs, and what no image dataset holds.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 Picture = bytes | Image.Image  # encoded, as a dataset holds it, or opened, as a Python user may hold it
 _ORIENTATION_TAG = 0x0112

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from typing_extensions import override
 
 from pipeline.errors import DecodeError
 from pipeline.reading import decode as plain
@@ -24,25 +25,25 @@ class Decodes(Protocol):
     """What decodes pictures."""
 
     def image(self, picture: Picture, max_pixels: int) -> tuple[np.ndarray, int]:
-        """See `pipeline.reading.decode.decode`."""
+        """Pixels (H, W, 3) uint8, upright, and the EXIF orientation that they were stored in."""
 
     def mask(self, picture: Picture, max_pixels: int, orientation: int, size: tuple[int, int]) -> np.ndarray:
-        """See `pipeline.reading.decode.decode_mask`."""
+        """A user's mask (H, W) uint8; `orientation` and `size` are its image's."""
 
 
-class DecodesHere:
+class DecodesHere(Decodes):
     """In this process, without limits: for pictures that the user holds already."""
 
+    @override
     def image(self, picture: Picture, max_pixels: int) -> tuple[np.ndarray, int]:
-        """See `Decodes`."""
         return plain.decode(picture, max_pixels)
 
+    @override
     def mask(self, picture: Picture, max_pixels: int, orientation: int, size: tuple[int, int]) -> np.ndarray:
-        """See `Decodes`."""
         return plain.decode_mask(picture, max_pixels, orientation, size)
 
 
-class Decoder:
+class Decoder(Decodes):
     """In a guarded process, with the same results and errors. May be used from several threads.
 
     Args:
@@ -53,13 +54,13 @@ class Decoder:
         self._limits = Limits.for_pictures(source)
         warm_up(self._limits)
 
+    @override
     def image(self, picture: Picture, max_pixels: int) -> tuple[np.ndarray, int]:
-        """See `Decodes`."""
         head, pixels = self._ask("image", picture, max_pixels, {})
         return pixels, int(head["orientation"])
 
+    @override
     def mask(self, picture: Picture, max_pixels: int, orientation: int, size: tuple[int, int]) -> np.ndarray:
-        """See `Decodes`."""
         return self._ask("mask", picture, max_pixels, {"orientation": orientation, "size": size})[1]
 
     def _ask(

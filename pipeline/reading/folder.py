@@ -17,7 +17,7 @@ from pipeline.reading.rows import IMAGE_EXTENSIONS, build_sample, damaged_row, e
 from pipeline.reading.shards import FolderRow, ReadTask
 from pipeline.reading.storage import open_fs, retrying
 from pipeline.recipe import SourceConfig
-from pipeline.records import Sample, Unreadable
+from pipeline.records import ReadRow
 
 GONE = (FileNotFoundError, PermissionError, IsADirectoryError)
 
@@ -54,9 +54,7 @@ def group_files(files: Iterable[str], source: SourceConfig) -> list[FolderRow]:
     ]
 
 
-def read_rows(
-    task: ReadTask, source: SourceConfig, wants: Callable[[int], bool]
-) -> Iterator[Sample | Unreadable | None]:
+def read_rows(task: ReadTask, source: SourceConfig, wants: Callable[[int], bool]) -> Iterator[ReadRow | None]:
     """Rows of one chunk of a folder, in order; None for a row whose index nobody `wants`.
 
     Raises:
@@ -68,7 +66,7 @@ def read_rows(
         yield _read_row(fs, root, row, index, task.shard.path, source) if wants(index) else None
 
 
-def _read_row(fs: Any, root: str, row: FolderRow, index: int, shard: str, source: SourceConfig) -> Sample | Unreadable:
+def _read_row(fs: Any, root: str, row: FolderRow, index: int, shard: str, source: SourceConfig) -> ReadRow:
     image = extension(row.image.rpartition(".")[2])
     parts = {image: row.image, extension(source.caption): row.caption, "json": row.edit}
     parts[mask_extension(source)] = row.mask

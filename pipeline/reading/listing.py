@@ -108,7 +108,8 @@ def list_source(source: SourceConfig) -> Listed:
 
 
 def _that_are_there(named: list[tuple[str, _File]]) -> list[tuple[str, _File]]:
-    """The same, or a refusal. A single image that is gone fails its row alone; a shard would take its rows along.
+    """The same, if no shard is missing. A missing image fails its own row alone; a missing shard would lose all of its
+    rows.
 
     Raises:
         SourceError: a shard is a link that leads nowhere.

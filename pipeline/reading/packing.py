@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.records import Sample, Unreadable
+from pipeline.records import ReadRow, Sample, Unreadable
 
 Labels = Mapping[str, tuple[str, ...]]
 
 
-def pack_row(row: Sample | Unreadable, blobs: list[bytes]) -> dict[str, Any]:
+def pack_row(row: ReadRow, blobs: list[bytes]) -> dict[str, Any]:
     """A row but for its labels, as JSON has it; its bytes are added to `blobs`."""
 
     def blob(data: bytes) -> int:
@@ -38,7 +38,7 @@ def pack_row(row: Sample | Unreadable, blobs: list[bytes]) -> dict[str, Any]:
     return packed
 
 
-def unpack_row(packed: Mapping[str, Any], blobs: Sequence[bytes], labels: Labels) -> Sample | Unreadable:
+def unpack_row(packed: Mapping[str, Any], blobs: Sequence[bytes], labels: Labels) -> ReadRow:
     """Inverse of `pack_row`."""
     edits: Mapping[str, Any] = packed["edits"]
     sample = Sample(

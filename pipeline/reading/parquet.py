@@ -20,7 +20,7 @@ from pipeline.reading.guarded import BreachError, Guarded, Limits, borrowed
 from pipeline.reading.packing import Labels, unpack_row
 from pipeline.reading.rows import damaged_row
 from pipeline.recipe import SourceConfig
-from pipeline.records import Sample, Unreadable
+from pipeline.records import ReadRow
 
 BATCH_ROWS = 16  # decoded at a time: bounds memory
 PIECE = 8 << 20  # bytes of the file that are sent at once
@@ -28,7 +28,6 @@ TAIL = 64 << 10  # bytes of a file's end that are fetched at first: most footers
 MAX_FOOTER = 64 << 20  # bytes; real ones have a few megabytes
 PARSERS = 2  # footers that are parsed side by side
 
-Row = Sample | Unreadable
 _parsers = threading.Semaphore(PARSERS)
 
 
@@ -84,7 +83,7 @@ def read_rows(
     stop: int | None,
     source: SourceConfig,
     wants: Callable[[int], bool],
-) -> Iterator[Row | None]:
+) -> Iterator[ReadRow | None]:
     """Rows [start, stop) in order; None for a row whose index nobody `wants`.
 
     A file that cannot be read at all gives one Unreadable; a damaged page, or one that takes too much to read, one for
@@ -138,7 +137,7 @@ class _Reading:
         self._labels: Labels = {}
         self.row_groups: tuple[int, ...] = ()  # once they are known
 
-    def rows(self, open_file: Callable[[], BinaryIO]) -> Iterator[Row]:
+    def rows(self, open_file: Callable[[], BinaryIO]) -> Iterator[ReadRow]:
         with open_file() as file:
             size = file.seek(0, 2)
             tail = _tail_of(file, size)

@@ -7,6 +7,7 @@ import json
 from typing import Any, BinaryIO, Protocol, cast
 
 import pyarrow as pa
+from typing_extensions import override
 
 from pipeline.common.showing import describe
 from pipeline.reading.channel import Channel
@@ -22,7 +23,7 @@ from pipeline.reading.parquet_rows import (
     rows_of,
 )
 from pipeline.reading.rows import damaged_row
-from pipeline.records import Sample, Unreadable
+from pipeline.records import ReadRow, Unreadable
 from pipeline.settings.sections import SourceConfig
 
 MAX_TEXT = 16 << 20  # bytes of JSON that all but a row's pictures and members may become
@@ -66,7 +67,7 @@ def answer(channel: Channel, head: dict[str, Any], tail: bytes, allow: Allow) ->
     return {"done": True}, []
 
 
-def _packed(row: Sample | Unreadable) -> Answer:
+def _packed(row: ReadRow) -> Answer:
     blobs: list[bytes] = []
     text = json.dumps(pack_row(row, blobs), default=str)
     if len(text) <= MAX_TEXT:
@@ -84,23 +85,24 @@ class RemoteFile(io.RawIOBase):
         self._channel, self._size, self._tail_at, self._tail = channel, size, tail_at, tail
         self._at = 0
 
+    @override
     def readable(self) -> bool:
-        """See `io.RawIOBase`."""
         return True
 
+    @override
     def seekable(self) -> bool:
-        """See `io.RawIOBase`."""
         return True
 
+    @override
     def tell(self) -> int:
-        """See `io.RawIOBase`."""
         return self._at
 
+    @override
     def seek(self, offset: int, whence: int = 0) -> int:
-        """See `io.RawIOBase`."""
         self._at = offset + {0: 0, 1: self._at, 2: self._size}[whence]
         return self._at
 
+    @override
     def read(self, count: int | None = -1) -> bytes:
         """As many bytes as are asked for, if the file has them: no claim of it reserves more than that."""
         left = max(0, self._size - self._at)
@@ -111,8 +113,8 @@ class RemoteFile(io.RawIOBase):
                 done += self._piece(view[done:])
         return cast(bytes, data)  # no copy: pyarrow takes any buffer
 
+    @override
     def readinto(self, buffer: Any) -> int:
-        """See `io.RawIOBase`."""
         with memoryview(buffer).cast("B") as view:
             return self._piece(view) if len(view) and self._at < self._size else 0
 

@@ -29,12 +29,11 @@ import pyarrow.parquet as pq
 
 from pipeline.common.showing import describe
 from pipeline.reading.rows import Names, RowProblemError, listed, split_edits, unreadable
-from pipeline.records import Sample, Unreadable
+from pipeline.records import ReadRow, Sample
 from pipeline.settings.sections import SourceConfig
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "img", "image_bytes", "input_image", "input")
 KEY_COLUMNS = ("__key__", "id", "key")
-Row = Sample | Unreadable
 
 
 class DamagedFileError(Exception):
@@ -149,7 +148,7 @@ def _labels_of(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
 
 
 def names_of_repeated_keys(file: pq.ParquetFile, layout: Layout) -> dict[int, str]:
-    """What follows the shard in the id of a row, by index, where that cannot be the row's key: it was there before."""
+    """The id's part after the shard, by row index, of rows whose key is blank or was there before."""
     if not layout.key:
         return {}
     column = file.read(columns=[layout.key], use_threads=False).column(0)
@@ -167,7 +166,7 @@ def names_of_repeated_keys(file: pq.ParquetFile, layout: Layout) -> dict[int, st
     return given
 
 
-def rows_of(file: pq.ParquetFile, layout: Layout, rows: range, builder: Builder, batch_rows: int) -> Iterator[Row]:
+def rows_of(file: pq.ParquetFile, layout: Layout, rows: range, builder: Builder, batch_rows: int) -> Iterator[ReadRow]:
     """Rows in order, so many decoded at a time.
 
     Raises:
@@ -202,7 +201,7 @@ class Builder:
         self.layout = layout
         self.names = names  # of rows whose key was there before
 
-    def build(self, batch: pa.RecordBatch, offset: int, index: int) -> Row:
+    def build(self, batch: pa.RecordBatch, offset: int, index: int) -> ReadRow:
         """One row."""
         layout = self.layout
         problems: list[str] = []

@@ -1,4 +1,4 @@
-"""Whatever a Python user holds a picture in, as something that `decode` reads: encoded bytes, or a Pillow image."""
+"""A picture, in whatever form a Python user holds it, as what `decode` reads: encoded bytes, or a Pillow image."""
 
 from __future__ import annotations
 

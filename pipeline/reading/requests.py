@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pipeline.errors import PrepareError, RowError, Stage
 from pipeline.recipe import Recipe, parse_edits
-from pipeline.records import Asked, EditRequest, Refusal, Sample, Unreadable
+from pipeline.records import Asked, EditRequest, ReadRow, Refusal, Sample, Unreadable
 
 MAX_PROMPT = 2000  # characters of a caption that become a prompt; a text encoder reads about 300
 
 
-def asked_of(row: Sample | Unreadable, recipe: Recipe) -> Asked:
+def asked_of(row: ReadRow, recipe: Recipe) -> Asked:
     """A row and what is asked of it; one that cannot be read or understood is refused, with the reason."""
     unknown = tuple(recipe.edits) or ("",)
     if isinstance(row, Unreadable):

@@ -15,7 +15,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from pipeline.records import Sample, Unreadable
+from pipeline.errors import UNREADABLE
+from pipeline.records import ReadRow, Sample, Unreadable
 from pipeline.settings.sections import SourceConfig
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm", "pbm", "jp2", "avif")
@@ -52,7 +53,7 @@ class Names:
 
 
 def _mark(key: str) -> str:
-    """Stands for a key among those of a shard, which may have a megabyte each."""
+    """Stands for a key while a shard is read: each may have a megabyte."""
     if len(key) <= LONG_KEY:
         return key
     return f"{key[:LONG_KEY]}\n{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}"
@@ -122,7 +123,7 @@ def no_image(names: Collection[str], source: SourceConfig) -> str:
 
 def unreadable(sample: Sample, message: str) -> Unreadable:
     """A row that stands in the source but could not be read."""
-    return Unreadable(sample=sample, error_class="ReadError", message=message)
+    return Unreadable(sample=sample, error_class=UNREADABLE, message=message)
 
 
 def damaged_row(shard: str, key: str, name: str, index: int, message: str) -> Unreadable:
@@ -130,8 +131,8 @@ def damaged_row(shard: str, key: str, name: str, index: int, message: str) -> Un
     return unreadable(Sample(id=f"{shard}/{name}", shard=shard, key=key, index=index, image=b""), message)
 
 
-def light(row: Sample | Unreadable) -> Sample | Unreadable:
-    """A row as far as it says what is asked for and what it is made of: without its pictures and all that is long."""
+def light(row: ReadRow) -> ReadRow:
+    """A row without its pictures and all that is long: enough to see what it asks for and what it is made of."""
     if isinstance(row, Unreadable):
         return replace(row, sample=_light(row.sample))
     return _light(row)
@@ -157,7 +158,7 @@ def build_sample(
     index: int,
     image_path: str = "",
     problem: str = "",
-) -> Sample | Unreadable:
+) -> ReadRow:
     """One row from its members.
 
     Args:

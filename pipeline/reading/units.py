@@ -24,9 +24,8 @@ from pipeline.reading.rows import damaged_row
 from pipeline.reading.shards import Cuts, ReadTask, Shard, shard_slug, unit_id, unit_of
 from pipeline.reading.storage import open_fs, retrying, storage_errors
 from pipeline.recipe import SourceConfig
-from pipeline.records import Sample, UnitInput, Unreadable
+from pipeline.records import ReadRow, Sample, UnitInput
 
-Row = Sample | Unreadable
 BUFFER = 4 << 20  # bytes fetched from an object store at a time
 COUNT_BUFFER = 256 << 10  # the same while only headers are read
 MOST_OF_A_UNIT = 4  # times its bytes that a unit of Parquet may hold: rows are seldom all alike
@@ -170,7 +169,7 @@ def _run_task(shard: Shard, unit_size: int, run: list[int]) -> ReadTask:
 
 def _rows(
     task: ReadTask, source: SourceConfig, wants: Callable[[int], bool], cuts: Cuts, buffer: int = BUFFER
-) -> Iterator[Row | None]:
+) -> Iterator[ReadRow | None]:
     """Every row of a task in order; None for a row whose index nobody wants. The `cuts` of a tar are told its rows."""
     shard = task.shard
     if shard.format == "folder":
@@ -208,11 +207,14 @@ def _open(shard: Shard, source: SourceConfig, **caching: Any) -> BinaryIO:
 
 
 def _cut(
-    rows: Iterator[Row | None], task: ReadTask, chunk_of: Callable[[int], int], is_passed_over: Callable[[int], bool]
+    rows: Iterator[ReadRow | None],
+    task: ReadTask,
+    chunk_of: Callable[[int], int],
+    is_passed_over: Callable[[int], bool],
 ) -> Iterator[UnitInput]:
     """Units of rows; the last one is known by one row of lookahead."""
     chunk, start = chunk_of(task.start), task.start
-    held: list[Row | None] = []
+    held: list[ReadRow | None] = []
     taken = 0  # bytes
     for index, row in enumerate(rows, task.start):
         if held and chunk_of(index) != chunk:
@@ -227,7 +229,7 @@ def _cut(
         yield _unit(task.shard, chunk, start, held, is_last=is_last)
 
 
-def _within(shard: Shard, row: Row | None, taken: int) -> Row | None:
+def _within(shard: Shard, row: ReadRow | None, taken: int) -> ReadRow | None:
     """A row, unless those before it hold far more bytes than their file's footer announces: then what is wrong."""
     most = MOST_OF_A_UNIT * shard.unit_bytes
     if shard.format != "parquet" or not isinstance(row, Sample) or taken < most:
@@ -243,13 +245,13 @@ def _within(shard: Shard, row: Row | None, taken: int) -> Row | None:
     )
 
 
-def _bytes_of(row: Row | None) -> int:
+def _bytes_of(row: ReadRow | None) -> int:
     if not isinstance(row, Sample):
         return 0
     return len(row.image) + len(row.mask or b"") + sum(map(len, row.members.values())) + len(row.caption)
 
 
-def _unit(shard: Shard, chunk: int, start: int, rows: list[Row | None], *, is_last: bool) -> UnitInput:
+def _unit(shard: Shard, chunk: int, start: int, rows: list[ReadRow | None], *, is_last: bool) -> UnitInput:
     return UnitInput(
         unit=unit_of(shard, chunk, start, len(rows), is_last=is_last),
         shard_size=shard.size,

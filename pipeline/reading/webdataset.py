@@ -25,9 +25,8 @@ from pipeline.reading.rows import (
 )
 from pipeline.reading.tar import Damage, Entry, Stream, TarWalk
 from pipeline.recipe import SourceConfig
-from pipeline.records import Sample, Unreadable
+from pipeline.records import ReadRow
 
-Row = Sample | Unreadable
 GZIP = b"\x1f\x8b"
 MAX_MEMBERS = 1000  # of a sample
 LOOKAHEAD = 2  # samples at the edge of a damage that wait for one far from it
@@ -45,7 +44,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 @dataclass
-class _Pending:
+class _PendingSample:
     """The sample that is being collected."""
 
     key: str
@@ -77,7 +76,7 @@ class _Place:
     key: str
     name: str  # the id's part after the shard
     repeated: bool
-    pending: _Pending | None = None
+    pending: _PendingSample | None = None
     message: str = ""
 
 
@@ -94,11 +93,11 @@ class _Grouping:
         self.index = 0
         self.names = Names()
         self.usual: set[str] | None = None  # extensions of the last sample far from any damage
-        self.pending: _Pending | None = None
+        self.pending: _PendingSample | None = None
         self.last_damage: Damage | None = None  # directly before what comes next
         self.places: list[_Place] = []  # not handed out yet
 
-    def entry(self, entry: Entry, walk: TarWalk) -> Iterator[Row | None]:
+    def entry(self, entry: Entry, walk: TarWalk) -> Iterator[ReadRow | None]:
         """Take one member; yields the rows that are complete by now."""
         if entry.oddity == "a directory" or (split := split_name(entry.name)) is None:
             return
@@ -110,11 +109,11 @@ class _Grouping:
         else:
             self._close()
             yield from self.rows()
-            self.pending = _Pending(key, self.wants(self.index), self.last_damage)
+            self.pending = _PendingSample(key, self.wants(self.index), self.last_damage)
         self.last_damage = None
         self._add(self.pending, name, entry, walk)
 
-    def damage(self, damage: Damage) -> Iterator[Row | None]:
+    def damage(self, damage: Damage) -> Iterator[ReadRow | None]:
         """Take a damage. It is reported behind the sample it follows, which may go on after it."""
         self.last_damage = damage
         if self.pending is None:
@@ -125,12 +124,12 @@ class _Grouping:
         if damage.inside_member and not self.pending.problem:
             self.pending.problem = damage.reason
 
-    def end(self) -> Iterator[Row | None]:
+    def end(self) -> Iterator[ReadRow | None]:
         """Finish what is left."""
         self._close()
         yield from self.rows(at_end=True)
 
-    def rows(self, at_end: bool = False) -> Iterator[Row | None]:
+    def rows(self, at_end: bool = False) -> Iterator[ReadRow | None]:
         """Hand out what is complete. A sample at the edge of a damage waits for a neighbour to be compared with."""
         undecided = [place for place in self.places if place.pending and place.pending.is_undecided]
         if self.usual is None and undecided and len(undecided) <= LOOKAHEAD and not at_end:
@@ -139,7 +138,7 @@ class _Grouping:
         for place in places:
             yield self._row(place) if self.wants(place.index) else None
 
-    def _add(self, pending: _Pending, name: str, entry: Entry, walk: TarWalk) -> None:
+    def _add(self, pending: _PendingSample, name: str, entry: Entry, walk: TarWalk) -> None:
         if len(pending.names) == MAX_MEMBERS:
             pending.problem = pending.problem or f"it has more than {MAX_MEMBERS} members"
             return
@@ -190,7 +189,7 @@ class _Grouping:
         for damage in pending.damages:
             self._place_damage(damage)
 
-    def _place(self, key: str, pending: _Pending | None = None, message: str = "") -> None:
+    def _place(self, key: str, pending: _PendingSample | None = None, message: str = "") -> None:
         name, repeated = self.names.take(key, self.index)
         self.places.append(_Place(self.index, key, name, repeated, pending, message))
         self.index += 1
@@ -201,7 +200,7 @@ class _Grouping:
         message = f"the shard is damaged at byte {damage.start}: {damage.reason}; {span}"
         self._place(f"@{damage.start}", message=message)
 
-    def _row(self, place: _Place) -> Row:
+    def _row(self, place: _Place) -> ReadRow:
         pending = place.pending
         if pending is None:
             return damaged_row(self.shard, place.key, place.name, place.index, place.message)
@@ -244,7 +243,7 @@ def read_rows(
     source: SourceConfig,
     wants: Callable[[int], bool],
     sized: Callable[[int], None],
-) -> Iterator[Row | None]:
+) -> Iterator[ReadRow | None]:
     """Every row of a tar in order; None for a row whose index nobody `wants`: its content is passed over.
 
     `sized` is told every row's bytes, before `wants` is asked about the next.

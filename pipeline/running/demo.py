@@ -20,7 +20,7 @@ from pipeline.common.showing import about_path, describe
 from pipeline.errors import SinkError
 from pipeline.looking.report.cards import concept_chip
 from pipeline.looking.report.thumbnails import SheetEntry, contact_sheet, load_mask, load_rgb
-from pipeline.looking.results import Result, ResultRef, RunFolder
+from pipeline.looking.results import ResultRef, RunFolder, StoredResult
 from pipeline.models.demo.shards import demo_sample, write_demo_shards
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.running.driver import run
@@ -106,7 +106,7 @@ def pick(refs: list[ResultRef], number: int) -> list[ResultRef]:
     return chosen
 
 
-def entry_of(result: Result) -> SheetEntry:
+def entry_of(result: StoredResult) -> SheetEntry:
     """One result as a row of the contact sheet."""
     chips = [concept_chip(concept) for concept in result.request["concepts"]]
     return SheetEntry(

@@ -31,7 +31,7 @@ from pipeline.running.todo import Todo, find_todo
 from pipeline.writing.attempts import forget_stops, note_stop
 from pipeline.writing.baseline import Baseline, Counted
 from pipeline.writing.card import BESIDE, CARD, write_card
-from pipeline.writing.cleaning import begin, clean
+from pipeline.writing.cleaning import begin, remove_leftovers
 from pipeline.writing.commit import Committed, committed_shards, committed_units
 from pipeline.writing.flags import no_empty_folder
 from pipeline.writing.folding import fold_finished_shards
@@ -219,7 +219,9 @@ def _say(text: str, progress: Display) -> None:
 def _begin(recipe: Recipe, todo: Todo, lock: DriverLock) -> None:
     """Say what this driver goes on from, and remove what earlier ones left that does not count."""
     begin(recipe.sink, lock.claim, todo.counted, todo.committed, todo.only)
-    clean(recipe.sink, lock.claim, Baseline.of(todo.counted, lock.claim.generation, only=todo.only), todo.noise)
+    remove_leftovers(
+        recipe.sink, lock.claim, Baseline.of(todo.counted, lock.claim.generation, only=todo.only), todo.noise
+    )
 
 
 def _open(
@@ -320,7 +322,7 @@ def _finish(
             counted.add(manifest)
     if todo.only is not None:  # the lock is not the one that the partition began with
         begin(recipe.sink, lock.claim, counted, committed)
-    clean(recipe.sink, lock.claim, Baseline.of(counted, lock.claim.generation), noise)
+    remove_leftovers(recipe.sink, lock.claim, Baseline.of(counted, lock.claim.generation), noise)
     if all(committed.has_whole_shard(shard_slug(shard.path)) for shard in todo.shards):
         merge_units(recipe.sink, executor.merge, lock.claim)
         forget_stops(recipe.sink)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from typing_extensions import override
 
 from pipeline.common import stopping
 from pipeline.engine.backbone import ModelRecord
@@ -23,7 +24,8 @@ from pipeline.writing.merging import Job, merge_here
 from pipeline.writing.run_record import RunRecord
 
 if TYPE_CHECKING:
-    from pipeline.running.worker import Worker  # the model's libraries are imported by whoever loads one: see on_ray.py
+    # The model's libraries are imported by whoever loads one: see on_ray/executor.py.
+    from pipeline.running.worker import Worker
 
 
 class Executor(Protocol):
@@ -51,7 +53,7 @@ class Executor(Protocol):
         """Let go of everything."""
 
 
-class LocalExecutor:
+class LocalExecutor(Executor):
     """One process, one unit after the other."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -60,8 +62,8 @@ class LocalExecutor:
         self._worker: Worker | None = None
         self._threads_before = torch.get_num_threads()
 
+    @override
     def open(self, before: RunRecord | None) -> str:
-        """See `Executor`."""
         from pipeline.models.loading import load_backbone
         from pipeline.running.worker import Worker, call_size_for
 
@@ -76,8 +78,8 @@ class LocalExecutor:
         self._worker = Worker(recipe, self.settings, backbone, report=self._tally.advance)
         return pool.line(compiles=recipe.model.compile)
 
+    @override
     def edit(self, todo: Todo, claim: Claim) -> None:
-        """See `Executor`."""
         assert self._worker is not None, "open() comes first"
         source, size = self._recipe.source, self._recipe.run.unit_size
         self._tally.begin(todo.extent)
@@ -89,20 +91,20 @@ class LocalExecutor:
                 if verdict := self._tally.add(manifest):
                     raise RunAborted(verdict)
 
+    @override
     def merge(self, sink: SinkConfig, jobs: Iterable[Job]) -> Iterator[Contents]:
-        """See `Executor`."""
         return merge_here(sink, jobs)
 
+    @override
     def seen(self) -> Seen:
-        """See `Executor`."""
         return self._tally.seen()
 
+    @override
     def stop(self, reason: str) -> None:
-        """See `Executor`."""
         self._tally.stop(reason)
 
+    @override
     def close(self) -> None:
-        """See `Executor`."""
         if self._worker is not None:
             self._worker.close()
             torch.set_num_threads(self._threads_before)  # the process is the caller's

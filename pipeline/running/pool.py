@@ -10,9 +10,9 @@ from pipeline.errors import ClusterError
 from pipeline.recipe import RunConfig
 from pipeline.settings.sections import WorkerRange
 
-# Of a read or write task. So little that whatever workers take of a node leaves room for some: at Ray's default of 1,
-# or at a share that workers can use up, nothing is read or committed on a cluster that has lost nodes. It is not 0, or
-# they would run on a head node as well that offers no CPU so as to be left alone. Their number has its own bound.
+# CPUs of a read or write task. So little that workers always leave room for some: at Ray's default of 1, or at a share
+# that workers can use up, nothing is read or committed on a cluster that has lost nodes. It is not 0, or they would
+# also run on a head node that offers no CPU in order to be left alone. Another bound limits their number.
 IO_CPUS = 0.001
 RAYS_DIGITS = 10_000  # Ray counts resources in parts of this
 
@@ -21,7 +21,7 @@ RAYS_DIGITS = 10_000  # Ray counts resources in parts of this
 class WorkerSettings:
     """What every worker of a run has in common, decided before the first unit."""
 
-    call_size: int  # rows of a UNet call
+    call_size: int  # rows of a network call
     threads: int  # of a CPU worker; another number gives other rounding
 
 
@@ -48,13 +48,13 @@ class Pool:
     threads: int
 
     def line(self, *, compiles: bool = False) -> str:
-        """What runs without a GPU says so, and what seems to stand still at first."""
+        """A line for the user: no GPU in use; compiling delays the first call."""
         said = []
         if not self.gpus_per_worker:
             count = f"{self.workers}" if self.fewest == self.most else f"{self.fewest} to {self.most}"
             said.append(f"no GPU in use: {count} worker(s) on CPU in float32, {self.threads} thread(s) each")
         if compiles:
-            said.append("UNet calls are compiled first (model.compile), which takes a minute or more")
+            said.append("calls of the network are compiled first (model.compile), which takes a minute or more")
         return "; ".join(said)
 
 
@@ -116,7 +116,7 @@ def _cpu_pool(fewest: int, most: int, have: Resources) -> Pool:
 
 
 def _share(cpus: float) -> float:
-    """About so many CPUs, of which no number fills a node: those that are left may all come to stand on one."""
+    """A little less than so many CPUs, so that no number of workers fills a node: what is left may all be on one."""
     return max(IO_CPUS, math.floor((cpus - 2 * IO_CPUS) * RAYS_DIGITS) / RAYS_DIGITS)
 
 

@@ -1,4 +1,4 @@
-"""What a run's folder and source tell before it begins, without a write: `edit` looks first, and `plan` does, too."""
+"""What is checked before a run begins, without a write: by `edit`, and by `plan` too."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.reading.shards import ReadTask, Shard
 from pipeline.reading.storage import open_fs
 from pipeline.reading.units import read_units
 from pipeline.recipe import Method, Recipe
-from pipeline.records import EditRequest, Sample, Unreadable
+from pipeline.records import EditRequest, ReadRow, Sample
 from pipeline.running.todo import Todo, find_todo
 from pipeline.settings.sections import SourceConfig
 from pipeline.writing.lock import DriverLock
@@ -94,7 +94,7 @@ def todo_of_plan(recipe: Recipe, partition: Partition = WHOLE) -> Todo:
     return find_todo(recipe, partition=partition)
 
 
-def check_captions(rows: Iterable[Sample | Unreadable], shards: Sequence[Shard], recipe: Recipe) -> str:
+def check_captions(rows: Iterable[ReadRow], shards: Sequence[Shard], recipe: Recipe) -> str:
     """See that `source.caption` names something that rows have.
 
     Args:
@@ -148,10 +148,10 @@ def _is_text(content: bytes) -> bool:
         return False
 
 
-def rows_to_look_at(tasks: Sequence[ReadTask], source: SourceConfig) -> list[Sample | Unreadable]:
+def rows_to_look_at(tasks: Sequence[ReadTask], source: SourceConfig) -> list[ReadRow]:
     """The first rows of a few shards that are to be read: enough to see how a row is made up, and read in no time."""
     chosen = [tasks[at * len(tasks) // TASKS_LOOKED_AT] for at in range(min(TASKS_LOOKED_AT, len(tasks)))]
-    rows: list[Sample | Unreadable] = []
+    rows: list[ReadRow] = []
     for task in dict.fromkeys(chosen):
         with contextlib.suppress(SourceError):  # the run itself will say so
             unit = next(read_units(task, source, ROWS_LOOKED_AT, lambda _: False), None)

@@ -11,6 +11,7 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.text import Text
+from typing_extensions import override
 
 from pipeline.running.tally import Seen
 
@@ -102,6 +103,7 @@ class Watch:
 class _Line(ProgressColumn):
     """A task's description, never wrapped."""
 
+    @override
     def render(self, task: Task) -> Text:
         return Text(task.description, no_wrap=True, overflow="ellipsis")
 

@@ -59,8 +59,8 @@ class Seen:
 class Tally:
     """Adds up units, in the order of their commits, and judges the error budgets.
 
-    The share of failed results is judged from the moment that as many units are in as may fail in a row: one bad unit
-    at the start is no verdict on a dataset.
+    The share of failed results is judged once as many units are in as may fail in a row: one bad unit at the start is
+    no verdict on a dataset.
     """
 
     def __init__(self, run: RunConfig) -> None:

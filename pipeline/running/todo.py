@@ -33,7 +33,7 @@ class Todo:
     noise: tuple[str, ...]  # files of commits that do not count
 
     def left_after(self, committed: Committed, unit_size: int) -> list[ReadTask]:
-        """What is left to read once more than at the start is committed."""
+        """What is still left to read when more has been committed since the start."""
         part = [shard for shard in self.shards if self.only is None or shard_slug(shard.path) in self.only]
         return _tasks(part, unit_size, committed)
 
@@ -54,7 +54,7 @@ def find_todo(recipe: Recipe, *, retry_failed: bool = False, partition: Partitio
     source = list_source(recipe.source)
     shards = source.shards
     if before is not None:
-        # What the model is shows only once it is loaded: `cluster.run` looks at that later.
+        # Which model it is shows only once it is loaded: `driver.run` compares it later.
         same_model = ModelRecord(**before.model)
         check_same_run(before, run_record(recipe, shards, same_model, before.call_size, before.threads), recipe.sink)
     part = partition.of(shards)

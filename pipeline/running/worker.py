@@ -1,6 +1,6 @@
 """One model and the units it edits: load once, then unit in, finished unit out. Knows nothing of Ray.
 
-Units may come from several threads at once: on the engine, one unit's tail and the next one's head share UNet calls.
+Units may come from several threads at once: on the engine, one unit's tail and the next one's head share network calls.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ KILLED = Refusal(
 
 
 def call_size_for(recipe: Recipe, backbone: Backbone) -> int:
-    """Rows of a UNet call, where no earlier run has decided."""
+    """Rows of a network call, where no earlier run has decided."""
     if isinstance(recipe.run.call_size, int):
         return recipe.run.call_size
     if backbone.device.type != "cuda":
@@ -215,7 +215,7 @@ class _Gate:
 
 
 class _Meter:
-    """Shares a worker's time and UNet rows out among units that overlap: every second and row is counted once."""
+    """Shares a worker's time and network rows out among units that overlap: every second and row is counted once."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -233,14 +233,14 @@ class _Meter:
             self._inside += 1
         seconds, rows = 0.0, 0
         try:
-            yield lambda workers: Measured(worker_seconds=round(seconds, 6), workers=workers, unet_rows=rows)
+            yield lambda workers: Measured(worker_seconds=round(seconds, 6), workers=workers, network_rows=rows)
         finally:
             seconds, rows = self._leave()
 
     def _leave(self) -> tuple[float, int]:
-        """Seconds and UNet rows since anybody last left."""
+        """Seconds and network rows since anybody last left."""
         with self._lock:
-            now, rows = time.perf_counter(), self._engine.stats.unet_rows
+            now, rows = time.perf_counter(), self._engine.stats.network_rows
             seconds, done = now - self._since, rows - self._rows
             self._since, self._rows = now, rows
             self._inside -= 1

@@ -26,7 +26,7 @@ _PLAIN = {"int_type", "literal_error"}
 _KIND_ENDS = ("_type", "_parsing", "_from_float", "greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
-def describe(error: ValidationError, root: type[BaseModel]) -> list[tuple[str, str]]:
+def problems_in_words(error: ValidationError, root: type[BaseModel]) -> list[tuple[str, str]]:
     """Pydantic's findings as (key path, what is wrong and the way out), one for each key.
 
     Args:
@@ -37,7 +37,7 @@ def describe(error: ValidationError, root: type[BaseModel]) -> list[tuple[str, s
     for item in error.errors():
         place = _walk(root, item["loc"])
         if isinstance(item["input"], Mapping) and item["type"] in _PLAIN and _model_branch(place.kind):
-            continue  # of a mapping that is none of a field's plain values, the branch for mappings says what is wrong
+            continue  # a mapping where plain values fit, too: the branch for mappings says what is wrong
         # Of a union pydantic reports every branch: the field's own words name them all at once.
         found.setdefault(place.path or "recipe", _text(item, place, root))
     return list(found.items())

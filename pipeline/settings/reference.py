@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipeline.editing import EDITORS
-from pipeline.editing.base import Editor
+from pipeline.editing.base import EditingMethod
 from pipeline.inversion import INVERSIONS
 from pipeline.inversion.base import Inversion
 from pipeline.recipe import Method, ModelConfig, Recipe, RunConfig, SinkConfig, SourceConfig
@@ -78,7 +78,7 @@ def _cell(text: str) -> str:
 
 def _default(field: FieldInfo, node: Mapping[str, Any]) -> str:
     default = field.get_default(call_default_factory=True, validated_data={})
-    if isinstance(default, (Inversion, Editor)):
+    if isinstance(default, (Inversion, EditingMethod)):
         return f"`method: {default.method}`"
     if isinstance(default, BaseModel):
         return "as below"

@@ -1,4 +1,4 @@
-"""The recipe's sections other than inversion and editing: source, model, sink, run. No key is unknown in any.
+"""The recipe's sections other than inversion and editing: source, model, sink, run. None takes an unknown key.
 
 A key's docstring is its description: in `shardedit schema`, in docs/recipe.md, in an editor that knows the schema.
 """
@@ -49,7 +49,7 @@ def _or_size_text(schema: dict[str, Any]) -> None:
 
 
 class Section(BaseModel):
-    """Base of the recipe's sections: immutable, and no key is unknown."""
+    """Base of the recipe's sections: immutable, and unknown keys are refused."""
 
     # A misplaced secret must not stand in an error's traceback.
     model_config = ConfigDict(
@@ -91,7 +91,7 @@ class SourceConfig(Section):
     """Bytes of memory that reading a Parquet file may take; a row group that needs more is quarantined. Its largest
     page decides: 1,024 rows in files of many writers."""
     max_row_concepts: int = Field(default=256, ge=1)
-    """Concepts that a row's own edits may have together; each costs UNet rows."""
+    """Concepts that a row's own edits may have together; each costs network rows."""
     check: Literal["auto", "content"] = "auto"
     """How a later start sees that a shard is what the run began with. auto: by the store's entity tag; a local file by
     its size and a look at 64 kB of it, not by its time. content: by all its bytes, which every start then reads."""
@@ -206,7 +206,7 @@ class RunConfig(Section):
     unit_size: int = Field(default=32, ge=1, le=4096)
     """Images that are committed together; also what a kill loses at most, per worker."""
     call_size: Count | Literal["auto"] = "auto"
-    """Rows of a UNet call; auto: probed on a GPU, 16 on CPU. Changes how results are rounded."""
+    """Rows of a network call; auto: probed on a GPU, 16 on CPU. Changes how results are rounded."""
     images_in_flight: Count | Literal["auto"] = "auto"
     """Images at work at once, per worker; auto: what keeps calls full. Bounds memory."""
     engine: Literal["ray", "local"] = "ray"

@@ -99,7 +99,7 @@ class Baseline(Part):
         return {generation: int(bits, 16) for generation, bits in self.shards.get(slug, {}).items()}
 
     def replaces(self, other: Baseline) -> bool:
-        """Whether nobody needs the other one any more."""
+        """Whether this one makes the other one needless."""
         return other.generation < self.generation and (
             self.whole or (not other.whole and other.shards.keys() <= self.shards.keys())
         )

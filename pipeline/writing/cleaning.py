@@ -85,7 +85,7 @@ def put_baseline(sink: SinkConfig, baseline: Baseline, claim: Claim) -> None:
         remove(fs, f"{root}/{baseline_path(one.generation)}")
 
 
-def clean(sink: SinkConfig, claim: Claim, baseline: Baseline, noise: Iterable[str]) -> None:
+def remove_leftovers(sink: SinkConfig, claim: Claim, baseline: Baseline, noise: Iterable[str]) -> None:
     """Remove what does not count: other commits of units that are committed, and files of none.
 
     Raises:

@@ -10,12 +10,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from pipeline.reading.ahead import HELD_BYTES
 from pipeline.records import Decoded, Rejected
-from pipeline.writing.rows import Row
+from pipeline.writing.rows import OutputRow
 
 ENCODERS = 2  # threads
 LARGE_BYTES = 64 << 20  # pixels of an image of which one at a time is encoded
 
-Encode = Callable[[Decoded | Rejected], Row | Rejected]
+Encode = Callable[[Decoded | Rejected], OutputRow | Rejected]
 
 
 class Encoders:
@@ -25,10 +25,10 @@ class Encoders:
         self._pool = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
         self._one_large = threading.Lock()
 
-    def map(self, encode: Encode, results: Iterable[Decoded | Rejected]) -> list[Row | Rejected]:
+    def map(self, encode: Encode, results: Iterable[Decoded | Rejected]) -> list[OutputRow | Rejected]:
         """Encode results as they come. A result waits as pixels until it is encoded: only so many may."""
-        encoded: list[Row | Rejected] = []
-        pending: deque[Future[Row | Rejected]] = deque()
+        encoded: list[OutputRow | Rejected] = []
+        pending: deque[Future[OutputRow | Rejected]] = deque()
         waiting: deque[int] = deque()  # bytes of their images
         for result in results:
             size = 0 if isinstance(result, Rejected) else result.prepared.original.nbytes
@@ -39,7 +39,7 @@ class Encoders:
                 waiting.popleft()
         return encoded + [future.result() for future in pending]
 
-    def _encode(self, encode: Encode, result: Decoded | Rejected, is_large: bool) -> Row | Rejected:
+    def _encode(self, encode: Encode, result: Decoded | Rejected, is_large: bool) -> OutputRow | Rejected:
         # Encoding takes several times the memory of the image itself.
         with self._one_large if is_large else contextlib.nullcontext():
             return encode(result)

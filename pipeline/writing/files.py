@@ -39,7 +39,7 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 class NotAFileError(SinkError):
-    """A folder stands where a file of ours is looked for, or a pipe, which nobody may ever write to."""
+    """In the place of a file of ours stands a folder, or a pipe, to which nobody may ever write."""
 
 
 def put(fs: AbstractFileSystem, path: str, data: bytes, *, durable: bool = True) -> None:

@@ -11,24 +11,23 @@ from collections.abc import Sequence
 
 import pipeline
 from pipeline.recipe import Recipe
-from pipeline.records import Rejected, Sample, UnitInput, Unreadable
+from pipeline.records import ReadRow, Rejected, UnitInput, Unreadable
 from pipeline.writing.commit import FinishedUnit, file_record
-from pipeline.writing.manifest import NOT_MEASURED, Counts, Manifest, Measured, data_path, quarantine_path
+from pipeline.writing.manifest import NOT_MEASURED, Counts, Manifest, data_path, quarantine_path
 from pipeline.writing.parquet import render_parquet
 from pipeline.writing.quarantine import render_quarantine
-from pipeline.writing.rows import Labels, Row, as_written, schema, shared_columns
+from pipeline.writing.rows import Labels, OutputRow, as_written, schema, shared_columns
 from pipeline.writing.webdataset import render_tar
 
 
 def finish_unit(
     unit_input: UnitInput,
-    encoded: Sequence[Row | Rejected],
+    encoded: Sequence[OutputRow | Rejected],
     recipe: Recipe,
     *,
     generation: int,
     model_digest: str,
     call_size: int,
-    measured: Measured = NOT_MEASURED,
 ) -> FinishedUnit:
     """Render a unit. A unit in which nothing succeeded, or nothing failed, has no file of that kind.
 
@@ -38,8 +37,7 @@ def finish_unit(
         recipe: decides formats.
         generation: of the driver.
         model_digest: of the model that made the results.
-        call_size: rows of a UNet call.
-        measured: goes into the manifest beside what is reproducible.
+        call_size: rows of a network call.
     """
     unit = unit_input.unit
     rows = sorted((one for one in encoded if not isinstance(one, Rejected)), key=_place_of_row)
@@ -77,12 +75,12 @@ def finish_unit(
         call_size=call_size,
         files=tuple(file_record(path, data, count) for path, data, count in files),
         counts=counts,
-        measured=measured,
+        measured=NOT_MEASURED,
     )
     return FinishedUnit(manifest, tuple((path, data) for path, data, _ in files))
 
 
-def _render(rows: Sequence[Row], recipe: Recipe, labels: Labels) -> bytes:
+def _render(rows: Sequence[OutputRow], recipe: Recipe, labels: Labels) -> bytes:
     sink = recipe.sink
     if sink.format == "webdataset":
         return render_tar(rows, sink)
@@ -90,13 +88,13 @@ def _render(rows: Sequence[Row], recipe: Recipe, labels: Labels) -> bytes:
     return render_parquet(written, schema(sink, labels), shared_columns(sink))
 
 
-def labels_of(rows: Sequence[Sample | Unreadable]) -> Labels:
+def labels_of(rows: Sequence[ReadRow]) -> Labels:
     """Columns of classes that any row of a unit has; its rows are of one file, so that they have the same."""
     samples = (row.sample if isinstance(row, Unreadable) else row for row in rows)
     return next((sample.labels for sample in samples if sample.labels), {})
 
 
-def _place_of_row(row: Row) -> tuple[int, str, str]:
+def _place_of_row(row: OutputRow) -> tuple[int, str, str]:
     # By name, and not as the recipe lists them: one that lists them in another order is the same recipe.
     return row["index"], row["edit"], row["method"]
 
@@ -105,7 +103,7 @@ def _place_of_rejected(rejected: Rejected) -> tuple[int, str, str]:
     return rejected.sample.index, rejected.edit, rejected.method
 
 
-def _check_once_each(unit_input: UnitInput, rows: Sequence[Row], failed: Sequence[Rejected]) -> None:
+def _check_once_each(unit_input: UnitInput, rows: Sequence[OutputRow], failed: Sequence[Rejected]) -> None:
     """What is asked ends in data or in quarantine, once: a fault here is ours, and must not be committed."""
     results = [(row["index"], row["edit"], row["method"]) for row in rows]
     results += [(one.sample.index, one.edit, one.method) for one in failed]

@@ -30,7 +30,7 @@ State = Literal["trying", "holding", "released"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flag:
-    """What a driver says of itself. The host is a hash: names of machines do not belong into shared folders."""
+    """What a driver says of itself. The host is a hash: names of machines do not belong in shared folders."""
 
     state: State
     host: str

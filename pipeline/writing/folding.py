@@ -82,4 +82,4 @@ def _remove_single(fs: AbstractFileSystem, root: str, generation: int, shard: Co
 def folded_bytes(manifests: Iterable[Manifest]) -> bytes:
     """One line per unit, so that two of them compare well."""
     units = ",\n".join(json.dumps(manifest.model_dump(mode="json"), sort_keys=True) for manifest in manifests)
-    return f'{{"schema_version": 2, "units": [\n{units}\n]}}\n'.encode()
+    return f'{{"schema_version": 3, "units": [\n{units}\n]}}\n'.encode()

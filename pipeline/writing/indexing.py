@@ -1,8 +1,8 @@
 """One index of merged files takes another's place, and what the new one does not name goes.
 
 A driver that is stopped and taken over in the middle of it (writing/baseline.py) may still write its index, which is
-not the highest then, and remove what it replaced. That it says beforehand, in its index, so that no later driver counts
-on these names.
+not the highest then, and remove what it replaced. Its index says beforehand what it removes, so that no later driver
+counts on these names.
 """
 
 from __future__ import annotations

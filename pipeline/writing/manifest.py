@@ -61,16 +61,16 @@ class Measured(Part):
     # The worker's share of time; the sum over a worker's units is the time it was busy.
     worker_seconds: float = Field(ge=0)
     workers: int = Field(ge=1)  # that lived when the unit was made
-    unet_rows: Count  # asked for in that time; units that overlap in a worker share theirs, the sum is exact
+    network_rows: Count  # asked for in that time; units that overlap in a worker share theirs, the sum is exact
 
 
-NOT_MEASURED = Measured(worker_seconds=0, workers=1, unet_rows=0)
+NOT_MEASURED = Measured(worker_seconds=0, workers=1, network_rows=0)
 
 
 class Manifest(Part):
-    """See the module."""
+    """What was read, what was written and how it went, of one unit."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     unit: UnitId
     generation: Generation  # of the driver whose run made it
     shard: str  # path relative to the source

@@ -17,7 +17,7 @@ import pyarrow as pa
 from pipeline.recipe import SinkConfig
 from pipeline.records import Rejected
 from pipeline.writing.parquet import render_parquet
-from pipeline.writing.rows import MAX_MESSAGE, clean, json_text, stem_of, with_features
+from pipeline.writing.rows import MAX_MESSAGE, json_text, stem_of, utf8_text, with_features
 from pipeline.writing.webdataset import json_member, render_samples
 
 _COLUMNS: list[tuple[str, pa.DataType]] = [
@@ -59,16 +59,16 @@ def quarantine_row(rejected: Rejected, unit: str) -> dict[str, Any]:
     """One row of `SCHEMA`."""
     sample = rejected.sample
     return {
-        "id": clean(sample.id),
-        "shard": clean(sample.shard),
-        "key": clean(sample.key),
+        "id": utf8_text(sample.id),
+        "shard": utf8_text(sample.shard),
+        "key": utf8_text(sample.key),
         "index": sample.index,
         "edit": rejected.edit,
         "method": rejected.method,
         "unit": unit,
         "stage": rejected.stage,
         "error_class": rejected.error_class,
-        "message": clean(rejected.message)[:MAX_MESSAGE],
+        "message": utf8_text(rejected.message)[:MAX_MESSAGE],
         "attempt": rejected.attempt,
         "image": sample.image,
         "columns": json_text(dict(sample.columns)),

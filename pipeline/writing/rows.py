@@ -26,7 +26,7 @@ from pipeline.recipe import Recipe, SinkConfig
 from pipeline.records import Edited, Outcome, Rejected, Sample
 from pipeline.writing.instructions import instruction_of
 
-Row = dict[str, Any]
+OutputRow = dict[str, Any]
 """One output row under our own names, and `LABELS`; `as_written` makes it ready for `schema`."""
 LABELS = "labels of the source"  # in a row: {column of the source: number of the class}; no column's name
 PNG_LEVEL = 4  # of zlib, 0..9: a third of the time of the default 6, for 2 % more bytes
@@ -100,7 +100,7 @@ def label_column(name: str, taken: Container[str]) -> str:
     return name
 
 
-def as_written(row: Row, sink: SinkConfig, labels: Labels | None = None) -> Row:
+def as_written(row: OutputRow, sink: SinkConfig, labels: Labels | None = None) -> OutputRow:
     """A row under the names that `schema` gives its columns."""
     named = {sink.column_names.get(name, name): value for name, value in row.items() if name != LABELS}
     columns = {name: label_column(name, named) for name in sorted(labels or {})}
@@ -118,14 +118,14 @@ def _feature(kind: pa.DataType) -> Any:
     return [_FEATURES[kind.value_type]] if pa.types.is_list(kind) else _FEATURES[kind]
 
 
-def encode_outcome(outcome: Outcome, recipe: Recipe, model: ModelRecord, call_size: int) -> Row | Rejected:
+def encode_outcome(outcome: Outcome, recipe: Recipe, model: ModelRecord, call_size: int) -> OutputRow | Rejected:
     """Turn a result into a row. What was rejected stays so; what cannot be encoded is rejected in stage "encode".
 
     Args:
         outcome: what came out of the engine.
         recipe: decides the image format, and goes into the row as its hash.
         model: what made the result.
-        call_size: rows of a UNet call; bits are equal within one.
+        call_size: rows of a network call; bits are equal within one.
     """
     if isinstance(outcome, Rejected):
         return dataclasses.replace(outcome, error=None)
@@ -142,26 +142,26 @@ def encode_outcome(outcome: Outcome, recipe: Recipe, model: ModelRecord, call_si
         )
 
 
-def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> Row:
+def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> OutputRow:
     sample, request, sink = edited.sample, edited.request, recipe.sink
     stem = stem_of(sample, edited.edit, edited.method)
-    row: Row = {
-        "id": clean(sample.id),
-        "shard": clean(sample.shard),
-        "key": clean(sample.key),
+    row: OutputRow = {
+        "id": utf8_text(sample.id),
+        "shard": utf8_text(sample.shard),
+        "key": utf8_text(sample.key),
         "index": sample.index,
         "edit": edited.edit,
         "method": edited.method,
         "image": _named(encode_image(edited.image, sink), f"{stem}.edited.{sink.image_format}"),
         "mask": _mask(edited.mask, f"{stem}.mask.png"),
         "masks": [_mask(mask, f"{stem}.mask.{at}.png") for at, mask in enumerate(edited.masks)],
-        "concepts": [clean(concept.prompt) for concept in request.concepts],
-        "input_path": clean(sample.image_path),
-        "caption": clean(sample.caption),
-        "instruction": clean(instruction_of(request)),
-        "source_prompt": clean(request.source_prompt),
-        "target_prompt": clean(request.target_prompt),
-        "negative_prompt": clean(request.negative_prompt),
+        "concepts": [utf8_text(concept.prompt) for concept in request.concepts],
+        "input_path": utf8_text(sample.image_path),
+        "caption": utf8_text(sample.caption),
+        "instruction": utf8_text(instruction_of(request)),
+        "source_prompt": utf8_text(request.source_prompt),
+        "target_prompt": utf8_text(request.target_prompt),
+        "negative_prompt": utf8_text(request.negative_prompt),
         "request": json_text(request.model_dump(mode="json")),
         "seed": edited.seed,
         "model": model.name,
@@ -172,11 +172,11 @@ def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> 
         "call_size": call_size,
         **{name: edited.figures.get(name) for name in FIGURES},
         "columns": json_text(dict(sample.columns)),
-        "members": [{"name": clean(name), "bytes": bytes(data)} for name, data in sorted(sample.members.items())],
+        "members": [{"name": utf8_text(name), "bytes": bytes(data)} for name, data in sorted(sample.members.items())],
         LABELS: {name: sample.columns.get(name) for name in sample.labels},
     }
     if sink.keeps_input:  # its own bytes: encoded anew, they would be other pixels, or many times as many bytes
-        row["input"] = _named(sample.image, clean(sample.image_path) or f"{stem}.input.{format_of(sample.image)}")
+        row["input"] = _named(sample.image, utf8_text(sample.image_path) or f"{stem}.input.{format_of(sample.image)}")
     else:
         row["input_thumbnail"] = _named(encode_thumbnail(edited.original), f"{stem}.thumbnail.jpg")
     return row
@@ -255,14 +255,14 @@ def stem_of(sample: Sample, edit: str, method: str) -> str:
     Names of edits and methods hold no "~", so that the parts stay apart.
     """
     key = re.sub(r"[^A-Za-z0-9_-]+", "_", sample.key)[:64]
-    return f"{key}-{hashlib.sha256(clean(sample.id).encode()).hexdigest()[:10]}~{edit}~{method}"
+    return f"{key}-{hashlib.sha256(utf8_text(sample.id).encode()).hexdigest()[:10]}~{edit}~{method}"
 
 
 def json_text(value: Mapping[str, Any]) -> str:
     """JSON in one fixed spelling; what JSON does not know is written as its text."""
-    return clean(json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str))
+    return utf8_text(json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str))
 
 
-def clean(text: str) -> str:
+def utf8_text(text: str) -> str:
     """Text that UTF-8 can hold: JSON from outside may bring lone surrogates, which no file format takes."""
     return text.encode("utf-8", "replace").decode("utf-8")

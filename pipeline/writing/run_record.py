@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 RUN_FILE = "run.json"
 # Of all that stands in a run's folder. 2: results without a region have no mask; other figures. 3: names of files carry
-# the generation of the driver that wrote them, or digits of their contents.
-SCHEMA_VERSION: Literal[3] = 3
+# the generation of the driver that wrote them, or digits of their contents. 4: a manifest counts `network_rows`.
+SCHEMA_VERSION: Literal[4] = 4
 # What a run writes below its folder after the record; README.md has a mark of its own (writing/card.py).
 OURS = (
     *("data", "quarantine", "_parts", "_units", "_shards", "_output", "_attempts"),
@@ -83,16 +83,16 @@ class _Recipe(_Method):
 
 
 class RunRecord(BaseModel):
-    """See the module."""
+    """run.json."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[3] = SCHEMA_VERSION
+    schema_version: Literal[4] = SCHEMA_VERSION
     recipe_hash: str
     settings: dict[str, Any]  # what decides results: `Recipe.result_settings`, credentials removed
     recipe: dict[str, Any]  # the whole resolved recipe
     model: dict[str, str]
-    call_size: int  # rows of a UNet call
+    call_size: int  # rows of a network call
     threads: int  # of a CPU worker
     sha256: str = ""  # of all else that is recorded
     input_fingerprint: str
@@ -304,7 +304,7 @@ def _shown(value: Any) -> str:
 def input_differences(
     before: Iterable[tuple[str, int, str]], now: Iterable[tuple[str, int, str]]
 ) -> list[tuple[str, str]]:
-    """What has become of a run's input since: (path, in which way it is another)."""
+    """What has changed in a run's input since: (path, how)."""
     old = {path: (size, etag) for path, size, etag in before}
     new = {path: (size, etag) for path, size, etag in now}
     found = [(path, "is gone") for path in sorted(old.keys() - new.keys())]
@@ -325,5 +325,5 @@ def input_differences(
 
 
 def versions_that_differ(before: RunRecord, now: RunRecord) -> list[str]:
-    """Packages that another version of might give other bits: no reason to stop, but worth a line."""
+    """Packages whose version has changed and may change bits: no reason to stop, but worth a line."""
     return _differences("", before.versions, now.versions)

@@ -1,4 +1,4 @@
-"""Whether a run may write where it is told to: not over its own source, and into a folder that can be one."""
+"""Whether a run may write where it is told to: not over its own source, and only where a folder can be."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def refuse_sink_over_source(recipe: Recipe) -> None:
 
 
 def refuse_unusable_sink(recipe: Recipe) -> None:
-    """See that a folder of this machine is one, or can be made. Of a store that shows with the first request.
+    """See that a local folder is one, or can be made. A store shows that with the first request.
 
     Raises:
         SinkError: it is not so; says what stands in its place.

@@ -47,7 +47,7 @@ class Summary:
     images_per_second: float  # of all workers together, while they worked
     seconds: float  # that this takes at that rate: workers' time, over the number of workers
     worker_seconds: float
-    unet_rows: int
+    network_rows: int
     output_bytes: int  # of data and quarantine
     failed_by_stage: dict[str, int]
     failed_by_class: dict[str, int]
@@ -119,7 +119,7 @@ class Totals:
             asked=counts.asked,
             ok=counts.ok,
             failed=counts.failed,
-            unet_rows=measured.unet_rows,
+            network_rows=measured.network_rows,
             bytes=sum(file.size for file in manifest.files if not self._is_merged(file, manifest.unit)),
         )
         self._stages.update(counts.failed_by_stage)
@@ -160,7 +160,7 @@ class Totals:
             images_per_second=round(sums["images"] / seconds, 4) if seconds else 0.0,
             seconds=round(seconds, 3),
             worker_seconds=round(self._worker_seconds, 3),
-            unet_rows=sums["unet_rows"],
+            network_rows=sums["network_rows"],
             output_bytes=sums["bytes"] + (self._merged.size if self._merged else 0),
             failed_by_stage=dict(sorted(self._stages.items())),
             failed_by_class=dict(sorted(self._classes.items())),

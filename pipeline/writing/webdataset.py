@@ -20,12 +20,12 @@ from typing import Any
 from webdataset import TarWriter
 
 from pipeline.recipe import SinkConfig
-from pipeline.writing.rows import LABELS, Row, as_written, format_of
+from pipeline.writing.rows import LABELS, OutputRow, as_written, format_of
 
 PICTURES = {"image": "edited", "mask": "mask", "input": "input", "input_thumbnail": "thumbnail"}  # column: member
 
 
-def render_tar(rows: Sequence[Row], sink: SinkConfig) -> bytes:
+def render_tar(rows: Sequence[OutputRow], sink: SinkConfig) -> bytes:
     """Write rows as a tar, one sample each, in their order."""
     return render_samples(_sample(row, sink) for row in rows)
 
@@ -49,7 +49,7 @@ def member_of(column: str, sink: SinkConfig) -> str:
     return sink.column_names.get(column, PICTURES[column])
 
 
-def _sample(row: Row, sink: SinkConfig) -> dict[str, Any]:
+def _sample(row: OutputRow, sink: SinkConfig) -> dict[str, Any]:
     # The first dot ends the key, and `rows.stem_of` writes none: what follows it is the member's name.
     sample: dict[str, Any] = {"__key__": row["image"]["path"].partition(".")[0]}
     for column in PICTURES:

@@ -28,7 +28,7 @@ def task(name: str = "sunglasses") -> Task:
 
 def outcome(pixels: np.ndarray, masks: torch.Tensor) -> Outcome:
     latents = EditedLatents(latents=torch.zeros((4, LATENT_SIZE, LATENT_SIZE)), masks=masks)
-    return Outcome(pixels=pixels, latents=latents, unet_rows=10)
+    return Outcome(pixels=pixels, latents=latents, network_rows=10)
 
 
 def test_a_perfect_edit_has_perfect_figures_and_no_edit_has_none() -> None:
@@ -61,8 +61,8 @@ def test_the_table_is_measured_and_written(tmp_path: Path) -> None:
     assert told == table
     # 5 of inversion and 5 of 3 rows; 4 and 4 of 2 rows, since not all of the schedule is walked; 5 and 5 of one row. An
     # inversion counts for each that reads it, and is run once.
-    assert [pair.unet_rows for pair in table] == [20, 12, 10]
-    assert editor.engine.stats.unet_rows == 3 * (20 + 12 + 5)
+    assert [pair.network_rows for pair in table] == [20, 12, 10]
+    assert editor.engine.stats.network_rows == 3 * (20 + 12 + 5)
     found = json.loads(methods.as_json(table))
     assert [(row["inversion"], row["editor"]) for row in found] == PAIRS
     assert found[2]["mask_iou"] is None

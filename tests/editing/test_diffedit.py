@@ -62,7 +62,7 @@ def test_rows_are_draws_times_texts_and_a_plan_counts_the_same(
     engine.run_one(
         invert_and_edit(source(analytic(), 1, request_.source_prompt), request_, recipe.inversion, recipe.editing)
     )
-    assert engine.stats.unet_rows == N + rows
+    assert engine.stats.network_rows == N + rows
     assert RowCounter(recipe).rows({"edit": request_}) == N + rows
 
 
@@ -71,7 +71,7 @@ def test_a_users_mask_stands_instead_of_a_computed_one() -> None:
     mask[:, :4], mask[:, 4:8] = 0.5, 0.49
     generator = invert_and_edit(source(tiny_sd(), 1), DOG, INVERSION, DiffEdit(dilate=2), user_mask=mask)
     trajectory, edited = engine.run_one(generator)
-    assert engine.stats.unet_rows == N + 2 * N
+    assert engine.stats.network_rows == N + 2 * N
     assert torch.equal(edited.masks[0], mask >= 0.5)
     assert torch.equal(edited.latents[:, :, 4:], trajectory.latents[-1][:, :, 4:])
 
@@ -119,7 +119,7 @@ def test_several_phrases_give_the_union_of_their_masks(backbone: Any) -> None:
 
 @every_backbone
 def test_outside_of_the_mask_the_encoded_image_stays(backbone: Any) -> None:
-    trajectory, edited = run(backbone, DiffEdit(num_maps=2), keep_history=True)
+    trajectory, edited = run(backbone, DiffEdit(num_maps=2), observe=True)
     outside = ~edited.mask
     assert torch.equal(edited.latents[:, outside], image_latents(backbone, 1)[:, outside])
     assert not torch.equal(edited.latents[:, edited.mask], image_latents(backbone, 1)[:, edited.mask])

@@ -15,7 +15,7 @@ from pipeline.editing.diffedit import DiffEdit
 from pipeline.editing.fast_diffedit import GREY, FastDiffEdit
 from pipeline.editor import Editor
 from pipeline.engine.backbone import Backbone
-from pipeline.engine.calls import UNetAnswer, UNetCall
+from pipeline.engine.calls import NetworkAnswer, NetworkCall
 from pipeline.engine.engine import Engine
 from pipeline.errors import EditError, RecipeError
 from pipeline.inversion.ddim import DDIMInversion
@@ -39,7 +39,7 @@ def sections(inversion: dict[str, Any], editing: dict[str, Any]) -> dict[str, An
 
 @pytest.fixture(scope="module")
 def inpainting(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    """The tiny checkpoint with five more input channels, of random weights, that its predictions hang on."""
+    """The tiny checkpoint with five more input channels, of random weights, on which its predictions depend."""
     from diffusers import UNet2DConditionModel
 
     folder = Path(shutil.copytree(TINY_SD, tmp_path_factory.mktemp("inpainting") / "model"))
@@ -94,7 +94,7 @@ def test_repainting_from_noise_leaves_the_image_outside_of_the_mask(backbone: An
     given, engine = source(backbone, 1, DOG.source_prompt), Engine(backbone, call_size=8)
     generator = invert_and_edit(given, DOG, NoiseStart(num_steps=N), FastDiffEdit(), user_mask=mask)
     _, edited = engine.run_one(generator)
-    assert engine.stats.unet_rows == 2 * N
+    assert engine.stats.network_rows == 2 * N
     assert torch.equal(edited.latents[:, 5:], image_latents(backbone, 1)[:, 5:])
     assert not torch.equal(edited.latents[:, :5], image_latents(backbone, 1)[:, :5])
 
@@ -102,10 +102,10 @@ def test_repainting_from_noise_leaves_the_image_outside_of_the_mask(backbone: An
 def test_an_inpainting_unet_is_given_mask_and_masked_image(
     inpainting: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[UNetCall] = []
+    calls: list[NetworkCall] = []
     denoise = inpainting.denoise
 
-    def recording(call: UNetCall) -> UNetAnswer:
+    def recording(call: NetworkCall) -> NetworkAnswer:
         calls.append(call)
         return denoise(call)
 
@@ -138,10 +138,10 @@ def test_an_inpainting_unet_is_given_mask_and_masked_image(
 def test_the_inpainting_unet_hears_what_it_is_given(inpainting: Backbone) -> None:
     latents, prompt = torch.zeros((1, 4, 12, 12)), inpainting.encode_text("a dog")
     without, given = (
-        inpainting.denoise(UNetCall(latents, [501], [prompt.embedding], inpaint=torch.full((1, 5, 12, 12), value)))
+        inpainting.denoise(NetworkCall(latents, [501], [prompt.embedding], inpaint=torch.full((1, 5, 12, 12), value)))
         for value in (0.0, 1.0)
     )
-    plain = tiny_sd().denoise(UNetCall(latents, [501], [prompt.embedding])).noise_preds
+    plain = tiny_sd().denoise(NetworkCall(latents, [501], [prompt.embedding])).noise_preds
     torch.testing.assert_close(without.noise_preds, plain, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(given.noise_preds, plain, atol=1e-2)
 

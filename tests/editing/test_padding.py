@@ -17,7 +17,7 @@ from pipeline.diffusion.masks import above_average, attention_mask, noise_mask
 from pipeline.editing.masactrl import AutoMasks, MasaCtrl, MutualAttention
 from pipeline.editing.prompt_to_prompt import local_blend_mask
 from pipeline.editing.proxedit import threshold_of
-from pipeline.engine.calls import UNetAnswer, UNetCall
+from pipeline.engine.calls import NetworkAnswer, NetworkCall
 from pipeline.engine.engine import Engine
 from pipeline.flow import edit_prepared
 from pipeline.models.analytic import AnalyticBackbone
@@ -104,9 +104,9 @@ def test_the_images_part_is_what_is_at_least_half_image_and_never_nothing(
 
 
 class PointByPoint(AnalyticBackbone):
-    """Answers each latent by itself, and how much two prompts differ there hangs on the latent."""
+    """Answers each latent by itself, and how much two prompts differ there depends on the latent."""
 
-    def denoise(self, call: UNetCall) -> UNetAnswer:
+    def denoise(self, call: NetworkCall) -> NetworkAnswer:
         answer = super().denoise(call)
         strengths = torch.stack(list(call.embeddings))[:, 0, 3, None, None, None]
         bent = answer.noise_preds + 0.3 * strengths * torch.tanh(3.0 * call.latents)

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.plug_and_play import Injection, PlugAndPlay, resampled
-from pipeline.engine.calls import Denoise, TextConditioning, UNetCall
+from pipeline.engine.calls import Denoise, NetworkCall, TextConditioning
 from pipeline.engine.controls import Block, Hook, Layer, Routes
 from pipeline.engine.engine import Engine
 from pipeline.errors import PrepareError, RecipeError
@@ -59,7 +59,7 @@ def test_rows_are_those_of_the_windows_and_a_plan_counts_the_same(
     engine = Engine(analytic(), call_size=8)
     generator = invert_and_edit(source(analytic(), 1, DOG.source_prompt), DOG, recipe.inversion, recipe.editing)
     engine.run_one(generator)
-    assert engine.stats.unet_rows == N + rows
+    assert engine.stats.network_rows == N + rows
     assert RowCounter(recipe).rows({"edit": DOG}) == N + rows
 
 
@@ -79,20 +79,20 @@ def test_each_window_changes_the_edit(window: str) -> None:
     off = {"feature_steps": 0.0, "attention_steps": 0.0}
     inversion = DirectInversion(num_steps=2)
     plain = run(tiny_sd(), inversion, PlugAndPlay(**off))[1]
-    injected = run(tiny_sd(), inversion, PlugAndPlay(**{**off, window: 0.5}), keep_history=True)[1]
+    injected = run(tiny_sd(), inversion, PlugAndPlay(**{**off, window: 0.5}), observe=True)[1]
     assert not torch.allclose(plain.latents, injected.latents, atol=1e-3)
 
 
 def test_a_target_that_says_what_the_source_says_follows_it() -> None:
     backbone = tiny_sd(torch.float64)
     editor = PlugAndPlay(guidance_scale=1.0, feature_steps=1.0, attention_steps=1.0)
-    _, edited = run(backbone, DDIMInversion(num_steps=3), editor, EditRequest(), keep_history=True)
+    _, edited = run(backbone, DDIMInversion(num_steps=3), editor, EditRequest(), observe=True)
     for record in edited.history:
         torch.testing.assert_close(record.latents, record.source_latents, atol=1e-6, rtol=1e-6)
 
 
 def test_the_pinned_source_is_the_trajectory_whatever_is_predicted_for_it() -> None:
-    trajectory, edited = run(tiny_sd(), DirectInversion(num_steps=N), PlugAndPlay(), keep_history=True)
+    trajectory, edited = run(tiny_sd(), DirectInversion(num_steps=N), PlugAndPlay(), observe=True)
     assert torch.equal(torch.stack([record.source_latents for record in edited.history]), trajectory.latents[1:])
 
 
@@ -180,7 +180,7 @@ def test_in_stable_diffusion_it_acts_on_the_layers_and_the_block_of_the_paper() 
     latents = torch.randn((3, 4, 12, 12), generator=torch.Generator().manual_seed(0))
     prompts: Iterator[TextConditioning] = (tiny_sd().encode_text(text) for text in ("", "snow", "a dog"))
     control = RecordedInjection(source=0, rows=3, features=True, attention=True)
-    call = UNetCall(latents, [501] * 3, [prompt.embedding for prompt in prompts], controls=[(slice(0, 3), control)])
+    call = NetworkCall(latents, [501] * 3, [prompt.embedding for prompt in prompts], controls=[(slice(0, 3), control)])
     (seen,) = tiny_sd().denoise(call).seen
     assert [layer.index for layer in seen.layers] == list(range(8, 16))
     assert all(layer.kind == "self" for layer in seen.layers)

@@ -15,7 +15,7 @@ from pipeline.editing.prompt_to_prompt import PromptToPrompt
 from pipeline.editing.prox_masactrl import ProxMasaCtrl
 from pipeline.editing.proxedit import ProxEdit, proximal, threshold_of
 from pipeline.editing.reconstruct import Reconstruct
-from pipeline.engine.calls import UNetCall
+from pipeline.engine.calls import NetworkCall
 from pipeline.engine.engine import Engine
 from pipeline.errors import RecipeError
 from pipeline.inversion.ddim import DDIMInversion
@@ -24,7 +24,7 @@ from pipeline.inversion.negative_prompt import NegativePromptInversion
 from pipeline.inversion.null_text import NullTextInversion
 from pipeline.recipe import recipe_from
 from pipeline.records import EditedLatents, EditRequest, Trajectory
-from tests.methods import BACKBONES, analytic, invert_and_edit, source, tiny_sd
+from tests.methods import BACKBONES, analytic, invert_and_edit, rows_of_edit, source, tiny_sd
 
 N = 4
 CAT, DOG = "a photo of a cat on grass", "a photo of a dog on grass"
@@ -41,10 +41,10 @@ def edit(
     backbone = tiny_sd(torch.float64) if backbone is None else backbone
     engine = Engine(backbone, call_size=8)
     generator = invert_and_edit(
-        source(backbone, 1, CAT), EditRequest(target_prompt=target), inversion, editor, keep_history=True
+        source(backbone, 1, CAT), EditRequest(target_prompt=target), inversion, editor, observe=True
     )
     trajectory, edited = engine.run_one(generator)
-    return trajectory, edited, engine.stats.unet_rows
+    return trajectory, edited, engine.stats.network_rows
 
 
 def test_soft_shrinks_hard_drops_and_the_published_l1_turns_signs() -> None:
@@ -131,7 +131,7 @@ def test_reconstruction_guidance_pulls_the_predicted_image_and_not_the_direction
     assert isinstance(trajectory.solver, DDIM)
     prompt, latents = backbone.encode_text(CAT).embedding, trajectory.latents[0]
     for step, timestep in enumerate(trajectory.timesteps):
-        noise_pred = backbone.denoise(UNetCall(latents[None], [timestep], [prompt])).noise_preds[0]
+        noise_pred = backbone.denoise(NetworkCall(latents[None], [timestep], [prompt])).noise_preds[0]
         a, b = trajectory.solver.alpha_bars[step], trajectory.solver.target_alpha_bars[step]
         image = (latents - math.sqrt(1 - a) * noise_pred) / math.sqrt(a)
         if timestep < 600:
@@ -162,13 +162,10 @@ def test_the_sign_of_recon_t_says_which_side_is_pulled(recon_t: int, pulled: lis
     ],
 )
 def test_the_source_has_rows_only_where_they_are_read(inversion: Any, quantile: float, rows: int) -> None:
-    engine = Engine(analytic(), call_size=8)
-    request = EditRequest(target_prompt=DOG)
-    engine.run_one(invert_and_edit(source(analytic(), 1, CAT), request, inversion, ProxEdit(quantile=quantile)))
-    assert engine.stats.unet_rows - inversion.rows(CAT) == rows
+    assert rows_of_edit(inversion, ProxEdit(quantile=quantile), EditRequest(target_prompt=DOG), CAT) == rows
 
 
-def test_keeping_history_changes_no_edit() -> None:
+def test_looking_at_every_step_changes_no_edit() -> None:
     for inversion in (NPI, DDIMInversion(num_steps=N), DirectInversion(num_steps=N, offset_scale=0.5)):
         generator = invert_and_edit(
             source(analytic(), 1, CAT), EditRequest(target_prompt=DOG), inversion, ProxEdit(guidance_scale=2.0)

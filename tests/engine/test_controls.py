@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.backbone import Backbone
-from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps, UNetAnswer, UNetCall
+from pipeline.engine.calls import Denoise, Denoised, EncodeText, NetworkAnswer, NetworkCall, Steps
 from pipeline.engine.controls import Block, Control, Hook, Layer, Routes, attention_probabilities
 from pipeline.engine.engine import Engine
 from pipeline.errors import EditError
@@ -88,14 +88,14 @@ def test_groups_share_a_call_and_none_is_cut() -> None:
     engine = Engine(analytic(), call_size=8)
     results = list(engine.run(asks(analytic(), rows=3, number=n) for n in range(4)))
     assert [result.error for result in results] == [None] * 4
-    assert (engine.stats.unet_calls, engine.stats.unet_rows, engine.stats.padded_rows) == (2, 12, 0)
+    assert (engine.stats.network_calls, engine.stats.network_rows, engine.stats.padded_rows) == (2, 12, 0)
 
 
 def test_groups_of_different_sizes_and_rows_without_control_go_separate_ways() -> None:
     engine = Engine(analytic(), call_size=8)
     generators = [asks(analytic(), rows=3), asks(analytic(), rows=2), asks(analytic(), rows=5, make=None)]
     assert sum(len(result.value.noise_preds) for result in engine.run(generators)) == 10
-    assert engine.stats.unet_calls == 3
+    assert engine.stats.network_calls == 3
 
 
 def test_a_group_that_is_larger_than_a_call_is_an_error_that_names_both() -> None:
@@ -114,7 +114,7 @@ def test_every_control_gets_its_own_answer() -> None:
     engine = Engine(analytic(), call_size=8)
     seen = {one.index: one.value.seen for one in engine.run(asks(analytic(), make=counting(n)) for n in range(4))}
     assert seen == {0: 0, 1: 1, 2: 2, 3: 3}
-    assert engine.stats.unet_calls == 1
+    assert engine.stats.network_calls == 1
 
 
 @pytest.mark.parametrize("backbone", [analytic(), tiny_sd()], ids=["analytic", "tiny_sd"])
@@ -136,7 +136,7 @@ class Small(AnalyticBackbone):
         super().__init__()
         self.largest = largest
 
-    def denoise(self, call: UNetCall) -> UNetAnswer:
+    def denoise(self, call: NetworkCall) -> NetworkAnswer:
         if len(call.timesteps) > self.largest:
             raise torch.OutOfMemoryError("pretended")
         return super().denoise(call)
@@ -147,7 +147,7 @@ def test_out_of_memory_halves_calls_of_groups_and_keeps_them_whole() -> None:
     results = list(engine.run(asks(analytic(), rows=3, number=n) for n in range(5)))
     assert [result.error for result in results] == [None] * 5
     assert engine.call_size == 4
-    assert engine.stats.unet_calls == 5
+    assert engine.stats.network_calls == 5
 
 
 def test_out_of_memory_fails_the_groups_that_fit_no_more_and_serves_the_rest() -> None:
@@ -234,7 +234,7 @@ def test_gradients_are_those_of_the_function_by_finite_differences(make: Any) ->
     shift = torch.randn(prompt.shape, generator=torch.Generator().manual_seed(1)).double() * 1e-5
 
     def value(embedding: Tensor) -> float:
-        call = UNetCall(source(backbone, 0).latents[None], [401], [embedding])
+        call = NetworkCall(source(backbone, 0).latents[None], [401], [embedding])
         return float((weights * backbone.denoise(call).noise_preds[0] ** 2).sum())
 
     expected = (value(prompt + shift) - value(prompt - shift)) / 2
@@ -256,7 +256,7 @@ def test_gradients_equal_autograds_on_the_whole_unet() -> None:
 def test_a_row_with_a_gradient_costs_three_and_leaves_no_graph() -> None:
     engine = Engine(tiny_sd(), call_size=8)
     (finished,) = engine.run([asks_gradients(tiny_sd(), torch.zeros_like)])
-    assert finished.unet_rows == 6
+    assert finished.network_rows == 6
     assert not finished.value.noise_preds.requires_grad
     assert not finished.value.embedding_grads.requires_grad
     assert not finished.value.embedding_grads.any()

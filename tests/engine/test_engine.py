@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.editing.reconstruct import Reconstruct
-from pipeline.engine.calls import Denoise, Denoised, EncodeText, Fork, Steps, UNetAnswer, UNetCall
+from pipeline.engine.calls import Denoise, Denoised, EncodeText, Fork, NetworkAnswer, NetworkCall, Steps
 from pipeline.engine.engine import Engine
 from pipeline.errors import EditError
 from pipeline.inversion.ddim import DDIMInversion
@@ -104,11 +104,11 @@ def test_watching_attention_changes_no_prediction_and_leaves_nothing_behind() ->
     backbone = tiny_sd()
     latents, prompt = source(backbone, 1).latents, backbone.encode_text("a cat with sunglasses")
     rows = (latents.expand(4, -1, -1, -1), [501] * 4, [prompt.embedding] * 4)
-    before = backbone.denoise(UNetCall(*rows))
+    before = backbone.denoise(NetworkCall(*rows))
     weights = torch.zeros((4, 77))
     weights[:, 3] = 1.0
-    watched = backbone.denoise(UNetCall(*rows, weights))
-    after = backbone.denoise(UNetCall(*rows))
+    watched = backbone.denoise(NetworkCall(*rows, weights))
+    after = backbone.denoise(NetworkCall(*rows))
     attention = watched.attention
     assert before.attention is None
     assert attention is not None
@@ -121,7 +121,7 @@ def test_watching_attention_changes_no_prediction_and_leaves_nothing_behind() ->
 def test_attention_over_all_tokens_sums_to_one() -> None:
     backbone = tiny_sd()
     latents, prompt = source(backbone, 1).latents, backbone.encode_text("a cat")
-    call = UNetCall(latents[None], [501], [prompt.embedding], torch.ones((1, 77)))
+    call = NetworkCall(latents[None], [501], [prompt.embedding], torch.ones((1, 77)))
     attention = backbone.denoise(call).attention
     assert attention is not None
     torch.testing.assert_close(attention, torch.ones_like(attention), atol=1e-5, rtol=0)
@@ -144,19 +144,19 @@ def test_calls_are_full_while_there_are_rows_and_only_the_last_is_padded() -> No
         4,
         5,
     ]
-    assert (engine.stats.unet_rows, engine.stats.unet_calls, engine.stats.padded_rows) == (14, 4, 2)
+    assert (engine.stats.network_rows, engine.stats.network_calls, engine.stats.padded_rows) == (14, 4, 2)
 
 
 def test_a_call_with_more_rows_than_a_unet_call_is_split() -> None:
     engine = Engine(analytic(), call_size=4)
     assert engine.run_one(asks_for(11)) == 11
-    assert engine.stats.unet_calls == 3
+    assert engine.stats.network_calls == 3
 
 
 def test_without_padding_no_row_is_computed_that_nobody_asked_for() -> None:
     engine = Engine(analytic(), call_size=16, pad=False)
     assert engine.run_one(asks_for(3)) == 3
-    assert (engine.stats.unet_rows, engine.stats.padded_rows) == (3, 0)
+    assert (engine.stats.network_rows, engine.stats.padded_rows) == (3, 0)
 
 
 def asks_of(
@@ -183,8 +183,8 @@ def test_a_row_that_several_ask_for_is_computed_once_and_has_the_bits_of_each_al
 
     together = Engine(backbone, call_size=CALL_SIZE)
     found = {finished.index: finished.value for finished in together.run(all_asked())}
-    assert (together.stats.unet_rows, together.stats.shared_rows) == (10, 5)
-    assert together.stats.unet_calls == 1
+    assert (together.stats.network_rows, together.stats.shared_rows) == (10, 5)
+    assert together.stats.network_calls == 1
     for place, generator in enumerate(all_asked()):
         alone: Denoised = Engine(backbone, call_size=CALL_SIZE).run_one(generator)
         assert torch.equal(found[place].noise_preds, alone.noise_preds)
@@ -201,7 +201,7 @@ def test_rows_that_differ_in_anything_are_not_shared() -> None:
     list(engine.run([asks_of(latents, ["hat"]), asks_of(other, ["hat"])]))  # equal numbers, but not told to be
     list(engine.run([asks_of(latents, ["hat"]), asks_of(latents, ["hat"], timestep=402)]))
     list(engine.run([asks_of(latents, ["hat"]), asks_of(latents.transpose(-1, -2), ["hat"])]))
-    assert (engine.stats.unet_rows, engine.stats.shared_rows) == (8, 0)
+    assert (engine.stats.network_rows, engine.stats.shared_rows) == (8, 0)
 
 
 def test_four_edits_of_one_image_share_the_first_step_that_they_act_in() -> None:
@@ -217,7 +217,7 @@ def test_four_edits_of_one_image_share_the_first_step_that_they_act_in() -> None
         return [trajectory, *edits]
 
     trajectory, *edits = engine.run_one(four())
-    assert engine.stats.unet_rows == 4 + 4 * (2 + 3 * 3)
+    assert engine.stats.network_rows == 4 + 4 * (2 + 3 * 3)
     assert engine.stats.shared_rows == 3 * 2
     for request, edited in zip(requests, edits, strict=True):
         alone = Engine(backbone, call_size=CALL_SIZE).run_one(LEditsPP().edit(trajectory, request))
@@ -225,10 +225,12 @@ def test_four_edits_of_one_image_share_the_first_step_that_they_act_in() -> None
         assert torch.equal(edited.masks, alone.masks)
 
 
-def test_a_prompt_is_encoded_once_per_worker() -> None:
-    engine = Engine(analytic())
-    assert len(list(engine.run(asks_for(1) for _ in range(5)))) == 5
-    assert engine.stats.prompts_encoded == 1
+def test_a_prompt_is_encoded_once_per_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = AnalyticBackbone()
+    encode, encoded = backbone.encode_text, []
+    monkeypatch.setattr(backbone, "encode_text", lambda prompt: encoded.append(prompt) or encode(prompt))
+    assert len(list(Engine(backbone).run(asks_for(1) for _ in range(5)))) == 5
+    assert len(encoded) == 1
 
 
 def test_images_in_flight_bound_how_many_are_drawn_from_the_source() -> None:
@@ -267,7 +269,7 @@ def test_a_fork_returns_results_and_exceptions_in_the_places_of_its_children() -
     (finished,) = engine.run([parent()])
     first, error, last = finished.value
     assert (first, str(error), last) == (2, "child", 1)
-    assert finished.unet_rows == 4
+    assert finished.network_rows == 4
 
 
 class Poisoned(AnalyticBackbone):
@@ -277,7 +279,7 @@ class Poisoned(AnalyticBackbone):
         super().__init__()
         self.bad_timestep, self.largest = bad_timestep, largest
 
-    def denoise(self, call: UNetCall) -> UNetAnswer:
+    def denoise(self, call: NetworkCall) -> NetworkAnswer:
         if len(call.timesteps) > self.largest:
             raise torch.OutOfMemoryError("pretended")
         if self.bad_timestep in call.timesteps:

@@ -23,7 +23,7 @@ every_backbone = pytest.mark.parametrize("backbone", [make() for make in BACKBON
 
 def result(backbone: Any, inversion: Any, request: EditRequest, **settings: Any) -> tuple[Trajectory, EditedLatents]:
     editor = PromptToPrompt(**{"guidance_scale": 2.0, **settings})
-    generator = invert_and_edit(source(backbone, 1, SOURCE), request, inversion, editor, keep_history=True)
+    generator = invert_and_edit(source(backbone, 1, SOURCE), request, inversion, editor, observe=True)
     edited: tuple[Trajectory, EditedLatents] = Engine(backbone, call_size=8).run_one(generator)
     return edited
 
@@ -36,7 +36,7 @@ def test_it_stores_what_ddim_stores_at_the_same_cost(backbone: Any, guidance: fl
         engine = Engine(backbone, call_size=8)
         settings = inversion(num_steps=S, guidance_scale=guidance)
         trajectories.append(engine.run_one(settings.invert(source(backbone, 1, SOURCE))))
-        rows.append(engine.stats.unet_rows)
+        rows.append(engine.stats.network_rows)
     free, pinned = trajectories
     assert torch.equal(free.latents, pinned.latents)
     assert (free.pinned, pinned.pinned) == (False, True)

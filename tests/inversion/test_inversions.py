@@ -46,7 +46,7 @@ def test_replaying_with_a_guided_source_prompt_returns_the_image() -> None:
     engine = Engine(tiny_sd(torch.float64), call_size=8)
     _, rebuilt = engine.run_one(invert_and_edit(given, EditRequest(), inversion, Reconstruct()))
     torch.testing.assert_close(rebuilt.latents, given.latents, atol=1e-8, rtol=1e-8)
-    assert engine.stats.unet_rows == 2 * 12
+    assert engine.stats.network_rows == 2 * 12
 
 
 @every_backbone
@@ -91,20 +91,21 @@ def test_the_inexact_last_step_returns_the_last_prediction_of_the_image() -> Non
 
 
 @pytest.mark.parametrize(
-    ("inversion", "prompt"),
+    ("inversion", "prompt", "per_step"),
     [
-        (DDIMInversion(num_steps=5), "a cat"),
-        (DDIMInversion(num_steps=5, guidance_scale=2.0), "a cat"),
-        (DDIMInversion(num_steps=5, guidance_scale=2.0), ""),
-        (DDPMInversion(num_steps=5), ""),
-        (DDPMInversion(num_steps=5), "a cat"),
-        (NoiseStart(num_steps=5), "a cat"),
+        (DDIMInversion(num_steps=5), "a cat", 1),
+        (DDIMInversion(num_steps=5, guidance_scale=0.0), "a cat", 1),
+        (DDIMInversion(num_steps=5, guidance_scale=2.0), "a cat", 2),
+        (DDIMInversion(num_steps=5, guidance_scale=2.0), "", 1),
+        (DDPMInversion(num_steps=5), "", 1),
+        (DDPMInversion(num_steps=5), "a cat", 2),
+        (NoiseStart(num_steps=5), "a cat", 0),
     ],
 )
-def test_an_inversion_asks_for_the_rows_that_it_announces(inversion: Any, prompt: str) -> None:
+def test_rows_equal_the_formula(inversion: Any, prompt: str, per_step: int) -> None:
     engine = Engine(analytic())
     trajectory = engine.run_one(inversion.invert(source(analytic(), 1, prompt)))
-    assert engine.stats.unet_rows == inversion.rows(prompt)
+    assert engine.stats.network_rows == 5 * per_step
     assert trajectory.latents.shape[0] == len(trajectory.timesteps) + 1 == 6
     assert trajectory.method == inversion.method
 
@@ -112,7 +113,7 @@ def test_an_inversion_asks_for_the_rows_that_it_announces(inversion: Any, prompt
 def test_edit_friendly_predictions_are_asked_for_in_one_go() -> None:
     engine = Engine(analytic(), call_size=32)
     engine.run_one(DDPMInversion(num_steps=30).invert(source(analytic(), 1)))
-    assert engine.stats.unet_calls == 1
+    assert engine.stats.network_calls == 1
 
 
 def test_ddim_inversion_of_a_smooth_model_returns_the_image() -> None:
@@ -154,7 +155,7 @@ def test_guidance_of_one_or_zero_takes_one_row_a_step(scale: float, rows: int) -
     editor = ClassifierFreeGuidance(guidance_scale=scale)
     request = EditRequest(target_prompt="hat")
     engine.run_one(invert_and_edit(source(analytic(), 1), request, NoiseStart(num_steps=5), editor))
-    assert engine.stats.unet_rows == 5 * rows
+    assert engine.stats.network_rows == 5 * rows
 
 
 def test_cfg_refuses_what_it_cannot_serve() -> None:

@@ -25,7 +25,7 @@ every_backbone = pytest.mark.parametrize("backbone", [make() for make in BACKBON
 def result(backbone: Any, inversion: Any, request: EditRequest, scale: float) -> tuple[Trajectory, EditedLatents]:
     editor = PromptToPrompt(guidance_scale=scale)
     given = source(backbone, 1, request.source_prompt)
-    generator = invert_and_edit(given, request, inversion, editor, keep_history=True)
+    generator = invert_and_edit(given, request, inversion, editor, observe=True)
     edited: tuple[Trajectory, EditedLatents] = Engine(backbone, call_size=8).run_one(generator)
     return edited
 
@@ -35,7 +35,7 @@ def test_the_unconditional_embedding_is_the_source_prompts(backbone: Any) -> Non
     engine = Engine(backbone, call_size=8)
     trajectory = engine.run_one(NegativePromptInversion(num_steps=S).invert(source(backbone, 1, SOURCE)))
     assert torch.equal(trajectory.uncond, backbone.encode_text(SOURCE).embedding)
-    assert engine.stats.unet_rows == S
+    assert engine.stats.network_rows == S
 
 
 @every_backbone

@@ -15,6 +15,7 @@ from pipeline.engine.engine import Engine
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.null_text import Adam, NullTextInversion, Objective
 from pipeline.records import EditRequest, Trajectory
+from tests.golden.checks import losses_kept, observed
 from tests.methods import BACKBONES, invert_and_edit, source, tiny_sd
 
 S, J = 4, 3
@@ -32,15 +33,15 @@ def inverted(backbone: Any, settings: NullTextInversion, number: int = 1) -> tup
     (finished,) = Engine(backbone, call_size=8).run([settings.invert(source(backbone, number, SOURCE))])
     if finished.error is not None:
         raise finished.error
-    return finished.value, finished.unet_rows
+    return finished.value, finished.network_rows
 
 
 def losses_of(backbone: Any, settings: NullTextInversion) -> list[float]:
     engine = Engine(backbone, call_size=8)
     pivot = engine.run_one(DDIMInversion(num_steps=S).invert(source(backbone, 1, SOURCE)))
     cond, empty = backbone.encode_text(SOURCE), backbone.encode_text("")
-    losses: list[float] = []
-    engine.run_one(settings.optimise(pivot, cond, empty.embedding, losses))
+    with losses_kept() as losses:
+        engine.run_one(settings.optimise(pivot, cond, empty.embedding))
     return losses
 
 
@@ -60,7 +61,7 @@ def test_guidance_of_the_source_stays_closer_to_the_image_than_without_the_embed
     distances = []
     for settings in (DDIMInversion(num_steps=S), inversion(num_inner_steps=10, learning_rate=0.05)):
         generator = invert_and_edit(
-            source(backbone, 1, SOURCE), SAME, settings, PromptToPrompt(guidance_scale=3.0), keep_history=True
+            source(backbone, 1, SOURCE), SAME, settings, PromptToPrompt(guidance_scale=3.0), observe=True
         )
         trajectory, edited = Engine(backbone, call_size=8).run_one(generator)
         first = edited.history[0].source_latents
@@ -74,7 +75,7 @@ def test_with_nothing_to_optimise_it_is_ddim_with_the_empty_prompt(backbone: Any
     trajectory, rows = inverted(backbone, inversion(**settings))
     plain = Engine(backbone, call_size=8).run_one(DDIMInversion(num_steps=S).invert(source(backbone, 1, SOURCE)))
     empty = backbone.encode_text("").embedding
-    assert rows == S == inversion(**settings).rows(SOURCE)
+    assert rows == S
     assert torch.equal(trajectory.latents, plain.latents)
     assert torch.equal(trajectory.uncond, empty.expand(S, -1, -1))
     scale = settings.get("edit_guidance_scale", 3.0)
@@ -90,7 +91,7 @@ def test_the_next_step_starts_from_what_was_reached_and_sampling_gets_there_too(
     settings = inversion()
     trajectory, _ = inverted(backbone, settings)
     editor = PromptToPrompt(guidance_scale=3.0)
-    edited = Engine(backbone, call_size=8).run_one(editor.edit(trajectory, SAME, keep_history=True))
+    edited = Engine(backbone, call_size=8).run_one(observed(editor.edit(trajectory, SAME)))
     # Only the last step is optimised again, from where sampling has come by then: the same embedding must come out.
     before = edited.history[-2].source_latents
     last = dataclasses.replace(
@@ -114,8 +115,7 @@ def test_the_next_step_starts_from_what_was_reached_and_sampling_gets_there_too(
 @every_backbone
 def test_rows_equal_the_formula_and_fall_with_an_early_stop(backbone: Any) -> None:
     settings = inversion(early_stop_epsilon=0.0)
-    whole = settings.rows(SOURCE)
-    assert whole == S + S * (2 + 3 * J)
+    whole = S + S * (2 + 3 * J)
     if backbone is tiny_sd():  # the closed-form model may arrive within a limit that grows with the steps
         assert inverted(backbone, settings)[1] == whole
     # A limit that every loss is under: one update per step, made before its loss is compared.
@@ -131,7 +131,7 @@ def test_images_that_stop_early_leave_their_neighbours_bits_alone() -> None:
     together = {one.index: one for one in Engine(backbone, call_size=8).run(generators)}
     for number, (trajectory, rows) in enumerate(alone):
         assert torch.equal(together[number].value.uncond, trajectory.uncond)
-        assert together[number].unet_rows == rows
+        assert together[number].network_rows == rows
 
 
 def test_no_random_number_is_used() -> None:
@@ -183,7 +183,7 @@ def test_embeddings_for_the_source_alone_serve_no_target() -> None:
     everywhere = dataclasses.replace(trajectory, uncond_scope="all")
     editor = PromptToPrompt(guidance_scale=3.0)
     one, other = (
-        Engine(backbone, call_size=8).run_one(editor.edit(given, REQUEST, keep_history=True))
+        Engine(backbone, call_size=8).run_one(observed(editor.edit(given, REQUEST)))
         for given in (trajectory, everywhere)
     )
     assert torch.equal(one.history[0].source_latents, other.history[0].source_latents)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.engine.calls import UNetCall
+from pipeline.engine.calls import NetworkCall
 from pipeline.errors import SourceError
 from pipeline.looking import planning, probe
 from pipeline.looking.counting import RowCounter
@@ -69,7 +69,7 @@ def test_a_plan_counts_what_the_run_then_does(faces):
     made = plan(recipe)
     assert not (faces / "out").exists(), "planning writes nothing"
     summary = run(recipe, progress="off")
-    assert (made.images, made.results, made.unet_rows) == (12, summary.planned, summary.unet_rows)
+    assert (made.images, made.results, made.network_rows) == (12, summary.planned, summary.network_rows)
     assert made.results == 9 * 2 + 3
     assert made.shards == 2
     assert made.bytes_in == sum(path.stat().st_size for path in (faces / "in").iterdir())
@@ -91,7 +91,7 @@ def test_a_plan_without_a_probe_loads_no_model_and_estimates_no_time(faces, monk
     made = plan(a_recipe(faces), probe=False)
     assert made.seconds is None
     assert made.bytes_out is None
-    assert made.unet_rows == 12 * STEPS * 3
+    assert made.network_rows == 12 * STEPS * 3
     assert json.loads(json.dumps(made.as_dict()))["results"] == 12
 
 
@@ -160,14 +160,14 @@ def test_a_large_source_is_estimated_and_says_so(faces, monkeypatch):
     assert any("estimated from the first 4 rows" in note for note in made.notes)
     assert any("estimated from 1 of 2 shards" in note for note in made.notes)
     assert 9 <= made.images <= 15
-    assert made.unet_rows == made.images * STEPS * 3
+    assert made.network_rows == made.images * STEPS * 3
 
 
 def test_rows_without_a_usable_edit_are_announced(faces):
     made = plan(a_recipe(faces, edits={}), probe=False)
     assert any("9 of 12 rows cannot be edited as asked: no usable edit" in note for note in made.notes)
     assert made.results == 12
-    assert made.unet_rows == 3 * STEPS * 3
+    assert made.network_rows == 3 * STEPS * 3
 
 
 def test_rows_that_a_method_cannot_serve_are_counted_by_reason_and_cost_nothing(tmp_path):
@@ -192,7 +192,7 @@ def test_rows_that_a_method_cannot_serve_are_counted_by_reason_and_cost_nothing(
     (note,) = [note for note in made.notes if "cannot be edited" in note]
     assert "3 of 6 rows cannot be edited as asked: blend word 'dog' is not in the target prompt (3)" in note
     assert "no target_prompt (1)" in note
-    assert made.unet_rows == 3 * (STEPS + 3 * STEPS)
+    assert made.network_rows == 3 * (STEPS + 3 * STEPS)
 
 
 def test_a_plan_says_why_none_of_the_first_rows_can_be_edited(tmp_path):
@@ -217,7 +217,7 @@ def test_the_call_that_compiles_is_no_measure_of_a_models_speed():
     backbone = AnalyticBackbone()
     timed = probe.TimedBackbone(backbone, 0.0, compiles=True)
     prompt = backbone.encode_text("hat").embedding
-    call = UNetCall(torch.zeros((1, backbone.latent_channels, 8, 8)), [401], [prompt])
+    call = NetworkCall(torch.zeros((1, backbone.latent_channels, 8, 8)), [401], [prompt])
     timed.denoise(call)
     assert timed.seconds["denoise"] == []
     timed.denoise(call)
@@ -241,7 +241,7 @@ def manifest_of(shard: Shard, chunk: int, recipe: Recipe) -> Manifest:
         is_last=chunk == UNITS - 1, shard_size=shard.size, shard_etag=shard.etag, recipe_hash=recipe.hash,
         code_version="0", model_digest=MODEL.digest, call_size=8, files=(),
         counts=Counts(images=1, asked=0, ok=0, failed=0, failed_by_stage={}, failed_by_class={}),
-        measured=Measured(worker_seconds=1.0, workers=1, unet_rows=1),
+        measured=Measured(worker_seconds=1.0, workers=1, network_rows=1),
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from pipeline import cli
 from pipeline.looking.runs import find_run
-from pipeline.looking.verify import Verdict, verify
+from pipeline.looking.verify import RunVerdict, verify
 from pipeline.recipe import recipe_from
 from pipeline.running import driver
 from pipeline.writing import folding
@@ -55,7 +55,7 @@ def run(pristine: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def verdict_on(folder: Path, *, repair: bool = False) -> Verdict:
+def verdict_on(folder: Path, *, repair: bool = False) -> RunVerdict:
     found = find_run(str(folder))
     return verify(found.sink, found.record, repair=repair)
 

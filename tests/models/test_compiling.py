@@ -15,7 +15,7 @@ import torch
 
 from pipeline.editor import COMPILED_CALL_SIZE, Editor
 from pipeline.engine.backbone import Backbone
-from pipeline.engine.calls import UNetCall
+from pipeline.engine.calls import NetworkCall
 from pipeline.engine.engine import Engine
 from pipeline.errors import RecipeError
 from pipeline.models.loading import load_backbone
@@ -51,13 +51,13 @@ def plain(folder: Path) -> Backbone:
     return load_backbone(ModelConfig(name=str(folder)), device="cpu")
 
 
-def call_of(backbone: Backbone, watch: bool = True) -> UNetCall:
+def call_of(backbone: Backbone, watch: bool = True) -> NetworkCall:
     """Two rows of one image, one of another, one that fills up."""
     rows = [source(backbone, number).latents for number in (1, 1, 2, 1)]
     weights = torch.zeros((4, 77))
     weights[:, 1:3] = 1.0
     prompts = [backbone.encode_text(prompt).embedding for prompt in ("", "red hat", "a dog", "")]
-    return UNetCall(torch.stack(rows), [401] * 4, prompts, weights if watch else None, [0, 0, 2, 0])
+    return NetworkCall(torch.stack(rows), [401] * 4, prompts, weights if watch else None, [0, 0, 2, 0])
 
 
 @needs_a_compiler

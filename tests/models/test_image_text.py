@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from pipeline.errors import ModelError
 from pipeline.looking.report.text_gain import signed_texts, text_gain
-from pipeline.looking.results import Result, ResultRef
+from pipeline.looking.results import ResultRef, StoredResult
 from pipeline.models.image_text import load_image_text
 from pipeline.models.loading import DEMO_FOLDER
 from pipeline.writing.merged import Span
@@ -43,10 +43,10 @@ def pictures() -> tuple[np.ndarray, np.ndarray]:
     return before, 255 - before // 2
 
 
-def a_result(pictures: tuple[np.ndarray, np.ndarray], **request: object) -> Result:
+def a_result(pictures: tuple[np.ndarray, np.ndarray], **request: object) -> StoredResult:
     before, after = (encode_png(picture) for picture in pictures)
     ref = ResultRef(span=Span("data/f.parquet", "f-00000", 1), row=0, id="a", edit="e", method="m", figures={})
-    return Result(ref=ref, caption="", request=dict(request), input=before, mask=None, image=after)
+    return StoredResult(ref=ref, caption="", request=dict(request), input=before, mask=None, image=after)
 
 
 def test_scores_are_a_hundred_times_the_cosine_that_transformers_computes(folder, pictures):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.engine.calls import UNetCall
+from pipeline.engine.calls import NetworkCall
 from pipeline.errors import ModelError
 from pipeline.models.attention import attention_layers, cross_attention_factors
 from pipeline.models.checkpoint import SCHEDULER, digest, files_of
@@ -152,7 +152,7 @@ def test_bfloat16_networks_leave_latents_in_float32(checkpoint: Path) -> None:
     assert isinstance(backbone, StableDiffusion)
     assert backbone.unet.dtype == torch.bfloat16
     prompt = backbone.encode_text("a cat")
-    noise_preds = backbone.denoise(UNetCall(torch.zeros((1, 4, 8, 8)), [501], [prompt.embedding])).noise_preds
+    noise_preds = backbone.denoise(NetworkCall(torch.zeros((1, 4, 8, 8)), [501], [prompt.embedding])).noise_preds
     assert noise_preds.dtype == torch.float32
 
 
@@ -190,7 +190,7 @@ def test_our_attention_equals_the_librarys() -> None:
     backbone = tiny_sd()
     prompt = backbone.encode_text("a cat with sunglasses")
     latents = torch.randn((2, 4, 12, 12), generator=torch.Generator().manual_seed(0))
-    ours = backbone.denoise(UNetCall(latents, [501, 21], [prompt.embedding] * 2)).noise_preds
+    ours = backbone.denoise(NetworkCall(latents, [501, 21], [prompt.embedding] * 2)).noise_preds
     with torch.no_grad():
         embeddings = torch.stack([prompt.embedding] * 2)
         theirs = plain(latents, torch.tensor([501, 21]), encoder_hidden_states=embeddings).sample

@@ -17,7 +17,7 @@ from PIL import Image
 from pipeline.reading import storage, units
 from pipeline.reading.units import list_shards, plan_reads, read_units
 from pipeline.recipe import Recipe, SourceConfig
-from pipeline.records import Sample, UnitInput, Unreadable
+from pipeline.records import ReadRow, UnitInput, Unreadable
 
 Member = tuple[str, bytes]
 
@@ -89,10 +89,10 @@ def read_all() -> Callable[..., list[UnitInput]]:
 
 
 @pytest.fixture
-def read_tar(tmp_path: Path) -> Callable[..., list[Sample | Unreadable]]:
+def read_tar(tmp_path: Path) -> Callable[..., list[ReadRow]]:
     """`read_tar(data, **source_settings)`: the rows of one archive."""
 
-    def read(data: bytes, name: str = "shard.tar", **settings: Any) -> list[Sample | Unreadable]:
+    def read(data: bytes, name: str = "shard.tar", **settings: Any) -> list[ReadRow]:
         (tmp_path / name).write_bytes(data)
         source = SourceConfig(shards=(str(tmp_path / name),), format="webdataset", **settings)
         units = _read_all(source, unit_size=3)

@@ -436,7 +436,7 @@ def test_rays_metrics_tell_an_operator_what_is_committed_and_how_busy_workers_ar
     assert total("images_total") == summary.images
     assert total("results_total") == summary.done
     assert total("failures_total", stage="decode") == summary.failed == 2
-    assert total("unet_rows_total") == summary.unet_rows
+    assert total("network_rows_total") == summary.network_rows
     assert total("output_bytes_total") > 0
     assert total("unit_seconds_count") == 9
     assert "ray_shardedit_images_left" in found

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import EncodeError
-from pipeline.looking.verify import Verdict, verify
+from pipeline.looking.verify import RunVerdict, verify
 from pipeline.recipe import Recipe
 from pipeline.running import driver
 from pipeline.writing import cleaning, commit, folding, restoring
@@ -73,7 +73,7 @@ def fold(recipe: Recipe) -> None:
         folding.fold_finished_shards(recipe.sink, driver.claim)
 
 
-def verdict_on(recipe: Recipe) -> Verdict:
+def verdict_on(recipe: Recipe) -> RunVerdict:
     record = read_run_record(recipe.sink)
     assert record is not None
     return verify(recipe.sink, record)

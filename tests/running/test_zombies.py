@@ -43,7 +43,7 @@ from pipeline.writing.flags import FOLDER, flags
 from pipeline.writing.lock import Claim, DriverLock
 from pipeline.writing.merged import Contents, Merged
 from pipeline.writing.merging import Job, merge_here
-from pipeline.writing.rows import Row, encode_outcome, encode_png
+from pipeline.writing.rows import OutputRow, encode_outcome, encode_png
 from pipeline.writing.run_record import read_run_record
 from pipeline.writing.spans import table_of
 from tests.places import SETTLE_QUICKLY, Place, local_place, s3_place
@@ -56,10 +56,10 @@ SHARDS, ROWS = 1, 4  # in units of two
 SIZES = {"merged": 30_000, "unmerged": 0}  # bytes of a file: one unit each
 WRITES = ("put", "remove")
 
-_encoded: dict[tuple[str, str, bool, str], Row | Rejected] = {}
+_encoded: dict[tuple[str, str, bool, str], OutputRow | Rejected] = {}
 
 
-def outcome(sample: Sample, edit: str, failing: bool, recipe: Recipe) -> Row | Rejected:
+def outcome(sample: Sample, edit: str, failing: bool, recipe: Recipe) -> OutputRow | Rejected:
     """Of one row: always the same."""
     key = (sample.id, edit, failing, recipe.hash)
     if key not in _encoded:
@@ -113,8 +113,10 @@ class Prepared:
     def _finished(self, unit_input: UnitInput, generation: int) -> FinishedUnit:
         rows = [row for row in unit_input.rows if isinstance(row, Sample)]
         done = [outcome(row, edit, row.key in self._failing, self._recipe) for row in rows for edit in EDITS]
-        how = {"generation": generation, "model_digest": MODEL.digest, "call_size": 4, "measured": MEASURED}
-        return finish_unit(unit_input, done, self._recipe, **how)  # type: ignore[arg-type]
+        finished = finish_unit(
+            unit_input, done, self._recipe, generation=generation, model_digest=MODEL.digest, call_size=4
+        )
+        return finished.with_measured(MEASURED)
 
     def merge(self, sink: SinkConfig, jobs: Iterable[Job]) -> Iterator[Contents]:
         return merge_here(sink, jobs)

@@ -18,14 +18,14 @@ from pipeline.writing.commit import Committed, FinishedUnit, commit, committed_u
 from pipeline.writing.files import put
 from pipeline.writing.finish import finish_unit
 from pipeline.writing.manifest import Manifest, manifest_path
-from pipeline.writing.rows import Row, encode_outcome
+from pipeline.writing.rows import OutputRow, encode_outcome
 from pipeline.writing.summary import summarise
 from tests.writing.making import MODEL, NOW, make_edited, make_rejected, make_unit, unclaimed
 
 RecipeFor = Callable[..., Recipe]
 
 
-def encoded(recipe: Recipe, *outcomes: Any) -> list[Row | Rejected]:
+def encoded(recipe: Recipe, *outcomes: Any) -> list[OutputRow | Rejected]:
     return [encode_outcome(outcome, recipe, MODEL, 8) for outcome in outcomes]
 
 

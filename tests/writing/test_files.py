@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline.recipe import Recipe, SinkConfig
 from pipeline.writing.parquet import render_parquet
 from pipeline.writing.quarantine import SCHEMA, render_quarantine
-from pipeline.writing.rows import Row, encode_outcome, encode_png, schema
+from pipeline.writing.rows import OutputRow, encode_outcome, encode_png, schema
 from pipeline.writing.webdataset import render_tar
 from tests.writing.making import MODEL, make_edited, make_rejected, make_sample
 
@@ -25,7 +25,7 @@ RecipeFor = Callable[..., Recipe]
 SINK = SinkConfig(folder="out")
 
 
-def rows_of(recipe: Recipe, count: int = 3, **fields: object) -> list[Row]:
+def rows_of(recipe: Recipe, count: int = 3, **fields: object) -> list[OutputRow]:
     rows = [encode_outcome(make_edited(index, **fields), recipe, MODEL, 8) for index in range(count)]  # type: ignore[arg-type]
     assert all(isinstance(row, dict) for row in rows)
     return rows  # type: ignore[return-value]

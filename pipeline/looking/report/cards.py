@@ -15,13 +15,13 @@ from markupsafe import Markup
 from pipeline.evaluation.verdict import Verdict
 from pipeline.looking.report.selection import ImageRow, Key, key_of
 from pipeline.looking.report.thumbnails import data_uri, load_mask, load_rgb, mask_uri, thumbnail
-from pipeline.looking.results import Result
+from pipeline.looking.results import StoredResult
 
 MAX_CAPTION = 400  # characters of a caption or prompt that a page shows
 
 
 def image_card(
-    row: ImageRow, results: Mapping[Key, Result], verdicts: Mapping[Key, Verdict], gains: Mapping[Key, float]
+    row: ImageRow, results: Mapping[Key, StoredResult], verdicts: Mapping[Key, Verdict], gains: Mapping[Key, float]
 ) -> dict[str, Any]:
     """One image with all that was made of it. Results stand in the order of edits and methods, as everywhere."""
     first = results[key_of(row.refs[0])] if row.refs else None
@@ -52,7 +52,7 @@ def ratio_of(size: tuple[int, int]) -> str:
     return f"{min(max(size[0] / size[1], 0.7), 1.8):.3g}"
 
 
-def result_tile(result: Result, verdict: Verdict, gain: float | None, name: str) -> dict[str, Any]:
+def result_tile(result: StoredResult, verdict: Verdict, gain: float | None, name: str) -> dict[str, Any]:
     """One result."""
     ref, request = result.ref, result.request
     concepts = [concept_chip(concept) for concept in request.get("concepts") or []]

@@ -230,9 +230,9 @@ def facts(run: RunFolder) -> list[tuple[str, str]]:
         ("Source", ", ".join(recipe.get("source", {}).get("shards", []))),
         ("Seed", str(recipe.get("run", {}).get("seed", ""))),
         ("Recipe", str(run.record.get("recipe_hash", ""))),
-        ("Rows of a UNet call", str(run.record.get("call_size", ""))),
+        ("Rows of a network call", str(run.record.get("call_size", ""))),
         ("Versions", ", ".join(f"{name} {version}" for name, version in run.record.get("versions", {}).items())),
-        ("UNet rows", f"{run.totals.unet_rows:,}"),
+        ("Network rows", f"{run.totals.network_rows:,}"),
         ("Output", size_text(run.totals.output_bytes)),
     ]
     return [(label, value) for label, value in found if value]

@@ -9,11 +9,11 @@ from PIL import Image
 
 from pipeline.looking.report.cards import concept_chip
 from pipeline.looking.report.thumbnails import load_rgb
-from pipeline.looking.results import Result
+from pipeline.looking.results import StoredResult
 from pipeline.models.image_text import ImageTextModel
 
 
-def text_gain(result: Result, model: ImageTextModel) -> float | None:
+def text_gain(result: StoredResult, model: ImageTextModel) -> float | None:
     """How much more an edit is like the words of its request than its input is, in points (100 times the cosine).
 
     The words are the target prompt or, where there is none, the concepts: the mean over these, the other way round for

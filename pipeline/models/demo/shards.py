@@ -48,7 +48,7 @@ def write_demo_shards(folder: Path, count: int, seed: int = 0, shard_size: int =
 
 def demo_scene(index: int, seed: int = 0) -> Scene:
     """The scene of one sample: a random face with neither sunglasses nor hat."""
-    # A generator of its own for each sample: it does not hang on how many there are, nor on the shards' size.
+    # A generator of its own for each sample: neither their number nor the shards' size changes one.
     return edited(Scene.random(np.random.default_rng([seed, index])), sunglasses=False, hat=None)
 
 

@@ -26,6 +26,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasink, Datasource
 from ray.data.datasource import ReadTask as RayReadTask
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from typing_extensions import override
 
 from pipeline.common import stopping
 from pipeline.common.showing import describe
@@ -35,6 +36,7 @@ from pipeline.errors import ClusterError, ModelError, RunAborted, ShardeditError
 from pipeline.reading.shards import ReadTask, shard_slug
 from pipeline.reading.units import read_units
 from pipeline.recipe import Recipe, SinkConfig, SourceConfig
+from pipeline.running.local import Executor
 from pipeline.running.on_ray.blocks import pack_finished, pack_input, unpack_finished, unpack_input
 from pipeline.running.on_ray.metering import MeteredTally, WorkerMeter, run_name
 from pipeline.running.on_ray.pool_watch import stranded
@@ -54,7 +56,7 @@ from pipeline.writing.run_record import RunRecord
 
 log = logging.getLogger(__name__)
 
-UNITS_AT_ONCE = 2  # per worker: the tail of one unit and the head of the next share UNet calls
+UNITS_AT_ONCE = 2  # per worker: the tail of one unit and the head of the next share network calls
 UNITS_PER_WORKER = 3  # at work or fetched; with those in the sink, what a kill may cost
 # Of a worker or task; Ray's default is without end. A row that kills its process costs three (writing/attempts.py), so
 # a worker outlives half a dozen of them; after that the job fails, and the same command goes on.
@@ -86,7 +88,7 @@ def resources_of_cluster() -> Resources:
     )
 
 
-class RayExecutor:
+class RayExecutor(Executor):
     """Ray Data, on a cluster of its own on this machine or on the one that RAY_ADDRESS names. A `Executor`."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -96,8 +98,8 @@ class RayExecutor:
         self._tally: Any = None
         self._until_closed = ExitStack()
 
+    @override
     def open(self, before: RunRecord | None) -> str:
-        """See `Executor`."""
         recipe = self._recipe
         self._ours = connect()
         self._until_closed.enter_context(without_lines(RAYS_WARNING, RAYS_COMPLAINT))
@@ -123,8 +125,8 @@ class RayExecutor:
             raise named(error) from error
         return described
 
+    @override
     def edit(self, todo: Todo, claim: Claim) -> None:
-        """See `Executor`."""
         waited_for(self._tally.begin.remote(todo.extent))
         pool, tasks, committed = self.pool, todo.tasks, todo.committed
         while tasks:
@@ -188,8 +190,9 @@ class RayExecutor:
                 concurrency=pool.most,
             )
 
+    @override
     def merge(self, sink: SinkConfig, jobs: Iterable[Job]) -> Iterator[Contents]:
-        """See `Executor`. A task per file; only so many are begun as the cluster has CPUs for."""
+        """A task per file; only so many are begun as the cluster has CPUs for."""
         jobs = iter(jobs)
         first = next(jobs, None)
         if first is None:
@@ -208,8 +211,8 @@ class RayExecutor:
         except ray.exceptions.RayError as error:
             raise named(error) from error
 
+    @override
     def seen(self) -> Seen:
-        """See `Executor`."""
         if self._tally is not None and ray.is_initialized():
             try:
                 self._last_seen = ray.get(self._tally.seen.remote(), timeout=SECONDS_TO_ANSWER)
@@ -217,13 +220,13 @@ class RayExecutor:
                 log.debug("progress is not known: %s", describe(error))  # the job itself will say what is wrong
         return self._last_seen
 
+    @override
     def stop(self, reason: str) -> None:
-        """See `Executor`."""
         if self._tally is not None:
             self._tally.stop.remote(reason)
 
+    @override
     def close(self) -> None:
-        """See `Executor`."""
         with self._until_closed:
             if self._ours:
                 ray.shutdown()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 
 from ray.util.metrics import Counter, Gauge, Histogram
+from typing_extensions import override
 
 from pipeline.common.showing import public_url
 from pipeline.recipe import RunConfig, SinkConfig
@@ -41,7 +42,7 @@ class MeteredTally(Tally):
                 "units": "Units committed.",
                 "images": "Images of committed units.",
                 "results": "Results of committed units that were made.",
-                "unet_rows": "UNet rows of committed units.",
+                "network_rows": "Network rows of committed units.",
                 "output_bytes": "Bytes of the files of committed units.",
             }.items()
         }
@@ -52,6 +53,7 @@ class MeteredTally(Tally):
         for metric in (*self._counters.values(), self._failures, self._seconds, self._workers, self._left):
             metric.set_default_tags(tags)
 
+    @override
     def _count(self, manifest: Manifest) -> None:
         super()._count(manifest)
         counts = manifest.counts
@@ -59,7 +61,7 @@ class MeteredTally(Tally):
             "units": 1,
             "images": counts.images,
             "results": counts.ok,
-            "unet_rows": manifest.measured.unet_rows,
+            "network_rows": manifest.measured.network_rows,
             "output_bytes": sum(file.size for file in manifest.files),
         }.items():
             if value:  # a counter refuses 0
@@ -71,8 +73,8 @@ class MeteredTally(Tally):
         if left is not None:
             self._left.set(left)
 
+    @override
     def resize(self, workers: int) -> None:
-        """See `Tally`."""
         super().resize(workers)
         self._workers.set(workers)
 

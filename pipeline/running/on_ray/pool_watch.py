@@ -2,7 +2,7 @@
 
 Ray restarts a worker that died, and keeps its units for it. Where its node is gone for good and no other has room, that
 is for ever: the other workers finish what is left, and then nothing moves. The driver is told then, and begins another
-pass over what is not committed with the workers that are left (on_ray.py).
+pass over what is not committed with the workers that are left (executor.py).
 
 Ray Data calls a watch at each step of its executor (`DataContext.custom_execution_callback_classes`). Its pools tell
 publicly how many workers restart, but not which of them have units in hand: that is read from the pool's own notes.
