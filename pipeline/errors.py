@@ -9,7 +9,6 @@
     ├── ClusterError       the cluster lacks what the recipe asks for
     ├── RunAborted         an error budget was spent
     └── RowError           one image fails; the run goes on, the image goes to quarantine
-        ├── ReadError      stage "read"      the shard or the row is damaged
         ├── DecodeError    stage "decode"    the bytes are no image that may be opened
         ├── PrepareError   stage "prepare"   no usable edit request, mask or size
         ├── InvertError    stage "invert"    the inversion cannot work on this image
@@ -24,6 +23,9 @@ runs over the same data quarantine the same bytes.
 from __future__ import annotations
 
 from typing import ClassVar, Literal
+
+UNREADABLE = "ReadError"
+"""`error_class` in quarantine of a row that could not be read, at stage "read". Nothing of that name is raised."""
 
 Stage = Literal["read", "decode", "prepare", "invert", "edit", "encode"]
 
@@ -75,12 +77,6 @@ class RowError(ShardeditError):
     """One image fails, its neighbours do not."""
 
     stage: ClassVar[Stage] = "edit"
-
-
-class ReadError(RowError):
-    """The shard or the row is damaged."""
-
-    stage = "read"
 
 
 class DecodeError(RowError):

@@ -12,6 +12,7 @@ from pipeline.editing.base import Editor
 from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import Steps
+from pipeline.engine.engine import Engine
 from pipeline.inversion.base import Inversion, draw_from
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.models.analytic import AnalyticBackbone
@@ -70,6 +71,15 @@ def invert_and_edit(
     trajectory = yield from (inversion or DDPMInversion(num_steps=6)).invert(given)
     edited = yield from (editor or LEditsPP()).edit(trajectory, request, **options)
     return trajectory, edited
+
+
+def rows_of_edit(inversion: Inversion, editor: Editor, request: EditRequest, prompt: str, **options: Any) -> int:
+    """UNet rows that the edit of one image takes, without those of its inversion."""
+    engine = Engine(analytic(), call_size=8)
+    trajectory = engine.run_one(inversion.invert(source(analytic(), 1, prompt)))
+    before = engine.stats.unet_rows
+    engine.run_one(editor.edit(trajectory, request, **options))
+    return engine.stats.unet_rows - before
 
 
 def sunglasses_and_hat(**changes: Any) -> EditRequest:

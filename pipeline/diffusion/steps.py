@@ -38,9 +38,6 @@ class Solver(Protocol):
     def add_noise(self, latents: Tensor, noise: Tensor, step: int) -> Tensor:
         """Clean latents at the noise level that step `step` starts from."""
 
-    def noise_of(self, step: int, latents: Tensor, data_pred: Tensor) -> Tensor:
-        """The noise prediction that belongs to a data prediction at a step."""
-
 
 def ddim_data_pred(latents: Tensor, noise_pred: Tensor, alpha_bar: float) -> Tensor:
     """Clean latents implied by a noise prediction (DDIM, arXiv 2010.02502, equation 9)."""
@@ -112,11 +109,6 @@ class DDIM:
         a = self.alpha_bars[step]
         return math.sqrt(a) * latents + math.sqrt(1.0 - a) * noise
 
-    def noise_of(self, step: int, latents: Tensor, data_pred: Tensor) -> Tensor:
-        """See `Solver`."""
-        a = self.alpha_bars[step]
-        return (latents - math.sqrt(a) * data_pred) / math.sqrt(1.0 - a)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SDEDPMSolver:
@@ -164,7 +156,3 @@ class SDEDPMSolver:
     def add_noise(self, latents: Tensor, noise: Tensor, step: int) -> Tensor:
         """See `Solver`."""
         return self.alphas[step] * latents + self.sigmas[step] * noise
-
-    def noise_of(self, step: int, latents: Tensor, data_pred: Tensor) -> Tensor:
-        """See `Solver`."""
-        return (latents - self.alphas[step] * data_pred) / self.sigmas[step]

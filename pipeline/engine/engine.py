@@ -44,9 +44,6 @@ class EngineStats:
     unet_rows: int = 0  # rows that somebody asked for
     shared_rows: int = 0  # of these, rows that another row's answer served
     padded_rows: int = 0  # rows that only filled a call up
-    prompts_encoded: int = 0
-    images_encoded: int = 0
-    images_decoded: int = 0
     busy_seconds: float = 0.0  # in which the model computed
 
 
@@ -259,10 +256,8 @@ class Engine:
             case EncodeText(prompts):
                 return [self._encode_text(prompt) for prompt in prompts]
             case EncodeImage(pixels):
-                self.stats.images_encoded += 1
                 return self.backbone.encode_image(pixels)
             case DecodeLatents(latents):
-                self.stats.images_decoded += 1
                 return self.backbone.decode_latents(latents)
             case Fork():
                 return []
@@ -275,7 +270,6 @@ class Engine:
             self._prompts.move_to_end(prompt)
             return self._prompts[prompt]
         conditioning = self.backbone.encode_text(prompt)
-        self.stats.prompts_encoded += 1
         self._prompts[prompt] = conditioning
         if len(self._prompts) > CACHED_PROMPTS:
             self._prompts.popitem(last=False)

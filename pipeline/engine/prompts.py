@@ -31,11 +31,6 @@ class GuidedPrompt:
         cond, uncond = yield EncodeText((prompt, negative_prompt))
         return cls(cond, uncond, 1.0 if prompt == negative_prompt else guidance_scale)
 
-    @staticmethod
-    def rows_of(prompt: str, guidance_scale: float, negative_prompt: str = "") -> int:
-        """UNet rows of one prediction."""
-        return 1 if guidance_scale in (0.0, 1.0) or prompt == negative_prompt else 2
-
     def predict(self, latents: Tensor, timestep: int) -> Steps[Tensor]:
         """Noise prediction (C, h, w) for latents (C, h, w)."""
         return (yield from self.predict_all(latents[None], [timestep]))[0]

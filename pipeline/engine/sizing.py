@@ -14,31 +14,30 @@ import torch
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import UNetCall
 
-CANDIDATES = (4, 8, 16, 32, 64, 128)
+CANDIDATES = (4, 8, 16, 32, 64, 128)  # ascending
 GOOD_ENOUGH = 0.95  # share of the best throughput at which the smaller call is preferred
 ROUNDS = 3  # timed calls per size, after one that is not
 
 
-def best_call_size(rows_per_second: Callable[[int], float | None], candidates: tuple[int, ...] = CANDIDATES) -> int:
+def best_call_size(rows_per_second: Callable[[int], float | None]) -> int:
     """The smallest call whose throughput is within 5 % of the best.
 
     Args:
         rows_per_second: measures a call size; None where it does not fit into memory. Larger ones are then not tried.
-        candidates: ascending.
 
     Returns:
-        A candidate; the smallest where none fits.
+        One of `CANDIDATES`; the smallest where none fits.
     """
     measured: dict[int, float] = {}
-    for size in candidates:
+    for size in CANDIDATES:
         rate = rows_per_second(size)
         if rate is None:
             break
         measured[size] = rate
     if not measured:
-        return candidates[0]
+        return CANDIDATES[0]
     # The autoencoder and fragmentation need memory, too: of sizes that ran into the limit the largest is not taken.
-    if len(measured) < len(candidates) and len(measured) > 1:
+    if len(measured) < len(CANDIDATES) and len(measured) > 1:
         del measured[max(measured)]
     best = max(measured.values())
     return min(size for size, rate in measured.items() if rate >= GOOD_ENOUGH * best)

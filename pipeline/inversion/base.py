@@ -42,7 +42,3 @@ class Inversion(BaseModel, ABC):
     @abstractmethod
     def invert(self, source: Source) -> Steps[Trajectory]:
         """Yield model calls; return the trajectory of one image."""
-
-    @abstractmethod
-    def rows(self, source_prompt: str) -> int:
-        """UNet rows that one inversion takes."""

@@ -66,7 +66,3 @@ class DDIMInversion(Inversion):
             source_guidance=self.guidance_scale,
             skipped_steps=self.skip_steps,
         )
-
-    def rows(self, source_prompt: str) -> int:
-        """See `Inversion`."""
-        return self.num_steps * GuidedPrompt.rows_of(source_prompt, self.guidance_scale)

@@ -130,7 +130,3 @@ class DDPMInversion(Inversion):
             skipped_steps=self.schedule_steps - self.num_steps,
             pinned=True,
         )
-
-    def rows(self, source_prompt: str) -> int:
-        """See `Inversion`."""
-        return self.num_steps * GuidedPrompt.rows_of(source_prompt, self.source_guidance_scale)

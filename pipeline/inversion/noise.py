@@ -46,7 +46,3 @@ class NoiseStart(Inversion):
             noise_maps=None if noise_maps is None else torch.stack(noise_maps),
         )
         yield  # a generator, like every inversion, although it asks nothing of the model
-
-    def rows(self, source_prompt: str) -> int:
-        """See `Inversion`."""
-        return 0

@@ -101,12 +101,6 @@ class NullTextInversion(DDIMInversion):
             latents = objective.landing(final.noise_preds[0])
         return torch.stack(stored)
 
-    def rows(self, source_prompt: str) -> int:
-        """See `Inversion`; the most that it can take."""
-        if self.edit_guidance_scale == 1.0 or self.num_inner_steps == 0:
-            return super().rows(source_prompt)
-        return super().rows(source_prompt) + self.num_steps * (2 + 3 * self.num_inner_steps)
-
 
 def unconditional(embedding: Tensor) -> TextConditioning:
     """An embedding of no prompt."""

@@ -8,7 +8,6 @@ from typing import Any
 MAX_FINDINGS = 1000  # kept; all are counted and repaired
 SEEN_BY_EDIT = {"missing unit", "missing file", "wrong size", "not merged"}  # what `shardedit edit` does again unasked
 NOT_OF_OUTPUT = {"source", "run record"}  # what neither `edit` nor a repair can put right
-DERIVED = {"summary", "report"}  # what both write again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -197,16 +197,6 @@ def _started(limits: Limits) -> Guarded:
         guarded.end()
 
 
-def end_idle() -> None:
-    """End the processes that wait for a job."""
-    with _idle.lock:
-        waiting = [future for futures in _idle.by_limits.values() for future in futures]
-        _idle.by_limits.clear()
-    for future in waiting:
-        if future.exception() is None:
-            future.result().end()
-
-
 def _done(guarded: Guarded) -> Future[Guarded]:
     future: Future[Guarded] = Future()
     future.set_result(guarded)

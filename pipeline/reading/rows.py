@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from pipeline.errors import UNREADABLE
 from pipeline.records import Sample, Unreadable
 from pipeline.settings.sections import SourceConfig
 
@@ -122,7 +123,7 @@ def no_image(names: Collection[str], source: SourceConfig) -> str:
 
 def unreadable(sample: Sample, message: str) -> Unreadable:
     """A row that stands in the source but could not be read."""
-    return Unreadable(sample=sample, error_class="ReadError", message=message)
+    return Unreadable(sample=sample, error_class=UNREADABLE, message=message)
 
 
 def damaged_row(shard: str, key: str, name: str, index: int, message: str) -> Unreadable:

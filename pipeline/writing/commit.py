@@ -146,13 +146,13 @@ class CommittedShard:
         return [path for path in self.paths if path.startswith("_shards/")]
 
 
-def committed_units(sink: SinkConfig, *, trusted: bool = True) -> Iterator[Manifest]:
+def committed_units(sink: SinkConfig) -> Iterator[Manifest]:
     """Every manifest that counts: see `committed_shards`.
 
     Raises:
         SinkError: the folder cannot be read.
     """
-    for shard in committed_shards(sink, trusted=trusted):
+    for shard in committed_shards(sink):
         yield from shard.manifests
 
 

@@ -13,7 +13,7 @@ import pipeline
 from pipeline.recipe import Recipe
 from pipeline.records import Rejected, Sample, UnitInput, Unreadable
 from pipeline.writing.commit import FinishedUnit, file_record
-from pipeline.writing.manifest import NOT_MEASURED, Counts, Manifest, Measured, data_path, quarantine_path
+from pipeline.writing.manifest import NOT_MEASURED, Counts, Manifest, data_path, quarantine_path
 from pipeline.writing.parquet import render_parquet
 from pipeline.writing.quarantine import render_quarantine
 from pipeline.writing.rows import Labels, Row, as_written, schema, shared_columns
@@ -28,7 +28,6 @@ def finish_unit(
     generation: int,
     model_digest: str,
     call_size: int,
-    measured: Measured = NOT_MEASURED,
 ) -> FinishedUnit:
     """Render a unit. A unit in which nothing succeeded, or nothing failed, has no file of that kind.
 
@@ -39,7 +38,6 @@ def finish_unit(
         generation: of the driver.
         model_digest: of the model that made the results.
         call_size: rows of a UNet call.
-        measured: goes into the manifest beside what is reproducible.
     """
     unit = unit_input.unit
     rows = sorted((one for one in encoded if not isinstance(one, Rejected)), key=_place_of_row)
@@ -78,7 +76,7 @@ def finish_unit(
         call_size=call_size,
         files=tuple(file_record(path, data, count) for path, data, count in files),
         counts=counts,
-        measured=measured,
+        measured=NOT_MEASURED,
     )
     return FinishedUnit(manifest, tuple((path, data) for path, data, _ in files))
 

@@ -153,7 +153,6 @@ class Merged:
                 for kind in KINDS:
                     there = list_folder(self._fs, f"{self._root}/{kind}")
                     self._sizes |= {f"{kind}/{posixpath.basename(path)}": size for path, size in there.items()}
-            self._by_path = {slot.file.path: slot for kind in KINDS for slot in self.slots(kind) if slot.file}
             self._firsts = {kind: [order(slot.first) for slot in self.slots(kind)] for kind in KINDS}
 
     @property
@@ -170,11 +169,6 @@ class Merged:
         if slot.file is None:
             return False
         return not self._trusted or self._sizes.get(slot.file.path) == slot.file.size
-
-    def needs(self, path: str) -> bool:
-        """Whether a file is one of which units' rows are read."""
-        slot = self._by_path.get(path)
-        return slot is not None and self.counts(slot) and self.contents(slot) is not None
 
     @property
     def size(self) -> int:

@@ -24,7 +24,7 @@ from pipeline.inversion.negative_prompt import NegativePromptInversion
 from pipeline.inversion.null_text import NullTextInversion
 from pipeline.recipe import recipe_from
 from pipeline.records import EditedLatents, EditRequest, Trajectory
-from tests.methods import BACKBONES, analytic, invert_and_edit, source, tiny_sd
+from tests.methods import BACKBONES, analytic, invert_and_edit, rows_of_edit, source, tiny_sd
 
 N = 4
 CAT, DOG = "a photo of a cat on grass", "a photo of a dog on grass"
@@ -162,10 +162,7 @@ def test_the_sign_of_recon_t_says_which_side_is_pulled(recon_t: int, pulled: lis
     ],
 )
 def test_the_source_has_rows_only_where_they_are_read(inversion: Any, quantile: float, rows: int) -> None:
-    engine = Engine(analytic(), call_size=8)
-    request = EditRequest(target_prompt=DOG)
-    engine.run_one(invert_and_edit(source(analytic(), 1, CAT), request, inversion, ProxEdit(quantile=quantile)))
-    assert engine.stats.unet_rows - inversion.rows(CAT) == rows
+    assert rows_of_edit(inversion, ProxEdit(quantile=quantile), EditRequest(target_prompt=DOG), CAT) == rows
 
 
 def test_keeping_history_changes_no_edit() -> None:

@@ -20,7 +20,7 @@ from pipeline.inversion.direct import DirectInversion
 from pipeline.inversion.negative_prompt import NegativePromptInversion
 from pipeline.inversion.noise import NoiseStart
 from pipeline.records import EditedLatents, EditRequest, Trajectory, WordPair
-from tests.methods import BACKBONES, SIDE, analytic, invert_and_edit, source, tiny_sd
+from tests.methods import BACKBONES, SIDE, analytic, invert_and_edit, rows_of_edit, source, tiny_sd
 
 S = 5
 SOURCE, TARGET = "a cat on a mat", "a dog on a mat"
@@ -37,13 +37,6 @@ def result(
     generator = invert_and_edit(source(backbone, 1, SOURCE), request, inversion, editor, **options)
     edited: tuple[Trajectory, EditedLatents] = Engine(backbone, call_size=8).run_one(generator)
     return edited
-
-
-def rows_of_edit(inversion: Any, editor: Any, request: EditRequest = REQUEST, **options: Any) -> int:
-    generator = invert_and_edit(source(analytic(), 1, SOURCE), request, inversion, editor, **options)
-    (finished,) = Engine(analytic(), call_size=8).run([generator])
-    assert finished.error is None
-    return finished.unet_rows - inversion.rows(SOURCE)
 
 
 @every_backbone
@@ -94,13 +87,14 @@ def test_branches_that_do_not_read_each_other_are_plain_guidance_at_its_cost(
     ],
 )
 def test_no_row_is_computed_that_nobody_reads(inversion: Any, scale: float, per_step: int) -> None:
-    assert rows_of_edit(inversion, ALWAYS.model_copy(update={"guidance_scale": scale})) == S * per_step
+    editor = ALWAYS.model_copy(update={"guidance_scale": scale})
+    assert rows_of_edit(inversion, editor, REQUEST, SOURCE) == S * per_step
 
 
 @pytest.mark.parametrize(("inversion", "more"), [(DDIMInversion(num_steps=S), 2), (DirectInversion(num_steps=S), 1)])
 def test_the_source_ends_with_the_last_step_that_reads_it(inversion: Any, more: int) -> None:
     editor = PromptToPrompt(cross_replace_steps=(0, 0), self_replace_steps=(0, 0.6))
-    assert rows_of_edit(inversion, editor) == 2 * S + 3 * more
+    assert rows_of_edit(inversion, editor, REQUEST, SOURCE) == 2 * S + 3 * more
 
 
 @every_backbone

@@ -225,10 +225,12 @@ def test_four_edits_of_one_image_share_the_first_step_that_they_act_in() -> None
         assert torch.equal(edited.masks, alone.masks)
 
 
-def test_a_prompt_is_encoded_once_per_worker() -> None:
-    engine = Engine(analytic())
-    assert len(list(engine.run(asks_for(1) for _ in range(5)))) == 5
-    assert engine.stats.prompts_encoded == 1
+def test_a_prompt_is_encoded_once_per_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = AnalyticBackbone()
+    encode, encoded = backbone.encode_text, []
+    monkeypatch.setattr(backbone, "encode_text", lambda prompt: encoded.append(prompt) or encode(prompt))
+    assert len(list(Engine(backbone).run(asks_for(1) for _ in range(5)))) == 5
+    assert len(encoded) == 1
 
 
 def test_images_in_flight_bound_how_many_are_drawn_from_the_source() -> None:

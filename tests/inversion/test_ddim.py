@@ -46,8 +46,10 @@ def test_rows_are_those_of_the_kept_steps(kind: Any, settings: dict[str, Any]) -
     inversion = kind(num_steps=4, skip_steps=3, **settings)
     engine = Engine(analytic(), call_size=8)
     engine.run_one(inversion.invert(source(analytic(), 1, "a hat")))
-    assert engine.stats.unet_rows <= inversion.rows("a hat")
-    assert inversion.rows("a hat") == kind(num_steps=4, **settings).rows("a hat")
+    if kind is NullTextInversion:  # the closed-form model may arrive before the last update
+        assert 4 < engine.stats.unet_rows <= 4 + 4 * (2 + 3 * settings["num_inner_steps"])
+    else:
+        assert engine.stats.unet_rows == 4
 
 
 def test_fewer_steps_of_noise_stay_closer_to_the_image() -> None:

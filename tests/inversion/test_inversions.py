@@ -91,20 +91,21 @@ def test_the_inexact_last_step_returns_the_last_prediction_of_the_image() -> Non
 
 
 @pytest.mark.parametrize(
-    ("inversion", "prompt"),
+    ("inversion", "prompt", "per_step"),
     [
-        (DDIMInversion(num_steps=5), "a cat"),
-        (DDIMInversion(num_steps=5, guidance_scale=2.0), "a cat"),
-        (DDIMInversion(num_steps=5, guidance_scale=2.0), ""),
-        (DDPMInversion(num_steps=5), ""),
-        (DDPMInversion(num_steps=5), "a cat"),
-        (NoiseStart(num_steps=5), "a cat"),
+        (DDIMInversion(num_steps=5), "a cat", 1),
+        (DDIMInversion(num_steps=5, guidance_scale=0.0), "a cat", 1),
+        (DDIMInversion(num_steps=5, guidance_scale=2.0), "a cat", 2),
+        (DDIMInversion(num_steps=5, guidance_scale=2.0), "", 1),
+        (DDPMInversion(num_steps=5), "", 1),
+        (DDPMInversion(num_steps=5), "a cat", 2),
+        (NoiseStart(num_steps=5), "a cat", 0),
     ],
 )
-def test_an_inversion_asks_for_the_rows_that_it_announces(inversion: Any, prompt: str) -> None:
+def test_rows_equal_the_formula(inversion: Any, prompt: str, per_step: int) -> None:
     engine = Engine(analytic())
     trajectory = engine.run_one(inversion.invert(source(analytic(), 1, prompt)))
-    assert engine.stats.unet_rows == inversion.rows(prompt)
+    assert engine.stats.unet_rows == 5 * per_step
     assert trajectory.latents.shape[0] == len(trajectory.timesteps) + 1 == 6
     assert trajectory.method == inversion.method
 

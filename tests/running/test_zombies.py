@@ -113,8 +113,10 @@ class Prepared:
     def _finished(self, unit_input: UnitInput, generation: int) -> FinishedUnit:
         rows = [row for row in unit_input.rows if isinstance(row, Sample)]
         done = [outcome(row, edit, row.key in self._failing, self._recipe) for row in rows for edit in EDITS]
-        how = {"generation": generation, "model_digest": MODEL.digest, "call_size": 4, "measured": MEASURED}
-        return finish_unit(unit_input, done, self._recipe, **how)  # type: ignore[arg-type]
+        finished = finish_unit(
+            unit_input, done, self._recipe, generation=generation, model_digest=MODEL.digest, call_size=4
+        )
+        return finished.with_measured(MEASURED)
 
     def merge(self, sink: SinkConfig, jobs: Iterable[Job]) -> Iterator[Contents]:
         return merge_here(sink, jobs)
