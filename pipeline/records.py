@@ -298,18 +298,6 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepRecord:
-    """What one editing step did, kept only where asked for (golden replay, study)."""
-
-    step: int
-    latents: Tensor  # (C, h, w) after the step
-    masks: Tensor  # (E, h, w) bool, false where the concept is inactive
-    attention: Tensor | None = None  # (E, h / 4, w / 4) before smoothing, 0 where not watched
-    source_latents: Tensor | None = None  # (C, h, w) of the source branch after the step, where there is one
-    details: Mapping[str, Tensor] = field(default_factory=dict)  # what else a method can show of a step
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class EditedLatents:
     """What an editor returns."""
 
@@ -317,7 +305,6 @@ class EditedLatents:
     # (E, h, w) bool: the regions that the edit found for itself, one per concept of the request or one in all. E is 0
     # where nothing was edited. None: it found no region, and acted wherever it was let.
     masks: Tensor | None
-    history: tuple[StepRecord, ...] = ()
 
     @property
     def mask(self) -> Tensor | None:

@@ -18,7 +18,8 @@ from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.models.analytic import AnalyticBackbone
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig
-from pipeline.records import Concept, EditedLatents, EditRequest, Source, Trajectory
+from pipeline.records import Concept, EditRequest, Source, Trajectory
+from tests.golden.checks import observed
 from tests.golden.replay import TINY_SD
 
 SIDE = 12  # latents; the attention grid is 3 x 3
@@ -65,12 +66,14 @@ def invert_and_edit(
     request: EditRequest,
     inversion: Inversion | None = None,
     editor: Editor | None = None,
+    *,
+    observe: bool = False,
     **options: Any,
-) -> Steps[tuple[Trajectory, EditedLatents]]:
+) -> Steps[tuple[Trajectory, Any]]:  # EditedLatents; ObservedLatents where its steps are looked on at
     """One image through one inversion and one editor."""
     trajectory = yield from (inversion or DDPMInversion(num_steps=6)).invert(given)
-    edited = yield from (editor or LEditsPP()).edit(trajectory, request, **options)
-    return trajectory, edited
+    editing = (editor or LEditsPP()).edit(trajectory, request, **options)
+    return trajectory, (yield from observed(editing) if observe else editing)
 
 
 def rows_of_edit(inversion: Inversion, editor: Editor, request: EditRequest, prompt: str, **options: Any) -> int:

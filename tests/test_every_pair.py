@@ -228,7 +228,7 @@ def test_a_users_mask_is_kept_to(inversion: str, editor: str) -> None:
 @of_each(PINNED)
 def test_a_pinned_source_is_the_trajectory_bit_for_bit_whatever_the_editor(inversion: str, editor: str) -> None:
     engine = Engine(analytic(), call_size=CALL_SIZE)
-    trajectory, edited = engine.run_one(whole(analytic(), inversion, editor, keep_history=True))
+    trajectory, edited = engine.run_one(whole(analytic(), inversion, editor, observe=True))
     sources = [(record.step, record.source_latents) for record in edited.history if record.source_latents is not None]
     assert trajectory.pinned
     assert len(sources) == S

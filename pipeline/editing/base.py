@@ -79,12 +79,7 @@ class Editor(BaseModel, ABC):
 
     @abstractmethod
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
         """Yield model calls; return the edit of one image.
 
@@ -92,5 +87,4 @@ class Editor(BaseModel, ABC):
             trajectory: what the inversion returned.
             request: what to change.
             user_mask: (h, w) at latent resolution in [0, 1], or None for everywhere.
-            keep_history: also return what every step did.
         """

@@ -67,12 +67,7 @@ class ClassifierFreeGuidance(Editor):
         yield from start_problems(self.start_step, inversion.num_steps)
 
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
         """See `Editor`."""
         if user_mask is not None:
@@ -85,5 +80,5 @@ class ClassifierFreeGuidance(Editor):
         else:
             (target,) = yield EncodeText((request.target_prompt,))
             predict = guided_against_brought(trajectory, target, self.guidance_scale)
-        latents, history = yield from walk(trajectory, self.start_step, predict, keep_history=keep_history)
-        return EditedLatents(latents=latents, masks=None, history=history)
+        latents = yield from walk(trajectory, self.start_step, predict)
+        return EditedLatents(latents=latents, masks=None)

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from pipeline.diffusion.masks import above_average, dilated
 from pipeline.editing.base import Editor
+from pipeline.editing.observing import StepRecord, observer
 from pipeline.editing.problems import Problem, target_problems
 from pipeline.editing.walk import inside_of, start_of, take_step
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps
 from pipeline.engine.prompts import GuidedPrompt
 from pipeline.errors import PrepareError
 from pipeline.inversion.base import Inversion
-from pipeline.records import EditedLatents, EditRequest, StepRecord, Trajectory, WordPair
+from pipeline.records import EditedLatents, EditRequest, Trajectory, WordPair
 
 
 class DiffEdit(Editor):
@@ -86,12 +87,7 @@ class DiffEdit(Editor):
         return steps
 
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
         """See `Editor`."""
         if user_mask is None:
@@ -102,7 +98,7 @@ class DiffEdit(Editor):
         else:
             mask = inside_of(user_mask)
         kept = trajectory.latents[1:] if self.background == "aligned" else trajectory.latents[:-1]
-        latents, history = kept[-1], []
+        latents = kept[-1]
         if mask.any():
             prompt = yield from GuidedPrompt.encode(request.target_prompt, self.guidance_scale, request.negative_prompt)
             prompt = dataclasses.replace(prompt, inpaint=(yield from self.inpaint_input(trajectory, mask)))
@@ -111,9 +107,9 @@ class DiffEdit(Editor):
                 noise_pred = yield from prompt.predict(latents, timestep)
                 latents, previous = take_step(trajectory, step, latents, noise_pred, previous)
                 latents = torch.where(mask, latents, kept[step])
-                if keep_history:
-                    history.append(StepRecord(step=step, latents=latents, masks=mask[None], source_latents=kept[step]))
-        return EditedLatents(latents=latents, masks=mask[None], history=tuple(history))
+                if tell := observer():
+                    tell(StepRecord(step=step, latents=latents, masks=mask[None], source_latents=kept[step]))
+        return EditedLatents(latents=latents, masks=mask[None])
 
     def difference_maps(self, trajectory: Trajectory, texts: list[tuple[str, str]]) -> Steps[Tensor]:
         """How much the predictions under the two texts of each of P pairs differ, (P, h, w), at least 0.

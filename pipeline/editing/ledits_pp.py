@@ -18,11 +18,12 @@ from torch import Tensor
 from pipeline.diffusion.guidance import edit_directions, multi_edit_guidance
 from pipeline.diffusion.masks import attention_mask, change_of_data, dilated, noise_mask, strongest_region
 from pipeline.editing.base import Editor
+from pipeline.editing.observing import StepRecord, observer
 from pipeline.editing.problems import Problem
 from pipeline.editing.walk import start_of, take_step
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps
 from pipeline.inversion.base import Inversion
-from pipeline.records import Concept, EditedLatents, EditRequest, InversionPrompts, Source, StepRecord, Trajectory
+from pipeline.records import Concept, EditedLatents, EditRequest, InversionPrompts, Source, Trajectory
 
 # A concept's region moves from step to step: early steps lay out an object, late ones work at its edges. Reported is
 # where it acted in this share of its steps. On drawn truth half loses the inside of large objects, which only the early
@@ -121,12 +122,7 @@ class LEditsPP(Editor):
                 )
 
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
         """See `Editor`."""
         num_steps = len(trajectory.timesteps)
@@ -144,7 +140,6 @@ class LEditsPP(Editor):
         times_in_mask = torch.zeros((len(concepts), *size))
         times_active = torch.zeros((len(concepts), 1, 1))
         changes = torch.zeros((len(concepts), *size))  # that the directions of all steps so far would make
-        history = []
         for step in range(first_step, num_steps):
             timestep = trajectory.timesteps[step]
             active = [number for number in mattering if is_active(concepts[number], step)]
@@ -178,14 +173,14 @@ class LEditsPP(Editor):
             if self.keep_background:
                 touched = where_acted(times_in_mask, times_active)
                 latents, previous = outside_from_source(trajectory, step, latents, previous, touched, user_mask)
-            if keep_history:
+            if tell := observer():
                 attention = None
                 if active and denoised.attention is not None:
                     attention = torch.zeros((len(concepts), *denoised.attention.shape[1:]), dtype=latents.dtype)
                     attention[active] = denoised.attention[1:]
-                history.append(StepRecord(step=step, latents=latents, masks=masks, attention=attention))
+                tell(StepRecord(step=step, latents=latents, masks=masks, attention=attention))
         masks = where_acted(times_in_mask, times_active)
-        return EditedLatents(latents=latents, masks=masks, history=tuple(history))
+        return EditedLatents(latents=latents, masks=masks)
 
     def _masks(
         self, concepts: list[Concept], directions: Tensor, attention: Tensor | None, timestep: int, source: Source

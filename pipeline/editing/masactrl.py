@@ -156,18 +156,13 @@ class MasaCtrl(MutualSelfAttention):
         yield from pair_of_words_problems(read, "blend word", request, caption_follows=caption_follows)
 
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
         """See `Editor`. With `mask: given` the user's mask tells foreground from background, and confines nothing."""
         branches = yield from Branches.encode(trajectory, request)
         edit = MasaCtrlEdit(self, trajectory, branches, request, user_mask)
         confines = None if self.mask == "given" else user_mask
-        return (yield from two_branch(trajectory, branches, edit, confines, keep_history=keep_history))
+        return (yield from two_branch(trajectory, branches, edit, confines))
 
 
 def positions_or_words(

@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.editing.base import Editor
+from pipeline.editing.observing import observer
 from pipeline.editing.problems import Problem, target_problems
 from pipeline.editing.two_branch import BranchEdit, Branches, BranchRows, two_branch
 from pipeline.editing.walk import take_step
@@ -73,12 +74,7 @@ class PlugAndPlay(Editor):
             )
 
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
         """See `Editor`."""
         empty, target, negative = yield EncodeText(
@@ -90,9 +86,9 @@ class PlugAndPlay(Editor):
         )
         edit = PlugAndPlayEdit(self, trajectory)
         if not trajectory.pinned:
-            read = num_steps if user_mask is not None or keep_history else edit.last_step
+            read = num_steps if user_mask is not None or observer() else edit.last_step
             trajectory = yield from resampled(trajectory, read, shift=self.compat_shift)
-        return (yield from two_branch(trajectory, branches, edit, user_mask, keep_history=keep_history))
+        return (yield from two_branch(trajectory, branches, edit, user_mask))
 
 
 def resampled(trajectory: Trajectory, read: int, *, shift: bool) -> Steps[Trajectory]:

@@ -130,17 +130,12 @@ class PromptToPrompt(Editor):
         yield from window_problems("self_replace_steps", self.self_replace_steps, inversion)
 
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
         """See `Editor`."""
         branches = yield from Branches.encode(trajectory, request)
         edit = self.begin(trajectory, branches, request)
-        return (yield from two_branch(trajectory, branches, edit, user_mask, keep_history=keep_history))
+        return (yield from two_branch(trajectory, branches, edit, user_mask))
 
     def begin(self, trajectory: Trajectory, branches: Branches, request: EditRequest) -> BranchEdit:
         """Everything that can be known before the first step.

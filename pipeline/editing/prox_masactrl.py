@@ -72,12 +72,7 @@ class ProxMasaCtrl(MutualSelfAttention):
         yield from super().pair_problems(inversion)
 
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
         """See `Editor`."""
         branches = yield from Branches.encode(trajectory, request)
@@ -91,7 +86,7 @@ class ProxMasaCtrl(MutualSelfAttention):
                 target_uncond=(empty,) * first + branches.target_uncond[first:],
             )
         edit = ProxMasaCtrlEdit(self, trajectory)
-        return (yield from two_branch(trajectory, branches, edit, user_mask, keep_history=keep_history))
+        return (yield from two_branch(trajectory, branches, edit, user_mask))
 
 
 KEYS: dict[str, Keys] = {"src": "source", "joint": "union", "none": "own"}

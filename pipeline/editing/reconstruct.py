@@ -35,12 +35,7 @@ class Reconstruct(Editor):
         yield from ()
 
     def edit(
-        self,
-        trajectory: Trajectory,
-        request: EditRequest,
-        user_mask: Tensor | None = None,
-        *,
-        keep_history: bool = False,
+        self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
         """See `Editor`."""
         if trajectory.source_guidance == 1.0 or trajectory.uncond is None:
@@ -51,5 +46,5 @@ class Reconstruct(Editor):
         else:
             (source,) = yield EncodeText((trajectory.source_prompt,))
             predict = guided_against_brought(trajectory, source, trajectory.source_guidance)
-        latents, history = yield from walk(trajectory, 0, predict, keep_history=keep_history)
-        return EditedLatents(latents=latents, masks=no_masks(latents), history=history)
+        latents = yield from walk(trajectory, 0, predict)
+        return EditedLatents(latents=latents, masks=no_masks(latents))

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.editing.observing import StepRecord, observer
 from pipeline.editing.problems import no_place_for_negative_prompt
 from pipeline.editing.walk import brought_uncond, no_masks, start_of, take_step
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps, TextConditioning
 from pipeline.engine.controls import Control
 from pipeline.errors import PrepareError
-from pipeline.records import EditedLatents, EditRequest, StepRecord, Trajectory
+from pipeline.records import EditedLatents, EditRequest, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +134,7 @@ class BranchEdit:
         return source, target, None
 
     def details(self) -> Mapping[str, Tensor]:
-        """What else the history shall show of the step that was just taken."""
+        """What else an observer is shown of the step that was just taken."""
         return {}
 
     def mask(self) -> Tensor | None:
@@ -146,8 +147,6 @@ def two_branch(
     branches: Branches,
     edit: BranchEdit,
     user_mask: Tensor | None = None,
-    *,
-    keep_history: bool = False,
 ) -> Steps[EditedLatents]:
     """Walk both branches from the trajectory's start to its end; return the target.
 
@@ -156,19 +155,18 @@ def two_branch(
         branches: its prompts.
         edit: what happens between the branches.
         user_mask: (h, w) in [0, 1]; outside of it the target follows the source. None: everywhere.
-        keep_history: also return what every step did; the source is then walked to the end.
     """
     num_steps = len(trajectory.timesteps)
+    tell = observer()
     source: Tensor | None
     target, previous_target = start_of(trajectory, 0)
     source, previous_source = target, previous_target
     reads = [
         step
         for step in range(num_steps)
-        if edit.reads_attention(step) or edit.reads_latents(step) or user_mask is not None or keep_history
+        if edit.reads_attention(step) or edit.reads_latents(step) or user_mask is not None or tell
     ]
     last_read = reads[-1] if reads else -1
-    history = []
     for step in range(num_steps):
         walks_source = source is not None and not trajectory.keeps_source and step <= last_read
         rows, conditioning, latents = _rows(step, edit, branches, source, target, walks_source)
@@ -193,13 +191,11 @@ def two_branch(
         source, target, mask = edit.after_step(step, source, target, denoised.seen)
         if user_mask is not None and source is not None:
             target = source + user_mask.to(target) * (target - source)
-        if keep_history:
+        if tell:
             masks = no_masks(target) if mask is None else mask[None]
-            history.append(
-                StepRecord(step=step, latents=target, masks=masks, source_latents=source, details=edit.details())
-            )
+            tell(StepRecord(step=step, latents=target, masks=masks, source_latents=source, details=edit.details()))
     reported = edit.mask()
-    return EditedLatents(latents=target, masks=None if reported is None else reported[None], history=tuple(history))
+    return EditedLatents(latents=target, masks=None if reported is None else reported[None])
 
 
 def _rows(

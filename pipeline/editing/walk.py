@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pipeline.editing.observing import StepRecord, observer
 from pipeline.engine.calls import Steps, TextConditioning
 from pipeline.engine.prompts import GuidedPrompt
 from pipeline.errors import PrepareError
-from pipeline.records import StepRecord, Trajectory
+from pipeline.records import Trajectory
 
 Predict = Callable[[Tensor, int], Steps[Tensor]]
 """Latents (C, h, w) and a timestep give, after model calls, a noise prediction (C, h, w)."""
@@ -72,15 +73,12 @@ def guided_against_brought(trajectory: Trajectory, prompt: TextConditioning, gui
     return predict
 
 
-def walk(
-    trajectory: Trajectory, first_step: int, predict: Predict, *, keep_history: bool = False
-) -> Steps[tuple[Tensor, tuple[StepRecord, ...]]]:
+def walk(trajectory: Trajectory, first_step: int, predict: Predict) -> Steps[Tensor]:
     """From the stored latents of `first_step` to the end."""
     latents, previous = start_of(trajectory, first_step)
-    history = []
     for step in range(first_step, len(trajectory.timesteps)):
         noise_pred = yield from predict(latents, trajectory.timesteps[step])
         latents, previous = take_step(trajectory, step, latents, noise_pred, previous)
-        if keep_history:
-            history.append(StepRecord(step=step, latents=latents, masks=no_masks(latents), attention=None))
-    return latents, tuple(history)
+        if tell := observer():
+            tell(StepRecord(step=step, latents=latents, masks=no_masks(latents)))
+    return latents

@@ -61,16 +61,13 @@ class NullTextInversion(DDIMInversion):
             trajectory, uncond=uncond, uncond_scope=self.uncond_scope, source_guidance=self.edit_guidance_scale
         )
 
-    def optimise(
-        self, trajectory: Trajectory, cond: TextConditioning, start: Tensor, losses: list[float] | None = None
-    ) -> Steps[Tensor]:
+    def optimise(self, trajectory: Trajectory, cond: TextConditioning, start: Tensor) -> Steps[Tensor]:
         """The N embeddings (N, L, D), float32 or wider, on the CPU.
 
         Args:
             trajectory: whose latents the guided steps shall land on.
             cond: the source prompt.
             start: (L, D) embedding to begin with.
-            losses: takes every loss in order of evaluation, where given.
         """
         outside = trajectory.latents.dtype
         uncond = start.cpu().to(outside)
@@ -90,8 +87,6 @@ class NullTextInversion(DDIMInversion):
                 assert attempt.embedding_grads is not None
                 loss = objective.loss(attempt.noise_preds[0])
                 uncond = adam.update(uncond, attempt.embedding_grads[0].to(outside))
-                if losses is not None:
-                    losses.append(loss)
                 if loss < self.early_stop_epsilon + step * 2e-5:
                     break
             stored.append(uncond)

@@ -119,7 +119,7 @@ def test_several_phrases_give_the_union_of_their_masks(backbone: Any) -> None:
 
 @every_backbone
 def test_outside_of_the_mask_the_encoded_image_stays(backbone: Any) -> None:
-    trajectory, edited = run(backbone, DiffEdit(num_maps=2), keep_history=True)
+    trajectory, edited = run(backbone, DiffEdit(num_maps=2), observe=True)
     outside = ~edited.mask
     assert torch.equal(edited.latents[:, outside], image_latents(backbone, 1)[:, outside])
     assert not torch.equal(edited.latents[:, edited.mask], image_latents(backbone, 1)[:, edited.mask])

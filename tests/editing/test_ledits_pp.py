@@ -15,6 +15,7 @@ from pipeline.errors import EditError, PrepareError
 from pipeline.flow import latent_mask
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.records import Concept, EditRequest
+from tests.golden.checks import observed
 from tests.methods import BACKBONES, analytic, image_latents, invert_and_edit, source, sunglasses_and_hat, tiny_sd
 
 N = 6
@@ -95,14 +96,14 @@ def test_starting_at_the_first_warm_up_equals_walking_every_step(backbone: Any, 
     inversion = DDPMInversion(num_steps=N, solver=solver)
     request = EditRequest(concepts=(Concept(prompt="hat", guidance_scale=2.0, threshold=0.71, warmup_steps=3),))
     trajectory, short = Engine(backbone, call_size=8).run_one(
-        invert_and_edit(source(backbone, 1), request, inversion, keep_history=True)
+        invert_and_edit(source(backbone, 1), request, inversion, observe=True)
     )
     assert [record.step for record in short.history] == [3, 4, 5]
     # A base prompt that is named, but embeds as the empty one does, makes the editor walk every step.
     walked_request = request.model_copy(update={"negative_prompt": "\u2003"})
     engine = Engine(backbone, call_size=8)
     engine._prompts["\u2003"] = engine._encode_text("")
-    walked = engine.run_one(LEditsPP().edit(trajectory, walked_request, keep_history=True))
+    walked = engine.run_one(observed(LEditsPP().edit(trajectory, walked_request)))
     assert len(walked.history) == N
     torch.testing.assert_close(walked.latents, short.latents, atol=2e-3, rtol=2e-3)
     assert torch.equal(walked.masks, short.masks)
@@ -172,7 +173,7 @@ def test_masks_have_the_area_that_their_threshold_leaves(backbone: Any, mode: st
     editor = LEditsPP(mask=mode, intersect_from_timestep=1000)
     thresholds = (0.3, 0.83)
     concepts = tuple(Concept(prompt="hat", guidance_scale=2.0, threshold=threshold) for threshold in thresholds)
-    generator = invert_and_edit(source(backbone, 1), EditRequest(concepts=concepts), editor=editor, keep_history=True)
+    generator = invert_and_edit(source(backbone, 1), EditRequest(concepts=concepts), editor=editor, observe=True)
     _, edited = Engine(backbone).run_one(generator)
     assert len(edited.history) == N
     for record in edited.history:
@@ -191,13 +192,11 @@ def test_the_intersection_lies_in_the_attention_mask_from_its_timestep_on() -> N
     recorded = {}
     for mode in ("intersect", "attention", "noise"):
         generator = invert_and_edit(
-            source(tiny_sd(), 1), request, editor=LEditsPP(mask=mode, intersect_from_timestep=1000), keep_history=True
+            source(tiny_sd(), 1), request, editor=LEditsPP(mask=mode, intersect_from_timestep=1000), observe=True
         )
         recorded[mode] = Engine(tiny_sd(), call_size=8).run_one(generator)[1].history[0].masks
     assert torch.equal(recorded["intersect"], recorded["attention"] & recorded["noise"])
-    generator = invert_and_edit(
-        source(tiny_sd(), 1), request, editor=LEditsPP(intersect_from_timestep=0), keep_history=True
-    )
+    generator = invert_and_edit(source(tiny_sd(), 1), request, editor=LEditsPP(intersect_from_timestep=0), observe=True)
     early = Engine(tiny_sd(), call_size=8).run_one(generator)[1].history[0].masks
     assert torch.equal(early, recorded["attention"])
 
@@ -211,7 +210,7 @@ def test_a_steady_mask_is_where_all_directions_so_far_changed_the_image_most_and
     answers: list[Denoised] = []
 
     def spied() -> Any:
-        steps = invert_and_edit(given, request, editor=LEditsPP(mask="steady"), keep_history=True)
+        steps = invert_and_edit(given, request, editor=LEditsPP(mask="steady"), observe=True)
         answer: Any = None
         while True:
             try:
@@ -259,7 +258,7 @@ def test_a_kept_background_is_the_sources_outside_the_widened_masks_at_every_ste
             EditRequest(concepts=(concept,)),
             inversion,
             editor=LEditsPP(mask="noise", keep_background=keep),
-            keep_history=True,
+            observe=True,
         )
         results[keep] = engines[-1].run_one(generator)
     trajectory, kept = results[True]

@@ -32,7 +32,7 @@ EVERYWHERE: dict[str, Any] = {"guidance_scale": 2.0, "start_step": 0, "start_lay
 def generated(editor: Any, request: EditRequest = WORDS, **options: Any) -> EditedLatents:
     """A pair from Gaussian noise, where a random network amplifies little."""
     given = source(tiny_sd(), 1, SITTING)
-    generator = invert_and_edit(given, request, NoiseStart(num_steps=N), editor, keep_history=True, **options)
+    generator = invert_and_edit(given, request, NoiseStart(num_steps=N), editor, observe=True, **options)
     return Engine(tiny_sd(), call_size=8).run_one(generator)[1]
 
 

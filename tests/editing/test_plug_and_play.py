@@ -79,20 +79,20 @@ def test_each_window_changes_the_edit(window: str) -> None:
     off = {"feature_steps": 0.0, "attention_steps": 0.0}
     inversion = DirectInversion(num_steps=2)
     plain = run(tiny_sd(), inversion, PlugAndPlay(**off))[1]
-    injected = run(tiny_sd(), inversion, PlugAndPlay(**{**off, window: 0.5}), keep_history=True)[1]
+    injected = run(tiny_sd(), inversion, PlugAndPlay(**{**off, window: 0.5}), observe=True)[1]
     assert not torch.allclose(plain.latents, injected.latents, atol=1e-3)
 
 
 def test_a_target_that_says_what_the_source_says_follows_it() -> None:
     backbone = tiny_sd(torch.float64)
     editor = PlugAndPlay(guidance_scale=1.0, feature_steps=1.0, attention_steps=1.0)
-    _, edited = run(backbone, DDIMInversion(num_steps=3), editor, EditRequest(), keep_history=True)
+    _, edited = run(backbone, DDIMInversion(num_steps=3), editor, EditRequest(), observe=True)
     for record in edited.history:
         torch.testing.assert_close(record.latents, record.source_latents, atol=1e-6, rtol=1e-6)
 
 
 def test_the_pinned_source_is_the_trajectory_whatever_is_predicted_for_it() -> None:
-    trajectory, edited = run(tiny_sd(), DirectInversion(num_steps=N), PlugAndPlay(), keep_history=True)
+    trajectory, edited = run(tiny_sd(), DirectInversion(num_steps=N), PlugAndPlay(), observe=True)
     assert torch.equal(torch.stack([record.source_latents for record in edited.history]), trajectory.latents[1:])
 
 

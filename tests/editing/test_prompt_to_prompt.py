@@ -44,7 +44,7 @@ def result(
     # From Gaussian noise by default: at inverted latents a random UNet multiplies rounding by 35 to 100 per step.
     given = source(backbone, 1, request.source_prompt, side)
     editor = PromptToPrompt(**{"guidance_scale": 3.0, **settings})
-    generator = invert_and_edit(given, request, inversion or NoiseStart(num_steps=S), editor, keep_history=True)
+    generator = invert_and_edit(given, request, inversion or NoiseStart(num_steps=S), editor, observe=True)
     edited: tuple[Trajectory, EditedLatents] = Engine(backbone, call_size=8).run_one(generator)
     return edited
 

@@ -41,7 +41,7 @@ def edit(
     backbone = tiny_sd(torch.float64) if backbone is None else backbone
     engine = Engine(backbone, call_size=8)
     generator = invert_and_edit(
-        source(backbone, 1, CAT), EditRequest(target_prompt=target), inversion, editor, keep_history=True
+        source(backbone, 1, CAT), EditRequest(target_prompt=target), inversion, editor, observe=True
     )
     trajectory, edited = engine.run_one(generator)
     return trajectory, edited, engine.stats.unet_rows
@@ -165,7 +165,7 @@ def test_the_source_has_rows_only_where_they_are_read(inversion: Any, quantile: 
     assert rows_of_edit(inversion, ProxEdit(quantile=quantile), EditRequest(target_prompt=DOG), CAT) == rows
 
 
-def test_keeping_history_changes_no_edit() -> None:
+def test_looking_at_every_step_changes_no_edit() -> None:
     for inversion in (NPI, DDIMInversion(num_steps=N), DirectInversion(num_steps=N, offset_scale=0.5)):
         generator = invert_and_edit(
             source(analytic(), 1, CAT), EditRequest(target_prompt=DOG), inversion, ProxEdit(guidance_scale=2.0)

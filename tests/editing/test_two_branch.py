@@ -20,6 +20,7 @@ from pipeline.inversion.direct import DirectInversion
 from pipeline.inversion.negative_prompt import NegativePromptInversion
 from pipeline.inversion.noise import NoiseStart
 from pipeline.records import EditedLatents, EditRequest, Trajectory, WordPair
+from tests.golden.checks import observed
 from tests.methods import BACKBONES, SIDE, analytic, invert_and_edit, rows_of_edit, source, tiny_sd
 
 S = 5
@@ -44,7 +45,7 @@ def result(
 @pytest.mark.parametrize("scale", [1.0, 7.5, -3.0])
 def test_a_pinned_source_is_the_trajectory_bit_for_bit(backbone: Any, request_: EditRequest, scale: float) -> None:
     editor = ALWAYS.model_copy(update={"guidance_scale": scale})
-    trajectory, edited = result(backbone, request_, DirectInversion(num_steps=S), editor, keep_history=True)
+    trajectory, edited = result(backbone, request_, DirectInversion(num_steps=S), editor, observe=True)
     assert len(edited.history) == S
     for record in edited.history:
         assert record.source_latents is not None
@@ -100,9 +101,11 @@ def test_the_source_ends_with_the_last_step_that_reads_it(inversion: Any, more: 
 @every_backbone
 def test_looking_at_every_step_changes_no_result(backbone: Any) -> None:
     editor = PromptToPrompt(guidance_scale=2.0)
-    runs = [result(backbone, REQUEST, NoiseStart(num_steps=S), editor, keep_history=keep)[1] for keep in (False, True)]
-    assert runs[0].history == ()
-    torch.testing.assert_close(runs[0].latents, runs[1].latents, atol=1e-3, rtol=1e-3)
+    seen, unseen = (
+        result(backbone, REQUEST, NoiseStart(num_steps=S), editor, observe=observe)[1] for observe in (True, False)
+    )
+    assert [record.step for record in seen.history] == list(range(S))
+    torch.testing.assert_close(seen.latents, unseen.latents, atol=1e-3, rtol=1e-3)
 
 
 @every_backbone
@@ -112,8 +115,8 @@ def test_the_source_of_negative_prompt_inversion_is_unguided_sampling_at_any_gui
 ) -> None:
     inversion = NegativePromptInversion(num_steps=S)
     editor = PromptToPrompt(guidance_scale=scale, cross_replace_steps=(0, 0), self_replace_steps=(0, 0))
-    trajectory, edited = result(backbone, REQUEST, inversion, editor, keep_history=True)
-    unguided = Engine(backbone, call_size=8).run_one(Reconstruct().edit(trajectory, EditRequest(), keep_history=True))
+    trajectory, edited = result(backbone, REQUEST, inversion, editor, observe=True)
+    unguided = Engine(backbone, call_size=8).run_one(observed(Reconstruct().edit(trajectory, EditRequest())))
     for ours, expected in zip(edited.history, unguided.history, strict=True):
         assert ours.source_latents is not None
         assert torch.equal(ours.source_latents, expected.latents)
@@ -122,7 +125,7 @@ def test_the_source_of_negative_prompt_inversion_is_unguided_sampling_at_any_gui
 @pytest.mark.parametrize("inversion", [DDIMInversion(num_steps=S), NegativePromptInversion(num_steps=S)])
 def test_equal_prompts_keep_the_branches_equal(inversion: Any) -> None:
     for editor in (ALWAYS, PromptToPrompt(), PromptToPrompt(kind="replace")):
-        _, edited = result(tiny_sd(torch.float64), SAME, inversion, editor, keep_history=True)
+        _, edited = result(tiny_sd(torch.float64), SAME, inversion, editor, observe=True)
         for record in edited.history:
             torch.testing.assert_close(record.latents, record.source_latents, atol=1e-7, rtol=1e-7)
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor
 
 from pipeline.editing.base import Editor
+from pipeline.editing.observing import StepRecord, observed_by
+from pipeline.engine.calls import Steps
 from pipeline.engine.engine import Engine
+from pipeline.inversion.null_text import Objective
 from pipeline.records import EditedLatents, EditRequest, Source, Trajectory
 
 
@@ -54,6 +60,53 @@ def source_of(engine: Engine, latents: Tensor, prompt: str, noises: Tensor | Non
     )
 
 
-def edit(engine: Engine, editor: Editor, trajectory: Trajectory, request: EditRequest, **options: Any) -> EditedLatents:
+def edit(
+    engine: Engine, editor: Editor, trajectory: Trajectory, request: EditRequest, **options: Any
+) -> ObservedLatents:
     """One edit of one image, with what every step did."""
-    return engine.run_one(editor.edit(trajectory, request, keep_history=True, **options))
+    return engine.run_one(observed(editor.edit(trajectory, request, **options)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObservedLatents(EditedLatents):
+    """What an editor returned, and what it told of its steps."""
+
+    steps: tuple[StepRecord, ...]
+
+    @property
+    def history(self) -> tuple[StepRecord, ...]:
+        """At least one step: a loop over none would compare nothing."""
+        assert self.steps, "no step was taken"
+        return self.steps
+
+
+def observed(editing: Steps[EditedLatents]) -> Steps[ObservedLatents]:
+    """An edit that is looked on at, it alone, whatever the engine runs beside it."""
+    steps: list[StepRecord] = []
+    reply, error = None, None
+    while True:
+        with observed_by(steps.append):
+            try:
+                call = editing.send(reply) if error is None else editing.throw(error)
+            except StopIteration as stop:
+                edited: EditedLatents = stop.value
+                return ObservedLatents(latents=edited.latents, masks=edited.masks, steps=tuple(steps))
+        reply, error = None, None
+        try:
+            reply = yield call
+        except Exception as raised:
+            error = raised
+
+
+@contextmanager
+def losses_kept() -> Iterator[list[float]]:
+    """Every loss that null-text optimisation evaluates, in order."""
+    kept: list[float] = []
+    evaluate = Objective.loss
+
+    def loss(objective: Objective, uncond_pred: Tensor) -> float:
+        kept.append(evaluate(objective, uncond_pred))
+        return kept[-1]
+
+    with patch.object(Objective, "loss", loss):
+        yield kept

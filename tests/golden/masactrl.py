@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pipeline.editing.masactrl import MasaCtrl
+from pipeline.editing.observing import StepRecord
 from pipeline.engine.engine import Engine
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.noise import NoiseStart
-from pipeline.records import EditRequest, StepRecord, Trajectory
+from pipeline.records import EditRequest, Trajectory
 from tests.golden.checks import Check, edit, equal, relative_l2, source_of
 
 EVERY = 4  # stride of the recorded subsamples

@@ -31,8 +31,8 @@ from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.inversion.noise import NoiseStart
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig
-from pipeline.records import Concept, EditedLatents, EditRequest, Trajectory
-from tests.golden.checks import Check, edit, equal, relative, source_of
+from pipeline.records import Concept, EditRequest, Trajectory
+from tests.golden.checks import Check, ObservedLatents, edit, equal, observed, relative, source_of
 from tests.golden.diffedit import replay_diffedit
 from tests.golden.masactrl import replay_masactrl
 from tests.golden.proxedit import replay_proxedit
@@ -215,7 +215,7 @@ def all_timesteps(inversion: DDPMInversion, engine: Engine) -> tuple[int, ...]:
     return schedule.ddim_timesteps(steps, "leading") if inversion.solver == "ddim" else schedule.dpm_timesteps(steps)
 
 
-def unroll(edits: list[EditedLatents], trajectories: list[Trajectory]) -> tuple[Tensor, Tensor]:
+def unroll(edits: list[ObservedLatents], trajectories: list[Trajectory]) -> tuple[Tensor, Tensor]:
     """Masks (N, E, B, h, w) and latents (N, B, C, h, w) of every step, those that were not computed included."""
     num_steps = len(trajectories[0].timesteps)
     all_masks, all_latents = [], []
@@ -251,7 +251,7 @@ def replay_without_model(
         maps = torch.cat([torch.zeros_like(golden["attn_map"][step, :1, 0]), golden["attn_map"][step, :, 0]])
         return Denoised(golden["eps_edit"][step, rows, 0], maps[rows] if call.watch is not None else None)
 
-    edited = answer(editor.edit(inverted, request, keep_history=True), recorded)
+    edited = answer(observed(editor.edit(inverted, request)), recorded)
     masks, _ = unroll([edited], [inverted])
     yield Check("model-free masks, share of different pixels", float((masks != golden["mask"]).double().mean()), 0.0)
     yield Check("model-free final", relative(edited.latents[None], golden["final"]), 1e-5)

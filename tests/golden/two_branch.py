@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.editing.alignment import equalizer_weights, refinement_mapper, replacement_mapper, word_schedule
+from pipeline.editing.observing import StepRecord
 from pipeline.editing.prompt_to_prompt import PromptToPrompt
 from pipeline.editing.two_branch import BranchEdit, Branches, two_branch
 from pipeline.engine.calls import Steps
@@ -22,8 +23,8 @@ from pipeline.inversion.direct import DirectInversion
 from pipeline.inversion.negative_prompt import NegativePromptInversion, slerp
 from pipeline.inversion.noise import NoiseStart
 from pipeline.inversion.null_text import NullTextInversion
-from pipeline.records import EditedLatents, EditRequest, StepRecord, Trajectory, WordPair
-from tests.golden.checks import Check, edit, equal, relative_l2, source_of
+from pipeline.records import EditedLatents, EditRequest, Trajectory, WordPair
+from tests.golden.checks import Check, edit, equal, losses_kept, observed, relative_l2, source_of
 from tests.golden.masactrl import compare_entries, masactrl
 
 EVERY = 4  # stride of the recorded subsamples
@@ -211,9 +212,9 @@ def explicit_offsets(
 
     def walk() -> Steps[EditedLatents]:
         branches = yield from Branches.encode(loose, EditRequest(target_prompt=prompt))
-        return (yield from two_branch(loose, branches, edit, keep_history=True))
+        return (yield from two_branch(loose, branches, edit))
 
-    history = engine.run_one(walk()).history
+    history = engine.run_one(observed(walk())).history
     sources = torch.stack([record.source_latents for record in history])
     return sources - torch.stack(edit.moved[1::2])
 
@@ -282,8 +283,8 @@ def replay_null_text(golden: dict[str, Tensor], settings: dict[str, Any], engine
         pivot = dataclasses.replace(pivot, latents=golden["x_stars"].flip(0))
     trajectory = started_at(dataclasses.replace(pivot, pinned=False), golden["x_T"][0])
     cond, empty = engine.backbone.encode_text(prompt), engine.backbone.encode_text("")
-    losses: list[float] = []
-    uncond = engine.run_one(inversion.optimise(trajectory, cond, empty.embedding, losses))
+    with losses_kept() as losses:
+        uncond = engine.run_one(inversion.optimise(trajectory, cond, empty.embedding))
     per_step = settings["num_inner_steps"]
     recorded = golden["losses"]
     editor = prompt_to_prompt(settings["p2p"], settings["guidance_scale"])

@@ -23,7 +23,7 @@ every_backbone = pytest.mark.parametrize("backbone", [make() for make in BACKBON
 
 def result(backbone: Any, inversion: Any, request: EditRequest, **settings: Any) -> tuple[Trajectory, EditedLatents]:
     editor = PromptToPrompt(**{"guidance_scale": 2.0, **settings})
-    generator = invert_and_edit(source(backbone, 1, SOURCE), request, inversion, editor, keep_history=True)
+    generator = invert_and_edit(source(backbone, 1, SOURCE), request, inversion, editor, observe=True)
     edited: tuple[Trajectory, EditedLatents] = Engine(backbone, call_size=8).run_one(generator)
     return edited
 

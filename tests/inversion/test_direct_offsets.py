@@ -22,7 +22,7 @@ def edit(inversion: Any) -> tuple[Trajectory, EditedLatents, int]:
     engine = Engine(tiny_sd(), call_size=8)
     request, editor = EditRequest(target_prompt=TARGET), MasaCtrl(guidance_scale=2.0, start_step=1)
     given = source(tiny_sd(), 1, SOURCE)
-    trajectory, edited = engine.run_one(invert_and_edit(given, request, inversion, editor, keep_history=True))
+    trajectory, edited = engine.run_one(invert_and_edit(given, request, inversion, editor, observe=True))
     return trajectory, edited, engine.stats.unet_rows
 
 

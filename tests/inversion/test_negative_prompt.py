@@ -25,7 +25,7 @@ every_backbone = pytest.mark.parametrize("backbone", [make() for make in BACKBON
 def result(backbone: Any, inversion: Any, request: EditRequest, scale: float) -> tuple[Trajectory, EditedLatents]:
     editor = PromptToPrompt(guidance_scale=scale)
     given = source(backbone, 1, request.source_prompt)
-    generator = invert_and_edit(given, request, inversion, editor, keep_history=True)
+    generator = invert_and_edit(given, request, inversion, editor, observe=True)
     edited: tuple[Trajectory, EditedLatents] = Engine(backbone, call_size=8).run_one(generator)
     return edited
 

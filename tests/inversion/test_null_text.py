@@ -15,6 +15,7 @@ from pipeline.engine.engine import Engine
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.null_text import Adam, NullTextInversion, Objective
 from pipeline.records import EditRequest, Trajectory
+from tests.golden.checks import losses_kept, observed
 from tests.methods import BACKBONES, invert_and_edit, source, tiny_sd
 
 S, J = 4, 3
@@ -39,8 +40,8 @@ def losses_of(backbone: Any, settings: NullTextInversion) -> list[float]:
     engine = Engine(backbone, call_size=8)
     pivot = engine.run_one(DDIMInversion(num_steps=S).invert(source(backbone, 1, SOURCE)))
     cond, empty = backbone.encode_text(SOURCE), backbone.encode_text("")
-    losses: list[float] = []
-    engine.run_one(settings.optimise(pivot, cond, empty.embedding, losses))
+    with losses_kept() as losses:
+        engine.run_one(settings.optimise(pivot, cond, empty.embedding))
     return losses
 
 
@@ -60,7 +61,7 @@ def test_guidance_of_the_source_stays_closer_to_the_image_than_without_the_embed
     distances = []
     for settings in (DDIMInversion(num_steps=S), inversion(num_inner_steps=10, learning_rate=0.05)):
         generator = invert_and_edit(
-            source(backbone, 1, SOURCE), SAME, settings, PromptToPrompt(guidance_scale=3.0), keep_history=True
+            source(backbone, 1, SOURCE), SAME, settings, PromptToPrompt(guidance_scale=3.0), observe=True
         )
         trajectory, edited = Engine(backbone, call_size=8).run_one(generator)
         first = edited.history[0].source_latents
@@ -90,7 +91,7 @@ def test_the_next_step_starts_from_what_was_reached_and_sampling_gets_there_too(
     settings = inversion()
     trajectory, _ = inverted(backbone, settings)
     editor = PromptToPrompt(guidance_scale=3.0)
-    edited = Engine(backbone, call_size=8).run_one(editor.edit(trajectory, SAME, keep_history=True))
+    edited = Engine(backbone, call_size=8).run_one(observed(editor.edit(trajectory, SAME)))
     # Only the last step is optimised again, from where sampling has come by then: the same embedding must come out.
     before = edited.history[-2].source_latents
     last = dataclasses.replace(
@@ -182,7 +183,7 @@ def test_embeddings_for_the_source_alone_serve_no_target() -> None:
     everywhere = dataclasses.replace(trajectory, uncond_scope="all")
     editor = PromptToPrompt(guidance_scale=3.0)
     one, other = (
-        Engine(backbone, call_size=8).run_one(editor.edit(given, REQUEST, keep_history=True))
+        Engine(backbone, call_size=8).run_one(observed(editor.edit(given, REQUEST)))
         for given in (trajectory, everywhere)
     )
     assert torch.equal(one.history[0].source_latents, other.history[0].source_latents)
