@@ -19,7 +19,7 @@ from pipeline.cli import app
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-WITH_RAY = {ROOT / "pipeline" / f"{name}.py" for name in ("on_ray", "metering", "ray_settings")}
+WITH_RAY = set((ROOT / "pipeline" / "running" / "on_ray").glob("*.py"))
 COMES_ALONG = {"tokenizers"}  # with transformers
 
 WITHOUT_EXTRAS = """

@@ -187,9 +187,12 @@ def stable_diffusion_pipeline() -> type[DiffusionPipeline]:
     return StableDiffusionPipeline
 
 
-def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def load_pipeline(folder: Path) -> Any:
     """Read a folder that `save_pipeline` wrote, as a `StableDiffusionPipeline`. `OSError` where it is incomplete."""
     with quiet():
-        pipeline = stable_diffusion_pipeline().from_pretrained(folder, dtype=dtype, local_files_only=True)
+        # Without `low_cpu_mem_usage` diffusers asks for accelerate, which nothing here needs.
+        pipeline = stable_diffusion_pipeline().from_pretrained(
+            folder, dtype=torch.float32, low_cpu_mem_usage=False, local_files_only=True
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
