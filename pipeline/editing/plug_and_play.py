@@ -20,6 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from pipeline import compat
 from pipeline.editing.base import Editor
 from pipeline.editing.observing import observer
 from pipeline.editing.problems import Problem, target_problems
@@ -109,7 +110,7 @@ def resampled(trajectory: Trajectory, read: int, *, shift: bool) -> Steps[Trajec
         latents.append(take_step(trajectory, step, latents[-1], noise_pred, None)[0])
     walked = torch.cat([torch.stack(latents), trajectory.latents[len(latents) :]])
     if shift:
-        walked = torch.cat([walked[1:], walked[-1:]])
+        walked = compat.one_step_less_noisy(walked)
     return dataclasses.replace(trajectory, latents=walked, pinned=True)
 
 
