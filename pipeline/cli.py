@@ -378,7 +378,9 @@ def methods() -> None:
         Console(highlight=False).print(table)
     out.print(
         "All of them work with the bundled model (model.name: demo), which knows drawn faces only, and with any Stable "
-        "Diffusion 1.x or 2.x checkpoint."
+        "Diffusion 1.x or 2.x checkpoint. Settings for parity with published code are left out: `shardedit schema "
+        "--markdown` ends with them.",
+        markup=False,
     )
 
 
@@ -392,9 +394,12 @@ def method_table(title: str) -> Table:
 
 
 def defaults_of(method: Any) -> str:
-    """A method's settings with their defaults, one to a line."""
-    fields = method.model_fields.items()
-    return "\n".join(f"{name}: {field.default}" for name, field in fields if name != "method")
+    """A method's settings with their defaults, one to a line; those for parity with published code are left out."""
+    from pipeline.compat import SETTINGS
+
+    fields = dict(method.model_fields)
+    left_out = ("method", *SETTINGS.get(fields["method"].default, ()))
+    return "\n".join(f"{name}: {field.default}" for name, field in fields.items() if name not in left_out)
 
 
 def whole_streams() -> None:

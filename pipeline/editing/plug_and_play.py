@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
+from pipeline import compat
 from pipeline.editing.base import EditingMethod
 from pipeline.editing.observing import observer
 from pipeline.editing.problems import Problem, target_problems
@@ -110,7 +111,7 @@ def resampled(trajectory: Trajectory, read: int, *, shift: bool) -> Steps[Trajec
         latents.append(take_step(trajectory, step, latents[-1], noise_pred, None)[0])
     walked = torch.cat([torch.stack(latents), trajectory.latents[len(latents) :]])
     if shift:
-        walked = torch.cat([walked[1:], walked[-1:]])
+        walked = compat.one_step_less_noisy(walked)
     return dataclasses.replace(trajectory, latents=walked, pinned=True)
 
 

@@ -11,10 +11,8 @@ Prompt-to-Prompt's with blend words, else where the direction is left. Memory: n
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping
-from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -24,37 +22,17 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 from typing_extensions import override
 
+from pipeline import compat
 from pipeline.diffusion.masks import OfImage, everything
 from pipeline.diffusion.steps import DDIM
 from pipeline.editing.prompt_to_prompt import PromptToPrompt, PromptToPromptEdit
 from pipeline.editing.two_branch import BranchEdit, Branches, Prediction
 from pipeline.records import EditRequest, Trajectory
 
-log = logging.getLogger(__name__)
-
-PUBLISHED = {"l0": "soft", "l1": "l1_compat"}  # name in the published code: what it computes
-
-
-@cache
-def _note_published_name(name: str) -> None:
-    log.warning(
-        "prox: %s is the published code's name for what is prox: %s here. The paper's l0 is prox: hard",
-        name,
-        PUBLISHED[name],
-    )
-
-
-def _by_what_it_computes(value: Any) -> Any:
-    if not isinstance(value, str) or value not in PUBLISHED:
-        return value
-    _note_published_name(value)
-    return PUBLISHED[value]
-
-
 Prox = Annotated[
     Literal["none", "soft", "hard", "l1_compat"],
-    BeforeValidator(_by_what_it_computes),
-    WithJsonSchema({"enum": ["none", "soft", "hard", "l1_compat", *PUBLISHED]}),
+    BeforeValidator(compat.prox_by_what_it_computes),
+    WithJsonSchema({"enum": ["none", "soft", "hard", "l1_compat", *compat.PUBLISHED]}),
 ]
 """soft shrinks every entry by the threshold, hard drops those up to it. The published code's `l0` is soft, in spite of
 its name, and its `l1` a double shrinking that turns the sign of some negative entries: l1_compat, for parity only."""
@@ -67,10 +45,7 @@ def proximal(delta: Float[Tensor, "*shape"], threshold: float, prox: Prox) -> Fl
     if prox == "hard":
         return torch.where(delta.abs() > threshold, delta, torch.zeros_like(delta))
     shrunk = delta - delta.clamp(-threshold, threshold)
-    if prox == "l1_compat":  # in this order, on the running value
-        shrunk = torch.where(shrunk > 0, shrunk - threshold, shrunk)
-        shrunk = torch.where(shrunk < 0, shrunk + threshold, shrunk)
-    return shrunk
+    return compat.shrunk_again(shrunk, threshold) if prox == "l1_compat" else shrunk
 
 
 def threshold_of(deltas: Float[Tensor, "B C h w"], quantile: float, of_image: OfImage = everything) -> float:

@@ -23,8 +23,6 @@ from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps, TextCond
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.records import Source, Trajectory
 
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's own defaults, which the paper uses
-
 
 class NullTextInversion(DDIMInversion):
     """DDIM inversion, and one optimised unconditional embedding per step."""
@@ -80,14 +78,17 @@ class NullTextInversion(DDIMInversion):
                 continue
             denoised: Denoised = yield Denoise(latents[None], [timestep], [cond])
             objective = Objective(trajectory, step, latents, denoised.noise_preds[0], self.edit_guidance_scale)
-            adam = Adam(self.learning_rate * (1.0 - step / (self.learning_rate_steps or 2 * self.num_steps)))
+            uncond = uncond.clone()  # a step of its own; what is stored stays
+            rate = self.learning_rate * (1.0 - step / (self.learning_rate_steps or 2 * self.num_steps))
+            adam = torch.optim.Adam([uncond], lr=rate)
             for _ in range(self.num_inner_steps):
                 attempt: Denoised = yield Denoise(
                     latents[None], [timestep], [unconditional(uncond)], cotangent=objective.gradient
                 )
                 assert attempt.embedding_grads is not None
                 loss = objective.loss(attempt.noise_preds[0])
-                uncond = adam.update(uncond, attempt.embedding_grads[0].to(outside))
+                uncond.grad = attempt.embedding_grads[0].to(outside)
+                adam.step()
                 if loss < self.early_stop_epsilon + step * 2e-5:
                     break
             stored.append(uncond)
@@ -129,22 +130,3 @@ class Objective:
             loss = (self.landing(predicted) - self.trajectory.latents[self.step + 1]).square().mean()
             (gradient,) = torch.autograd.grad(loss, predicted)
         return gradient
-
-
-class Adam:
-    """Adam (arXiv 1412.6980) for one tensor. torch's own works in place on a graph's leaves, and there is none here."""
-
-    def __init__(self, learning_rate: float) -> None:
-        self.learning_rate = learning_rate
-        self.updates = 0
-        self.mean: Tensor | float = 0.0
-        self.square: Tensor | float = 0.0
-
-    def update(self, value: Tensor, gradient: Tensor) -> Tensor:
-        """The value after one step."""
-        self.updates += 1
-        self.mean = BETA1 * self.mean + (1 - BETA1) * gradient
-        self.square = BETA2 * self.square + (1 - BETA2) * gradient.square()
-        mean = self.mean / (1 - BETA1**self.updates)
-        square = self.square / (1 - BETA2**self.updates)
-        return value - self.learning_rate * mean / (square.sqrt() + EPSILON)

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from pipeline.compat import SETTINGS
 from pipeline.editing import EDITORS
 from pipeline.editing.base import EditingMethod
 from pipeline.inversion import INVERSIONS
@@ -54,6 +55,7 @@ def _lines() -> Iterator[str]:
     yield from _part("##", "sink", SinkConfig)
     yield from _part("##", "run", RunConfig)
     yield from _part("###", TITLES["WorkerRange"], WorkerRange)
+    yield from _compat()
 
 
 def _part(level: str, title: str, section: type[BaseModel]) -> Iterator[str]:
@@ -61,15 +63,39 @@ def _part(level: str, title: str, section: type[BaseModel]) -> Iterator[str]:
     schema = section.model_json_schema()
     required = schema.get("required", [])
     yield from (f"{level} {title}", "", schema["description"].partition("\n")[0], "")
-    keys = {key: node for key, node in schema["properties"].items() if key != "method"}
+    left_out = ("method", *compat_settings(section))
+    keys = {key: node for key, node in schema["properties"].items() if key not in left_out}
     if not keys:
         yield from ("It has no other keys.", "")
         return
     yield from ("| key | value | default | |", "|---|---|---|---|")
     for key, node in keys.items():
         default = "required" if key in required else _default(section.model_fields[key], node)
-        yield f"| `{key}` | {_value(node)} | {default} | {_cell(node['description'])} |"
+        yield _row(key, node, default)
     yield ""
+
+
+def _row(key: str, node: Mapping[str, Any], default: str) -> str:
+    return f"| `{key}` | {_value(node)} | {default} | {_cell(node['description'])} |"
+
+
+def _compat() -> Iterator[str]:
+    yield from ("## Parity with reference implementations", "")
+    yield from ("Settings that repeat what published code does. No edit needs them.", "")
+    yield from ("| method | key | value | default | |", "|---|---|---|---|---|")
+    methods: dict[str, type[Any]] = {**INVERSIONS, **EDITORS}
+    for name, keys in SETTINGS.items():
+        properties = methods[name].model_json_schema()["properties"]
+        for key in keys:
+            row = _row(key, properties[key], _default(methods[name].model_fields[key], properties[key]))
+            yield f"| `{name}` {row}"
+    yield ""
+
+
+def compat_settings(section: type[BaseModel]) -> tuple[str, ...]:
+    """Names of a method's settings that exist for parity with a reference implementation alone."""
+    field = section.model_fields.get("method")
+    return () if field is None else SETTINGS.get(field.default, ())
 
 
 def _cell(text: str) -> str:

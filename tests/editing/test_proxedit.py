@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline import compat
 from pipeline.diffusion.steps import DDIM
-from pipeline.editing import proxedit
 from pipeline.editing.masactrl import MasaCtrl
 from pipeline.editing.prompt_to_prompt import PromptToPrompt
 from pipeline.editing.prox_masactrl import ProxMasaCtrl
@@ -190,7 +190,7 @@ def test_an_edit_has_the_same_bits_beside_other_edits() -> None:
 
 
 def test_the_published_names_are_noted_once(caplog: pytest.LogCaptureFixture) -> None:
-    proxedit._note_published_name.cache_clear()
+    compat._note_published_name.cache_clear()
     assert [ProxEdit(prox="l0").prox, ProxEdit(prox="l0").prox, ProxMasaCtrl(prox="l1").prox] == [
         "soft",
         "soft",

@@ -13,7 +13,7 @@ from pipeline.editing.prompt_to_prompt import PromptToPrompt
 from pipeline.editing.reconstruct import Reconstruct
 from pipeline.engine.engine import Engine
 from pipeline.inversion.ddim import DDIMInversion
-from pipeline.inversion.null_text import Adam, NullTextInversion, Objective
+from pipeline.inversion.null_text import NullTextInversion, Objective
 from pipeline.records import EditRequest, Trajectory
 from tests.golden.checks import losses_kept, observed
 from tests.methods import BACKBONES, invert_and_edit, source, tiny_sd
@@ -149,19 +149,6 @@ def test_the_learning_rate_falls_as_published() -> None:
     assert torch.equal(unconds[1], unconds[2])
     assert torch.equal(unconds[0][0], unconds[1][0])
     assert not torch.equal(unconds[0][1], unconds[1][1])
-
-
-def test_adam_is_torchs() -> None:
-    generator = torch.Generator().manual_seed(0)
-    start, gradients = torch.randn((3, 4), generator=generator), torch.randn((6, 3, 4), generator=generator)
-    ours, adam = start.clone(), Adam(0.02)
-    theirs = start.clone().requires_grad_()
-    optimiser = torch.optim.Adam([theirs], lr=0.02)
-    for gradient in gradients:
-        ours = adam.update(ours, gradient)
-        theirs.grad = gradient.clone()
-        optimiser.step()
-    torch.testing.assert_close(ours, theirs.detach())
 
 
 def test_the_gradient_of_the_distance_has_its_closed_form() -> None:

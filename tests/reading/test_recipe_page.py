@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from jobs.recipe_reference import page
+from pipeline.compat import SETTINGS
 from pipeline.editing import EDITORS
 from pipeline.inversion import INVERSIONS
 from pipeline.reading.requests import requests_of
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.records import Concept, EditRequest, Sample
+from pipeline.settings.reference import compat_settings
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
@@ -53,7 +55,10 @@ def test_every_key_has_a_row_in_the_table_of_its_section():
     sections |= {f"editing: {name}": method for name, method in EDITORS.items()}
     for title, section in sections.items():
         listed = re.findall(r"^\| `(\w+)` \|", tables[title], re.MULTILINE)
-        assert listed == [key for key in section.model_fields if key != "method"], title
+        left_out = ("method", *compat_settings(section))
+        assert listed == [key for key in section.model_fields if key not in left_out], title
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", tables["Parity with reference implementations"], re.MULTILINE)
+    assert rows == [(method, key) for method, keys in SETTINGS.items() for key in keys]
 
 
 def test_its_links_lead_to_its_headings():
