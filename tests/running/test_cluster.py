@@ -245,6 +245,10 @@ def test_an_error_of_ours_comes_out_of_rays_wrapping_and_others_become_short() -
     outer.__cause__ = wrapped
     for error in (wrapped, outer):
         assert (type(executor.named(error)), str(executor.named(error))) == (SinkError, "no space")
+    advised = SinkError(
+        "no space\nFailed to write after 1/1 attempts (total backoff 0.0s).\nTo change retry attempts, ..."
+    )
+    assert str(executor.named(advised)) == "no space"
     other = executor.named(RuntimeError("first\n" + "x" * 5000))
     assert type(other) is ClusterError
     assert len(str(other)) < 600

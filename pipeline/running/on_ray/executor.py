@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import signal
 import time
 from collections import deque
@@ -55,6 +56,9 @@ from pipeline.writing.run_record import RunRecord
 # use them, which halves the start of a process.
 
 log = logging.getLogger(__name__)
+
+# What Ray adds to the text of an error.
+RAYS_ADVICE = re.compile(r"\nFailed to [^\n]+ attempts \(total backoff .*", re.DOTALL)
 
 UNITS_AT_ONCE = 2  # per worker: the tail of one unit and the head of the next share network calls
 UNITS_PER_WORKER = 3  # at work or fetched; with those in the sink, what a kill may cost
@@ -379,6 +383,7 @@ def named(error: BaseException) -> ShardeditError:
     while at is not None:
         cause = getattr(at, "cause", at)  # a RayTaskError poses as its cause, and carries it
         if isinstance(cause, ShardeditError):
+            cause.args = tuple(RAYS_ADVICE.sub("", one) if isinstance(one, str) else one for one in cause.args)
             return cause
         at = at.__cause__
     last = (str(error).strip().splitlines() or [""])[-1][:300]

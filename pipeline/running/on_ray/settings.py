@@ -21,12 +21,6 @@ def _watch(tally: Any) -> PoolWatch:
     return PoolWatch(tally.resize.remote)
 
 
-def _hidden(record: logging.LogRecord) -> bool:
-    """To Ray's own log, and not to the terminal: we say in one line what went wrong."""
-    record.hide = True
-    return True
-
-
 @contextmanager
 def data_context(tally: Any, growing_at: float) -> Iterator[None]:
     """Ray Data's settings for our jobs; the process's own come back afterwards.
@@ -56,8 +50,10 @@ def data_context(tally: Any, growing_at: float) -> Iterator[None]:
         setattr(context, name, value)
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    traces = logging.getLogger("ray.data.exceptions")
-    traces.addFilter(_hidden)
+    consoles = [one for one in loggers[0].handlers if isinstance(one, logging.StreamHandler)]  # its file is none
+    shown_from = [console.level for console in consoles]
+    for console in consoles:  # Ray's own account of an error goes to its log alone: we say in a line what went wrong
+        console.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             # `max_restarts` has no named argument yet in Ray 2.60; the warning asks for one.
@@ -68,4 +64,5 @@ def data_context(tally: Any, growing_at: float) -> Iterator[None]:
             setattr(context, name, value)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        traces.removeFilter(_hidden)
+        for console, level in zip(consoles, shown_from, strict=True):
+            console.setLevel(level)
