@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +247,23 @@ def test_images_in_flight_bound_how_many_are_drawn_from_the_source() -> None:
     engine = Engine(analytic(), call_size=8, images_in_flight=3)
     assert sum(finished.value for finished in engine.run(counted() for _ in range(20))) == 20
     assert most == 3
+
+
+def test_a_session_that_comes_later_gets_its_share_of_the_places() -> None:
+    begun = 0
+
+    def many() -> Iterator[Steps[int]]:
+        nonlocal begun
+        for _ in range(40):
+            begun += 1
+            yield asks_for(1)
+
+    engine = Engine(analytic(), call_size=4, images_in_flight=4)
+    first = engine.run(many())
+    next(first)
+    assert [finished.value for finished in engine.run(asks_for(1) for _ in range(3))] == [1] * 3
+    assert begun <= 20  # of 40: the later session does not wait for the end of the first
+    assert sum(finished.value for finished in first) == 39
 
 
 def failing(message: str) -> Steps[None]:

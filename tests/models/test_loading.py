@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -154,6 +157,31 @@ def test_bfloat16_networks_leave_latents_in_float32(checkpoint: Path) -> None:
     prompt = backbone.encode_text("a cat")
     noise_preds = backbone.denoise(NetworkCall(torch.zeros((1, 4, 8, 8)), [501], [prompt.embedding])).noise_preds
     assert noise_preds.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "force_upcast", "expected"),
+    [
+        ("float16", True, torch.float32),
+        ("float16", None, torch.float32),
+        ("float16", False, torch.float16),
+        ("bfloat16", True, torch.bfloat16),
+    ],
+)
+def test_in_float16_the_vae_runs_in_float32_unless_its_checkpoint_waives_that(
+    dtype: Literal["float16", "bfloat16"], force_upcast: bool | None, expected: torch.dtype, checkpoint: Path
+) -> None:
+    config = checkpoint / "vae" / "config.json"
+    values = {key: value for key, value in json.loads(config.read_text()).items() if key != "force_upcast"}
+    config.write_text(json.dumps(values if force_upcast is None else {**values, "force_upcast": force_upcast}))
+    backbone = load_backbone(ModelConfig(name=str(checkpoint), dtype=dtype), device="cpu")
+    assert isinstance(backbone, StableDiffusion)
+    assert backbone.vae.dtype == expected
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    latents = backbone.encode_image(pixels)
+    assert torch.equal(latents, tiny_sd().encode_image(pixels)) == (expected == torch.float32)
+    decoded_alike = np.array_equal(backbone.decode_latents(latents), tiny_sd().decode_latents(latents))
+    assert decoded_alike or expected != torch.float32
 
 
 @pytest.mark.parametrize(("prompt", "count"), [("", 0), ("cat", 1), ("cat with sunglasses", 3), ("old man", 3)])
