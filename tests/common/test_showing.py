@@ -106,6 +106,11 @@ def test_a_presigned_address_of_tomorrow_is_the_same_run() -> None:
     assert "SIGNED" not in str(recipe("SIGNED1").result_settings())
 
 
+def test_an_error_is_told_without_the_addresses_that_differ_from_run_to_run() -> None:
+    error = ValueError("cannot identify <_io.BytesIO object at 0x7f3a12345678>,\n read at 0x55d0c0ffee10, code 0x1f")
+    assert describe(error) == "ValueError: cannot identify (object), read at (object), code 0x1f"
+
+
 STRANGE = "k\x1b[31m\x07\x9b2J\u202e\rx\x00"
 SHOWN = "k\\x1b[31m\\x07\\x9b2J\\u202e\\x0dx\\x00"
 

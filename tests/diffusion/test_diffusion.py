@@ -46,6 +46,13 @@ def test_schedule_and_ddim_steps_equal_diffusers(config: dict[str, Any], num_ste
         torch.testing.assert_close(mean[None] + sigma * noise, expected, atol=2e-5, rtol=2e-5)
 
 
+def test_a_last_level_that_is_not_stated_is_that_of_timestep_0() -> None:
+    stated = {key: value for key, value in SD.items() if key != "set_alpha_to_one"}
+    schedule = NoiseSchedule.from_config(stated)
+    assert schedule.alpha_bar(-1) == schedule.alpha_bar(0) < 1.0
+    assert NoiseSchedule.from_config({**stated, "set_alpha_to_one": True}).alpha_bar(-1) == 1.0
+
+
 @pytest.mark.parametrize("final", ["zero", "sigma_min"])
 @pytest.mark.parametrize("num_steps", [10, 20])
 def test_dpm_solver_steps_equal_diffusers(final: str, num_steps: int) -> None:

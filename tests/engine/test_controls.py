@@ -135,19 +135,24 @@ class Small(AnalyticBackbone):
     def __init__(self, largest: int) -> None:
         super().__init__()
         self.largest = largest
+        self.made: list[Tensor] = []  # latents of the calls that it had memory for
 
     def denoise(self, call: NetworkCall) -> NetworkAnswer:
         if len(call.timesteps) > self.largest:
             raise torch.OutOfMemoryError("pretended")
+        self.made.append(call.latents)
         return super().denoise(call)
 
 
-def test_out_of_memory_halves_calls_of_groups_and_keeps_them_whole() -> None:
-    engine = Engine(Small(largest=4), call_size=16)
+def test_out_of_memory_halves_calls_of_groups_and_keeps_them_whole_and_in_order() -> None:
+    backbone = Small(largest=4)
+    engine = Engine(backbone, call_size=16)
     results = list(engine.run(asks(analytic(), rows=3, number=n) for n in range(5)))
     assert [result.error for result in results] == [None] * 5
     assert engine.call_size == 4
     assert engine.stats.network_calls == 5
+    for latents in backbone.made:
+        torch.testing.assert_close(latents, torch.stack([latents[0] * (1 + 0.1 * row) for row in range(3)]))
 
 
 def test_out_of_memory_fails_the_groups_that_fit_no_more_and_serves_the_rest() -> None:

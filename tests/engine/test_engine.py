@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +233,19 @@ def test_a_prompt_is_encoded_once_per_worker(monkeypatch: pytest.MonkeyPatch) ->
     assert len(encoded) == 1
 
 
+def test_the_prompt_that_was_not_used_for_longest_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = AnalyticBackbone()
+    encode, encoded = backbone.encode_text, []
+    monkeypatch.setattr(backbone, "encode_text", lambda prompt: encoded.append(prompt) or encode(prompt))
+    monkeypatch.setattr("pipeline.engine.engine.CACHED_PROMPTS", 2)
+
+    def words(*prompts: str) -> Steps[None]:
+        yield EncodeText(prompts)
+
+    Engine(backbone).run_one(words("hat", "dog", "hat", "snow", "hat", "dog"))
+    assert encoded == ["hat", "dog", "snow", "dog"]
+
+
 def test_images_in_flight_bound_how_many_are_drawn_from_the_source() -> None:
     alive, most = 0, 0
 
@@ -247,6 +260,33 @@ def test_images_in_flight_bound_how_many_are_drawn_from_the_source() -> None:
     engine = Engine(analytic(), call_size=8, images_in_flight=3)
     assert sum(finished.value for finished in engine.run(counted() for _ in range(20))) == 20
     assert most == 3
+
+
+def test_a_session_that_comes_later_gets_its_share_of_the_places() -> None:
+    begun = 0
+
+    def many() -> Iterator[Steps[int]]:
+        nonlocal begun
+        for _ in range(40):
+            begun += 1
+            yield asks_for(1)
+
+    engine = Engine(analytic(), call_size=4, images_in_flight=4)
+    first = engine.run(many())
+    next(first)
+    assert [finished.value for finished in engine.run(asks_for(1) for _ in range(3))] == [1] * 3
+    assert begun <= 20  # of 40: the later session does not wait for the end of the first
+    assert sum(finished.value for finished in first) == 39
+
+
+def test_rows_of_a_session_that_was_left_are_not_computed() -> None:
+    engine = Engine(analytic(), call_size=4)
+    left = engine.run([asks_for(1), asks_for(20)])
+    next(left)
+    done = engine.stats.network_rows
+    left.close()
+    assert engine.run_one(asks_for(1)) == 1
+    assert engine.stats.network_rows == done + 1
 
 
 def failing(message: str) -> Steps[None]:

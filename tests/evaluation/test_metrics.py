@@ -80,6 +80,12 @@ def test_a_change_outside_the_mask_lowers_the_background_figures(picture, mask):
     assert found["background_ssim"] < 0.999
 
 
+def test_an_image_that_is_looked_at_in_bands_has_the_same_figures(picture, mask, monkeypatch):
+    whole = figures(picture, noisy(picture, 3), noisy(picture), mask)
+    monkeypatch.setattr("pipeline.evaluation.metrics.BAND_VALUES", 7 * 3 * picture.shape[1])  # of seven rows
+    assert figures(picture, noisy(picture, 3), noisy(picture), mask) == pytest.approx(whole, rel=1e-6)
+
+
 def test_a_mask_over_everything_leaves_no_background_to_judge(picture):
     found = figures(picture, picture, noisy(picture), np.ones(picture.shape[:2], dtype=bool))
     assert found["background_psnr"] is None

@@ -33,6 +33,7 @@ def test_between_nothing_and_a_clear_change_an_edit_is_faint_and_scores_in_betwe
     faint = judged((HAPPENED + CLEAR) / 2, 0)
     assert (faint.edit, faint.edit_grade, faint.score) == ("faint", "fair", pytest.approx(50))
     assert judged(CLEAR, 0).edit == "done"
+    assert judged(HAPPENED, 0).edit == "faint"
 
 
 def test_colours_follow_the_levels():
@@ -42,7 +43,7 @@ def test_colours_follow_the_levels():
 
 def test_an_edit_that_moves_away_from_its_text_is_off_target_and_scores_half():
     assert judged(90, 0, gain=2.0).edit == "done"
-    assert judged(90, 0, gain=-0.1).edit == "off target"
+    assert judged(90, 0, gain=-0.1).edit == judged(90, 0, gain=0.0).edit == "off target"
     assert judged(90, 0, gain=-0.1).score == pytest.approx(judged(90, 0).score / 2)
     assert judged(0, 0, gain=5.0).edit == "nothing changed"
 

@@ -40,6 +40,16 @@ def test_replaying_the_noise_maps_returns_the_image(backbone: Any, settings: dic
     assert torch.equal(trajectory.latents[-1], given.latents)
 
 
+def test_a_start_from_noise_has_the_image_at_the_level_of_every_step() -> None:
+    given = source(analytic(), 1)
+    trajectory = Engine(analytic()).run_one(NoiseStart(num_steps=4).invert(given))
+    noise = source(analytic(), 1).draw_noise()
+    assert torch.equal(trajectory.latents[0], noise)
+    assert torch.equal(trajectory.latents[-1], given.latents)
+    for latents, timestep in list(zip(trajectory.latents, trajectory.timesteps, strict=False))[1:]:
+        torch.testing.assert_close(latents, given.schedule.add_noise(given.latents, noise, timestep))
+
+
 def test_replaying_with_a_guided_source_prompt_returns_the_image() -> None:
     given = source(tiny_sd(torch.float64), 1, prompt="a photo of a cat")
     inversion = DDPMInversion(num_steps=6, source_guidance_scale=2.0)

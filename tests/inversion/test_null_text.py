@@ -122,6 +122,12 @@ def test_rows_equal_the_formula_and_fall_with_an_early_stop(backbone: Any) -> No
     assert inverted(backbone, inversion(early_stop_epsilon=1e9))[1] == S + S * (2 + 3)
 
 
+def test_the_limit_of_an_early_stop_grows_with_the_steps_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Objective, "loss", lambda *_: 2e-5)
+    rows = inverted(BACKBONES["analytic"](), inversion(early_stop_epsilon=1e-5))[1]
+    assert rows == S + (2 + 3 * J) + (S - 1) * (2 + 3)  # above the first step's limit, below 3e-5 and those after it
+
+
 def test_images_that_stop_early_leave_their_neighbours_bits_alone() -> None:
     backbone = tiny_sd()
     settings = [inversion(early_stop_epsilon=epsilon) for epsilon in (0.0, 1e9, 1.0, 0.0)]

@@ -74,6 +74,8 @@ def test_the_gain_is_the_edits_score_less_that_of_the_input(folder, pictures):
 def test_the_words_of_an_edit_are_its_target_or_its_concepts_with_their_sign():
     concepts = [{"prompt": "a hat", "guidance_scale": 5.0}, {"prompt": "a smile", "guidance_scale": -5.0}]
     assert signed_texts({"concepts": concepts}) == [("a hat", 1), ("a smile", -1)]
+    removed = [{"prompt": "a hat", "guidance_scale": scale, "direction": "remove"} for scale in (5.0, -5.0)]
+    assert signed_texts({"concepts": removed}) == [("a hat", -1), ("a hat", 1)]
     assert signed_texts({"concepts": concepts, "target_prompt": "a face with a hat"}) == [("a face with a hat", 1)]
 
 

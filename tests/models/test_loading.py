@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +20,7 @@ from pipeline.models.checkpoint import SCHEDULER, digest, files_of
 from pipeline.models.loading import load_backbone
 from pipeline.models.stable_diffusion import StableDiffusion
 from pipeline.recipe import ModelConfig
-from tests.checkpoints import change, refused
+from tests.checkpoints import change, refused, small_unet
 from tests.golden.replay import TINY_SD
 from tests.methods import tiny_sd
 
@@ -156,6 +159,31 @@ def test_bfloat16_networks_leave_latents_in_float32(checkpoint: Path) -> None:
     assert noise_preds.dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("dtype", "force_upcast", "expected"),
+    [
+        ("float16", True, torch.float32),
+        ("float16", None, torch.float32),
+        ("float16", False, torch.float16),
+        ("bfloat16", True, torch.bfloat16),
+    ],
+)
+def test_in_float16_the_vae_runs_in_float32_unless_its_checkpoint_waives_that(
+    dtype: Literal["float16", "bfloat16"], force_upcast: bool | None, expected: torch.dtype, checkpoint: Path
+) -> None:
+    config = checkpoint / "vae" / "config.json"
+    values = {key: value for key, value in json.loads(config.read_text()).items() if key != "force_upcast"}
+    config.write_text(json.dumps(values if force_upcast is None else {**values, "force_upcast": force_upcast}))
+    backbone = load_backbone(ModelConfig(name=str(checkpoint), dtype=dtype), device="cpu")
+    assert isinstance(backbone, StableDiffusion)
+    assert backbone.vae.dtype == expected
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    latents = backbone.encode_image(pixels)
+    assert torch.equal(latents, tiny_sd().encode_image(pixels)) == (expected == torch.float32)
+    decoded_alike = np.array_equal(backbone.decode_latents(latents), tiny_sd().decode_latents(latents))
+    assert decoded_alike or expected != torch.float32
+
+
 @pytest.mark.parametrize(("prompt", "count"), [("", 0), ("cat", 1), ("cat with sunglasses", 3), ("old man", 3)])
 def test_tokens_are_counted_before_padding(prompt: str, count: int) -> None:
     encoded = tiny_sd().encode_text(prompt)
@@ -195,6 +223,30 @@ def test_our_attention_equals_the_librarys() -> None:
         embeddings = torch.stack([prompt.embedding] * 2)
         theirs = plain(latents, torch.tensor([501, 21]), encoder_hidden_states=embeddings).sample
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_mid_block_at_a_quarter_of_the_side_is_not_watched(checkpoint: Path) -> None:
+    small_unet(checkpoint)
+    backbone = load_backbone(ModelConfig(name=str(checkpoint)), device="cpu")
+    assert isinstance(backbone, StableDiffusion)
+    layers = [processor.layer for processor in backbone.unet.attn_processors.values() if processor.watched]
+    assert sorted(layer.place for layer in layers) == ["down", "up", "up"]
+    assert any(layer.place == "mid" and layer.factor == 4 for layer in attention_layers(backbone.unet).values())
+
+
+def test_latents_are_the_librarys_under_its_scaling_factor() -> None:
+    from diffusers import AutoencoderKL
+
+    plain = AutoencoderKL.from_pretrained(TINY_SD, subfolder="vae").eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
+    images = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1.0
+    with torch.no_grad():
+        latents = plain.encode(images).latent_dist.mode() * plain.config.scaling_factor
+        decoded = plain.decode(latents / plain.config.scaling_factor).sample[0].permute(1, 2, 0)
+    assert plain.config.scaling_factor != 1.0
+    torch.testing.assert_close(tiny_sd().encode_image(pixels), latents[0])
+    expected = ((decoded.numpy() + 1.0) * 127.5).clip(0, 255)
+    np.testing.assert_allclose(tiny_sd().decode_latents(latents[0]), expected, atol=0.51)
 
 
 def test_the_vae_round_trip_is_deterministic_and_keeps_its_range() -> None:

@@ -127,6 +127,10 @@ def test_dark_floats_are_refused_with_their_values() -> None:
         decoded(Image.fromarray(LABELS.astype(np.float32) / 4), "TIFF")
 
 
+def test_half_of_the_range_is_brightness() -> None:
+    np.testing.assert_array_equal(decoded(Image.fromarray(LABELS.astype(np.float32) / 2), "TIFF"), LABELS * 128)
+
+
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.uint16, np.int64, np.float32, np.float64])
 def test_an_array_of_labels_means_the_same_whatever_its_type(dtype: Any) -> None:
     for shape in (LABELS.shape, (*LABELS.shape, 1)):

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.recipe import RunConfig, recipe_from
-from pipeline.running import driver, progress
+from pipeline.running import driver, progress, worker
 from pipeline.running.on_ray.executor import EditWorker
 from pipeline.running.progress import Watch, clock
 from pipeline.running.tally import Extent, InFlight, Seen, Tally
@@ -200,6 +200,24 @@ def test_a_unit_counts_once_though_its_worker_died_its_report_came_late_and_it_w
     tally.add(first)
     tally.advance(InFlight(unit=first.unit, images=2))
     assert (tally.seen().units, tally.seen().images) == (1, first.counts.images)
+
+
+def test_time_and_rows_of_units_that_overlap_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats, now = SimpleNamespace(network_rows=0), SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    meter = worker._Meter(SimpleNamespace(stats=stats))
+
+    def work(seconds: float, rows: int) -> None:
+        now.seconds += seconds
+        stats.network_rows += rows
+
+    with meter.measuring() as first:
+        work(1, 10)
+        with meter.measuring() as second:
+            work(2, 6)
+        work(1, 3)
+    took = [measured(2) for measured in (first, second)]
+    assert [(one.worker_seconds, one.network_rows) for one in took] == [(1, 3), (3, 16)]
 
 
 def test_a_worker_on_ray_reports_now_and_then_and_waits_for_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:

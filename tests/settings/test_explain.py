@@ -51,7 +51,7 @@ def problems_of(**sections: Any) -> dict[str, str]:
             "should be a whole number of at least 1, 'auto' or a mapping with the keys min, max, is the text 'atuo'. "
             "Did you mean 'auto'?",
         ),
-        ({"run": {"workers": {"min": 3, "max": 1}}}, "run.workers", "min 3 is above max 1"),
+        ({"run": {"workers": {"min": 2, "max": 1}}}, "run.workers", "min 2 is above max 1"),
         ({"run": {"workers": {"min": 3}}}, "run.workers.max", "is required"),
         ({"run": {"workers": {"min": 0, "max": 1}}}, "run.workers.min", "should be a whole number of at least 1, is 0"),
         (

@@ -18,7 +18,7 @@ from pipeline.writing.rows import encode_png
 
 MODEL = ModelRecord(name="analytic", revision="", digest="0123456789abcdef", dtype="float32", device="cpu")
 MEASURED = Measured(worker_seconds=1.5, workers=1, network_rows=12)
-NOW = {"generation": 1, "model_digest": MODEL.digest, "call_size": 8, "measured": MEASURED}
+NOW = {"generation": 1, "model_digest": MODEL.digest, "call_size": 8}
 
 
 def make_sample(index: int, **fields: object) -> Sample:

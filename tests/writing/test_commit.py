@@ -20,7 +20,7 @@ from pipeline.writing.finish import finish_unit
 from pipeline.writing.manifest import Manifest, manifest_path
 from pipeline.writing.rows import OutputRow, encode_outcome
 from pipeline.writing.summary import summarise
-from tests.writing.making import MODEL, NOW, make_edited, make_rejected, make_unit, unclaimed
+from tests.writing.making import MEASURED, MODEL, NOW, make_edited, make_rejected, make_unit, unclaimed
 
 RecipeFor = Callable[..., Recipe]
 
@@ -33,7 +33,7 @@ def finished(recipe: Recipe, chunk: int = 0, is_last: bool = True) -> FinishedUn
     at = 10 * chunk
     outcomes = [make_edited(at, "a"), make_rejected(at, "b"), make_edited(at + 1, "a"), make_edited(at + 1, "b")]
     unit = make_unit(at, at + 1, chunk=chunk, is_last=is_last)
-    return finish_unit(unit, encoded(recipe, *outcomes), recipe, **NOW)
+    return finish_unit(unit, encoded(recipe, *outcomes), recipe, **NOW).with_measured(MEASURED)
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -202,6 +202,13 @@ def test_no_sink_is_reached_without_a_clear_error(tmp_path: Path) -> None:
     sink = SinkConfig(folder=str(tmp_path / "file" / "out"))
     with pytest.raises(SinkError, match="cannot be"):
         commit(finished(recipe_from({"source": {"shards": "x"}, "sink": {"folder": sink.folder}})), sink, unclaimed)
+
+
+def test_as_many_failures_as_the_budget_allows_are_within_it(recipe_for: RecipeFor) -> None:
+    manifest = finished(recipe_for()).manifest  # one of four results has failed
+    within, over = (summarise([manifest], [], units_now=1, max_failed_fraction=most) for most in (0.25, 0.24))
+    assert (within.outcome, within.exit_code) == ("complete with failures", 0)
+    assert (over.outcome, over.exit_code) == ("over the error budget", 1)
 
 
 def test_the_rate_of_a_summary_counts_workers_that_share_the_time(recipe_for: RecipeFor) -> None:
