@@ -124,7 +124,7 @@ def test_status_of_a_finished_run_agrees_with_its_summary(config):
     shardedit("edit", config)
     told = json.loads(shardedit("status", config, "--json").stdout)
     summary = json.loads((config.parent / "out" / "summary.json").read_text())
-    assert told["so_far"] | {"units_now": 2} == summary
+    assert told["so_far"] | {"units_now": 2, "generation": 1} == summary
     assert (told["planned"], told["planned_is_estimate"], told["shards_done"]) == (6, False, 1)
     assert told["failures"] == told["worst_shards"] == []
 

@@ -106,8 +106,7 @@ def write_unit(recipe: Recipe, chunk: int, images: int, text: str, failing: int)
         generation=1,
         model_digest=MODEL.digest,
         call_size=16,
-        measured=Measured(worker_seconds=4.0, workers=1, network_rows=1000),
-    )
+    ).with_measured(Measured(worker_seconds=4.0, workers=1, network_rows=1000))
     commit(finished, recipe.sink, lambda: None)
 
 
