@@ -30,6 +30,7 @@ from pipeline.looking.runs import find_run
 from pipeline.looking.verify import verify
 from pipeline.recipe import recipe_from
 from pipeline.running import driver
+from pipeline.writing.files import is_temporary
 from tests.runs import asked, recipe_data, results, write_shards
 
 SHARDS, ROWS = 8, 4
@@ -93,11 +94,12 @@ def run_in_parts(data: dict[str, Any], count: int, *, seed: int, deadly: float =
 
 
 def data_of(out: Path) -> dict[str, bytes]:
-    """A run's merged files by name."""
+    """A run's merged files by name; not what a kill left of a write."""
     return {
         path.relative_to(out).as_posix(): path.read_bytes()
         for kind in ("data", "quarantine")
         for path in sorted((out / kind).iterdir())
+        if not is_temporary(path.name)
     }
 
 

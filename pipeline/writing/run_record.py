@@ -92,8 +92,8 @@ class RunRecord(BaseModel):
     settings: dict[str, Any]  # what decides results: `Recipe.result_settings`, credentials removed
     recipe: dict[str, Any]  # the whole resolved recipe
     model: dict[str, str]
-    call_size: int  # rows of a network call
-    threads: int  # of a CPU worker
+    call_size: int = Field(ge=1)  # rows of a network call
+    threads: int = Field(ge=1)  # of a CPU worker
     sha256: str = ""  # of all else that is recorded
     input_fingerprint: str
     input: list[tuple[str, int, str]]  # (shard path, bytes, etag), sorted
