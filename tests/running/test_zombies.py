@@ -186,8 +186,9 @@ def every_operation(stop: Stop) -> Iterator[None]:
 
     def watched_retrying() -> Any:
         def call(function: Any, *args: Any, **options: Any) -> Any:
-            path = str((*args, "")[function.__name__ == "put_file"])
-            stop(KINDS.get(function.__name__, "read"), path)
+            name = function.__name__.lstrip("_")  # fsspec's synchronous methods bear those of the asynchronous ones
+            path = str((*args, "")[name == "put_file"])
+            stop(KINDS.get(name, "read"), path)
             return retrying()(function, *args, **options)
 
         return call
