@@ -26,7 +26,7 @@ from pipeline.reading.shards import shard_slug
 from pipeline.reading.storage import FileSystem, is_local, open_fs, retrying
 from pipeline.recipe import SinkConfig, SourceConfig
 from pipeline.writing.baseline import FOLDER as BASELINES
-from pipeline.writing.baseline import Baselines, Counted, baseline_path
+from pipeline.writing.baseline import Baseline, Baselines, Counted, baseline_path
 from pipeline.writing.commit import Committed, CommittedShard, committed_shards
 from pipeline.writing.files import NotAFileError, get, is_temporary, local_copy, size_of
 from pipeline.writing.lock import Claim, DriverLock
@@ -89,7 +89,6 @@ def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> tup
     broken: set[str] = set()  # files of damaged units, and those of nobody
     baselines = Baselines(fs, root).all
     known = {baseline_path(baseline.generation) for baseline in baselines}
-    latest = max((baseline.generation for baseline in baselines), default=0)
     for text in record.problems():
         verdict.note(Finding(kind="run record", path=RUN_FILE, text=text))
     shards = {shard_slug(path): path for path, _, _ in record.input}
@@ -147,7 +146,7 @@ def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> tup
         if repairing:  # what is in a folder goes before the folder
             take_back(counted, merged.damaged, sorted(broken, reverse=True), sink, repairing)
     if not verdict.edit_repairs:
-        _note_derived(verdict, sink, record, merged.totals, latest, repairing)
+        _note_derived(verdict, sink, record, merged.totals, baselines, repairing)
     return verdict, ends
 
 
@@ -168,10 +167,16 @@ _STRAYS = {
 
 
 def _note_derived(
-    verdict: RunVerdict, sink: SinkConfig, record: RunRecord, totals: Totals, latest: int, repairing: Claim | None
+    verdict: RunVerdict,
+    sink: SinkConfig,
+    record: RunRecord,
+    totals: Totals,
+    baselines: list[Baseline],
+    repairing: Claim | None,
 ) -> None:
     """Summary and report of a run that is done, and in which nothing else is wrong."""
     fs, root = open_fs(sink.folder, sink.storage_options)
+    latest = max((baseline.generation for baseline in baselines), default=0)
     budget = record.recipe["run"]["max_failed_fraction"]
     now = totals.summary(complete=True, units_now=0, max_failed_fraction=budget, generation=latest)
     kind, text = summary_problem(fs, root, now)
