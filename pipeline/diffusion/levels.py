@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 OutputKind = Literal["epsilon", "v_prediction", "velocity"]
-"""What a network puts out: the noise, v = signal n - noise x0 (arXiv 2202.00512), or flow's n - x0 (arXiv 2209.03003)."""
+"""What a network puts out: n, v = signal n - noise x0 (arXiv 2202.00512), or flow's n - x0 (arXiv 2209.03003)."""
 
 
 class Level(NamedTuple):
@@ -28,10 +28,6 @@ class Level(NamedTuple):
     def noised(self, clean: Tensor, noise: Tensor) -> Tensor:
         """Clean latents brought to this level: the forward process."""
         return self.signal * clean + self.noise * noise
-
-    def by_noise(self, latents: Tensor, noise_pred: Tensor) -> Prediction:
-        """The prediction whose noise is this one. For levels with signal; without, latents are noise and tell nothing."""
-        return Prediction(noise_pred, (latents - self.noise * noise_pred) / self.signal)
 
 
 class Step(NamedTuple):
@@ -52,7 +48,8 @@ class Schedule(Protocol):
         Args:
             num_steps: N, at least 1.
             size: (h, w) of the latents.
-            leading: whatever the checkpoint's own spacing, timesteps at the start of their strides, where it has a choice.
+            leading: timesteps at the start of their strides, whatever the checkpoint's own spacing; where there is a
+                choice.
             to_lowest: end at the least noisy level that the model was trained at, where it has one, instead of the
                 checkpoint's own last level.
 
@@ -100,7 +97,7 @@ class Prediction:
 
     @property
     def contrast(self) -> Tensor:
-        """Of a direction: what tells strong places from weak ones at every level, without signal as well.
+        """Of a direction: what tells strong places from weak ones at every level.
 
         Where there is no signal the noise half of a direction is zero everywhere, where there is no noise the data half.
         """
@@ -109,9 +106,7 @@ class Prediction:
 
 def stacked(predictions: Sequence[Prediction]) -> Prediction:
     """R predictions (C, h, w) as one, (R, C, h, w)."""
-    return Prediction(
-        torch.stack([one.noise for one in predictions]), torch.stack([one.data for one in predictions])
-    )
+    return Prediction(torch.stack([one.noise for one in predictions]), torch.stack([one.data for one in predictions]))
 
 
 def prediction_of(kind: OutputKind, output: Tensor, latents: Tensor, levels: Sequence[Level]) -> Prediction:

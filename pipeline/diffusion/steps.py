@@ -51,7 +51,7 @@ def ddim_move(prediction: Prediction, level: Level) -> Tensor:
 
 
 def last_is_residual(steps: tuple[Step, ...], step: int, *, exact_last_step: bool) -> bool:
-    """Whether a step ends at clean latents and shall be exact: it has no noise to scale, so its map is what is missing."""
+    """Whether a step that ends at clean latents, and so scales no noise, has for its map whatever is missing there."""
     return exact_last_step and step == len(steps) - 1 and steps[step].end.noise == 0.0
 
 

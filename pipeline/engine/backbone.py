@@ -48,21 +48,25 @@ class Offers:
         """Their number; those of `layers` count from 0."""
         return len({layer.index for layer in self.layers})
 
+    def is_watchable(self, height: int, width: int) -> bool:
+        """Whether attention maps can be had of latents (height, width)."""
+        factor = self.watched_factor
+        return factor is not None and not height % factor and not width % factor
+
     def check_watchable(self, height: int, width: int) -> None:
         """Refuse latents (height, width) of which no attention maps can be had.
 
         Raises:
             EditError: names the grids that there are.
         """
-        factor = self.watched_factor
-        if factor is not None and not height % factor and not width % factor:
+        if self.is_watchable(height, width):
             return
         crossing = sorted({one.factor for one in self.layers if one.kind == "cross" and one.place != "mid"})
         grids = ", ".join(f"{-(-height // f)}x{-(-width // f)}" for f in crossing) or "none"
-        at = f"{height / (factor or 4):g}x{width / (factor or 4):g}"
+        factor = self.watched_factor or 4
         raise EditError(
-            f"attention masks are read from maps of {at} here, and this model has cross-attention at {grids}. Set "
-            "editing.mask: noise, use an image whose sides are multiples of more pixels, or another checkpoint"
+            f"attention masks are read from maps of {height / factor:g}x{width / factor:g} here, and this model has "
+            f"cross-attention at {grids}. Set editing.mask: noise, use another image size, or another checkpoint"
         )
 
 

@@ -71,10 +71,7 @@ class Conditioning:
     def places_of(self, words: Container[int]) -> list[int]:
         """Places of the tokens of some words, told by their number in `prompt.split()`."""
         return [
-            place
-            for span in self.spans
-            for place, word in zip(span.places, span.words, strict=True)
-            if word in words
+            place for span in self.spans for place, word in zip(span.places, span.words, strict=True) if word in words
         ]
 
     def replacing(self, **parts: Tensor) -> Conditioning:
@@ -123,7 +120,7 @@ class Denoise:
     conditioning: Sequence[Conditioning]  # R
     watch: Sequence[Sequence[int]] | None = None  # R
     control: Control | None = None  # makes a group of the R rows
-    # What networks take beside latents, by name, where they offer it: "inpaint" (R, 1 + C, h, w), mask and masked image.
+    # What some networks take beside the latents, by name: "inpaint" (R, 1 + C, h, w), a mask and the masked image.
     beside: Mapping[str, Tensor] = field(default_factory=dict)
     cotangent: Callable[[Prediction], Prediction] | None = None
 
