@@ -99,7 +99,7 @@ class Prediction:
     def contrast(self) -> Tensor:
         """Of a direction: what tells strong places from weak ones at every level.
 
-        Where there is no signal the noise half of a direction is zero everywhere, where there is no noise the data half.
+        Without signal the noise half of a direction is zero everywhere, without noise the data half.
         """
         return self.noise - self.data
 

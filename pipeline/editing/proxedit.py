@@ -136,7 +136,7 @@ class ProxEditEdit(PromptToPromptEdit):
     def guide(
         self, step: int, source: BranchPrediction | None, target: BranchPrediction
     ) -> tuple[Prediction | None, Prediction]:
-        """Proximal guidance, thresholded by the noise. Without signal that has no direction: guidance stays as it is."""
+        """Proximal guidance, thresholded by the noise, which has no direction at a level without signal."""
         settings, level = self.proximal_settings, self.trajectory.levels[step]
         if settings.prox == "none" or level.signal == 0.0:
             return super().guide(step, source, target)
