@@ -265,11 +265,13 @@ def replay_without_model(
 def answer(method: Any, denoise: Callable[[Denoise], Denoised]) -> Any:
     """Drive a generator without an engine or a model."""
     reply = None
+    encoded: dict[str, Conditioning] = {}  # one prompt, one object, as an engine has it
     try:
         while True:
             call = method.send(reply)
             if isinstance(call, EncodeText):
-                reply = [Conditioning(prompt, {"embedding": torch.zeros(77, 1)}) for prompt in call.prompts]
+                blank = {"embedding": torch.zeros(77, 1)}
+                reply = [encoded.setdefault(prompt, Conditioning(prompt, blank)) for prompt in call.prompts]
             else:
                 reply = denoise(call)
     except StopIteration as stop:
