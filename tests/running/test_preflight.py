@@ -181,7 +181,7 @@ def test_a_word_behind_what_the_text_encoder_reads_is_refused(tmp_path: Path) ->
             "blend_words": {"source": ["cat"], "target": ["dog"]},
         }
 
-    tokenizer = outline_of(ModelConfig(name="demo")).tokenizer
+    (tokenizer,) = outline_of(ModelConfig(name="demo")).tokenizers
     fits = tokenizer.model_max_length - 2 - len(tokenizer("a cat and dog").input_ids) + 2
     assert settings_for("demo", tmp_path, blending(fits), **BLEND)  # or the next one shows nothing
     plan(settings_for("demo", tmp_path, blending(fits), **BLEND), probe=False)
