@@ -163,7 +163,12 @@ def description(scene: Scene) -> str:
 
 def valid_pairs() -> list[tuple[str, str]]:
     """All pairs that a recipe accepts, by name."""
-    return [(inversion, editor) for editor in EDITORS for inversion in INVERSIONS if EDITORS[editor].fits(inversion)]
+    return [
+        (name, editor)
+        for editor in EDITORS
+        for name, inversion in INVERSIONS.items()
+        if EDITORS[editor].fits(inversion)
+    ]
 
 
 def method_of(inversion: str, editor: str, num_steps: int) -> Method:

@@ -371,7 +371,7 @@ def methods() -> None:
         inversions.add_row(name, defaults_of(inversion), about)
     editors = method_table("editing.method")
     for name, editor in EDITORS.items():
-        fitting = [key for key in INVERSIONS if editor.fits(key)]
+        fitting = [key for key, inversion in INVERSIONS.items() if editor.fits(inversion)]
         about = f"goes with {', '.join(fitting)}\n{editor.paper}"
         editors.add_row(name, defaults_of(editor), about)
     for table in (inversions, editors):

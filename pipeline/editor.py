@@ -285,6 +285,7 @@ class Editor:
         self, image: AnyImage, mask: AnyImage | None, name: str | None, recipe: Recipe
     ) -> Steps[list[Decoded | Rejected]]:
         """All edits of an image; raises what keeps it from being read."""
+        recipe.refuse_what_lacks(self.backbone.offers, self.backbone.record.name)
         prepared = self._prepared(image, mask, name, recipe)
         return (yield from edit_prepared(prepared, recipe.all_methods, recipe.run.seed, self.backbone))
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -32,6 +32,7 @@ from pydantic import (
 from pipeline.editing import EDITORS
 from pipeline.editing.base import EditingMethod
 from pipeline.editing.ledits_pp import LEditsPP
+from pipeline.engine.backbone import Offers
 from pipeline.errors import PrepareError, RecipeError
 from pipeline.inversion import INVERSIONS
 from pipeline.inversion.base import Inversion
@@ -57,6 +58,11 @@ class Method(Section):
     """How an image becomes a trajectory."""
     editing: AnyEditingMethod = Field(default_factory=LEditsPP)
     """How a trajectory becomes an edit."""
+
+    def model_problems(self, offers: Offers) -> Iterator[str]:
+        """Why a model that offers this cannot serve it, and the way out."""
+        yield from self.inversion.model_problems(offers)
+        yield from self.editing.model_problems(offers)
 
 
 def _or_one_edit(schema: dict[str, Any]) -> None:
@@ -136,15 +142,29 @@ class Recipe(Section):
         """SHA-256 of `result_settings`, first 16 hexadecimal digits."""
         return hash_of(self.result_settings())
 
+    def refuse_what_lacks(self, offers: Offers, model: str) -> None:
+        """See that a model has what the methods need.
+
+        Raises:
+            RecipeError: names what is missing and the way out, of every method.
+        """
+        problems = [
+            (f"methods.{name}" if self.methods else "editing", f"{text} (model '{model}')")
+            for name, method in self.all_methods.items()
+            for text in method.model_problems(offers)
+        ]
+        if problems:
+            raise RecipeError("recipe", problems)
+
     def problems(self) -> list[tuple[str, str]]:
         """What parses but cannot work: pairs that do not fit, edits that a method cannot serve."""
         found = []
         for name, method in self.all_methods.items():
             at = f"methods.{name}." if self.methods else ""
             inversion, editing = method.inversion, method.editing
-            if not editing.fits(inversion.method):
-                inversions = [name for name in INVERSIONS if editing.fits(name)]
-                editors = [name for name, editor in EDITORS.items() if editor.fits(inversion.method)]
+            if not editing.fits(type(inversion)):
+                inversions = [name for name, one in INVERSIONS.items() if editing.fits(one)]
+                editors = [name for name, editor in EDITORS.items() if editor.fits(type(inversion))]
                 found.append(
                     (
                         f"{at}editing",

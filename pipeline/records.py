@@ -18,8 +18,9 @@ from pipeline.errors import Stage
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pipeline.diffusion.schedule import NoiseSchedule
+    from pipeline.diffusion.levels import Level, Schedule
     from pipeline.diffusion.steps import Solver
+    from pipeline.engine.calls import Conditioning
 
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, max_length=2000)]
 NonEmptyPrompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2000)]
@@ -232,6 +233,9 @@ class InversionPrompts(NamedTuple):
     negative_prompt: str = ""
 
 
+UncondScope = Literal["all", "source"]
+"""Which branches of an editor take the unconditional embeddings that an inversion brings."""
+
 DrawNoise = Callable[[], "Tensor"]
 """Returns one more standard normal latent (C, h, w) at each call."""
 
@@ -243,11 +247,16 @@ class Source:
     latents: Tensor  # (C, h, w) encoded image, scaled
     prompt: str  # what the image shows; may be ""
     negative_prompt: str = ""  # what the prompt is guided against; the same as it: no guidance
-    schedule: NoiseSchedule
+    schedule: Schedule
     draw_noise: DrawNoise  # the inversion's noise
     editing_noise: Callable[[], DrawNoise]  # an editor's noise, from its beginning: no edit shifts another's
     pixels: np.ndarray | None = None  # (H, W, 3) uint8, the image itself
     placement: Placement | None = None  # of the image on its canvas; None: it fills the canvas
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(h, w) of the latents."""
+        return self.latents.shape[-2], self.latents.shape[-1]
 
     def of_image(self, maps: Tensor) -> Tensor:
         """Maps (..., h, w) of the canvas without its padding: what thresholds and means of an image are taken over."""
@@ -261,21 +270,20 @@ class Source:
 class Trajectory:
     """What an inversion returns: one image as N steps of a sampler, noisiest first.
 
-    `latents[i]` is the latent before step i and `latents[N]` the encoded image. Step i runs at `timesteps[i]`, and
-    adds `noise_maps[i]` times the step's sigma where there are noise maps.
+    `latents[i]` is the latent before step i, which runs at `levels[i]`, and `latents[N]` the encoded image. A step adds
+    `noise_maps[i]` times its sigma where there are noise maps.
     """
 
     method: str  # the inversion that made it
     source: Source
-    solver: Solver  # the steps; an editor walks these, and never computes timesteps of its own
+    solver: Solver  # the steps; an editor walks these, and never computes levels of its own
     latents: Tensor  # (N + 1, C, h, w), float32 or wider
     noise_maps: Tensor | None = None  # (N, C, h, w)
     data_preds: Tensor | None = None  # (N, C, h, w) predictions of the clean latents, for multistep solvers
     source_guidance: float = 1.0
     skipped_steps: int = 0  # steps of the whole schedule that were left out at its noisy end
-    # Text embeddings that take the empty prompt's place: (L, D) for all steps or (N, L, D), one per step. None: none.
-    uncond: Tensor | None = None
-    uncond_scope: Literal["all", "source"] = "all"  # which rows take `uncond`
+    uncond: tuple[Conditioning, ...] | None = None  # N, one per step, that take the empty prompt's place. None: none
+    uncond_scope: UncondScope = "all"  # which rows take `uncond`
     pinned: bool = False  # an editor's source branch is these latents, whatever is predicted for it
     # N shares of the way back to these latents that a pinned source goes after each step. None: all of it, always.
     pin_shares: tuple[float, ...] | None = None
@@ -293,12 +301,22 @@ class Trajectory:
     @property
     def total_steps(self) -> int:
         """S: steps of the whole schedule, those left out included."""
-        return len(self.timesteps) + self.skipped_steps
+        return self.num_steps + self.skipped_steps
 
     @property
-    def timesteps(self) -> tuple[int, ...]:
-        """The N timesteps that are walked, descending."""
-        return self.solver.timesteps
+    def num_steps(self) -> int:
+        """N: steps that are walked."""
+        return len(self.solver.steps)
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """The N levels that steps start from, noisiest first."""
+        return tuple(step.start for step in self.solver.steps)
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """What the network is told at each of them, descending."""
+        return tuple(level.timestep for level in self.levels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.levels import Level
 from pipeline.editing.base import EditingMethod
 from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.engine.backbone import Backbone
@@ -38,6 +40,17 @@ def analytic(dtype: torch.dtype = torch.float32) -> Backbone:
 
 
 BACKBONES = {"analytic": analytic, "tiny_sd": tiny_sd}
+
+
+def levels(backbone: Any, timesteps: Iterable[int]) -> list[Level]:
+    """The levels of some timesteps, for calls of a network."""
+    return [backbone.schedule.level(timestep) for timestep in timesteps]
+
+
+def brought(trajectory: Trajectory) -> Tensor:
+    """The unconditional embeddings (N, L, D) that an inversion brought."""
+    assert trajectory.uncond is not None
+    return torch.stack([one.embedding for one in trajectory.uncond])
 
 
 def image_latents(backbone: Backbone, number: int, side: int = SIDE) -> Tensor:

@@ -73,8 +73,15 @@ EDIT_ROWS: dict[str, tuple[dict[str, int], int]] = {
     "fast_diffedit": (dict.fromkeys(INVERSIONS, 2), 2 * FAST_DIFFEDIT_DRAWS),
 }
 
-PAIRS = [(inversion, editor) for inversion in INVERSIONS for editor in EDITORS if EDITORS[editor].fits(inversion)]
-OTHERS = [(inversion, editor) for inversion in INVERSIONS for editor in EDITORS if not EDITORS[editor].fits(inversion)]
+PAIRS = [
+    (inversion, editor) for inversion in INVERSIONS for editor in EDITORS if EDITORS[editor].fits(INVERSIONS[inversion])
+]
+OTHERS = [
+    (inversion, editor)
+    for inversion in INVERSIONS
+    for editor in EDITORS
+    if not EDITORS[editor].fits(INVERSIONS[inversion])
+]
 REFUSING_MASKS = [pair for pair in PAIRS if not EDITORS[pair[1]].keeps_to_masks]
 KEEPING_TO_MASKS = [pair for pair in PAIRS if pair not in REFUSING_MASKS]
 ONE_BRANCH = {"cfg", "reconstruct", "ledits_pp"}  # editors that read no source while they walk
@@ -249,8 +256,8 @@ def test_a_pair_that_does_not_fit_is_refused_with_those_that_do(inversion: str, 
         )
     (message,) = (text for path, text in caught.value.problems if path == "editing")
     first, second = message.split("It works with: ")[1].split("; that inversion with: ")
-    assert first.split(", ") == [name for name in INVERSIONS if EDITORS[editor].fits(name)]
-    assert second.split(", ") == [name for name in EDITORS if EDITORS[name].fits(inversion)]
+    assert first.split(", ") == [name for name in INVERSIONS if EDITORS[editor].fits(INVERSIONS[name])]
+    assert second.split(", ") == [name for name in EDITORS if EDITORS[name].fits(INVERSIONS[inversion])]
 
 
 @pytest.mark.parametrize("methods", [INVERSIONS, EDITORS], ids=["inversions", "editors"])

@@ -45,7 +45,7 @@ PAIRS = [
     (inversion, editor)
     for inversion in INVERSIONS
     for editor in EDITORS
-    if EDITORS[editor].fits(inversion) and INVERSIONS[inversion].exact != "none"
+    if EDITORS[editor].fits(INVERSIONS[inversion]) and INVERSIONS[inversion].exact != "none"
 ]
 
 

@@ -70,13 +70,13 @@ def noise_mask(
     return strongest_region(strength, thresholds, of_image(strength))
 
 
-def change_of_data(directions: Float[Tensor, "E C h w"], alpha_bar: float) -> Float[Tensor, "E h w"]:
-    """The power by which directions of a noise prediction move the prediction of the clean latents, blurred.
+def change_of_data(directions: Float[Tensor, "E C h w"]) -> Float[Tensor, "E h w"]:
+    """The power by which directions move the prediction of the clean latents, given as their data halves; blurred.
 
-    That move is the direction times the noise's amplitude over the signal's. In these units the noisy steps, which lay
-    an object out, weigh more than the last ones, which work at edges everywhere; and so do, squared, strong places.
+    In these units the noisy steps, which lay an object out, weigh more than the last ones, which work at edges
+    everywhere; and so do, squared, strong places.
     """
-    power = directions.square().sum(dim=1) * ((1.0 - alpha_bar) / alpha_bar)
+    power = directions.square().sum(dim=1)
     return smooth_attention(smooth_attention(power))
 
 

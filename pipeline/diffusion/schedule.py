@@ -1,6 +1,6 @@
-"""The noise schedule of a checkpoint: how much signal is left at each timestep, and which timesteps are walked.
+"""The variance-preserving schedule of a checkpoint: how much signal is left at each timestep, and which are walked.
 
-Symbols follow diffusers: `alpha_bar` is `alphas_cumprod`, the share of signal *power*, in (0, 1].
+Symbols follow diffusers: `alpha_bar` is `alphas_cumprod`, the share of signal *power*, in [0, 1].
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from pipeline.diffusion.levels import Level, Schedule, Step
 from pipeline.errors import ModelError
 
 PredictionType = Literal["epsilon", "v_prediction"]
@@ -37,7 +39,6 @@ SCHEDULERS = (
 
 
 UNREADABLE = {
-    "rescale_betas_zero_snr": "its noisiest level holds no signal, so that no inversion can divide by it",
     "thresholding": "it clips what the model predicts, which is wrong for latents and makes inversion inexact",
     "use_flow_sigmas": "its levels are those of flow matching",
 }
@@ -77,8 +78,19 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
     return torch.linspace(start**0.5, end**0.5, num, dtype=torch.float32) ** 2
 
 
+def _without_signal_at_the_end(betas: Tensor) -> Tensor:
+    """Betas whose last level holds no signal: amplitudes are shifted and stretched so that the first one stays.
+
+    Lin et al., arXiv 2305.08891, algorithm 1.
+    """
+    signal = torch.cumprod(1.0 - betas, dim=0).sqrt()
+    signal = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
+    power = signal**2
+    return 1.0 - torch.cat([power[:1], power[1:] / power[:-1]])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NoiseSchedule:
+class NoiseSchedule(Schedule):
     """Signal shares and conventions, as the checkpoint's scheduler configuration states them."""
 
     alpha_bars: tuple[float, ...]  # by timestep, descending in value
@@ -108,8 +120,16 @@ class NoiseSchedule:
         for key, reason in UNREADABLE.items():
             if config.get(key):
                 raise ModelError(f"the checkpoint's scheduler has {key}: {reason}. Use a checkpoint without it")
+        betas = _betas(config)
+        if config.get("rescale_betas_zero_snr"):
+            if prediction_type == "epsilon":
+                raise ModelError(
+                    "the checkpoint's scheduler has rescale_betas_zero_snr with prediction_type epsilon: at a level "
+                    "without signal the noise says nothing of the image. Use a checkpoint of v_prediction"
+                )
+            betas = _without_signal_at_the_end(betas)
         # In float32, as diffusers computes them, so that the levels agree to the last bit.
-        alpha_bars = torch.cumprod(1.0 - _betas(config), dim=0).tolist()
+        alpha_bars = torch.cumprod(1.0 - betas, dim=0).tolist()
         return cls(
             alpha_bars=tuple(alpha_bars),
             final_alpha_bar=1.0 if config.get("set_alpha_to_one", False) else alpha_bars[0],
@@ -162,14 +182,23 @@ class NoiseSchedule:
         stride = total // (num_steps + 1)
         return tuple((num_steps - j) * stride + self.steps_offset for j in range(num_steps))
 
-    def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
-        """The forward process: latents of any shape and unit noise of the same, brought to a timestep's level."""
+    def level(self, timestep: int) -> Level:
+        """A timestep's level; the checkpoint's last one below 0."""
         alpha_bar = self.alpha_bar(timestep)
-        return math.sqrt(alpha_bar) * latents + math.sqrt(1.0 - alpha_bar) * noise
+        return Level(math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar), timestep)
 
-    def to_noise_pred(self, output: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
-        """Turn a network's output (R, C, h, w) at timesteps (R,) into epsilon, whatever the network was trained for."""
-        if self.prediction_type == "epsilon":
-            return output
-        alpha_bar = torch.tensor(self.alpha_bars, dtype=torch.float64)[timesteps.cpu()].to(latents)[:, None, None, None]
-        return alpha_bar.sqrt() * output + (1.0 - alpha_bar).sqrt() * latents
+    @override
+    def steps(
+        self, num_steps: int, size: tuple[int, int], *, leading: bool = False, to_lowest: bool = False
+    ) -> tuple[Step, ...]:
+        # With spacings that round unevenly diffusers does not step to the next timestep's level but one stride down, in
+        # both directions; so do we.
+        stride = self.num_train_timesteps // num_steps
+        timesteps = self.ddim_timesteps(num_steps, "leading" if leading else None)
+        ends = [max(t - stride, 0) if to_lowest else t - stride for t in timesteps]
+        return tuple(Step(self.level(t), self.level(end)) for t, end in zip(timesteps, ends, strict=True))
+
+    @override
+    def multistep_levels(self, num_steps: int, size: tuple[int, int], *, to_lowest: bool) -> tuple[Level, ...]:
+        last = self.level(0) if to_lowest else Level(1.0, 0.0, 0)
+        return (*(self.level(t) for t in self.dpm_timesteps(num_steps)), last)

@@ -1,19 +1,22 @@
 """One step of a sampler, and its inverse: DDIM and the second-order SDE DPM-Solver++.
 
-A step takes latents x_i and a noise prediction to a mean and a noise scale; the next latents are
-`mean + sigma * noise_map`. Inversion solves the same equation for the noise map (edit-friendly DDPM inversion,
-arXiv 2304.06140; LEDITS++, arXiv 2311.16711), or runs DDIM upwards.
+A step takes latents x_i and a prediction to a mean and a noise scale; the next latents are `mean + sigma * noise_map`.
+Inversion solves the same equation for the noise map (edit-friendly DDPM inversion, arXiv 2304.06140; LEDITS++, arXiv
+2311.16711), or runs DDIM upwards. Nothing here divides by the signal of a level, which may be 0 at the first.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
+from typing_extensions import override
 
-from pipeline.diffusion.schedule import NoiseSchedule
+from pipeline.diffusion.levels import Level, Prediction, Step
 
 
 class Transition(NamedTuple):
@@ -26,133 +29,98 @@ class Transition(NamedTuple):
 
 @runtime_checkable
 class Solver(Protocol):
-    """N steps down a list of timesteps. Immutable; holds numbers only."""
+    """N steps down a list of levels. Immutable; holds numbers only."""
 
-    @property
-    def timesteps(self) -> tuple[int, ...]:
-        """The N timesteps, descending."""
+    steps: tuple[Step, ...]  # N, noisiest first
 
-    def transition(self, step: int, latents: Tensor, noise_pred: Tensor, previous: Tensor | None) -> Transition:
+    def transition(self, step: int, latents: Tensor, prediction: Prediction, previous: Tensor | None) -> Transition:
         """Step `step` of N. `previous` is the data prediction of the step before, None at the first step taken."""
 
-    def add_noise(self, latents: Tensor, noise: Tensor, step: int) -> Tensor:
-        """Clean latents at the noise level that step `step` starts from."""
+
+def half_log_snr(level: Level) -> float:
+    """Half the logarithm of the signal-to-noise ratio; minus infinity without signal, which the formulas can take."""
+    return math.log(level.signal) - math.log(level.noise) if level.signal > 0 else -math.inf
 
 
-def ddim_data_pred(latents: Tensor, noise_pred: Tensor, alpha_bar: float) -> Tensor:
-    """Clean latents implied by a noise prediction (DDIM, arXiv 2010.02502, equation 9)."""
-    return (latents - math.sqrt(1.0 - alpha_bar) * noise_pred) / math.sqrt(alpha_bar)
+def ddim_move(prediction: Prediction, level: Level) -> Tensor:
+    """Carry latents to another level along their prediction, up or down (DDIM, arXiv 2010.02502, equation 12, eta 0).
 
-
-def ddim_move(latents: Tensor, noise_pred: Tensor, alpha_bar_from: float, alpha_bar_to: float) -> Tensor:
-    """Carry latents from one noise level to another along a prediction, up or down (DDIM, equation 12 with eta 0).
-
-    `ddim_move(ddim_move(x, e, a, b), e, b, a)` is x.
+    For rectified flow this is Euler's step. Moving there and back along one prediction of the noise gives the latents.
     """
-    clean = ddim_data_pred(latents, noise_pred, alpha_bar_from)
-    return math.sqrt(alpha_bar_to) * clean + math.sqrt(1.0 - alpha_bar_to) * noise_pred
+    return level.signal * prediction.data + level.noise * prediction.noise
+
+
+def last_is_residual(steps: tuple[Step, ...], step: int, *, exact_last_step: bool) -> bool:
+    """Whether a step that ends at clean latents, and so scales no noise, has for its map whatever is missing there."""
+    return exact_last_step and step == len(steps) - 1 and steps[step].end.noise == 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DDIM:
+class DDIM(Solver):
     """DDIM with variance `eta`: 0 is deterministic, 1 is DDPM-like (arXiv 2010.02502, equations 12 and 16)."""
 
-    timesteps: tuple[int, ...]
-    alpha_bars: tuple[float, ...]  # N levels that the steps start from
-    # N levels that the steps end at. With spacings that round unevenly diffusers does not step to the next
-    # timestep's level but one stride down, in both directions; so do we.
-    target_alpha_bars: tuple[float, ...]
+    steps: tuple[Step, ...]
     eta: float = 0.0
-    # The authors of edit-friendly inversion put eta, not its square, under the root of the direction's weight.
-    # The two agree at 0 and 1; theirs is for parity only.
-    eta_squared: bool = True
-    zero_last_sigma: bool = False  # the last step adds no noise: parity with what the authors' code does
+    exact_last_step: bool = True  # with eta: whether the last step has a noise map, too
+    # For parity with the authors' code of edit-friendly inversion: see compat.py.
+    power_of_eta: int = 2
 
-    @classmethod
-    def from_schedule(
-        cls,
-        schedule: NoiseSchedule,
-        timesteps: tuple[int, ...],
-        stride: int,
-        *,
-        eta: float = 0.0,
-        eta_squared: bool = True,
-        zero_last_sigma: bool = False,
-    ) -> DDIM:
-        """Steps along `timesteps`, each to the level `stride` timesteps below it, whatever the spacing."""
-        return cls(
-            timesteps=timesteps,
-            alpha_bars=tuple(schedule.alpha_bar(t) for t in timesteps),
-            target_alpha_bars=tuple(schedule.alpha_bar(t - stride) for t in timesteps),
-            eta=eta,
-            eta_squared=eta_squared,
-            zero_last_sigma=zero_last_sigma,
-        )
-
-    def transition(self, step: int, latents: Tensor, noise_pred: Tensor, previous: Tensor | None) -> Transition:
+    @override
+    def transition(self, step: int, latents: Tensor, prediction: Prediction, previous: Tensor | None) -> Transition:
         """A single-step method: `previous` is not read."""
-        a, b = self.alpha_bars[step], self.target_alpha_bars[step]
-        variance = (1.0 - b) / (1.0 - a) * (1.0 - a / b)
-        in_direction = variance * (self.eta**2 if self.eta_squared else self.eta)
-        data_pred = ddim_data_pred(latents, noise_pred, a)
-        mean = math.sqrt(b) * data_pred + math.sqrt(max(1.0 - b - in_direction, 0.0)) * noise_pred
-        last = step == len(self.timesteps) - 1
-        sigma = 0.0 if last and self.zero_last_sigma else self.eta * math.sqrt(variance)
-        return Transition(mean, sigma, data_pred)
+        start, end = self.steps[step]
+        kept = start.signal * end.noise / (end.signal * start.noise)  # of the noise, where none is added
+        variance = end.noise**2 * max(1.0 - kept**2, 0.0)
+        in_direction = variance * self.eta**self.power_of_eta
+        mean = ddim_move(prediction, end._replace(noise=math.sqrt(max(end.noise**2 - in_direction, 0.0))))
+        sigma = self.eta * math.sqrt(variance)
+        if self.eta > 0 and last_is_residual(self.steps, step, exact_last_step=self.exact_last_step):
+            sigma = 1.0
+        elif step == len(self.steps) - 1 and not self.exact_last_step:
+            sigma = 0.0
+        return Transition(mean, sigma, prediction.data)
 
-    def inverse(self, step: int, latents: Tensor, noise_pred: Tensor) -> Tensor:
-        """Undo step `step` for eta 0: latents after it, and a prediction, give the latents before it."""
-        return ddim_move(latents, noise_pred, self.target_alpha_bars[step], self.alpha_bars[step])
+    def inverse(self, step: int, prediction: Prediction) -> Tensor:
+        """Undo step `step` for eta 0: a prediction for the latents after it gives the latents before it."""
+        return ddim_move(prediction, self.steps[step].start)
 
-    def add_noise(self, latents: Tensor, noise: Tensor, step: int) -> Tensor:
-        """Clean latents at the noise level that step `step` starts from."""
-        a = self.alpha_bars[step]
-        return math.sqrt(a) * latents + math.sqrt(1.0 - a) * noise
+    def level_below(self, step: int) -> Level:
+        """Where the latents after step `step` stand, for a network that is told the timestep before it.
+
+        DDIM inversion predicts there: the latents that it looks for do not exist yet.
+        """
+        start, end = self.steps[step]
+        return end._replace(timestep=start.timestep)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SDEDPMSolver:
+class SDEDPMSolver(Solver):
     """SDE DPM-Solver++, second order, midpoint (arXiv 2211.01095, algorithm 2 and its SDE form, appendix).
 
-    Levels are (signal, noise) amplitudes a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar). The level after the last step
-    is either timestep 0's, and the step is stochastic and invertible, or (1, 0), and the step returns the data
-    prediction: what diffusers calls final_sigmas_type "sigma_min" and "zero".
+    The last level is either the least noisy one that the model knows, and the step to it is stochastic and invertible;
+    or clean, and the step returns the data prediction: diffusers' final_sigmas_type "sigma_min" and "zero".
     """
 
-    timesteps: tuple[int, ...]
-    alphas: tuple[float, ...]  # N + 1 signal amplitudes
-    sigmas: tuple[float, ...]  # N + 1 noise amplitudes
+    steps: tuple[Step, ...]
+    exact_last_step: bool = False  # to clean latents: with a map of what the data prediction misses
 
     @classmethod
-    def from_schedule(
-        cls, schedule: NoiseSchedule, timesteps: tuple[int, ...], *, zero_last_sigma: bool
-    ) -> SDEDPMSolver:
-        """Steps along `timesteps` and then to timestep 0, or to no noise at all."""
-        alpha_bars = [schedule.alpha_bar(t) for t in timesteps]
-        alpha_bars.append(1.0 if zero_last_sigma else schedule.alpha_bar(0))
-        return cls(
-            timesteps=timesteps,
-            alphas=tuple(math.sqrt(a) for a in alpha_bars),
-            sigmas=tuple(math.sqrt(1.0 - a) for a in alpha_bars),
-        )
+    def along(cls, levels: Sequence[Level], *, exact_last_step: bool = False) -> SDEDPMSolver:
+        """N steps along N + 1 levels."""
+        return cls(steps=tuple(Step(*pair) for pair in pairwise(levels)), exact_last_step=exact_last_step)
 
-    def _lambda(self, level: int) -> float:
-        return math.log(self.alphas[level]) - math.log(self.sigmas[level])
-
-    def transition(self, step: int, latents: Tensor, noise_pred: Tensor, previous: Tensor | None) -> Transition:
+    @override
+    def transition(self, step: int, latents: Tensor, prediction: Prediction, previous: Tensor | None) -> Transition:
         """Without `previous` the step is of first order."""
-        data_pred = (latents - self.sigmas[step] * noise_pred) / self.alphas[step]
-        if self.sigmas[step + 1] == 0.0:
-            return Transition(data_pred, 0.0, data_pred)
-        h = self._lambda(step + 1) - self._lambda(step)
+        data_pred, (start, end) = prediction.data, self.steps[step]
+        if end.noise == 0.0:
+            residual = last_is_residual(self.steps, step, exact_last_step=self.exact_last_step)
+            return Transition(data_pred, 1.0 if residual else 0.0, data_pred)
+        h = half_log_snr(end) - half_log_snr(start)
         corrected = data_pred
         if previous is not None:
-            ratio = (self._lambda(step) - self._lambda(step - 1)) / h
+            ratio = (half_log_snr(start) - half_log_snr(self.steps[step - 1].start)) / h
             corrected = data_pred + (data_pred - previous) / (2.0 * ratio)
-        mean = (self.sigmas[step + 1] / self.sigmas[step] * math.exp(-h)) * latents
-        mean = mean + (self.alphas[step + 1] * -math.expm1(-2.0 * h)) * corrected
-        return Transition(mean, self.sigmas[step + 1] * math.sqrt(-math.expm1(-2.0 * h)), data_pred)
-
-    def add_noise(self, latents: Tensor, noise: Tensor, step: int) -> Tensor:
-        """Clean latents at the noise level that step `step` starts from."""
-        return self.alphas[step] * latents + self.sigmas[step] * noise
+        mean = (end.noise / start.noise * math.exp(-h)) * latents
+        mean = mean + (end.signal * -math.expm1(-2.0 * h)) * corrected
+        return Transition(mean, end.noise * math.sqrt(-math.expm1(-2.0 * h)), data_pred)

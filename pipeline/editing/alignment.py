@@ -1,23 +1,24 @@
 """Which tokens of two prompts belong together (Prompt-to-Prompt, arXiv 2208.01626). Pure; no model involved.
 
-Positions count the keys of cross-attention from 0, the start token. L is their number, 77 in Stable Diffusion.
+Positions count the L keys of cross-attention from 0. Where several tokenizers' tokens are keys, each of their spans is
+aligned with the same span of the other prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.editing.problems import missing_word, places_of, raise_first, word_beyond, word_count_problems
-from pipeline.engine.calls import TextConditioning
+from pipeline.engine.calls import Conditioning, Span
 from pipeline.errors import PrepareError
 from pipeline.records import Window
 
 
-def word_positions(prompt: TextConditioning, word: str, what: str) -> list[int]:
+def word_positions(prompt: Conditioning, word: str, what: str) -> list[int]:
     """Token positions of a word, all its occurrences; several words in a row may be given as one.
 
     Case is ignored, and so is punctuation at a word's ends. `what` says for the error what the word is for.
@@ -28,21 +29,21 @@ def word_positions(prompt: TextConditioning, word: str, what: str) -> list[int]:
     chosen = places_of(word, prompt.prompt)
     if not chosen:
         raise PrepareError(missing_word(word, what, prompt.prompt))
-    positions = [1 + token for token, of_word in enumerate(prompt.token_words) if of_word in chosen]
-    if chosen - set(prompt.token_words):
+    positions = prompt.places_of(chosen)
+    if chosen - {word for span in prompt.spans for word in span.words}:
         raise PrepareError(word_beyond(word, what, prompt.prompt))
     return positions
 
 
-def token_weights(prompt: TextConditioning, words: tuple[str, ...], what: str) -> Tensor:
+def token_weights(prompt: Conditioning, words: tuple[str, ...], what: str) -> Tensor:
     """(L,): 1 at the words' tokens, 0 elsewhere."""
-    weights = torch.zeros(prompt.embedding.shape[0])
+    weights = torch.zeros(prompt.length)
     for word in words:
         weights[word_positions(prompt, word, what)] = 1.0
     return weights
 
 
-def replacement_mapper(source: TextConditioning, target: TextConditioning, *, aligned_tail: bool = False) -> Tensor:
+def replacement_mapper(source: Conditioning, target: Conditioning, *, aligned_tail: bool = False) -> Tensor:
     """(L, L): weight of each source token (row) in each target token's (column) attention map, for word swaps.
 
     A changed word's maps are shared out over its new tokens. Behind the last changed word the published method maps
@@ -54,21 +55,36 @@ def replacement_mapper(source: TextConditioning, target: TextConditioning, *, al
     """
     source_words, target_words = source.prompt.split(), target.prompt.split()
     raise_first(word_count_problems(source.prompt, target.prompt))
-    length = source.embedding.shape[0]
     changed = [at for at, pair in enumerate(zip(source_words, target_words, strict=True)) if pair[0] != pair[1]]
-    swaps = [(_tokens_of(source, word), _tokens_of(target, word)) for word in changed]
-    swaps = [(old, new) for old, new in swaps if old and new]  # what was cut off cannot be swapped
+    mapper = torch.zeros((source.length, target.length))
+    for old, new, region in regions(source, target):
+        mapper[region, region] = _replacement(old, new, changed, region, aligned_tail=aligned_tail)
+    return mapper
+
+
+def regions(source: Conditioning, target: Conditioning) -> Iterator[tuple[Span, Span, slice]]:
+    """The spans of two prompts that belong together, and the keys up to the next one, padding included."""
+    starts = [span.start for span in target.spans]
+    for old, new, stop in zip(source.spans, target.spans, [*starts[1:], target.length], strict=True):
+        yield old, new, slice(new.start, stop)
+
+
+def _replacement(old: Span, new: Span, changed: list[int], region: slice, *, aligned_tail: bool) -> Tensor:
+    """The mapper of one span, over its keys."""
+    length = region.stop - region.start
+    swaps = [(_tokens_of(old, word), _tokens_of(new, word)) for word in changed]
+    swaps = [(before, after) for before, after in swaps if before and after]  # what was cut off cannot be swapped
     mapper = torch.zeros((length, length))
     i = j = 0
     while i < length and j < length:
         if swaps and i == swaps[0][0][0]:
-            old, new = swaps.pop(0)
-            if len(old) == len(new):
-                mapper[old, new] = 1.0
+            before, after = swaps.pop(0)
+            if len(before) == len(after):
+                mapper[before, after] = 1.0
             else:
-                mapper[torch.tensor(old)[:, None], torch.tensor(new)] = 1.0 / len(new)
-            i += len(old)
-            j += len(new)
+                mapper[torch.tensor(before)[:, None], torch.tensor(after)] = 1.0 / len(after)
+            i += len(before)
+            j += len(after)
             continue
         mapper[i if swaps or aligned_tail else j, j] = 1.0
         i += 1
@@ -76,8 +92,9 @@ def replacement_mapper(source: TextConditioning, target: TextConditioning, *, al
     return mapper
 
 
-def _tokens_of(prompt: TextConditioning, word: int) -> list[int]:
-    return [1 + token for token, of_word in enumerate(prompt.token_words) if of_word == word]
+def _tokens_of(span: Span, word: int) -> list[int]:
+    """Places of a word's tokens within its span."""
+    return [place - span.start for place, of_word in zip(span.places, span.words, strict=True) if of_word == word]
 
 
 class Refinement(NamedTuple):
@@ -87,22 +104,31 @@ class Refinement(NamedTuple):
     keep: Tensor  # (L,) 1 where there is one, else 0
 
 
-def refinement_mapper(source: TextConditioning, target: TextConditioning) -> Refinement:
+def refinement_mapper(source: Conditioning, target: Conditioning) -> Refinement:
     """Align any two prompts by their token ids, start and end included (Needleman and Wunsch).
 
     Gaps cost nothing, equal tokens win 1, different ones lose 1, so that only equal tokens are ever aligned. Of equally
     good ways the one is taken that leaves target tokens alone first, then source tokens. Positions behind the target's
     end keep their place.
     """
-    old, new = source.token_ids, target.token_ids
+    length = target.length
+    index, keep = torch.arange(length), torch.ones(length)
+    for old, new, region in regions(source, target):
+        aligned = _aligned(old.token_ids, new.token_ids)
+        end = region.start + len(new.token_ids)
+        index[region.start : end], keep[region.start : end] = 0, 0.0
+        for i, j in aligned:
+            index[region.start + j], keep[region.start + j] = region.start + i, 1.0
+    return Refinement(index, keep)
+
+
+def _aligned(old: tuple[int, ...], new: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Places of tokens that belong together."""
     score = [[0] * (len(new) + 1) for _ in range(len(old) + 1)]
     for i in range(1, len(old) + 1):
         for j in range(1, len(new) + 1):
             diagonal = score[i - 1][j - 1] + (1 if old[i - 1] == new[j - 1] else -1)
             score[i][j] = max(score[i][j - 1], score[i - 1][j], diagonal)
-    length = target.embedding.shape[0]
-    index, keep = torch.arange(length), torch.ones(length)
-    index[: len(new)], keep[: len(new)] = 0, 0.0
     i, j = len(old), len(new)
     while i > 0 and j > 0:
         if score[i][j] == score[i][j - 1]:
@@ -111,11 +137,10 @@ def refinement_mapper(source: TextConditioning, target: TextConditioning) -> Ref
             i -= 1
         else:
             i, j = i - 1, j - 1
-            index[j], keep[j] = i, 1.0
-    return Refinement(index, keep)
+            yield i, j
 
 
-def word_schedule(target: TextConditioning, num_steps: int, default: Window, windows: Mapping[str, Window]) -> Tensor:
+def word_schedule(target: Conditioning, num_steps: int, default: Window, windows: Mapping[str, Window]) -> Tensor:
     """(S + 1, L) of 0 and 1: at which steps each target token's map is overwritten.
 
     A window (a, b) covers steps int(a (S + 1)) to int(b (S + 1)), the last one not included: the published count.
@@ -123,7 +148,7 @@ def word_schedule(target: TextConditioning, num_steps: int, default: Window, win
     Raises:
         PrepareError: a word with a window of its own is not in the target prompt.
     """
-    schedule = torch.zeros((num_steps + 1, target.embedding.shape[0]))
+    schedule = torch.zeros((num_steps + 1, target.length))
 
     def write(window: Window, positions: slice | list[int]) -> None:
         start, stop = (int(share * (num_steps + 1)) for share in window)
@@ -136,13 +161,13 @@ def word_schedule(target: TextConditioning, num_steps: int, default: Window, win
     return schedule
 
 
-def equalizer_weights(target: TextConditioning, factors: Mapping[str, float]) -> Tensor:
+def equalizer_weights(target: Conditioning, factors: Mapping[str, float]) -> Tensor:
     """(L,): each named target word's factor at its tokens, 1 elsewhere.
 
     Raises:
         PrepareError: a word is not in the target prompt.
     """
-    weights = torch.ones(target.embedding.shape[0])
+    weights = torch.ones(target.length)
     for word, factor in factors.items():
         weights[word_positions(target, word, "equalizer word")] = factor
     return weights

@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from pipeline.editing.problems import Problem, raise_first
+from pipeline.engine.backbone import Offers
 from pipeline.engine.calls import Steps
-from pipeline.inversion.base import Inversion
+from pipeline.inversion.base import Demand, Inversion, Provision
 from pipeline.records import EditedLatents, EditRequest, InversionPrompts, Trajectory
 
 
@@ -22,14 +23,43 @@ class EditingMethod(BaseModel, ABC):
 
     method: str  # its name in EDITORS; a subclass says which
 
-    inversions: ClassVar[frozenset[str] | None] = None  # names of those it can work with; None: all
+    needs: ClassVar[frozenset[Provision]] = frozenset()  # of an inversion's trajectory
+    takes: ClassVar[frozenset[Demand]] = frozenset()  # what it has for inversions that are wasted without
     paper: ClassVar[str]
     keeps_to_masks: ClassVar[bool] = True  # whether it can leave alone what is outside of a user's mask
 
     @classmethod
-    def fits(cls, inversion: str) -> bool:
-        """Whether it can work with the inversion of that name."""
-        return cls.inversions is None or inversion in cls.inversions
+    def fits(cls, inversion: type[Inversion]) -> bool:
+        """Whether it can work with an inversion, and that with it."""
+        return cls.needs <= inversion.provides and inversion.demands <= cls.takes
+
+    @property
+    def guides(self) -> bool:
+        """Whether its predictions are guided away from another prompt."""
+        return True
+
+    @property
+    def gives(self) -> frozenset[str]:
+        """What it gives the network beside the latents, by name."""
+        return frozenset()
+
+    def model_problems(self, offers: Offers) -> Iterator[str]:
+        """Why it cannot work on a model that offers this, and the way out."""
+        if offers.distilled and self.guides:
+            yield (
+                f"{offers.distilled}: such a model knows no guidance, which editing.method '{self.method}' uses. Set "
+                "editing.guidance_scale: 1 where the method has one, or use the checkpoint that it was distilled from"
+            )
+        if "inpaint" in offers.inputs - self.gives:
+            yield (
+                "the model is an inpainting checkpoint, which serves fast_diffedit with backend: inpaint alone. Use "
+                "that, or a plain text-to-image checkpoint"
+            )
+        if "inpaint" in self.gives - offers.inputs:
+            yield (
+                "backend: inpaint needs an inpainting checkpoint, and the model is a plain one. Use backend: masked, "
+                "or an inpainting checkpoint"
+            )
 
     def inverts_under(self, request: EditRequest) -> InversionPrompts:
         """Prompts of the trajectory that it reads: the source prompt, unless it starts from another one.

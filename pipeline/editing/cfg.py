@@ -27,7 +27,7 @@ from pipeline.editing.problems import (
     start_problems,
     target_problems,
 )
-from pipeline.editing.walk import Predict, guided_against_brought, walk
+from pipeline.editing.walk import Predict, guided, guided_against_brought, walk
 from pipeline.engine.calls import EncodeText, Steps
 from pipeline.engine.prompts import GuidedPrompt
 from pipeline.errors import PrepareError
@@ -38,7 +38,7 @@ from pipeline.records import EditedLatents, EditRequest, Trajectory
 class ClassifierFreeGuidance(EditingMethod):
     """Sample under the request's target prompt, against its negative prompt."""
 
-    inversions: ClassVar = frozenset({"ddim", "ddpm", "negative_prompt", "noise", "null_text"})
+    takes: ClassVar = frozenset({"unconditional prompt"})
     paper: ClassVar = "Classifier-Free Diffusion Guidance, arXiv 2207.12598"
 
     keeps_to_masks: ClassVar = False
@@ -50,6 +50,11 @@ class ClassifierFreeGuidance(EditingMethod):
     start_step: int = Field(default=0, ge=0)
     """Steps left out at the noisy end; more keeps more of the image."""
 
+    @property
+    @override
+    def guides(self) -> bool:
+        return self.guidance_scale != 1.0
+
     @override
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
@@ -59,7 +64,7 @@ class ClassifierFreeGuidance(EditingMethod):
 
     @override
     def pair_problems(self, inversion: Inversion) -> Iterator[str]:
-        if getattr(inversion, "uncond_scope", "all") == "source":
+        if inversion.uncond_for == "source":
             yield (
                 "uncond_scope: source gives the optimised embeddings to a source branch, and cfg has none: this would "
                 "be inversion.method ddim at many times its cost. Set uncond_scope: all, or inversion.method: ddim"
@@ -75,7 +80,7 @@ class ClassifierFreeGuidance(EditingMethod):
             raise_first(self.mask_problems())
         if trajectory.uncond is None:
             prompt = yield from GuidedPrompt.encode(request.target_prompt, self.guidance_scale, request.negative_prompt)
-            predict: Predict = prompt.predict
+            predict: Predict = guided(trajectory, prompt)
         elif request.negative_prompt:
             raise PrepareError(no_place_for_negative_prompt(trajectory.method))
         else:

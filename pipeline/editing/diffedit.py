@@ -20,13 +20,14 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
+from pipeline.diffusion.levels import Level, Prediction
 from pipeline.diffusion.masks import above_average, dilated
 from pipeline.editing.base import EditingMethod
 from pipeline.editing.observing import StepRecord, observer
 from pipeline.editing.problems import Problem, target_problems
 from pipeline.editing.walk import inside_of, start_of, take_step
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps
-from pipeline.engine.prompts import GuidedPrompt
+from pipeline.engine.prompts import GuidedPrompt, repeated
 from pipeline.errors import PrepareError
 from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, Trajectory, WordPair
@@ -35,7 +36,8 @@ from pipeline.records import EditedLatents, EditRequest, Trajectory, WordPair
 class DiffEdit(EditingMethod):
     """Edit inside of a mask that the two texts give, or that the user brings."""
 
-    inversions: ClassVar = frozenset({"ddim", "direct"})
+    needs: ClassVar = frozenset({"DDIM steps", "path"})
+    takes: ClassVar = frozenset({"source branch"})
     paper: ClassVar = "DiffEdit: Diffusion-based semantic image editing with mask guidance, arXiv 2210.11427"
 
     method: Literal["diffedit"] = "diffedit"
@@ -55,6 +57,11 @@ class DiffEdit(EditingMethod):
     """What stands outside the mask after a step. aligned: the trajectory at the level that the step leads to, hence the
     image itself at the end; reference: one level noisier, as in the maintained implementation, hence never quite the
     image."""
+
+    @property
+    @override
+    def guides(self) -> bool:
+        return self.guidance_scale != 1.0
 
     @override
     def problems(
@@ -102,11 +109,11 @@ class DiffEdit(EditingMethod):
         latents = kept[-1]
         if mask.any():
             prompt = yield from GuidedPrompt.encode(request.target_prompt, self.guidance_scale, request.negative_prompt)
-            prompt = dataclasses.replace(prompt, inpaint=(yield from self.inpaint_input(trajectory, mask)))
+            prompt = dataclasses.replace(prompt, beside=(yield from self.beside(trajectory, mask)))
             latents, previous = start_of(trajectory, 0)
-            for step, timestep in enumerate(trajectory.timesteps):
-                noise_pred = yield from prompt.predict(latents, timestep)
-                latents, previous = take_step(trajectory, step, latents, noise_pred, previous)
+            for step, level in enumerate(trajectory.levels):
+                prediction = yield from prompt.predict(latents, level)
+                latents, previous = take_step(trajectory, step, latents, prediction, previous)
                 latents = torch.where(mask, latents, kept[step])
                 if tell := observer():
                     tell(StepRecord(step=step, latents=latents, masks=mask[None], source_latents=kept[step]))
@@ -119,37 +126,44 @@ class DiffEdit(EditingMethod):
         """
         source = trajectory.source
         total = trajectory.total_steps
-        timestep = source.schedule.ddim_timesteps(total)[total - self.noised_steps(total)]
+        level = source.schedule.steps(total, source.size)[total - self.noised_steps(total)].start
         distinct = tuple(dict.fromkeys(text for pair in texts if pair[0] != pair[1] for text in pair))
         if not distinct:
             return torch.zeros((len(texts), *source.latents.shape[-2:]), dtype=source.latents.dtype)
         draw = source.editing_noise()
-        noised = torch.stack(
-            [source.schedule.add_noise(source.latents, draw(), timestep) for _ in range(self.num_maps)]
-        )
+        noised = torch.stack([level.noised(source.latents, draw()) for _ in range(self.num_maps)])
         rows = self.num_maps * len(distinct)
         everything = torch.ones(source.latents.shape[-2:], dtype=torch.bool)
-        inpaint = yield from self.inpaint_input(trajectory, everything)
+        beside = yield from self.beside(trajectory, everything)
         prompts = yield EncodeText(distinct)
         denoised: Denoised = yield Denoise(
             noised.repeat(len(distinct), 1, 1, 1),
-            [timestep] * rows,
+            [level] * rows,
             [prompt for prompt in prompts for _ in range(self.num_maps)],
-            inpaint=None if inpaint is None else inpaint.expand(rows, -1, -1, -1),
+            beside=repeated(beside, rows),
         )
-        by_text = dict(zip(distinct, denoised.noise_preds.split(self.num_maps), strict=True))
-        nothing = torch.zeros_like(noised)
+        by_text = {
+            text: denoised.predictions[at * self.num_maps : (at + 1) * self.num_maps]
+            for at, text in enumerate(distinct)
+        }
         return torch.stack(
             [
-                (by_text.get(target, nothing) - by_text.get(source_text, nothing)).abs().mean(dim=(0, 1))
+                torch.zeros_like(noised[0, 0])
+                if source_text == target
+                else difference(by_text[target] - by_text[source_text], level)
                 for source_text, target in texts
             ]
         )
 
-    def inpaint_input(self, trajectory: Trajectory, mask: Tensor) -> Steps[Tensor | None]:
-        """What the network is given beside the latents to repaint a mask (h, w) bool: (1 + C, h, w), or None."""
-        return None
+    def beside(self, trajectory: Trajectory, mask: Tensor) -> Steps[dict[str, Tensor]]:
+        """What the network is given beside the latents to repaint a mask (h, w) bool, of one row, by name."""
+        return {}
         yield  # a generator, since an editor that has something to give must encode it
+
+
+def difference(direction: Prediction, level: Level) -> Tensor:
+    """(h, w): by the noise, as the paper has it; by the data where the draws (K, C, h, w) are nothing but noise."""
+    return (direction.noise if level.signal > 0 else direction.data).abs().mean(dim=(0, 1))
 
 
 def compared_texts(request: EditRequest) -> list[tuple[str, str]]:

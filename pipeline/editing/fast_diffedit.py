@@ -30,7 +30,7 @@ GREY = 127  # 0 in the autoencoder's range of -1 to 1, as near as uint8 comes
 class FastDiffEdit(DiffEdit):
     """DiffEdit with more draws, a dilated mask, and inpainting."""
 
-    inversions: ClassVar = frozenset({"ddim", "direct", "noise"})
+    needs: ClassVar = frozenset({"DDIM steps"})
 
     method: Literal["fast_diffedit"] = "fast_diffedit"  # type: ignore[assignment]  # tag of the union
     """Fast DiffEdit: DiffEdit with more draws, a dilated mask, and inpainting."""
@@ -41,6 +41,11 @@ class FastDiffEdit(DiffEdit):
     backend: Literal["masked", "inpaint"] = "masked"
     """Who fills the mask: the plain model, or an inpainting checkpoint, whose UNet is also given mask and masked
     image."""
+
+    @property
+    @override
+    def gives(self) -> frozenset[str]:
+        return frozenset({"inpaint"} if self.backend == "inpaint" else ())
 
     @override
     def pair_problems(self, inversion: Inversion) -> Iterator[str]:
@@ -53,17 +58,17 @@ class FastDiffEdit(DiffEdit):
         yield from super().pair_problems(inversion)
 
     @override
-    def inpaint_input(self, trajectory: Trajectory, mask: Tensor) -> Steps[Tensor | None]:
+    def beside(self, trajectory: Trajectory, mask: Tensor) -> Steps[dict[str, Tensor]]:
         """Mask, and latents of the image with the mask greyed out.
 
         To find the mask everything is masked, which leaves the UNet to the latents and the text alone.
         """
         if self.backend == "masked":
-            return None
+            return {}
         pixels = trajectory.source.pixels
         if pixels is None:
             raise EditError("backend: inpaint reads the image's pixels, and the source has none. Set Source.pixels")
         scale = pixels.shape[0] // mask.shape[0]
         repainted = mask.numpy().repeat(scale, axis=0).repeat(scale, axis=1)
         latents = yield EncodeImage(np.where(repainted[..., None], np.uint8(GREY), pixels))
-        return torch.cat([mask[None].to(latents), latents])
+        return {"inpaint": torch.cat([mask[None].to(latents), latents])}

@@ -17,11 +17,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from pipeline.diffusion.guidance import edit_directions, multi_edit_guidance
+from pipeline.diffusion.levels import Level
 from pipeline.diffusion.masks import attention_mask, change_of_data, dilated, noise_mask, strongest_region
 from pipeline.editing.base import EditingMethod
 from pipeline.editing.observing import StepRecord, observer
 from pipeline.editing.problems import Problem
 from pipeline.editing.walk import start_of, take_step
+from pipeline.engine.backbone import Offers
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps
 from pipeline.inversion.base import Inversion
 from pipeline.records import Concept, EditedLatents, EditRequest, InversionPrompts, Source, Trajectory
@@ -82,7 +84,7 @@ def outside_from_source(
 class LEditsPP(EditingMethod):
     """Guide the unconditional prediction by every concept's masked direction."""
 
-    inversions: ClassVar = frozenset({"ddpm"})
+    needs: ClassVar = frozenset({"noise maps"})
     paper: ClassVar = "LEDITS++: Limitless Image Editing using Text-to-Image Models, arXiv 2311.16711"
 
     method: Literal["ledits_pp"] = "ledits_pp"
@@ -98,6 +100,15 @@ class LEditsPP(EditingMethod):
     guidance alone: what is guided in one place moves the prediction in others, so a background drifts. This is the
     blending of Blended Latent Diffusion (Avrahami et al., arXiv 2206.02779) and of Prompt-to-Prompt, under this
     method's own masks."""
+
+    @override
+    def model_problems(self, offers: Offers) -> Iterator[str]:
+        yield from super().model_problems(offers)
+        if self.mask in ("intersect", "attention") and offers.watched_factor is None:
+            yield (
+                f"mask: {self.mask} reads where the prompt's tokens are attended to, and this model has no such maps. "
+                "Set editing.mask: noise or steady"
+            )
 
     @override
     def inverts_under(self, request: EditRequest) -> InversionPrompts:
@@ -128,7 +139,7 @@ class LEditsPP(EditingMethod):
     def edit(
         self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
-        num_steps = len(trajectory.timesteps)
+        num_steps = trajectory.num_steps
         size = (trajectory.latents.shape[-2], trajectory.latents.shape[-1])
         concepts = request.concepts
         mattering = [number for number, concept in enumerate(concepts) if can_matter(concept)]
@@ -144,35 +155,35 @@ class LEditsPP(EditingMethod):
         times_active = torch.zeros((len(concepts), 1, 1))
         changes = torch.zeros((len(concepts), *size))  # that the directions of all steps so far would make
         for step in range(first_step, num_steps):
-            timestep = trajectory.timesteps[step]
+            level = trajectory.levels[step]
             active = [number for number in mattering if is_active(concepts[number], step)]
             rows = 1 + len(active)
             denoised: Denoised = yield Denoise(
                 latents.expand(rows, -1, -1, -1),
-                [timestep] * rows,
+                [level] * rows,
                 [base, *(prompts[number] for number in active)],
                 watch=[(), *(prompts[number].positions for number in active)]
                 if active and self.mask in ("intersect", "attention")
                 else None,
             )
-            noise_pred = denoised.noise_preds[0]
+            prediction = denoised.predictions[0]
             masks = torch.zeros((len(concepts), *size), dtype=torch.bool)
             if active:
                 acting = [concepts[number] for number in active]
                 scales = latents.new_tensor([signed_scale(concept) for concept in acting])
-                directions = edit_directions(noise_pred, denoised.noise_preds[1:], scales, user_mask)
+                directions = edit_directions(prediction, denoised.predictions[1:], scales, user_mask)
                 if self.mask == "steady":
-                    changes[active] += change_of_data(
-                        directions.float(), trajectory.source.schedule.alpha_bar(timestep)
-                    )
+                    changes[active] += change_of_data(directions.data.float())
                     masks[active] = steady_masks(acting, changes[active], trajectory.source)
                 else:
-                    masks[active] = self._masks(acting, directions, denoised.attention, timestep, trajectory.source)
+                    masks[active] = self._masks(
+                        acting, directions.contrast, denoised.attention, level, trajectory.source
+                    )
                 weights = latents.new_tensor([concept.weight for concept in acting])
-                noise_pred = multi_edit_guidance(noise_pred, directions, masks[active], weights)
+                prediction = multi_edit_guidance(prediction, directions, masks[active], weights)
                 times_in_mask += masks
                 times_active[active] += 1
-            latents, previous = take_step(trajectory, step, latents, noise_pred, previous)
+            latents, previous = take_step(trajectory, step, latents, prediction, previous)
             if self.keep_background:
                 touched = where_acted(times_in_mask, times_active)
                 latents, previous = outside_from_source(trajectory, step, latents, previous, touched, user_mask)
@@ -186,13 +197,13 @@ class LEditsPP(EditingMethod):
         return EditedLatents(latents=latents, masks=masks)
 
     def _masks(
-        self, concepts: list[Concept], directions: Tensor, attention: Tensor | None, timestep: int, source: Source
+        self, concepts: list[Concept], directions: Tensor, attention: Tensor | None, level: Level, source: Source
     ) -> Tensor:  # (E, h, w) bool
         thresholds = directions.new_tensor([concept.threshold for concept in concepts])
         if attention is None:
             return noise_mask(directions, thresholds, source.of_image)
         size = (directions.shape[-2], directions.shape[-1])
         where_attended = attention_mask(attention[1:].to(directions), thresholds, size, source.of_image)
-        if self.mask == "attention" or timestep > self.intersect_from_timestep:
+        if self.mask == "attention" or level.timestep > self.intersect_from_timestep:
             return where_attended
         return where_attended & noise_mask(directions, thresholds, source.of_image)

@@ -35,7 +35,8 @@ from pipeline.editing.problems import (
 )
 from pipeline.editing.two_branch import BranchEdit, Branches, BranchRows, two_branch
 from pipeline.editing.walk import inside_of
-from pipeline.engine.calls import Steps, TextConditioning
+from pipeline.engine.backbone import Offers
+from pipeline.engine.calls import Conditioning, Steps
 from pipeline.engine.controls import Control, Hook, Layer, Routes, attention_probabilities
 from pipeline.errors import PrepareError
 from pipeline.inversion.base import Inversion
@@ -64,6 +65,13 @@ class MutualSelfAttention(EditingMethod):
     layer_idx: tuple[Index, ...] | None = None
     """The controlled layers, one by one; start_layer is then not read. None: start_layer counts."""
 
+    takes: ClassVar = frozenset({"source branch", "unconditional prompt"})
+
+    @property
+    @override
+    def guides(self) -> bool:
+        return self.guidance_scale != 1.0
+
     @override
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
@@ -84,12 +92,19 @@ class MutualSelfAttention(EditingMethod):
                 f"{num_steps - 1}. Take it out of editing.step_idx"
             )
 
-    def layer_problems(self, blocks: int) -> Iterator[str]:
-        """What is wrong between its settings and a UNet of so many transformer blocks."""
+    @override
+    def model_problems(self, offers: Offers) -> Iterator[str]:
+        yield from super().model_problems(offers)
+        blocks = offers.transformer_blocks
         name = "start_layer" if self.layer_idx is None else "layer_idx"
         beyond = [layer for layer in self.layer_idx or (self.start_layer or 0,) if layer >= blocks]
-        if beyond:
+        if blocks and beyond:
             yield f"{name} names layer {beyond[0]}, and the model's {blocks} count from 0 to {blocks - 1}. Lower {name}"
+        elif not any(map(self.controls_layer, offers.layers)):
+            yield (
+                f"{self.method} reads the source's keys in self-attention layers, and this model has none that its "
+                "settings name. Use editing.method ledits_pp with mask: noise, or cfg"
+            )
 
     def controls_step(self, step: int) -> bool:
         """Whether the target reads the source at a step."""
@@ -109,7 +124,6 @@ class MutualSelfAttention(EditingMethod):
 class MasaCtrl(MutualSelfAttention):
     """Change what the image's subject does, not what it looks like."""
 
-    inversions: ClassVar = frozenset({"ddim", "ddpm", "direct", "negative_prompt", "noise", "null_text"})
     paper: ClassVar = "MasaCtrl: Tuning-Free Mutual Self-Attention Control, arXiv 2304.08465"
 
     method: Literal["masactrl"] = "masactrl"
@@ -157,6 +171,15 @@ class MasaCtrl(MutualSelfAttention):
         yield from pair_of_words_problems(read, "blend word", request, caption_follows=caption_follows)
 
     @override
+    def model_problems(self, offers: Offers) -> Iterator[str]:
+        yield from super().model_problems(offers)
+        if self.mask == "auto" and not offers.grids_at("cross", MASK_FACTOR):
+            yield (
+                "mask: auto reads where words are attended to at a quarter of the latents' side, and this model has no "
+                "cross-attention there. Set editing.mask: none or given"
+            )
+
+    @override
     def edit(
         self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
     ) -> Steps[EditedLatents]:
@@ -168,7 +191,7 @@ class MasaCtrl(MutualSelfAttention):
 
 
 def positions_or_words(
-    prompt: TextConditioning, positions: Sequence[int] | None, words: tuple[str, ...], setting: str
+    prompt: Conditioning, positions: Sequence[int] | None, words: tuple[str, ...], setting: str
 ) -> Tensor:
     """(L,): 1 at the chosen tokens.
 
@@ -177,7 +200,7 @@ def positions_or_words(
     """
     if positions is None:
         return token_weights(prompt, words, "blend word")
-    weights = torch.zeros(prompt.embedding.shape[0])
+    weights = torch.zeros(prompt.length)
     beyond = [position for position in positions if position >= len(weights)]
     if beyond:
         raise PrepareError(

@@ -27,6 +27,7 @@ from pipeline.editing.observing import observer
 from pipeline.editing.problems import Problem, target_problems
 from pipeline.editing.two_branch import BranchEdit, Branches, BranchRows, two_branch
 from pipeline.editing.walk import take_step
+from pipeline.engine.backbone import Offers
 from pipeline.engine.calls import EncodeText, Steps
 from pipeline.engine.controls import Block, Control, Hook, Layer, Routes
 from pipeline.engine.prompts import GuidedPrompt
@@ -42,7 +43,8 @@ FEATURE_BLOCK = 1  # its place in its up block
 class PlugAndPlay(EditingMethod):
     """Sample under the target prompt with the source's features and self-attention."""
 
-    inversions: ClassVar = frozenset({"ddim", "direct"})
+    needs: ClassVar = frozenset({"DDIM steps", "path"})
+    takes: ClassVar = frozenset({"source branch"})
     paper: ClassVar = "Plug-and-Play Diffusion Features for Text-Driven Image-to-Image Translation, arXiv 2211.12572"
 
     method: Literal["plug_and_play"] = "plug_and_play"
@@ -60,6 +62,20 @@ class PlugAndPlay(EditingMethod):
     compat_shift: bool = False
     """Source latents one step less noisy than the row's timestep, and the target's start, too: what the published
     comparison of `ddim` with `direct` does. For parity only."""
+
+    @property
+    @override
+    def guides(self) -> bool:
+        return self.guidance_scale != 1.0
+
+    @override
+    def model_problems(self, offers: Offers) -> Iterator[str]:
+        yield from super().model_problems(offers)
+        if not any(block.factor == FEATURE_FACTOR and block.index_in_block == FEATURE_BLOCK for block in offers.blocks):
+            yield (
+                "plug_and_play takes features of a decoder block at a quarter of the latents' side, and this model has "
+                "none there. Use editing.method prompt_to_prompt or ledits_pp"
+            )
 
     @override
     def problems(
@@ -82,7 +98,7 @@ class PlugAndPlay(EditingMethod):
         empty, target, negative = yield EncodeText(
             ("", request.target_prompt, request.negative_prompt or self.negative_prompt)
         )
-        num_steps = len(trajectory.timesteps)
+        num_steps = trajectory.num_steps
         branches = Branches(
             source=empty, source_uncond=(empty,) * num_steps, target=target, target_uncond=(negative,) * num_steps
         )
@@ -103,12 +119,12 @@ def resampled(trajectory: Trajectory, read: int, *, shift: bool) -> Steps[Trajec
         read: the last of the N + 1 levels that will be read; below it the inversion's latents stay.
         shift: give each level the latents of the next less noisy one.
     """
-    num_steps = len(trajectory.timesteps)
+    num_steps = trajectory.num_steps
     prompt = yield from GuidedPrompt.encode(trajectory.source_prompt, guidance_scale=1.0)
     latents = [trajectory.latents[0]]
     for step in range(min(read + shift, num_steps)):
-        noise_pred = yield from prompt.predict(latents[-1], trajectory.timesteps[step])
-        latents.append(take_step(trajectory, step, latents[-1], noise_pred, None)[0])
+        prediction = yield from prompt.predict(latents[-1], trajectory.levels[step])
+        latents.append(take_step(trajectory, step, latents[-1], prediction, None)[0])
     walked = torch.cat([torch.stack(latents), trajectory.latents[len(latents) :]])
     if shift:
         walked = compat.one_step_less_noisy(walked)
@@ -127,7 +143,7 @@ class PlugAndPlayEdit(BranchEdit):
     @property
     def last_step(self) -> int:
         """The last step at which something is injected; 0 also where nothing ever is."""
-        return max(min(max(self.feature_steps, self.attention_steps), len(self.trajectory.timesteps)) - 1, 0)
+        return max(min(max(self.feature_steps, self.attention_steps), self.trajectory.num_steps) - 1, 0)
 
     @override
     def reads_attention(self, step: int) -> bool:

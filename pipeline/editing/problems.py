@@ -33,11 +33,11 @@ def raise_first(problems: Iterable[Problem]) -> None:
 
 def guidance_problems(guidance_scale: float, inversion: Inversion) -> Iterator[str]:
     """Null-text embeddings are optimised for one guidance scale, and serve no other."""
-    optimised_for = getattr(inversion, "edit_guidance_scale", None)
-    if optimised_for is not None and optimised_for != guidance_scale:
+    made_for = inversion.made_for_guidance
+    if made_for is not None and made_for != guidance_scale:
         yield (
             f"guidance_scale is {guidance_scale:g}, but inversion.method '{inversion.method}' optimises for "
-            f"edit_guidance_scale {optimised_for:g}. Set both to the same"
+            f"edit_guidance_scale {made_for:g}. Set both to the same"
         )
 
 
@@ -75,7 +75,7 @@ def target_problems(method: str, request: EditRequest) -> Iterator[Problem]:
 
 def negative_prompt_problems(request: EditRequest, inversion: Inversion) -> Iterator[Problem]:
     """An inversion that brings unconditional embeddings leaves no place for a negative prompt."""
-    if request.negative_prompt and inversion.brings_uncond:
+    if request.negative_prompt and inversion.uncond_for == "all":
         yield Problem(
             f"a negative_prompt after inversion {inversion.method}",
             no_place_for_negative_prompt(inversion.method),

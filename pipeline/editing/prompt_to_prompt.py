@@ -42,6 +42,7 @@ from pipeline.editing.problems import (
     word_problems,
 )
 from pipeline.editing.two_branch import BranchEdit, Branches, BranchRows, two_branch
+from pipeline.engine.backbone import Offers
 from pipeline.engine.calls import Steps
 from pipeline.engine.controls import Control, Hook, Layer, Routes, attention_probabilities
 from pipeline.inversion.base import Inversion
@@ -54,7 +55,7 @@ SELF_FACTOR = 2  # self-attention is replaced in maps that are this much coarser
 class PromptToPrompt(EditingMethod):
     """Edit by the difference between the source prompt and the target prompt."""
 
-    inversions: ClassVar = frozenset({"ddim", "ddpm", "direct", "negative_prompt", "noise", "null_text"})
+    takes: ClassVar = frozenset({"source branch", "unconditional prompt"})
     paper: ClassVar = "Prompt-to-Prompt Image Editing with Cross-Attention Control, arXiv 2208.01626"
 
     method: Literal["prompt_to_prompt"] = "prompt_to_prompt"
@@ -76,6 +77,20 @@ class PromptToPrompt(EditingMethod):
     """Share of its maximum from which on the attention of subtract_words is left out; higher: smaller regions."""
     aligned_tail: bool = False
     """With kind replace: keep words behind a change of token count together; the published code does not."""
+
+    @property
+    @override
+    def guides(self) -> bool:
+        return self.guidance_scale != 1.0
+
+    @override
+    def model_problems(self, offers: Offers) -> Iterator[str]:
+        yield from super().model_problems(offers)
+        if not any(layer.kind == "cross" for layer in offers.layers):
+            yield (
+                f"{self.method} replaces cross-attention maps, and this model has no cross-attention. Use "
+                "editing.method ledits_pp with mask: noise, or cfg"
+            )
 
     @override
     def problems(
@@ -159,7 +174,7 @@ class PromptToPromptEdit(BranchEdit):
         # Windows are shares of the whole schedule, counted from the first step that is walked.
         self.schedule = word_schedule(target, total, settings.cross_replace_steps, request.cross_replace_steps)
         self.self_steps = range(*(int(total * share) for share in settings.self_replace_steps))
-        length = target.embedding.shape[0]
+        length = target.length
         self.mapper, keep = torch.eye(length), torch.ones(length)
         if settings.kind == "replace":
             self.mapper = replacement_mapper(source, target, aligned_tail=settings.aligned_tail)

@@ -17,9 +17,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import override
 
+from pipeline.diffusion.levels import Prediction
 from pipeline.editing.masactrl import Keys, MutualEdit, MutualSelfAttention
-from pipeline.editing.proxedit import Prox, direction_problem, proximal, threshold_of
-from pipeline.editing.two_branch import Branches, Prediction, two_branch
+from pipeline.editing.proxedit import Prox, by_noise, direction_problem, proximal, threshold_of
+from pipeline.editing.two_branch import Branches, BranchPrediction, two_branch
 from pipeline.engine.calls import EncodeText, Steps
 from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, Trajectory
@@ -30,7 +31,7 @@ NATIVE_INVERSION = "negative_prompt"
 class ProxMasaCtrl(MutualSelfAttention):
     """Change what the image's subject does, with less damage to what it does not touch."""
 
-    inversions: ClassVar = frozenset({"direct", "negative_prompt"})
+    needs: ClassVar = frozenset({"faithful source"})
     paper: ClassVar = "ProxEdit: Improving Tuning-Free Real Image Editing with Proximal Guidance, arXiv 2306.05414"
 
     method: Literal["prox_masactrl"] = "prox_masactrl"
@@ -80,7 +81,8 @@ class ProxMasaCtrl(MutualSelfAttention):
         if trajectory.uncond is not None:
             # The source takes its own prompt in both halves, however the target's embedding is interpolated.
             (empty,) = yield EncodeText(("",))
-            first, num_steps = min(self.npi_step, len(trajectory.timesteps)), len(trajectory.timesteps)
+            num_steps = trajectory.num_steps
+            first = min(self.npi_step, num_steps)
             branches = dataclasses.replace(
                 branches,
                 source_uncond=(empty,) * first + (branches.source,) * (num_steps - first),
@@ -107,11 +109,13 @@ class ProxMasaCtrlEdit(MutualEdit):
         self.proximal_settings = settings
 
     @override
-    def guide(self, step: int, source: Prediction | None, target: Prediction) -> tuple[Tensor | None, Tensor]:
+    def guide(
+        self, step: int, source: BranchPrediction | None, target: BranchPrediction
+    ) -> tuple[Prediction | None, Prediction]:
         """Proximal guidance of the target."""
-        settings = self.proximal_settings
-        if settings.prox == "none" or step < settings.prox_step or target.uncond is None:
+        settings, level = self.proximal_settings, self.trajectory.levels[step]
+        if settings.prox == "none" or step < settings.prox_step or target.uncond is None or level.signal == 0.0:
             return super().guide(step, source, target)
-        threshold = threshold_of(target.delta[None], settings.quantile, self.trajectory.source.of_image)
-        delta = proximal(target.delta, threshold, settings.prox)
+        threshold = threshold_of(target.delta.noise[None], settings.quantile, self.trajectory.source.of_image)
+        delta = by_noise(proximal(target.delta.noise, threshold, settings.prox), level)
         return None if source is None else source.cond, target.uncond + self.guidance_scale * delta

@@ -11,8 +11,7 @@ Prompt-to-Prompt's with blend words, else where the direction is left. Memory: n
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -23,10 +22,10 @@ from torch.nn.functional import max_pool2d
 from typing_extensions import override
 
 from pipeline import compat
+from pipeline.diffusion.levels import Level, Prediction
 from pipeline.diffusion.masks import OfImage, everything
-from pipeline.diffusion.steps import DDIM
 from pipeline.editing.prompt_to_prompt import PromptToPrompt, PromptToPromptEdit
-from pipeline.editing.two_branch import BranchEdit, Branches, Prediction
+from pipeline.editing.two_branch import BRANCHES, Branch, BranchEdit, Branches, BranchPrediction
 from pipeline.records import EditRequest, Trajectory
 
 Prox = Annotated[
@@ -53,10 +52,15 @@ def threshold_of(deltas: Float[Tensor, "B C h w"], quantile: float, of_image: Of
     return -quantile if quantile <= 0 else float(torch.quantile(of_image(deltas).abs().flatten(), quantile))
 
 
+def by_noise(delta: Float[Tensor, "C h w"], level: Level) -> Prediction:
+    """The direction whose noise half is this one, at a level with signal."""
+    return Prediction(delta, delta * (-level.noise / level.signal))
+
+
 class ProxEdit(PromptToPrompt):
     """Prompt-to-Prompt under proximal guidance."""
 
-    inversions: ClassVar = frozenset({"ddim", "direct", "negative_prompt", "null_text"})
+    needs: ClassVar = frozenset({"DDIM steps", "path"})
     paper: ClassVar = "ProxEdit: Improving Tuning-Free Real Image Editing with Proximal Guidance, arXiv 2306.05414"
 
     method: Literal["proxedit"] = "proxedit"  # type: ignore[assignment]  # the tag of the union that recipes are parsed by
@@ -95,7 +99,7 @@ class ProxEdit(PromptToPrompt):
     def begin(self, trajectory: Trajectory, branches: Branches, request: EditRequest) -> BranchEdit:
         return ProxEditEdit(self, trajectory, branches, request)
 
-    def pulls(self, timestep: int) -> bool:
+    def pulls(self, timestep: float) -> bool:
         """Whether latents are pulled back at a timestep."""
         if not (self.use_inversion_guidance or self.use_reconstruction_guidance):
             return False
@@ -116,11 +120,10 @@ class ProxEditEdit(PromptToPromptEdit):
         super().__init__(settings, trajectory, branches, request)
         self.proximal_settings = settings
         self.source_has_direction = not trajectory.keeps_source and any(
-            not torch.equal(uncond.embedding, branches.source.embedding) for uncond in branches.source_uncond
+            uncond is not branches.source for uncond in branches.source_uncond
         )
         self.threshold = 0.0
         self.edit_mask: Tensor | None = None  # (2, C, h, w) bool of source and target: where the direction is left
-        self.unmoved: Iterator[Tensor] = iter(())  # (C, h, w) masks of the branches that are still to move
 
     @override
     def reads_latents(self, step: int) -> bool:
@@ -130,39 +133,44 @@ class ProxEditEdit(PromptToPromptEdit):
         return pools or super().reads_latents(step)
 
     @override
-    def guide(self, step: int, source: Prediction | None, target: Prediction) -> tuple[Tensor | None, Tensor]:
-        """Proximal guidance."""
-        settings = self.proximal_settings
-        if settings.prox == "none":
+    def guide(
+        self, step: int, source: BranchPrediction | None, target: BranchPrediction
+    ) -> tuple[Prediction | None, Prediction]:
+        """Proximal guidance, thresholded by the noise, which has no direction at a level without signal."""
+        settings, level = self.proximal_settings, self.trajectory.levels[step]
+        if settings.prox == "none" or level.signal == 0.0:
             return super().guide(step, source, target)
-        deltas = torch.stack([torch.zeros_like(target.cond) if source is None else source.delta, target.delta])
+        of_target = target.delta.noise
+        deltas = torch.stack([torch.zeros_like(of_target) if source is None else source.delta.noise, of_target])
         threshold = threshold_of(deltas, settings.quantile, self.trajectory.source.of_image)
         deltas = proximal(deltas, threshold, settings.prox)
         left = deltas.abs() > threshold  # of what is left: for soft, twice the threshold before
         if settings.dilate_mask > 0:
             radius = settings.dilate_mask
             left = max_pool2d(left.to(deltas), 2 * radius + 1, stride=1, padding=radius) > 0
-        self.edit_mask, self.unmoved = left, iter((left[1], left[0]))
-        self.threshold = threshold
+        self.edit_mask, self.threshold = left, threshold
         guided = [
             None
             if branch is None
-            else (branch.cond if branch.uncond is None else branch.uncond) + self.guidance_scale * delta
+            else (branch.cond if branch.uncond is None else branch.uncond)
+            + self.guidance_scale * by_noise(delta, level)
             for branch, delta in zip((source, target), deltas, strict=True)
         ]
         assert guided[1] is not None
         return guided[0], guided[1]
 
     @override
-    def move(self, step: int, latents: Tensor, noise_pred: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Reconstruction guidance. The target moves first."""
-        moved, data_pred = super().move(step, latents, noise_pred, previous)
-        settings, solver = self.proximal_settings, self.trajectory.solver
-        if settings.use_reconstruction_guidance and settings.pulls(self.trajectory.timesteps[step]):
-            assert isinstance(solver, DDIM)  # as of all inversions that it works with
+    def move(
+        self, step: int, branch: Branch, latents: Tensor, prediction: Prediction, previous: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Reconstruction guidance."""
+        moved, data_pred = super().move(step, branch, latents, prediction, previous)
+        settings, (start, end) = self.proximal_settings, self.trajectory.solver.steps[step]
+        if settings.use_reconstruction_guidance and settings.pulls(start.timestep) and self.edit_mask is not None:
             # The predicted image alone is pulled: the step's direction keeps the prediction that was guided.
-            pulled = pull(data_pred, self.trajectory.latents[-1], settings.recon_lr, next(self.unmoved))
-            moved = moved + math.sqrt(solver.target_alpha_bars[step]) * (pulled - data_pred)
+            left = self.edit_mask[BRANCHES.index(branch)]
+            pulled = pull(data_pred, self.trajectory.latents[-1], settings.recon_lr, left)
+            moved = moved + end.signal * (pulled - data_pred)
         return moved, data_pred
 
     @override
@@ -171,8 +179,8 @@ class ProxEditEdit(PromptToPromptEdit):
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Inversion guidance, then LocalBlend."""
         settings = self.proximal_settings
-        if settings.use_inversion_guidance and settings.pulls(self.trajectory.timesteps[step]):
-            assert self.edit_mask is not None  # the settings ask for an operator
+        pulls = settings.use_inversion_guidance and settings.pulls(self.trajectory.levels[step].timestep)
+        if pulls and self.edit_mask is not None:
             stored = self.trajectory.latents[step + 1]
             target = pull(target, stored, settings.recon_lr, self.edit_mask[1])
             source = None if source is None else pull(source, stored, settings.recon_lr, self.edit_mask[0])

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from pipeline.editing.base import EditingMethod
 from pipeline.editing.problems import Problem
-from pipeline.editing.walk import Predict, guided_against_brought, no_masks, walk
+from pipeline.editing.walk import Predict, guided, guided_against_brought, no_masks, walk
 from pipeline.engine.calls import EncodeText, Steps
 from pipeline.engine.prompts import GuidedPrompt
 from pipeline.inversion.base import Inversion
@@ -24,10 +24,16 @@ from pipeline.records import EditedLatents, EditRequest, Trajectory
 class Reconstruct(EditingMethod):
     """Replay a trajectory."""
 
+    takes: ClassVar = frozenset({"source branch", "unconditional prompt"})  # it replays what they return
     paper: ClassVar = "the replay step of any inversion"
 
     method: Literal["reconstruct"] = "reconstruct"
     """No edit: the trajectory is replayed."""
+
+    @property
+    @override
+    def guides(self) -> bool:
+        return False
 
     @override
     def problems(
@@ -44,7 +50,7 @@ class Reconstruct(EditingMethod):
             prompt = yield from GuidedPrompt.encode(
                 trajectory.source_prompt, trajectory.source_guidance, trajectory.source.negative_prompt
             )
-            predict: Predict = prompt.predict
+            predict: Predict = guided(trajectory, prompt)
         else:
             (source,) = yield EncodeText((trajectory.source_prompt,))
             predict = guided_against_brought(trajectory, source, trajectory.source_guidance)

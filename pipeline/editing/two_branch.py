@@ -13,28 +13,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.guidance import classifier_free_guidance
+from pipeline.diffusion.levels import Prediction
 from pipeline.editing.observing import StepRecord, observer
 from pipeline.editing.problems import no_place_for_negative_prompt
-from pipeline.editing.walk import brought_uncond, no_masks, start_of, take_step
-from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps, TextConditioning
+from pipeline.editing.walk import no_masks, start_of, take_step
+from pipeline.engine.calls import Conditioning, Denoise, Denoised, EncodeText, Steps
 from pipeline.engine.controls import Control
 from pipeline.errors import PrepareError
 from pipeline.records import EditedLatents, EditRequest, Trajectory
+
+Branch = Literal["source", "target"]
+BRANCHES: tuple[Branch, Branch] = ("source", "target")  # in the order of whatever is stacked for both
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Branches:
     """The prompts of one edit, as the network reads them."""
 
-    source: TextConditioning
-    source_uncond: tuple[TextConditioning, ...]  # N, one per step
-    target: TextConditioning
-    target_uncond: tuple[TextConditioning, ...]  # N
+    source: Conditioning
+    source_uncond: tuple[Conditioning, ...]  # N, one per step
+    target: Conditioning
+    target_uncond: tuple[Conditioning, ...]  # N
 
     @classmethod
     def encode(cls, trajectory: Trajectory, request: EditRequest) -> Steps[Branches]:
@@ -42,22 +47,21 @@ class Branches:
         source, target, empty, negative = yield EncodeText(
             (trajectory.source_prompt, request.target_prompt, "", request.negative_prompt)
         )
-        num_steps = len(trajectory.timesteps)
+        negatives = (negative,) * trajectory.num_steps
         if trajectory.uncond is None:
             return cls(
                 source=source,
-                source_uncond=(empty,) * num_steps,
+                source_uncond=(empty,) * trajectory.num_steps,
                 target=target,
-                target_uncond=(negative,) * num_steps,
+                target_uncond=negatives,
             )
         if request.negative_prompt and trajectory.uncond_scope == "all":
             raise PrepareError(no_place_for_negative_prompt(trajectory.method))
-        brought = tuple(brought_uncond(trajectory, step) for step in range(num_steps))
         return cls(
             source=source,
-            source_uncond=brought,
+            source_uncond=trajectory.uncond,
             target=target,
-            target_uncond=brought if trajectory.uncond_scope == "all" else (negative,) * num_steps,
+            target_uncond=trajectory.uncond if trajectory.uncond_scope == "all" else negatives,
         )
 
 
@@ -73,22 +77,22 @@ class BranchRows:
 
 
 @dataclass(frozen=True, slots=True)
-class Prediction:
+class BranchPrediction:
     """What the model predicted for one branch, (C, h, w) each."""
 
-    cond: Tensor
-    uncond: Tensor | None  # None: the same as `cond`, or of no weight
+    cond: Prediction
+    uncond: Prediction | None  # None: the same as `cond`, or of no weight
 
     @property
-    def delta(self) -> Tensor:
+    def delta(self) -> Prediction:
         """The direction of guidance, conditional minus unconditional."""
-        return torch.zeros_like(self.cond) if self.uncond is None else self.cond - self.uncond
+        return self.cond - (self.cond if self.uncond is None else self.uncond)
 
-    def guided(self, scale: float) -> Tensor:
+    def guided(self, scale: float) -> Prediction:
         """Classifier-free guidance (arXiv 2207.12598)."""
         if self.uncond is None or scale == 1.0:
             return self.cond
-        return self.uncond + scale * self.delta
+        return classifier_free_guidance(self.uncond, self.cond, scale)
 
 
 class BranchEdit:
@@ -116,13 +120,17 @@ class BranchEdit:
         """What the rows of this step do to each other."""
         return None
 
-    def guide(self, step: int, source: Prediction | None, target: Prediction) -> tuple[Tensor | None, Tensor]:
-        """Noise predictions to move with: the source's, None where its prediction is not needed, and the target's."""
+    def guide(
+        self, step: int, source: BranchPrediction | None, target: BranchPrediction
+    ) -> tuple[Prediction | None, Prediction]:
+        """Predictions to move with: the source's, None where its prediction is not needed, and the target's."""
         return None if source is None else source.guided(self.source_guidance), target.guided(self.guidance_scale)
 
-    def move(self, step: int, latents: Tensor, noise_pred: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One step of either branch: (next latents, data prediction)."""
-        return take_step(self.trajectory, step, latents, noise_pred, previous)
+    def move(
+        self, step: int, branch: Branch, latents: Tensor, prediction: Prediction, previous: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """One step of a branch: (next latents, data prediction)."""
+        return take_step(self.trajectory, step, latents, prediction, previous)
 
     def after_step(
         self, step: int, source: Tensor | None, target: Tensor, seen: Any
@@ -156,7 +164,7 @@ def two_branch(
         edit: what happens between the branches.
         user_mask: (h, w) in [0, 1]; outside of it the target follows the source. None: everywhere.
     """
-    num_steps = len(trajectory.timesteps)
+    num_steps = trajectory.num_steps
     tell = observer()
     source: Tensor | None
     target, previous_target = start_of(trajectory, 0)
@@ -172,18 +180,18 @@ def two_branch(
         rows, conditioning, latents = _rows(step, edit, branches, source, target, walks_source)
         control = edit.control(step, rows) if edit.reads_attention(step) else None
         denoised: Denoised = yield Denoise(
-            torch.stack(latents), [trajectory.timesteps[step]] * len(latents), conditioning, control=control
+            torch.stack(latents), [trajectory.levels[step]] * len(latents), conditioning, control=control
         )
-        predictions = denoised.noise_preds
+        predictions = denoised.predictions
         of_source = None if rows.source is None else _prediction(predictions, rows.source, rows.source_uncond)
         of_target = _prediction(predictions, rows.target, rows.target_uncond)
         source_pred, target_pred = edit.guide(step, of_source, of_target)
-        target, previous_target = edit.move(step, target, target_pred, previous_target)
+        target, previous_target = edit.move(step, "target", target, target_pred, previous_target)
         if trajectory.keeps_source:
             # Copied, never recomputed: a replayed source drifts away by the rounding of every step.
             source = trajectory.latents[step + 1]
         elif source is not None and source_pred is not None and walks_source:
-            source, previous_source = edit.move(step, source, source_pred, previous_source)
+            source, previous_source = edit.move(step, "source", source, source_pred, previous_source)
             if trajectory.pin_shares is not None:
                 source = torch.lerp(source, trajectory.latents[step + 1], trajectory.pin_shares[step])
         else:
@@ -200,12 +208,12 @@ def two_branch(
 
 def _rows(
     step: int, edit: BranchEdit, branches: Branches, source: Tensor | None, target: Tensor, walks_source: bool
-) -> tuple[BranchRows, list[TextConditioning], list[Tensor]]:
+) -> tuple[BranchRows, list[Conditioning], list[Tensor]]:
     """The rows of one step, none that nobody reads: (places, prompts, latents)."""
-    conditioning: list[TextConditioning] = []
+    conditioning: list[Conditioning] = []
     latents: list[Tensor] = []
 
-    def add(prompt: TextConditioning, at: Tensor) -> int:
+    def add(prompt: Conditioning, at: Tensor) -> int:
         conditioning.append(prompt)
         latents.append(at)
         return len(latents) - 1
@@ -215,7 +223,7 @@ def _rows(
     if source is not None and (reads_attention or walks_source):
         uncond = branches.source_uncond[step]
         guides = walks_source and edit.source_guidance != 1.0
-        if torch.equal(uncond.embedding, branches.source.embedding):
+        if uncond is branches.source:
             source_row = source_uncond_row = add(branches.source, source)  # two rows of one input have one answer
         else:
             if guides or (edit.reads_both_halves and reads_attention and edit.guidance_scale != 1.0):
@@ -233,5 +241,5 @@ def _rows(
     return rows, conditioning, latents
 
 
-def _prediction(noise_preds: Tensor, cond: int, uncond: int | None) -> Prediction:
-    return Prediction(noise_preds[cond], None if uncond is None or uncond == cond else noise_preds[uncond])
+def _prediction(predictions: Prediction, cond: int, uncond: int | None) -> BranchPrediction:
+    return BranchPrediction(predictions[cond], None if uncond is None or uncond == cond else predictions[uncond])

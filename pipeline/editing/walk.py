@@ -7,14 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.levels import Prediction
 from pipeline.editing.observing import StepRecord, observer
-from pipeline.engine.calls import Steps, TextConditioning
+from pipeline.engine.calls import Conditioning, Steps
 from pipeline.engine.prompts import GuidedPrompt
 from pipeline.errors import PrepareError
 from pipeline.records import Trajectory
 
-Predict = Callable[[Tensor, int], Steps[Tensor]]
-"""Latents (C, h, w) and a timestep give, after model calls, a noise prediction (C, h, w)."""
+Predict = Callable[[Tensor, int], Steps[Prediction]]
+"""Latents (C, h, w) before a step, and its number, give after model calls a prediction (C, h, w)."""
 
 
 def no_masks(latents: Tensor) -> Tensor:
@@ -38,10 +39,10 @@ def inside_of(user_mask: Tensor) -> Tensor:
 
 
 def take_step(
-    trajectory: Trajectory, step: int, latents: Tensor, noise_pred: Tensor, previous: Tensor | None
+    trajectory: Trajectory, step: int, latents: Tensor, prediction: Prediction, previous: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One step with the trajectory's own noise map: (next latents, data prediction)."""
-    mean, sigma, data_pred = trajectory.solver.transition(step, latents, noise_pred, previous)
+    mean, sigma, data_pred = trajectory.solver.transition(step, latents, prediction, previous)
     if sigma > 0 and trajectory.noise_maps is not None:
         mean = mean + sigma * trajectory.noise_maps[step]
     return mean, data_pred
@@ -53,22 +54,23 @@ def start_of(trajectory: Trajectory, step: int) -> tuple[Tensor, Tensor | None]:
     return trajectory.latents[step], previous
 
 
-def brought_uncond(trajectory: Trajectory, step: int) -> TextConditioning:
-    """The unconditional embedding that the inversion brought for a step."""
-    assert trajectory.uncond is not None
-    embedding = trajectory.uncond if trajectory.uncond.ndim == 2 else trajectory.uncond[step]
-    return TextConditioning("", embedding, token_count=0)
+def guided(trajectory: Trajectory, prompt: GuidedPrompt) -> Predict:
+    """Predict under a prompt at the trajectory's levels."""
+
+    def predict(latents: Tensor, step: int) -> Steps[Prediction]:
+        return (yield from prompt.predict(latents, trajectory.levels[step]))
+
+    return predict
 
 
-def guided_against_brought(trajectory: Trajectory, prompt: TextConditioning, guidance_scale: float) -> Predict:
+def guided_against_brought(trajectory: Trajectory, prompt: Conditioning, guidance_scale: float) -> Predict:
     """Predict under a prompt, guided against the unconditional embeddings that the inversion brought."""
-    assert trajectory.uncond is not None
-    if trajectory.uncond.ndim == 2 and torch.equal(trajectory.uncond, prompt.embedding):
-        guidance_scale = 1.0  # there is no direction between a prompt and itself
 
-    def predict(latents: Tensor, timestep: int) -> Steps[Tensor]:
-        uncond = brought_uncond(trajectory, trajectory.timesteps.index(timestep))
-        return (yield from GuidedPrompt(prompt, uncond, guidance_scale).predict(latents, timestep))
+    def predict(latents: Tensor, step: int) -> Steps[Prediction]:
+        assert trajectory.uncond is not None
+        uncond = trajectory.uncond[step]
+        scale = 1.0 if uncond is prompt else guidance_scale  # there is no direction between a prompt and itself
+        return (yield from GuidedPrompt(prompt, uncond, scale).predict(latents, trajectory.levels[step]))
 
     return predict
 
@@ -76,9 +78,9 @@ def guided_against_brought(trajectory: Trajectory, prompt: TextConditioning, gui
 def walk(trajectory: Trajectory, first_step: int, predict: Predict) -> Steps[Tensor]:
     """From the stored latents of `first_step` to the end."""
     latents, previous = start_of(trajectory, first_step)
-    for step in range(first_step, len(trajectory.timesteps)):
-        noise_pred = yield from predict(latents, trajectory.timesteps[step])
-        latents, previous = take_step(trajectory, step, latents, noise_pred, previous)
+    for step in range(first_step, trajectory.num_steps):
+        prediction = yield from predict(latents, step)
+        latents, previous = take_step(trajectory, step, latents, prediction, previous)
         if tell := observer():
             tell(StepRecord(step=step, latents=latents, masks=no_masks(latents)))
     return latents

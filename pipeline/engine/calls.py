@@ -2,9 +2,9 @@
 
 A method is a generator over one image. It yields these records, the engine answers each of them:
 
-    EncodeText    -> list[TextConditioning], one per prompt
+    EncodeText    -> list[Conditioning], one per prompt
     EncodeImage   -> latents (C, h, w)
-    Denoise       -> Denoised: noise predictions (R, C, h, w) and, where asked, attention maps (R, h/4, w/4)
+    Denoise       -> Denoised: predictions (R, C, h, w) and, where asked, attention maps (R, h/4, w/4)
     DecodeLatents -> pixels (H, W, 3) uint8
     Fork          -> list of results or exceptions, one per child generator
 
@@ -14,32 +14,69 @@ a control: then they form a group that shares one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Container, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
 
+from pipeline.diffusion.levels import Level, Prediction
 from pipeline.engine.controls import Control
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class TextConditioning:
-    """One prompt as the network reads it. Opaque to methods but for its tokens."""
+class Span(NamedTuple):
+    """How one tokenizer's view of a prompt lies among the keys of cross-attention."""
 
-    prompt: str
-    embedding: Tensor  # (L, D)
-    token_count: int  # tokens of the prompt itself: without start, end and padding, after truncation to L - 2
-    token_ids: tuple[int, ...] = ()  # start, the prompt's own, end
-    token_words: tuple[int, ...] = ()  # of each own token, the word of `prompt.split()` that it belongs to
+    start: int  # place of the first of `token_ids`
+    token_ids: tuple[int, ...]  # as the tokenizer makes them, with start and end tokens where it has these
+    own: range  # which of `token_ids` are the prompt's own, after truncation
+    words: tuple[int, ...]  # of each own token, the word of `prompt.split()` that it belongs to
 
     @property
-    def positions(self) -> range:
-        """Places of the prompt's own tokens among the L keys of cross-attention; place 0 is the start token."""
-        return range(1, 1 + self.token_count)
+    def places(self) -> range:
+        """Where the own tokens stand among the keys."""
+        return range(self.start + self.own.start, self.start + self.own.stop)
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Conditioning:
+    """What the network is told beside latents and level: one prompt as a bundle of named tensors.
+
+    Equal to itself alone: as long as somebody holds it, the same prompt gives the same object. Methods read where the
+    prompt's tokens stand, replace the part that their paper speaks of, and know no more.
+    """
+
+    prompt: str
+    parts: Mapping[str, Tensor]  # "embedding" (L, D), and what else a family has, such as "pooled" (P,)
+    spans: tuple[Span, ...] = ()  # one per tokenizer whose tokens are keys; none where no prompt was encoded
+
+    @property
+    def embedding(self) -> Tensor:
+        """(L, D): what cross-attention reads."""
+        return self.parts["embedding"]
+
+    @property
+    def length(self) -> int:
+        """L: keys of cross-attention."""
+        return int(self.embedding.shape[0])
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Places of the prompt's own tokens among the L keys."""
+        return tuple(place for span in self.spans for place in span.places)
+
+    def places_of(self, words: Container[int]) -> list[int]:
+        """Places of the tokens of some words, told by their number in `prompt.split()`."""
+        return [
+            place for span in self.spans for place, word in zip(span.places, span.words, strict=True) if word in words
+        ]
+
+    def replacing(self, **parts: Tensor) -> Conditioning:
+        """The same with other tensors, of no prompt."""
+        return Conditioning("", {**self.parts, **parts})
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,36 +102,39 @@ class DecodeLatents:
 
 @dataclass(frozen=True, slots=True)
 class Denoise:
-    """Predict the noise of R latents.
+    """Predict noise and data of R latents.
+
+    `levels` says where each row stands and what the network is told there: the two may differ, as in DDIM inversion.
 
     `watch` names, per row, the token positions whose cross-attention at a quarter of the latents' side is wanted
     (averaged over heads and over the down and up blocks' layers of that grid, summed over the tokens). An empty
     sequence watches nothing and costs nothing. Watching does not change a prediction.
 
     `cotangent` asks for gradients too: of a function of each row's prediction with respect to that row's text
-    embedding. It takes a prediction (C, h, w) to the function's gradient there, (C, h, w). It costs two rows more
+    embedding. It takes a prediction (C, h, w) to the function's gradient there, by both halves. It costs two rows more
     per row.
     """
 
     latents: Tensor  # (R, C, h, w)
-    timesteps: Sequence[int]  # R, what the network is told
-    conditioning: Sequence[TextConditioning]  # R
+    levels: Sequence[Level]  # R
+    conditioning: Sequence[Conditioning]  # R
     watch: Sequence[Sequence[int]] | None = None  # R
     control: Control | None = None  # makes a group of the R rows
-    inpaint: Tensor | None = None  # (R, 1 + C, h, w): mask and masked image, for networks that take these, too
-    cotangent: Callable[[Tensor], Tensor] | None = None
+    # What some networks take beside the latents, by name: "inpaint" (R, 1 + C, h, w), a mask and the masked image.
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+    cotangent: Callable[[Prediction], Prediction] | None = None
 
     @property
     def cost(self) -> int:
         """Network rows; a backward pass counts as two forward ones."""
-        return len(self.timesteps) * (1 if self.cotangent is None else 3)
+        return len(self.levels) * (1 if self.cotangent is None else 3)
 
 
 @dataclass(frozen=True, slots=True)
 class Denoised:
     """Answer to `Denoise`."""
 
-    noise_preds: Tensor  # (R, C, h, w), epsilon whatever the checkpoint predicts
+    predictions: Prediction  # (R, C, h, w), whatever the checkpoint puts out
     attention: Tensor | None  # (R, h/4, w/4), zero for rows that watched nothing; None without `watch`
     seen: Any = None  # what the control recorded
     embedding_grads: Tensor | None = None  # (R, L, D) float32 or wider; None without `cotangent`
@@ -105,21 +145,21 @@ class NetworkCall:
     """What the engine makes of the rows of many `Denoise` calls: one call of the model, R rows."""
 
     latents: Tensor  # (R, C, h, w), on the CPU
-    timesteps: Sequence[int]  # R
-    embeddings: Sequence[Tensor]  # R of (L, D)
+    levels: Sequence[Level]  # R
+    conditioning: Sequence[Conditioning]  # R
     watch: Tensor | None = None  # (R, L) weights of the tokens whose attention is summed
     # For each row the first one of the same latents and timestep, itself where there is none before it.
     first_alike: Sequence[int] | None = None
-    inpaint: Tensor | None = None  # (R, 1 + C, h, w)
+    beside: Mapping[str, Tensor] = field(default_factory=dict)  # (R, ...) by name
     controls: Sequence[tuple[slice, Control]] = ()  # groups of rows, and what controls them
-    cotangents: Sequence[Callable[[Tensor], Tensor]] | None = None  # R
+    cotangents: Sequence[Callable[[Prediction], Prediction]] | None = None  # R
 
 
 @dataclass(frozen=True, slots=True)
 class NetworkAnswer:
     """What the model answers."""
 
-    noise_preds: Tensor  # (R, C, h, w), epsilon
+    predictions: Prediction  # (R, C, h, w)
     attention: Tensor | None = None  # (R, h/4, w/4), where watched
     seen: Sequence[Any] = ()  # what each control recorded
     embedding_grads: Tensor | None = None  # (R, L, D)

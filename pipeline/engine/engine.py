@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -21,6 +22,7 @@ from pipeline.common import stopping
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import (
     Call,
+    Conditioning,
     DecodeLatents,
     Denoise,
     EncodeImage,
@@ -28,12 +30,11 @@ from pipeline.engine.calls import (
     Fork,
     NetworkAnswer,
     Steps,
-    TextConditioning,
 )
 from pipeline.engine.packing import Batch, CallRow, PendingCall, RowQueue, rows_per_call
 from pipeline.errors import EditError
 
-CACHED_PROMPTS = 1024  # embeddings kept per worker; at 77 x 768 float32 that is 240 MB
+CACHED_PROMPTS = 1024  # kept per worker beside those in use; of Stable Diffusion 1 that is 240 MB
 
 
 @dataclass(slots=True)
@@ -106,7 +107,9 @@ class Engine:
         self.images_in_flight = images_in_flight or max(4, call_size)
         self.pad = pad
         self.stats = EngineStats()
-        self._prompts: OrderedDict[str, TextConditioning] = OrderedDict()
+        # A prompt that somebody still holds is never encoded again: methods tell prompts by identity.
+        self._prompts: WeakValueDictionary[str, Conditioning] = WeakValueDictionary()
+        self._kept: OrderedDict[str, Conditioning] = OrderedDict()
         self._queue = RowQueue()
         self._ready: deque[tuple[_Task, Any, Exception | None]] = deque()
         self._sessions: list[_Session] = []
@@ -264,20 +267,20 @@ class Engine:
             case _:
                 raise TypeError(f"a method yielded {type(call).__name__}, which is no model call (engine/calls.py)")
 
-    def _encode_text(self, prompt: str) -> TextConditioning:
+    def _encode_text(self, prompt: str) -> Conditioning:
         # One prompt per encoder call, so that the shape never varies and a prompt has the same bits wherever it occurs.
-        if prompt in self._prompts:
-            self._prompts.move_to_end(prompt)
-            return self._prompts[prompt]
-        conditioning = self.backbone.encode_text(prompt)
-        self._prompts[prompt] = conditioning
-        if len(self._prompts) > CACHED_PROMPTS:
-            self._prompts.popitem(last=False)
+        conditioning = self._prompts.get(prompt)
+        if conditioning is None:
+            conditioning = self._prompts[prompt] = self.backbone.encode_text(prompt)
+        self._kept[prompt] = conditioning
+        self._kept.move_to_end(prompt)
+        if len(self._kept) > CACHED_PROMPTS:
+            self._kept.popitem(last=False)
         return conditioning
 
     def _enqueue(self, task: _Task, call: Denoise) -> None:
         if call.watch is not None:
-            self.backbone.check_watchable(*call.latents.shape[-2:])
+            self.backbone.offers.check_watchable(*call.latents.shape[-2:])
         pending = PendingCall(task, call)
         if rows_per_call(pending.kind, self.call_size) == 0:
             raise EditError(self._does_not_fit(pending))
@@ -311,7 +314,7 @@ class Engine:
         self.stats.padded_rows += size - len(batch.rows)
         # Methods compute on the CPU in float32: cheap beside a network call, and the same bits on every kind of GPU.
         return NetworkAnswer(
-            noise_preds=answer.noise_preds.cpu(),
+            predictions=answer.predictions.both(torch.Tensor.cpu),
             attention=None if answer.attention is None else answer.attention.cpu(),
             seen=answer.seen,
             embedding_grads=None if answer.embedding_grads is None else answer.embedding_grads.cpu(),

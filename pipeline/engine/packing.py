@@ -7,13 +7,14 @@ digits. So a short call is filled up with copies that nobody reads, and results 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.levels import Prediction, stacked
 from pipeline.engine.calls import Denoise, Denoised, NetworkAnswer, NetworkCall
 
 Kind = tuple[Any, ...]
@@ -29,20 +30,20 @@ class PendingCall:
 
     owner: Any  # whoever waits for the answer
     call: Denoise
-    noise_preds: list[Tensor | None] = field(default_factory=list)
+    predictions: list[Prediction | None] = field(default_factory=list)
     attention: list[Tensor | None] = field(default_factory=list)
     embedding_grads: list[Tensor | None] = field(default_factory=list)
     seen: Any = None
     missing: int = 0
 
     def __post_init__(self) -> None:
-        rows = len(self.call.timesteps)
+        rows = len(self.call.levels)
         if not rows == self.call.latents.shape[0] == len(self.call.conditioning):
             raise ValueError(
-                f"a Denoise call has {self.call.latents.shape[0]} latents, {rows} timesteps and "
+                f"a Denoise call has {self.call.latents.shape[0]} latents, {rows} levels and "
                 f"{len(self.call.conditioning)} prompts; these are one per row"
             )
-        self.noise_preds = [None] * rows
+        self.predictions = [None] * rows
         self.attention = [None] * rows
         self.embedding_grads = [None] * rows
         self.missing = rows
@@ -52,8 +53,8 @@ class PendingCall:
         """What its rows have in common."""
         return (
             *self.call.latents.shape[1:],
-            *self.call.conditioning[0].embedding.shape,
-            self.call.inpaint is not None,
+            shapes_of(self.call.conditioning[0].parts),
+            tuple((name, tensor.shape[1:]) for name, tensor in sorted(self.call.beside.items())),
             self.call.control is not None,
             self.call.cotangent is not None,
             self.group,
@@ -62,18 +63,18 @@ class PendingCall:
     @property
     def group(self) -> int:
         """Rows that must share a network call."""
-        return 1 if self.call.control is None else len(self.call.timesteps)
+        return 1 if self.call.control is None else len(self.call.levels)
 
     def answer(self) -> Denoised:
         """The answer, once no row is missing."""
-        noise_preds = torch.stack([row for row in self.noise_preds if row is not None])
+        predictions = stacked([row for row in self.predictions if row is not None])
         attention, grads = None, None
         if self.call.watch is not None:
             seen = next(row for row in self.attention if row is not None)
             attention = torch.stack([torch.zeros_like(seen) if row is None else row for row in self.attention])
         if self.call.cotangent is not None:
             grads = torch.stack([row for row in self.embedding_grads if row is not None])
-        return Denoised(noise_preds, attention, self.seen, grads)
+        return Denoised(predictions, attention, self.seen, grads)
 
 
 @dataclass(slots=True, eq=False)
@@ -100,15 +101,20 @@ class CallRow:
         under prompts that were encoded once. Where these lie in memory tells them, so no numbers are compared.
         """
         call, at = self.pending.call, self.at
-        if call.control is not None or call.inpaint is not None or call.cotangent is not None:
+        if call.control is not None or call.beside or call.cotangent is not None:
             return None
         return (
             *self.pending.kind,
             _place_of(call.latents[at]),
-            call.timesteps[at],
+            call.levels[at],
             id(call.conditioning[at]),
             () if call.watch is None else tuple(call.watch[at]),
         )
+
+
+def shapes_of(parts: Mapping[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """What must agree for bundles of tensors to stand in one call."""
+    return tuple((name, tuple(part.shape)) for name, part in sorted(parts.items()))
 
 
 def _place_of(latents: Tensor) -> tuple[Any, ...]:
@@ -152,11 +158,11 @@ class Batch:
         rows = [(row.pending.call, row.at) for row in self.rows]
         return NetworkCall(
             latents=torch.stack(self._padded([call.latents[at] for call, at in rows], size)),
-            timesteps=self._padded([call.timesteps[at] for call, at in rows], size),
-            embeddings=self._padded([call.conditioning[at].embedding for call, at in rows], size),
+            levels=self._padded([call.levels[at] for call, at in rows], size),
+            conditioning=self._padded([call.conditioning[at] for call, at in rows], size),
             watch=self._watch(size),
             first_alike=self._first_alike(size),
-            inpaint=self._inpaint(size),
+            beside=self._beside(size),
             controls=tuple(
                 (slice(start, start + self.rows[0].pending.group), control) for start, control in controls if control
             ),
@@ -176,7 +182,7 @@ class Batch:
         alike = []
         for number, row in enumerate(self.rows):
             call = row.pending.call
-            place = (*_place_of(call.latents[row.at]), call.timesteps[row.at])
+            place = (*_place_of(call.latents[row.at]), call.levels[row.at])
             alike.append(first.setdefault(place, number))
         return self._padded(alike, size)
 
@@ -186,17 +192,19 @@ class Batch:
         if not any(len(tokens) for tokens in wanted):
             return None
         call, at = calls[0]
-        weights = torch.zeros((size, call.conditioning[at].embedding.shape[0]))
+        weights = torch.zeros((size, call.conditioning[at].length))
         for number, tokens in enumerate(wanted):
             weights[number, list(tokens)] = 1.0
         return weights
 
-    def _inpaint(self, size: int) -> Tensor | None:
+    def _beside(self, size: int) -> dict[str, Tensor]:
         calls = [(row.pending.call, row.at) for row in self.rows]
-        given = [call.inpaint[at] for call, at in calls if call.inpaint is not None]
-        return torch.stack(self._padded(given, size)) if given else None
+        return {
+            name: torch.stack(self._padded([call.beside[name][at] for call, at in calls], size))
+            for name in calls[0][0].beside
+        }
 
-    def _cotangents(self, size: int) -> tuple[Callable[[Tensor], Tensor], ...] | None:
+    def _cotangents(self, size: int) -> tuple[Callable[[Prediction], Prediction], ...] | None:
         given = [row.pending.call.cotangent for row in self.rows if row.pending.call.cotangent is not None]
         return tuple(self._padded(given, size)) if given else None
 
@@ -205,7 +213,7 @@ class Batch:
         seen = iter(answer.seen)
         for number, row in enumerate(self.rows):
             for pending, at in row.askers:
-                pending.noise_preds[at] = answer.noise_preds[number]
+                pending.predictions[at] = answer.predictions[number]
                 if answer.attention is not None and pending.call.watch is not None:
                     pending.attention[at] = answer.attention[number]
                 if answer.embedding_grads is not None:
@@ -236,7 +244,7 @@ class RowQueue:
     def push(self, pending: PendingCall) -> None:
         """Queue all rows of a call."""
         rows = self._by_kind.setdefault(pending.kind, deque())
-        for at in range(len(pending.call.timesteps)):
+        for at in range(len(pending.call.levels)):
             row = CallRow([(pending, at)])
             if (sameness := row.sameness) is not None:
                 waiting = self._waiting.setdefault(sameness, row)

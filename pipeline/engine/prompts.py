@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pipeline.diffusion.guidance import classifier_free_guidance
-from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps, TextConditioning
+from pipeline.diffusion.levels import Level, Prediction
+from pipeline.engine.calls import Conditioning, Denoise, Denoised, EncodeText, Steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,38 +21,40 @@ class GuidedPrompt:
     scale 0 the unconditional row alone.
     """
 
-    cond: TextConditioning
-    uncond: TextConditioning
+    cond: Conditioning
+    uncond: Conditioning
     guidance_scale: float
-    inpaint: Tensor | None = None  # (1 + C, h, w): mask and masked image, for networks that take these, too
+    beside: Mapping[str, Tensor] = field(default_factory=dict)  # of one row: what the network takes beside its latents
 
     @classmethod
     def encode(cls, prompt: str, guidance_scale: float, negative_prompt: str = "") -> Steps[GuidedPrompt]:
         """Encode both prompts. Between equal ones there is no direction, hence no guidance."""
         cond, uncond = yield EncodeText((prompt, negative_prompt))
-        return cls(cond, uncond, 1.0 if prompt == negative_prompt else guidance_scale)
+        return cls(cond, uncond, 1.0 if cond is uncond else guidance_scale)
 
-    def predict(self, latents: Tensor, timestep: int) -> Steps[Tensor]:
-        """Noise prediction (C, h, w) for latents (C, h, w)."""
-        return (yield from self.predict_all(latents[None], [timestep]))[0]
+    def predict(self, latents: Tensor, level: Level) -> Steps[Prediction]:
+        """Prediction (C, h, w) for latents (C, h, w)."""
+        return (yield from self.predict_all(latents[None], [level]))[0]
 
-    def predict_all(self, latents: Tensor, timesteps: Sequence[int]) -> Steps[Tensor]:
-        """Noise predictions (R, C, h, w) for R independent latents, asked for in one go."""
-        rows = len(timesteps)
+    def predict_all(self, latents: Tensor, levels: Sequence[Level]) -> Steps[Prediction]:
+        """Predictions (R, C, h, w) for R independent latents, asked for in one go."""
+        rows = len(levels)
         if self.guidance_scale in (0.0, 1.0):
             conditioning = self.uncond if self.guidance_scale == 0.0 else self.cond
-            denoised: Denoised = yield Denoise(latents, timesteps, [conditioning] * rows, inpaint=self._inpaint(rows))
-            return denoised.noise_preds
+            denoised: Denoised = yield Denoise(
+                latents, levels, [conditioning] * rows, beside=repeated(self.beside, rows)
+            )
+            return denoised.predictions
         denoised = yield Denoise(
             torch.cat([latents, latents]),
-            [*timesteps, *timesteps],
+            [*levels, *levels],
             [self.uncond] * rows + [self.cond] * rows,
-            inpaint=self._inpaint(2 * rows),
+            beside=repeated(self.beside, 2 * rows),
         )
-        uncond, cond = denoised.noise_preds.split(rows)
-        return torch.stack(
-            [classifier_free_guidance(u, c, self.guidance_scale) for u, c in zip(uncond, cond, strict=True)]
-        )
+        uncond, cond = denoised.predictions[:rows], denoised.predictions[rows:]
+        return classifier_free_guidance(uncond, cond, self.guidance_scale)
 
-    def _inpaint(self, rows: int) -> Tensor | None:
-        return None if self.inpaint is None else self.inpaint.expand(rows, -1, -1, -1)
+
+def repeated(beside: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """What one row takes beside its latents, for several."""
+    return {name: tensor.expand(rows, *tensor.shape) for name, tensor in beside.items()}

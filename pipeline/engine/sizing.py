@@ -47,18 +47,22 @@ def probe_call_size(backbone: Backbone, image_size: int) -> int:
     """Time calls of several sizes on the model's own device, for square images of `image_size` pixels."""
     side = image_size // backbone.latent_scale
     prompt = backbone.encode_text("a photo")
+    level = backbone.schedule.steps(2, (side, side))[-1].start
 
     def rows_per_second(size: int) -> float | None:
         latents = torch.zeros((size, backbone.latent_channels, side, side))
-        watch = torch.zeros((size, prompt.embedding.shape[0]))
-        watch[:, 1] = 1.0
+        watch = None
+        if prompt.positions and backbone.offers.watched_factor is not None:
+            watch = torch.zeros((size, prompt.length))
+            watch[:, prompt.positions[0]] = 1.0
+        call = NetworkCall(latents, [level] * size, [prompt] * size, watch)
         try:
             started = 0.0
             for round_ in range(ROUNDS + 1):
                 if round_ == 1:
                     started = time.perf_counter()
                 # The answer is brought to the CPU, as the engine does: that waits for the device.
-                backbone.denoise(NetworkCall(latents, [500] * size, [prompt.embedding] * size, watch)).noise_preds.cpu()
+                backbone.denoise(call).predictions.both(torch.Tensor.cpu)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return None

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.engine.backbone import Offers
 from pipeline.engine.calls import Steps
-from pipeline.records import DrawNoise, Source, Trajectory
+from pipeline.records import DrawNoise, Source, Trajectory, UncondScope
 
 
 def draw_from(seed: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> DrawNoise:
     """Noise of one image: drawn on the CPU in float32 from a generator of its own, so nothing else has a say."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return lambda: torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+
+
+Provision = Literal["noise maps", "DDIM steps", "path", "faithful source"]
+"""What a trajectory has for an editor. noise maps: one per step; DDIM steps: its solver is DDIM; path: replayed, it
+returns the image, at least about; faithful source: a source branch follows it without guidance."""
+Demand = Literal["source branch", "unconditional prompt"]
+"""What a trajectory is made for, and wasted on an editor without: a branch that shows the source; a prompt to guide
+away from, in whose place the inversion's own embeddings stand."""
 
 
 class Inversion(BaseModel, ABC):
@@ -26,6 +36,8 @@ class Inversion(BaseModel, ABC):
     method: str  # its name in INVERSIONS; a subclass says which
     num_steps: int  # N: steps of its trajectory
 
+    provides: ClassVar[frozenset[Provision]]
+    demands: ClassVar[frozenset[Demand]] = frozenset()
     exact: ClassVar[str]  # how well replaying its trajectory returns the image, in a few words
     paper: ClassVar[str]
 
@@ -35,9 +47,22 @@ class Inversion(BaseModel, ABC):
         return self.num_steps
 
     @property
-    def brings_uncond(self) -> bool:
-        """Whether its trajectory brings unconditional embeddings that a target's rows take, too."""
-        return False
+    def uncond_for(self) -> UncondScope | None:
+        """Which rows take the unconditional embeddings that its trajectory brings; None: it brings none."""
+        return None
+
+    @property
+    def made_for_guidance(self) -> float | None:
+        """The one guidance scale that its trajectory serves; None: any."""
+        return None
+
+    def model_problems(self, offers: Offers) -> Iterator[str]:
+        """Why it cannot run on a model that offers this, and the way out."""
+        if offers.distilled and "path" in self.provides:
+            yield (
+                f"{offers.distilled}: such a model cannot be walked backwards, as inversion.method '{self.method}' "
+                "does. Use inversion.method noise, or the checkpoint that it was distilled from"
+            )
 
     @abstractmethod
     def invert(self, source: Source) -> Steps[Trajectory]:

@@ -22,6 +22,7 @@ from pipeline.records import Source, Trajectory
 class DDIMInversion(Inversion):
     """Walk the deterministic sampler upwards, predicting each step at the timestep that it leads to."""
 
+    provides: ClassVar = frozenset({"DDIM steps", "path"})
     exact: ClassVar = "approximate"
     paper: ClassVar = "Denoising Diffusion Implicit Models, arXiv 2010.02502"
 
@@ -52,14 +53,13 @@ class DDIMInversion(Inversion):
 
     @override
     def invert(self, source: Source) -> Steps[Trajectory]:
-        timesteps = source.schedule.ddim_timesteps(self.schedule_steps)[self.skip_steps :]
-        stride = source.schedule.num_train_timesteps // self.schedule_steps
-        solver = DDIM.from_schedule(source.schedule, timesteps, stride)
+        steps = source.schedule.steps(self.schedule_steps, source.size)[self.skip_steps :]
+        solver = DDIM(steps=steps)
         prompt = yield from GuidedPrompt.encode(source.prompt, self.guidance_scale, source.negative_prompt)
         latents = [source.latents]
         for step in reversed(range(self.num_steps)):
-            noise_pred = yield from prompt.predict(latents[-1], timesteps[step])
-            latents.append(solver.inverse(step, latents[-1], noise_pred))
+            prediction = yield from prompt.predict(latents[-1], solver.level_below(step))
+            latents.append(solver.inverse(step, prediction))
         return Trajectory(
             method=self.method,
             source=source,

@@ -7,7 +7,6 @@ Memory: 3 N + 1 latents per image. Stochastic: one seed per image.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import ClassVar, Literal
 
 import torch
@@ -15,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import override
 
-from pipeline.diffusion.schedule import NoiseSchedule
+from pipeline.diffusion.levels import Schedule
 from pipeline.diffusion.steps import DDIM, SDEDPMSolver, Solver
 from pipeline.engine.calls import Steps
 from pipeline.engine.prompts import GuidedPrompt
@@ -28,6 +27,7 @@ MOST_STEPS = 999  # of a model's 1000 timesteps the schedules need one to stand 
 class DDPMInversion(Inversion):
     """Draw every noisy latent independently, then solve each step of a stochastic sampler for its noise map."""
 
+    provides: ClassVar = frozenset({"noise maps", "path"})
     exact: ClassVar = "exact"
     paper: ClassVar = "An Edit Friendly DDPM Noise Space, arXiv 2304.06140; LEDITS++, arXiv 2311.16711"
 
@@ -83,40 +83,33 @@ class DDPMInversion(Inversion):
         # Truncating the float product (100 steps, 0.15: 114) is what diffusers does.
         return int(self.num_steps * (1.0 + self.skip))
 
-    def solver_for(self, schedule: NoiseSchedule) -> Solver:
+    def solver_for(self, schedule: Schedule, size: tuple[int, int]) -> Solver:
         """The N kept steps on a checkpoint's schedule; leading spacing, whatever the checkpoint samples with."""
-        total = self.schedule_steps
+        exact = self.exact_last_step
         if self.solver == "ddim":
-            if self.exact_last_step:  # a step to no noise at all has no noise map that could make it exact
-                schedule = dataclasses.replace(schedule, final_alpha_bar=schedule.alpha_bar(0))
-            return DDIM.from_schedule(
-                schedule,
-                schedule.ddim_timesteps(total, "leading")[-self.num_steps :],
-                stride=schedule.num_train_timesteps // total,
-                eta=self.eta,
-                eta_squared=self.eta_form == "standard",
-                zero_last_sigma=not self.exact_last_step,
-            )
-        timesteps = schedule.dpm_timesteps(total)[-self.num_steps :]
-        return SDEDPMSolver.from_schedule(schedule, timesteps, zero_last_sigma=not self.exact_last_step)
+            steps = schedule.steps(self.schedule_steps, size, leading=True, to_lowest=exact)
+            power = 2 if self.eta_form == "standard" else 1
+            return DDIM(steps=steps[-self.num_steps :], eta=self.eta, exact_last_step=exact, power_of_eta=power)
+        levels = schedule.multistep_levels(self.schedule_steps, size, to_lowest=exact)
+        return SDEDPMSolver.along(levels[-self.num_steps - 1 :], exact_last_step=exact)
 
     @override
     def invert(self, source: Source) -> Steps[Trajectory]:
         """Noise is drawn for ascending timesteps, the reference's order."""
-        solver = self.solver_for(source.schedule)
-        steps = range(self.num_steps)
+        solver = self.solver_for(source.schedule, source.size)
+        starts = [step.start for step in solver.steps]
         # One independent draw per level, unlike a forward Markov chain: this makes the noise maps carry the layout of
         # the image, hence "edit-friendly". It also frees the predictions of each other: all are asked for at once.
-        drawn = {step: solver.add_noise(source.latents, source.draw_noise(), step) for step in reversed(steps)}
-        latents = [drawn[step] for step in steps] + [source.latents]
+        noised = [level.noised(source.latents, source.draw_noise()) for level in reversed(starts)]
+        latents = [*reversed(noised), source.latents]
         prompt = yield from GuidedPrompt.encode(source.prompt, self.source_guidance_scale, source.negative_prompt)
-        noise_preds = yield from prompt.predict_all(torch.stack(latents[:-1]), solver.timesteps)
+        predictions = yield from prompt.predict_all(torch.stack(latents[:-1]), starts)
 
         noise_maps: list[Tensor] = []
         data_preds: list[Tensor] = []
-        for step in steps:
+        for step in range(self.num_steps):
             previous = data_preds[-1] if data_preds else None
-            mean, sigma, data_pred = solver.transition(step, latents[step], noise_preds[step], previous)
+            mean, sigma, data_pred = solver.transition(step, latents[step], predictions[step], previous)
             noise_map = (latents[step + 1] - mean) / sigma if sigma > 0 else torch.zeros_like(mean)
             if step + 1 == self.num_steps and sigma == 0:
                 latents[step + 1] = mean  # what replaying the trajectory returns

@@ -23,6 +23,8 @@ from pipeline.records import Source, Trajectory
 class DirectInversion(DDIMInversion):
     """DDIM inversion, pinned."""
 
+    provides: ClassVar = frozenset({"DDIM steps", "path", "faithful source"})
+    demands: ClassVar = frozenset({"source branch"})
     exact: ClassVar = "exactly in the source branch of editors that have one, approximately elsewhere"
     paper: ClassVar = "Direct Inversion: Boosting Diffusion-based Editing with 3 Lines of Code, arXiv 2310.01506"
 
@@ -36,7 +38,7 @@ class DirectInversion(DDIMInversion):
     @override
     def invert(self, source: Source) -> Steps[Trajectory]:
         trajectory = yield from super().invert(source)
-        return dataclasses.replace(trajectory, pinned=True, pin_shares=self.pin_shares(len(trajectory.timesteps)))
+        return dataclasses.replace(trajectory, pinned=True, pin_shares=self.pin_shares(trajectory.num_steps))
 
     def pin_shares(self, num_steps: int) -> tuple[float, ...] | None:
         """Share of the difference that is put back, by step; None: all of it at every step."""

@@ -17,14 +17,16 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
-from pipeline.engine.calls import EncodeText, Steps
+from pipeline.engine.calls import Conditioning, EncodeText, Steps
 from pipeline.inversion.ddim import DDIMInversion
-from pipeline.records import Source, Trajectory
+from pipeline.records import Source, Trajectory, UncondScope
 
 
 class NegativePromptInversion(DDIMInversion):
     """DDIM inversion, and the source prompt's embedding as the unconditional one."""
 
+    provides: ClassVar = frozenset({"DDIM steps", "path", "faithful source"})
+    demands: ClassVar = frozenset({"unconditional prompt"})
     exact: ClassVar = "approximately, at any guidance"
     paper: ClassVar = "Negative-prompt Inversion, arXiv 2305.16807; interpolation: ProxEdit, arXiv 2306.05414"
 
@@ -37,15 +39,20 @@ class NegativePromptInversion(DDIMInversion):
 
     @property
     @override
-    def brings_uncond(self) -> bool:
-        return True
+    def uncond_for(self) -> UncondScope:
+        return "all"
 
     @override
     def invert(self, source: Source) -> Steps[Trajectory]:
         trajectory = yield from super().invert(source)
         cond, empty = yield EncodeText((source.prompt, ""))
-        uncond = cond.embedding if self.npi_interp == 0 else slerp(cond.embedding, empty.embedding, self.npi_interp)
-        return dataclasses.replace(trajectory, uncond=uncond, pinned=self.pin_source)
+        uncond = cond if self.npi_interp == 0 else between(cond, empty, self.npi_interp)
+        return dataclasses.replace(trajectory, uncond=(uncond,) * trajectory.num_steps, pinned=self.pin_source)
+
+
+def between(start: Conditioning, end: Conditioning, share: float) -> Conditioning:
+    """What the network is told on the way from one prompt to another, each part for itself."""
+    return start.replacing(**{name: slerp(part, end.parts[name], share) for name, part in start.parts.items()})
 
 
 def slerp(start: Tensor, end: Tensor, share: float) -> Tensor:

@@ -21,6 +21,7 @@ from pipeline.records import Source, Trajectory
 class NoiseStart(Inversion):
     """No inversion at all: the same noise over the image at every level, and nothing but noise at the first."""
 
+    provides: ClassVar = frozenset({"DDIM steps"})
     exact: ClassVar = "none"
     paper: ClassVar = "SDEdit, arXiv 2108.01073"
 
@@ -34,16 +35,14 @@ class NoiseStart(Inversion):
     @override
     def invert(self, source: Source) -> Steps[Trajectory]:
         """The start is drawn first, then one noise map per step where eta is above 0."""
-        timesteps = source.schedule.ddim_timesteps(self.num_steps)
-        stride = source.schedule.num_train_timesteps // self.num_steps
-        solver = DDIM.from_schedule(source.schedule, timesteps, stride, eta=self.eta)
+        steps = source.schedule.steps(self.num_steps, source.size)
         noise = source.draw_noise()
-        noised = [solver.add_noise(source.latents, noise, step) for step in range(1, self.num_steps)]
-        noise_maps = [source.draw_noise() for _ in timesteps] if self.eta > 0 else None
+        noised = [step.start.noised(source.latents, noise) for step in steps[1:]]
+        noise_maps = [source.draw_noise() for _ in steps] if self.eta > 0 else None
         return Trajectory(
             method=self.method,
             source=source,
-            solver=solver,
+            solver=DDIM(steps=steps, eta=self.eta),
             latents=torch.stack([noise, *noised, source.latents]),
             noise_maps=None if noise_maps is None else torch.stack(noise_maps),
         )

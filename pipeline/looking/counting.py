@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.engine.backbone import Backbone, ModelRecord
-from pipeline.engine.calls import NetworkAnswer, NetworkCall, TextConditioning
+from pipeline.engine.backbone import Backbone, ModelRecord, Offers
+from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, Span
 from pipeline.engine.controls import Layer
 from pipeline.engine.engine import Engine
 from pipeline.flow import edit_prepared
@@ -92,16 +93,15 @@ class ZeroBackbone(Backbone):
     latent_channels = 4
     latent_scale = 8
     multiple = 64
-    inpaints = True  # whatever is asked
+    offers = Offers(watched_factor=4, embedding_gradients=True)
     image_size = 128  # latents of 16 x 16
 
     @override
-    def encode_text(self, prompt: str) -> TextConditioning:
+    def encode_text(self, prompt: str) -> Conditioning:
         count = min(len(prompt.split()), 75)
         number = float(zlib.crc32(prompt.encode()))  # equal embeddings for equal prompts alone, as a model has them
-        return TextConditioning(
-            prompt, torch.full((77, 1), number), count, (0, *range(2, 2 + count), 1), tuple(range(count))
-        )
+        span = Span(0, (0, *range(2, 2 + count), 1), range(1, 1 + count), tuple(range(count)))
+        return Conditioning(prompt, {"embedding": torch.full((77, 1), number)}, (span,))
 
     @override
     def encode_image(self, pixels: np.ndarray) -> Tensor:
@@ -113,10 +113,6 @@ class ZeroBackbone(Backbone):
     def decode_latents(self, latents: Tensor) -> np.ndarray:
         height, width = latents.shape[-2] * self.latent_scale, latents.shape[-1] * self.latent_scale
         return np.zeros((height, width, 3), dtype=np.uint8)
-
-    @override
-    def check_watchable(self, height: int, width: int) -> None:
-        """Every grid will do."""
 
     @override
     def denoise(self, call: NetworkCall) -> NetworkAnswer:
@@ -134,11 +130,13 @@ class ZeroBackbone(Backbone):
             seen.append(hook.answer())
         # Far from any target, so that what stops early where it has arrived does not: the count is an upper bound. For
         # the same reason the corner tells one text from another: a mask of where two texts differ is not empty.
-        noise_preds = torch.full_like(call.latents, 0.0 if call.cotangents is None else 1e3)
-        noise_preds[:, :, 0, 0] += torch.stack([embedding[0, 0] for embedding in call.embeddings])[:, None] / 2**32
+        output = torch.full_like(call.latents, 0.0 if call.cotangents is None else 1e3)
+        output[:, :, 0, 0] += torch.stack([one.embedding[0, 0] for one in call.conditioning])[:, None] / 2**32
         return NetworkAnswer(
-            noise_preds=noise_preds,
+            predictions=prediction_of("epsilon", output, call.latents, call.levels),
             attention=None if call.watch is None else torch.zeros(rows, height // 4, width // 4),
             seen=seen,
-            embedding_grads=None if call.cotangents is None else torch.zeros_like(torch.stack(list(call.embeddings))),
+            embedding_grads=None
+            if call.cotangents is None
+            else torch.zeros_like(torch.stack([one.embedding for one in call.conditioning])),
         )

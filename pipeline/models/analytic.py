@@ -19,12 +19,14 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle, scaled_dot_product_attention
 from typing_extensions import override
 
+from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.engine.backbone import Backbone, ModelRecord
-from pipeline.engine.calls import NetworkAnswer, NetworkCall, TextConditioning
-from pipeline.engine.controls import Hook, Layer
+from pipeline.engine.backbone import Backbone, ModelRecord, Offers
+from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, Span
+from pipeline.engine.controls import Block, Hook, Layer
 from pipeline.errors import EditError
 from pipeline.models.attention import WATCHED_FACTOR
+from pipeline.models.gradients import gradients
 
 STABLE_DIFFUSION_SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -45,7 +47,16 @@ class AnalyticBackbone(Backbone):
     latent_channels = 3 * latent_scale**2
     multiple = latent_scale * WATCHED_FACTOR
     text_length = 77
-    inpaints = False
+    # Every place that a method may name; what a control does there changes no prediction.
+    offers = Offers(
+        layers=(
+            Layer("cross", 0, "down", 0, WATCHED_FACTOR),
+            *(Layer("self", number, "up", number - 1, 2 ** (3 - number)) for number in (1, 2, 3)),
+        ),
+        blocks=tuple(Block(0, number, WATCHED_FACTOR) for number in range(3)),
+        watched_factor=WATCHED_FACTOR,
+        embedding_gradients=True,
+    )
 
     def __init__(self, image_size: int = 64, spread: float = 0.5, dtype: torch.dtype = torch.float32) -> None:
         self.image_size = image_size
@@ -62,7 +73,7 @@ class AnalyticBackbone(Backbone):
         )
 
     @override
-    def encode_text(self, prompt: str) -> TextConditioning:
+    def encode_text(self, prompt: str) -> Conditioning:
         """Place 0 holds where the prompt's spot is, how strong, and its colour: (L, 6)."""
         words = prompt.split()[: self.text_length - 2]
         embedding = torch.zeros((self.text_length, 6), dtype=self.dtype)
@@ -71,7 +82,8 @@ class AnalyticBackbone(Backbone):
             unit = torch.tensor([octet / 255.0 for octet in octets[:5]], dtype=self.dtype)
             embedding[0] = torch.cat([0.25 + 0.5 * unit[:2], torch.ones(1, dtype=self.dtype), 2.0 * unit[2:] - 1.0])
         own = tuple(2 + int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big") for word in words)
-        return TextConditioning(prompt, embedding, len(words), (0, *own, 1), tuple(range(len(words))))
+        span = Span(0, (0, *own, 1), range(1, 1 + len(words)), tuple(range(len(words))))
+        return Conditioning(prompt, {"embedding": embedding}, (span,))
 
     @override
     def encode_image(self, pixels: np.ndarray) -> Tensor:
@@ -82,11 +94,6 @@ class AnalyticBackbone(Backbone):
     def decode_latents(self, latents: Tensor) -> np.ndarray:
         image = pixel_shuffle(latents, self.latent_scale).permute(1, 2, 0)
         return ((image + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
-
-    @override
-    def check_watchable(self, height: int, width: int) -> None:
-        if height % WATCHED_FACTOR or width % WATCHED_FACTOR:
-            raise EditError(f"latents of {height}x{width} have no grid at a quarter of their side")
 
     def spots(self, embeddings: Tensor, height: int, width: int) -> Tensor:
         """Where each of R prompts (R, L, 6) has its spot: (R, height, width) in [0, 1]."""
@@ -109,27 +116,27 @@ class AnalyticBackbone(Backbone):
         Hooks see one cross-attention layer whose probabilities follow the spot. What they change there changes no
         prediction: this model's answers stay known.
         """
-        if call.inpaint is not None:
+        if call.beside:
             raise EditError("the analytic model does not inpaint. Use editing.backend: masked")
         with torch.set_grad_enabled(call.cotangents is not None):
-            context = torch.stack(list(call.embeddings))
+            context = torch.stack([one.embedding for one in call.conditioning])
             if call.cotangents is not None:
                 context = context.detach().requires_grad_()
             height, width = call.latents.shape[-2:]
-            bars = [self.schedule.alpha_bar(t) for t in call.timesteps]
-            a = torch.tensor(bars, dtype=self.dtype)[:, None, None, None]
+            told = [self.schedule.level(int(level.timestep)) for level in call.levels]
+            signal, noise = (
+                torch.tensor([level[which] for level in told], dtype=self.dtype)[:, None, None, None]
+                for which in (0, 1)
+            )
             mean = self.means(context, height, width)
-            noise_preds = (1 - a).sqrt() * (call.latents - a.sqrt() * mean) / (a * self.spread**2 + 1 - a)
-            grads = None
-            if call.cotangents is not None:
-                rows = zip(call.cotangents, noise_preds.detach(), strict=True)
-                cotangents = torch.stack([cotangent(row) for cotangent, row in rows])
-                (grads,) = torch.autograd.grad(noise_preds, context, cotangents)
-        noise_preds, context = noise_preds.detach(), context.detach()
+            output = noise * (call.latents - signal * mean) / (signal**2 * self.spread**2 + noise**2)
+            predictions = prediction_of("epsilon", output, call.latents, call.levels)
+            grads = None if call.cotangents is None else gradients(predictions, context, call.cotangents)
+        context = context.detach()
         grid = self.spots(context, height // WATCHED_FACTOR, width // WATCHED_FACTOR)
         attention = None if call.watch is None else grid * call.watch.sum(dim=1)[:, None, None].to(self.dtype)
         seen = [self._seen(control.hook(height, width, self.device), grid[rows]) for rows, control in call.controls]
-        return NetworkAnswer(noise_preds, attention, seen, grads)
+        return NetworkAnswer(predictions.both(torch.Tensor.detach), attention, seen, grads)
 
     def _seen(self, hook: Hook, grid: Tensor) -> object:
         """Run a hook over the one layer: the own tokens' scores are the spot's strength, those of padding are zero."""
@@ -137,6 +144,6 @@ class AnalyticBackbone(Backbone):
         key = torch.zeros((len(grid), 1, self.text_length, 1), dtype=self.dtype)
         key[:, :, 1:SHOWN_TOKENS] = 1.0
         value = key.expand(-1, -1, -1, 2).clone()
-        layer = Layer("cross", 0, "down", 0, WATCHED_FACTOR)
+        layer = self.offers.layers[0]
         hook.attend(layer, query, key, value, 1.0, scaled_dot_product_attention(query, key, value, scale=1.0))
         return hook.answer()

@@ -235,17 +235,25 @@ def open_decoder_blocks(unet: Any) -> None:
     diffusers hands `cross_attention_kwargs` to attention layers only, so the control comes by `unet.shardedit_control`,
     which `StableDiffusion.denoise` sets for the length of a call.
     """
-    levels = len(unet.config.block_out_channels)
-    for index, up_block in enumerate(unet.up_blocks):
-        for index_in_block, resnet in enumerate(up_block.resnets):
-            block = Block(index, index_in_block, 2 ** (levels - 1 - index))
+    resnets = [resnet for up_block in unet.up_blocks for resnet in up_block.resnets]
+    for block, resnet in zip(decoder_blocks(unet), resnets, strict=True):
 
-            def change(module: Any, given: Any, hidden: Tensor, block: Block = block) -> Tensor | None:
-                control: CallControl | None = unet.shardedit_control
-                return None if control is None or not control.hooks else control.features(block, hidden)
+        def change(module: Any, given: Any, hidden: Tensor, block: Block = block) -> Tensor | None:
+            control: CallControl | None = unet.shardedit_control
+            return None if control is None or not control.hooks else control.features(block, hidden)
 
-            resnet.conv2.register_forward_hook(change)
+        resnet.conv2.register_forward_hook(change)
     unet.shardedit_control = None
+
+
+def decoder_blocks(unet: Any) -> tuple[Block, ...]:
+    """The residual blocks of a UNet's decoder, in order of execution."""
+    levels = len(unet.config.block_out_channels)
+    return tuple(
+        Block(index, index_in_block, 2 ** (levels - 1 - index))
+        for index, up_block in enumerate(unet.up_blocks)
+        for index_in_block in range(len(up_block.resnets))
+    )
 
 
 def cross_attention_factors(unet: Any) -> tuple[int, ...]:

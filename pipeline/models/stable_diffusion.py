@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,18 +10,22 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from pipeline.diffusion.levels import Prediction, prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.engine.backbone import Backbone, ModelRecord
-from pipeline.engine.calls import NetworkAnswer, NetworkCall, TextConditioning
+from pipeline.engine.backbone import Backbone, ModelRecord, Offers
+from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, Span
 from pipeline.errors import EditError
 from pipeline.models.attention import (
     WATCHED_FACTOR,
     CallControl,
+    attention_layers,
     cross_attention_factors,
+    decoder_blocks,
     open_attention,
     open_decoder_blocks,
 )
 from pipeline.models.compiling import compiled
+from pipeline.models.gradients import gradients
 from pipeline.models.networks import words_of_tokens
 
 
@@ -44,10 +49,16 @@ class StableDiffusion(Backbone):
         self.schedule, self.record, self.device = schedule, record, device
         self.latent_scale = 2 ** (len(vae.config.block_out_channels) - 1)
         self.latent_channels = int(unet.config.out_channels)
-        self.inpaints = int(unet.config.in_channels) == 2 * self.latent_channels + 1
+        inpaints = int(unet.config.in_channels) == 2 * self.latent_channels + 1
         self.image_size = int(unet.config.sample_size) * self.latent_scale
         self.multiple = self.latent_scale * WATCHED_FACTOR
-        self._watched_factors = cross_attention_factors(unet)
+        self.offers = Offers(
+            layers=tuple(attention_layers(unet).values()),
+            blocks=decoder_blocks(unet),
+            watched_factor=WATCHED_FACTOR if WATCHED_FACTOR in cross_attention_factors(unet) else None,
+            inputs=frozenset({"inpaint"} if inpaints else ()),
+            embedding_gradients=True,
+        )
         # Read once: diffusers looks through all parameters for it, a fortieth of a small UNet's call.
         self._dtype: torch.dtype = unet.dtype
         # Between model calls everything is float32, or wider where the networks are.
@@ -59,7 +70,7 @@ class StableDiffusion(Backbone):
 
     @torch.no_grad()
     @override
-    def encode_text(self, prompt: str) -> TextConditioning:
+    def encode_text(self, prompt: str) -> Conditioning:
         """The length is counted before padding: a fast tokenizer reports the padded one."""
         length = self.tokenizer.model_max_length
         own = self.tokenizer(prompt, truncation=True, max_length=length, return_offsets_mapping=True)
@@ -69,8 +80,8 @@ class StableDiffusion(Backbone):
         ).to(self.device)
         mask = padded.attention_mask if getattr(self.text_encoder.config, "use_attention_mask", False) else None
         embedding = self.text_encoder(padded.input_ids, attention_mask=mask)[0][0]
-        token_ids = tuple(own.input_ids)
-        return TextConditioning(prompt, embedding, len(token_ids) - 2, token_ids, token_words)
+        span = Span(0, tuple(own.input_ids), range(1, len(own.input_ids) - 1), token_words)
+        return Conditioning(prompt, {"embedding": embedding}, (span,))
 
     @torch.no_grad()
     @override
@@ -88,39 +99,26 @@ class StableDiffusion(Backbone):
         return ((image.permute(1, 2, 0) + 1.0) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
 
     @override
-    def check_watchable(self, height: int, width: int) -> None:
-        if not self._is_watchable(height, width):
-            grids = ", ".join(f"{-(-height // f)}x{-(-width // f)}" for f in self._watched_factors) or "none"
-            raise EditError(
-                f"attention masks are read at a quarter of the latents' side, {height / 4:g}x{width / 4:g} here, and "
-                f"this model has cross-attention at {grids}. Set editing.mask: noise, use sides that are multiples of "
-                f"{self.multiple} pixels, or another checkpoint"
-            )
-
-    def _is_watchable(self, height: int, width: int) -> bool:
-        return WATCHED_FACTOR in self._watched_factors and not height % WATCHED_FACTOR and not width % WATCHED_FACTOR
-
-    @override
     def denoise(self, call: NetworkCall) -> NetworkAnswer:
         with torch.set_grad_enabled(call.cotangents is not None):
             return self._denoise(call)
 
     def _denoise(self, call: NetworkCall) -> NetworkAnswer:
         dtype = self._dtype
-        times = torch.tensor(call.timesteps, device=self.device)
-        inputs = self._with_inpainting(call.latents.to(self.device, dtype), call.inpaint)
-        embeddings = torch.stack([embedding.to(self.device) for embedding in call.embeddings])
+        times = torch.tensor([level.timestep for level in call.levels], device=self.device)
+        inputs = self._with_inpainting(call.latents.to(self.device, dtype), call.beside)
+        embeddings = torch.stack([one.embedding.to(self.device) for one in call.conditioning])
         watch = None if call.watch is None else call.watch.to(self.device)
         if not call.controls and call.cotangents is None:
             first_alike = self._first_alike(call)
-            if self._compiled is not None and watch is None and self._is_watchable(*inputs.shape[-2:]):
+            if self._compiled is not None and watch is None and self.offers.is_watchable(*inputs.shape[-2:]):
                 # One graph for calls that watch and calls that do not: in two, a row's last bits could differ.
                 watch = torch.zeros(embeddings.shape[:2], device=self.device)
             output, attention = (self._compiled or self._predict)(
                 inputs, times, embeddings.to(dtype), watch, first_alike
             )
-            noise_preds = self._noise_preds(output, call.latents, times)
-            return NetworkAnswer(noise_preds=noise_preds, attention=None if call.watch is None else attention)
+            predictions = self._predictions(output, call)
+            return NetworkAnswer(predictions, attention=None if call.watch is None else attention)
         if call.cotangents is not None:
             embeddings = embeddings.detach().requires_grad_()
         height, width = inputs.shape[-2:]
@@ -131,14 +129,10 @@ class StableDiffusion(Backbone):
             output = self._unet(inputs, times, embeddings.to(dtype), own)
         finally:
             self.unet.shardedit_control = None
-        noise_preds = self._noise_preds(output, call.latents, times)
-        grads = None
-        if call.cotangents is not None:
-            rows = zip(call.cotangents, noise_preds.detach().cpu(), strict=True)
-            cotangents = [cotangent(row) for cotangent, row in rows]
-            (grads,) = torch.autograd.grad(noise_preds, embeddings, torch.stack(cotangents).to(noise_preds))
+        predictions = self._predictions(output, call)
+        grads = None if call.cotangents is None else gradients(predictions, embeddings, call.cotangents)
         return NetworkAnswer(
-            noise_preds=noise_preds.detach(),
+            predictions.both(torch.Tensor.detach),
             attention=own.mean(height, width),
             seen=tuple(hook.answer() for _, hook in hooks),
             embedding_grads=grads,
@@ -163,9 +157,9 @@ class StableDiffusion(Backbone):
         )[0]
         return output
 
-    def _noise_preds(self, output: Tensor, latents: Tensor, times: Tensor) -> Tensor:
+    def _predictions(self, output: Tensor, call: NetworkCall) -> Prediction:
         output = output.to(self._outside)
-        return self.schedule.to_noise_pred(output, latents.to(output), times)
+        return prediction_of(self.schedule.prediction_type, output, call.latents.to(output), call.levels)
 
     def _first_alike(self, call: NetworkCall) -> Tensor | None:
         """For each row the first of those that are the same until the text is read; None where it is not used.
@@ -173,21 +167,21 @@ class StableDiffusion(Backbone):
         Only on a CPU: there a slice's fused attention has the same bits in batches of any size, as the rows of two
         calls with different numbers of distinct rows must.
         """
-        if self.device.type != "cpu" or call.inpaint is not None:
+        if self.device.type != "cpu" or call.beside:
             return None
-        rows = range(len(call.timesteps))
+        rows = range(len(call.levels))
         alike = list(call.first_alike or rows)
         # A compiled graph is the same one whether rows are alike or not.
         return None if self._compiled is None and alike == list(rows) else torch.tensor(alike)
 
-    def _with_inpainting(self, latents: Tensor, inpaint: Tensor | None) -> Tensor:
+    def _with_inpainting(self, latents: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
         """The UNet's input: latents alone, or latents, mask and masked image."""
-        if self.inpaints != (inpaint is not None):
+        if set(beside) != self.offers.inputs:
             raise EditError(
                 "this checkpoint is an inpainting model, which takes a mask and a masked image, too. Use a plain one, "
                 "or editing.method fast_diffedit with backend: inpaint"
-                if self.inpaints
+                if "inpaint" in self.offers.inputs
                 else "this checkpoint is no inpainting model (its UNet has no inputs for mask and masked image). Use "
                 "an inpainting checkpoint, or editing.backend: masked"
             )
-        return latents if inpaint is None else torch.cat([latents, inpaint.to(latents)], dim=1)
+        return torch.cat([latents, *(beside[name].to(latents) for name in sorted(beside))], dim=1)

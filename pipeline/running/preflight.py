@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
 from pipeline.common.partition import WHOLE, Partition
-from pipeline.editing.fast_diffedit import FastDiffEdit
-from pipeline.editing.masactrl import MutualSelfAttention
 from pipeline.editing.problems import places_of, word_beyond
 from pipeline.errors import RecipeError, SourceError
 from pipeline.models.outline import Outline, outline_of
@@ -38,12 +36,9 @@ def refuse_what_the_model_lacks(recipe: Recipe) -> None:
             one, or the other way round; a word stands where the text encoder has stopped reading.
     """
     outline = outline_of(recipe.model)
+    if outline.offers is not None:
+        recipe.refuse_what_lacks(outline.offers, recipe.model.name)
     problems = [
-        (f"methods.{name}.editing" if recipe.methods else "editing", text)
-        for name, method in recipe.all_methods.items()
-        for text in _model_problems(method, outline, recipe.model.name)
-    ]
-    problems += [
         (f"edits.{edit}", f"{text} (method '{name}')" if recipe.methods else text)
         for edit, request in recipe.edits.items()
         for name, method in recipe.all_methods.items()
@@ -51,21 +46,6 @@ def refuse_what_the_model_lacks(recipe: Recipe) -> None:
     ]
     if problems:
         raise RecipeError("recipe", problems)
-
-
-def _model_problems(method: Method, outline: Outline, model: str) -> Iterator[str]:
-    editing = method.editing
-    if outline.transformer_blocks is not None and isinstance(editing, MutualSelfAttention):
-        yield from editing.layer_problems(outline.transformer_blocks)
-    wants = isinstance(editing, FastDiffEdit) and editing.backend == "inpaint"
-    if outline.inpaints is not None and outline.inpaints != wants:
-        yield (
-            f"'{model}' is an inpainting checkpoint, which serves fast_diffedit with backend: inpaint alone. Use that, "
-            "or a plain text-to-image checkpoint"
-            if outline.inpaints
-            else f"backend: inpaint needs an inpainting checkpoint, and '{model}' is a plain one. Use backend: masked, "
-            "or an inpainting checkpoint"
-        )
 
 
 def _cut_words(request: EditRequest, method: Method, outline: Outline) -> Iterator[str]:

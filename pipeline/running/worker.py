@@ -73,6 +73,7 @@ class Worker:
             torch.set_num_threads(settings.threads)
         self._decoder = Decoder(recipe.source)  # starts beside the loading of the model
         self.backbone = backbone or load_backbone(recipe.model)
+        recipe.refuse_what_lacks(self.backbone.offers, self.backbone.record.name)
         in_flight = recipe.run.images_in_flight
         self.engine = Engine(
             self.backbone,

@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from pipeline.diffusion.guidance import classifier_free_guidance, edit_directions, multi_edit_guidance
+from pipeline.diffusion.levels import Level, Prediction, prediction_of
 from pipeline.diffusion.masks import attention_mask, noise_mask, smooth_attention, strongest_region
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.diffusion.steps import DDIM, SDEDPMSolver, ddim_move
@@ -27,6 +28,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+SIZE = (6, 6)  # of latents; these schedules do not depend on it
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
 @pytest.mark.parametrize("num_steps", [1, 7, 10, 30, 50])
 def test_schedule_and_ddim_steps_equal_diffusers(config: dict[str, Any], num_steps: int) -> None:
@@ -36,12 +40,12 @@ def test_schedule_and_ddim_steps_equal_diffusers(config: dict[str, Any], num_ste
     timesteps = schedule.ddim_timesteps(num_steps)
     assert list(timesteps) == theirs.timesteps.tolist()
     assert schedule.alpha_bars == tuple(theirs.alphas_cumprod.tolist())
-    solver = DDIM.from_schedule(schedule, timesteps, 1000 // num_steps, eta=0.5)
+    solver = DDIM(steps=schedule.steps(num_steps, SIZE), eta=0.5)
     generator = torch.Generator().manual_seed(0)
     latents, output, noise = torch.randn((3, 1, 4, 6, 6), generator=generator)
     for step, timestep in enumerate(timesteps):
-        noise_pred = schedule.to_noise_pred(output, latents, torch.tensor([timestep]))
-        mean, sigma, _ = solver.transition(step, latents[0], noise_pred[0], None)
+        prediction = prediction_of(schedule.prediction_type, output, latents, [schedule.level(timestep)])
+        mean, sigma, _ = solver.transition(step, latents[0], prediction[0], None)
         expected = theirs.step(output, timestep, latents, eta=0.5, variance_noise=noise).prev_sample
         torch.testing.assert_close(mean[None] + sigma * noise, expected, atol=2e-5, rtol=2e-5)
 
@@ -65,13 +69,14 @@ def test_dpm_solver_steps_equal_diffusers(final: str, num_steps: int) -> None:
     schedule = NoiseSchedule.from_config(SD)
     timesteps = schedule.dpm_timesteps(num_steps)
     assert list(timesteps) == theirs.timesteps.tolist()
-    solver = SDEDPMSolver.from_schedule(schedule, timesteps, zero_last_sigma=final == "zero")
+    solver = SDEDPMSolver.along(schedule.multistep_levels(num_steps, SIZE, to_lowest=final == "sigma_min"))
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn((1, 4, 6, 6), generator=generator)
     previous = None
     for step, timestep in enumerate(timesteps):
         output, noise = torch.randn((2, 1, 4, 6, 6), generator=generator)
-        mean, sigma, previous = solver.transition(step, latents[0], output[0], previous)
+        prediction = prediction_of("epsilon", output, latents, [schedule.level(timestep)])
+        mean, sigma, previous = solver.transition(step, latents[0], prediction[0], previous)
         expected = theirs.step(output, timestep, latents, variance_noise=noise).prev_sample
         torch.testing.assert_close(mean[None] + sigma * noise, expected, atol=1e-4, rtol=1e-4)
         latents = expected
@@ -79,13 +84,20 @@ def test_dpm_solver_steps_equal_diffusers(final: str, num_steps: int) -> None:
 
 def test_a_step_undoes_its_inverse() -> None:
     schedule = NoiseSchedule.from_config(SD)
-    solver = DDIM.from_schedule(schedule, schedule.ddim_timesteps(10), 100)
+    solver = DDIM(steps=schedule.steps(10, SIZE))
     generator = torch.Generator().manual_seed(0)
-    latents, noise_pred = torch.randn((2, 4, 6, 6), generator=generator, dtype=torch.float64)
+    latents, noise_pred = torch.randn((2, 1, 4, 6, 6), generator=generator, dtype=torch.float64)
+
+    def predicted(at: torch.Tensor, level: Level) -> Prediction:
+        return prediction_of("epsilon", noise_pred, at, [level])
+
     for step in range(10):
-        raised = solver.inverse(step, latents, noise_pred)
-        torch.testing.assert_close(solver.transition(step, raised, noise_pred, None).mean, latents)
-    torch.testing.assert_close(ddim_move(ddim_move(latents, noise_pred, 0.9, 0.2), noise_pred, 0.2, 0.9), latents)
+        raised = solver.inverse(step, predicted(latents, solver.level_below(step)))
+        there = predicted(raised, solver.steps[step].start)
+        torch.testing.assert_close(solver.transition(step, raised, there, None).mean, latents)
+    low, high = schedule.level(100), schedule.level(900)
+    moved = ddim_move(predicted(latents, low), high)
+    torch.testing.assert_close(ddim_move(predicted(moved, high), low), latents)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +106,7 @@ def test_a_step_undoes_its_inverse() -> None:
         ({"beta_schedule": "sigmoid"}, "sigmoid"),
         ({"prediction_type": "flow"}, "flow"),
         ({"timestep_spacing": "karras"}, "karras"),
-        ({"rescale_betas_zero_snr": True}, "zero_snr"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr with prediction_type epsilon"),
         ({"thresholding": True}, "thresholding"),
         ({"use_flow_sigmas": True}, "use_flow_sigmas"),
         ({"beta_start": "0.1"}, "beta_start '0.1', which is no number"),
@@ -117,21 +129,28 @@ def test_impossible_numbers_of_steps_are_refused(num_steps: int) -> None:
 
 
 def test_guidance_at_one_is_conditional_and_at_zero_unconditional() -> None:
-    uncond, cond = torch.randn((2, 4, 3, 3), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(classifier_free_guidance(uncond, cond, 1.0), cond)
-    assert torch.equal(classifier_free_guidance(uncond, cond, 0.0), uncond)
+    halves = torch.randn((4, 4, 3, 3), generator=torch.Generator().manual_seed(0))
+    uncond, cond = Prediction(*halves[:2]), Prediction(*halves[2:])
+    guided = classifier_free_guidance(uncond, cond, 1.0)
+    torch.testing.assert_close(guided.noise, cond.noise)
+    torch.testing.assert_close(guided.data, cond.data)
+    unguided = classifier_free_guidance(uncond, cond, 0.0)
+    assert torch.equal(unguided.noise, uncond.noise)
+    assert torch.equal(unguided.data, uncond.data)
 
 
 def test_guidance_is_untouched_where_every_mask_is_false() -> None:
     generator = torch.Generator().manual_seed(0)
-    uncond, *edits = torch.randn((4, 4, 8, 8), generator=generator)
-    directions = edit_directions(uncond, torch.stack(edits), torch.tensor([3.0, -2.0, 5.0]))
-    masks = noise_mask(directions, torch.tensor([0.9, 0.8, 0.7]))
+    predictions = Prediction(*torch.randn((2, 4, 4, 8, 8), generator=generator))
+    uncond = predictions[0]
+    directions = edit_directions(uncond, predictions[1:], torch.tensor([3.0, -2.0, 5.0]))
+    masks = noise_mask(directions.contrast, torch.tensor([0.9, 0.8, 0.7]))
     guided = multi_edit_guidance(uncond, directions, masks, torch.ones(3))
     outside = ~masks.any(dim=0)
     assert outside.any()
-    assert torch.equal(guided[:, outside], uncond[:, outside])
-    assert not torch.equal(guided, uncond)
+    for ours, plain in ((guided.noise, uncond.noise), (guided.data, uncond.data)):
+        assert torch.equal(ours[:, outside], plain[:, outside])
+        assert not torch.equal(ours, plain)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.33, 0.9, 0.99])

@@ -14,19 +14,20 @@ from pipeline.editing.alignment import (
     word_positions,
     word_schedule,
 )
-from pipeline.engine.calls import TextConditioning
+from pipeline.engine.calls import Conditioning, Span
 from pipeline.errors import PrepareError
 
 LENGTH = 77
 IDS: dict[str, int] = {}
 
 
-def prompt(text: str, **pieces: int) -> TextConditioning:
+def prompt(text: str, **pieces: int) -> Conditioning:
     """A prompt of one token per word, more for words named in `pieces`; equal pieces of equal words have equal ids."""
     words = [at for at, word in enumerate(text.split()) for _ in range(pieces.get(word, 1))]
     parts = [f"{word}/{part}" for word in text.split() for part in range(pieces.get(word, 1))][: LENGTH - 2]
     own = [IDS.setdefault(part, 2 + len(IDS)) for part in parts]
-    return TextConditioning(text, torch.zeros((LENGTH, 1)), len(own), (0, *own, 1), tuple(words[: LENGTH - 2]))
+    span = Span(0, (0, *own, 1), range(1, 1 + len(own)), tuple(words[: LENGTH - 2]))
+    return Conditioning(text, {"embedding": torch.zeros((LENGTH, 1))}, (span,))
 
 
 def aligned(source: str, target: str, tokens: int) -> list[int | None]:

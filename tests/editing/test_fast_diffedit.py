@@ -25,7 +25,7 @@ from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig, recipe_from
 from pipeline.records import EditRequest
 from tests.golden.replay import TINY_SD
-from tests.methods import BACKBONES, analytic, image_latents, invert_and_edit, source, tiny_sd
+from tests.methods import BACKBONES, analytic, image_latents, invert_and_edit, levels, source, tiny_sd
 
 N = 3
 DOG = EditRequest(source_prompt="a photo of a cat", target_prompt="a photo of a dog")
@@ -138,12 +138,16 @@ def test_an_inpainting_unet_is_given_mask_and_masked_image(
 def test_the_inpainting_unet_hears_what_it_is_given(inpainting: Backbone) -> None:
     latents, prompt = torch.zeros((1, 4, 12, 12)), inpainting.encode_text("a dog")
     without, given = (
-        inpainting.denoise(NetworkCall(latents, [501], [prompt.embedding], inpaint=torch.full((1, 5, 12, 12), value)))
+        inpainting.denoise(
+            NetworkCall(
+                latents, levels(inpainting, [501]), [prompt], beside={"inpaint": torch.full((1, 5, 12, 12), value)}
+            )
+        )
         for value in (0.0, 1.0)
     )
-    plain = tiny_sd().denoise(NetworkCall(latents, [501], [prompt.embedding])).noise_preds
-    torch.testing.assert_close(without.noise_preds, plain, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(given.noise_preds, plain, atol=1e-2)
+    plain = tiny_sd().denoise(NetworkCall(latents, levels(inpainting, [501]), [prompt])).predictions.noise
+    torch.testing.assert_close(without.predictions.noise, plain, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(given.predictions.noise, plain, atol=1e-2)
 
 
 def test_checkpoint_and_backend_must_fit(inpainting: Backbone) -> None:

@@ -218,7 +218,7 @@ def test_a_steady_mask_is_where_all_directions_so_far_changed_the_image_most_and
             except StopIteration as end:
                 return end.value
             answer = yield call
-            if isinstance(call, Denoise) and len(call.timesteps) == 2:  # a step of the edit
+            if isinstance(call, Denoise) and len(call.levels) == 2:  # a step of the edit
                 asked.append(call)
                 answers.append(answer)
 
@@ -226,10 +226,9 @@ def test_a_steady_mask_is_where_all_directions_so_far_changed_the_image_most_and
     assert len(asked) == N
     assert all(call.watch is None for call in asked)
     total = torch.zeros(12, 12)
-    for timestep, answer, record in zip(trajectory.timesteps, answers, edited.history, strict=True):
-        alpha_bar = given.schedule.alpha_bar(timestep)
-        direction = scale * (answer.noise_preds[1] - answer.noise_preds[0])
-        total += smooth_attention(smooth_attention((direction**2).sum(dim=0)[None] * (1 - alpha_bar) / alpha_bar))[0]
+    for level, answer, record in zip(trajectory.levels, answers, edited.history, strict=True):
+        direction = scale * (answer.predictions.noise[1] - answer.predictions.noise[0]) * level.noise / level.signal
+        total += smooth_attention(smooth_attention((direction**2).sum(dim=0)[None]))[0]
         expected = total >= total.quantile(threshold)
         assert (record.masks[0] == expected).double().mean() > 0.98  # ties and the last bit may differ
 

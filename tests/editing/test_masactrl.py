@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.masactrl import MasaCtrl
-from pipeline.engine.calls import TextConditioning
+from pipeline.engine.calls import Conditioning
 from pipeline.engine.engine import Engine
 from pipeline.errors import PrepareError
 from pipeline.inversion.ddim import DDIMInversion
@@ -93,8 +93,9 @@ def test_the_union_reads_both_branches() -> None:
 def test_one_row_for_both_halves_of_an_empty_source_is_as_good_as_two() -> None:
     def run(prompt: str) -> tuple[Tensor, int]:
         engine = Engine(tiny_sd(), call_size=8)
-        empty: TextConditioning = engine._encode_text("")
-        engine._prompts["almost empty"] = TextConditioning("almost empty", empty.embedding + 1e-6, 0)
+        empty: Conditioning = engine._encode_text("")
+        almost = Conditioning("almost empty", {"embedding": empty.embedding + 1e-6})
+        engine._prompts["almost empty"] = engine._kept["almost empty"] = almost
         generator = invert_and_edit(
             source(tiny_sd(), 1, prompt), WORDS, NoiseStart(num_steps=N), MasaCtrl(**EVERYWHERE)
         )

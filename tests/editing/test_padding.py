@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.masks import above_average, attention_mask, noise_mask
 from pipeline.editing.masactrl import AutoMasks, MasaCtrl, MutualAttention
 from pipeline.editing.prompt_to_prompt import local_blend_mask
@@ -109,8 +110,9 @@ class PointByPoint(AnalyticBackbone):
     def denoise(self, call: NetworkCall) -> NetworkAnswer:
         answer = super().denoise(call)
         strengths = torch.stack(list(call.embeddings))[:, 0, 3, None, None, None]
-        bent = answer.noise_preds + 0.3 * strengths * torch.tanh(3.0 * call.latents)
-        return dataclasses.replace(answer, noise_preds=bent.detach())
+        bent = answer.predictions.noise + 0.3 * strengths * torch.tanh(3.0 * call.latents)
+        predictions = prediction_of("epsilon", bent.detach(), call.latents, call.levels)
+        return dataclasses.replace(answer, predictions=predictions)
 
 
 def test_no_editor_lets_the_padding_decide_what_happens_in_the_image() -> None:

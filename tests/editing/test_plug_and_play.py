@@ -13,7 +13,7 @@ import torch
 
 from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.plug_and_play import Injection, PlugAndPlay, resampled
-from pipeline.engine.calls import Denoise, NetworkCall, TextConditioning
+from pipeline.engine.calls import Conditioning, Denoise, NetworkCall
 from pipeline.engine.controls import Block, Hook, Layer, Routes
 from pipeline.engine.engine import Engine
 from pipeline.errors import PrepareError, RecipeError
@@ -23,7 +23,7 @@ from pipeline.looking.counting import RowCounter
 from pipeline.models.attention import CallControl, open_attention, open_decoder_blocks
 from pipeline.recipe import recipe_from
 from pipeline.records import EditRequest
-from tests.methods import analytic, invert_and_edit, source, tiny_sd
+from tests.methods import analytic, invert_and_edit, levels, source, tiny_sd
 
 N = 5
 DOG = EditRequest(source_prompt="a photo of a cat", target_prompt="a photo of a dog")
@@ -178,9 +178,9 @@ class RecordedInjection(Injection):
 
 def test_in_stable_diffusion_it_acts_on_the_layers_and_the_block_of_the_paper() -> None:
     latents = torch.randn((3, 4, 12, 12), generator=torch.Generator().manual_seed(0))
-    prompts: Iterator[TextConditioning] = (tiny_sd().encode_text(text) for text in ("", "snow", "a dog"))
+    prompts: Iterator[Conditioning] = (tiny_sd().encode_text(text) for text in ("", "snow", "a dog"))
     control = RecordedInjection(source=0, rows=3, features=True, attention=True)
-    call = NetworkCall(latents, [501] * 3, [prompt.embedding for prompt in prompts], controls=[(slice(0, 3), control)])
+    call = NetworkCall(latents, levels(tiny_sd(), [501] * 3), list(prompts), controls=[(slice(0, 3), control)])
     (seen,) = tiny_sd().denoise(call).seen
     assert [layer.index for layer in seen.layers] == list(range(8, 16))
     assert all(layer.kind == "self" for layer in seen.layers)

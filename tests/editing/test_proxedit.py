@@ -129,10 +129,10 @@ def test_reconstruction_guidance_pulls_the_predicted_image_and_not_the_direction
     editor = ProxEdit(quantile=HUGE, use_reconstruction_guidance=True, recon_lr=0.2, recon_t=600)
     trajectory, edited, _ = edit(editor, backbone)
     assert isinstance(trajectory.solver, DDIM)
-    prompt, latents = backbone.encode_text(CAT).embedding, trajectory.latents[0]
-    for step, timestep in enumerate(trajectory.timesteps):
-        noise_pred = backbone.denoise(NetworkCall(latents[None], [timestep], [prompt])).noise_preds[0]
-        a, b = trajectory.solver.alpha_bars[step], trajectory.solver.target_alpha_bars[step]
+    prompt, latents = backbone.encode_text(CAT), trajectory.latents[0]
+    for start, end in trajectory.solver.steps:
+        noise_pred = backbone.denoise(NetworkCall(latents[None], [start], [prompt])).predictions.noise[0]
+        a, b = start.signal**2, end.signal**2
         image = (latents - math.sqrt(1 - a) * noise_pred) / math.sqrt(a)
         if timestep < 600:
             image = image - 0.2 * (image - trajectory.latents[-1])

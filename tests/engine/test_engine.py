@@ -23,7 +23,7 @@ from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.models.analytic import AnalyticBackbone
 from pipeline.records import Concept, EditRequest
-from tests.methods import BACKBONES, analytic, invert_and_edit, source, sunglasses_and_hat, tiny_sd
+from tests.methods import BACKBONES, analytic, invert_and_edit, levels, source, sunglasses_and_hat, tiny_sd
 
 CALL_SIZE = 8
 ROOT = Path(__file__).parents[2]
@@ -103,7 +103,7 @@ def test_two_threads_share_one_engine_and_get_the_bits_of_one() -> None:
 def test_watching_attention_changes_no_prediction_and_leaves_nothing_behind() -> None:
     backbone = tiny_sd()
     latents, prompt = source(backbone, 1).latents, backbone.encode_text("a cat with sunglasses")
-    rows = (latents.expand(4, -1, -1, -1), [501] * 4, [prompt.embedding] * 4)
+    rows = (latents.expand(4, -1, -1, -1), levels(backbone, [501] * 4), [prompt] * 4)
     before = backbone.denoise(NetworkCall(*rows))
     weights = torch.zeros((4, 77))
     weights[:, 3] = 1.0
@@ -114,14 +114,14 @@ def test_watching_attention_changes_no_prediction_and_leaves_nothing_behind() ->
     assert attention is not None
     assert attention.shape == (4, 3, 3)
     assert 0 < float(attention.min()) <= float(attention.max()) < 1
-    assert torch.equal(watched.noise_preds, before.noise_preds)
-    assert torch.equal(after.noise_preds, before.noise_preds)
+    assert torch.equal(watched.predictions.noise, before.predictions.noise)
+    assert torch.equal(after.predictions.noise, before.predictions.noise)
 
 
 def test_attention_over_all_tokens_sums_to_one() -> None:
     backbone = tiny_sd()
     latents, prompt = source(backbone, 1).latents, backbone.encode_text("a cat")
-    call = NetworkCall(latents[None], [501], [prompt.embedding], torch.ones((1, 77)))
+    call = NetworkCall(latents[None], levels(backbone, [501]), [prompt], torch.ones((1, 77)))
     attention = backbone.denoise(call).attention
     assert attention is not None
     torch.testing.assert_close(attention, torch.ones_like(attention), atol=1e-5, rtol=0)
@@ -131,8 +131,10 @@ def asks_for(rows: int) -> Steps[int]:
     backbone = analytic()
     latents = source(backbone, 1).latents
     (prompt,) = yield EncodeText(("hat",))
-    denoised = yield Denoise(latents.expand(rows, -1, -1, -1), range(401, 401 + rows), [prompt] * rows)
-    return int(denoised.noise_preds.shape[0])
+    denoised = yield Denoise(
+        latents.expand(rows, -1, -1, -1), levels(backbone, range(401, 401 + rows)), [prompt] * rows
+    )
+    return int(denoised.predictions.noise.shape[0])
 
 
 def test_calls_are_full_while_there_are_rows_and_only_the_last_is_padded() -> None:
@@ -164,7 +166,7 @@ def asks_of(
 ) -> Steps[Denoised]:
     prompts = yield EncodeText(tuple(words))
     rows = latents.expand(len(words), -1, -1, -1)
-    return (yield Denoise(rows, [timestep] * len(words), prompts, watch))
+    return (yield Denoise(rows, levels(analytic(), [timestep] * len(words)), prompts, watch))
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -187,7 +189,7 @@ def test_a_row_that_several_ask_for_is_computed_once_and_has_the_bits_of_each_al
     assert together.stats.network_calls == 1
     for place, generator in enumerate(all_asked()):
         alone: Denoised = Engine(backbone, call_size=CALL_SIZE).run_one(generator)
-        assert torch.equal(found[place].noise_preds, alone.noise_preds)
+        assert torch.equal(found[place].predictions.noise, alone.predictions.noise)
         if alone.attention is None:
             assert found[place].attention is None
         else:
@@ -320,17 +322,17 @@ class Poisoned(AnalyticBackbone):
         self.bad_timestep, self.largest = bad_timestep, largest
 
     def denoise(self, call: NetworkCall) -> NetworkAnswer:
-        if len(call.timesteps) > self.largest:
+        if len(call.levels) > self.largest:
             raise torch.OutOfMemoryError("pretended")
-        if self.bad_timestep in call.timesteps:
+        if self.bad_timestep in [level.timestep for level in call.levels]:
             raise RuntimeError("pretended fault")
         return super().denoise(call)
 
 
 def asks_at(timestep: int) -> Steps[Tensor]:
     (prompt,) = yield EncodeText(("hat",))
-    denoised = yield Denoise(source(analytic(), 1).latents[None], [timestep], [prompt])
-    return denoised.noise_preds
+    denoised = yield Denoise(source(analytic(), 1).latents[None], levels(analytic(), [timestep]), [prompt])
+    return denoised.predictions.noise
 
 
 def test_a_row_that_breaks_a_call_fails_alone() -> None:
@@ -344,7 +346,7 @@ def test_a_shared_row_that_breaks_its_call_fails_all_who_asked_and_nobody_else()
 
     def both() -> Steps[int]:
         (prompt,) = yield EncodeText(("hat",))
-        return len((yield Denoise(latents.expand(2, -1, -1, -1), [5, 6], [prompt] * 2)).noise_preds)
+        return len((yield Denoise(latents.expand(2, -1, -1, -1), [5, 6], [prompt] * 2)).predictions.noise)
 
     def asked() -> list[Steps[Any]]:
         return [both(), asks_of(latents, ["hat"], timestep=5), asks_of(latents, ["hat"], timestep=6), both()]

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 from torch import Tensor
 
+from pipeline.diffusion.levels import Prediction
 from pipeline.editing.base import EditingMethod
 from pipeline.editing.observing import StepRecord, observed_by
 from pipeline.engine.calls import Steps
@@ -104,7 +105,7 @@ def losses_kept() -> Iterator[list[float]]:
     kept: list[float] = []
     evaluate = Objective.loss
 
-    def loss(objective: Objective, uncond_pred: Tensor) -> float:
+    def loss(objective: Objective, uncond_pred: Prediction) -> float:
         kept.append(evaluate(objective, uncond_pred))
         return kept[-1]
 

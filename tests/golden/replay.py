@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.levels import prediction_of
 from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.ledits_pp import LEditsPP, is_active
 from pipeline.editing.reconstruct import Reconstruct
 from pipeline.engine.backbone import Backbone
-from pipeline.engine.calls import Denoise, Denoised, EncodeText, TextConditioning
+from pipeline.engine.calls import Conditioning, Denoise, Denoised, EncodeText
 from pipeline.engine.engine import Engine
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.ddpm import DDPMInversion
@@ -92,8 +93,11 @@ def replay_ddim(golden: dict[str, Tensor], settings: dict[str, Any], engine: Eng
     rebuilt = torch.stack([edit(engine, Reconstruct(), t, EditRequest()).latents for t in trajectories])
     yield Check("reconstruction", relative(rebuilt, golden["reconstruction"]), 2e-1)
     solver, step = trajectories[0].solver, num_steps // 2
-    any_noise = golden["x_T"][0]
-    back = solver.transition(step, solver.inverse(step, golden["x0"][0], any_noise), any_noise, None).mean
+    clean, noise = golden["x0"][0], golden["x_T"][0]
+    below = prediction_of("epsilon", noise[None], clean[None], [solver.level_below(step)])[0]
+    raised = solver.inverse(step, below)
+    above = prediction_of("epsilon", noise[None], raised[None], [solver.steps[step].start])[0]
+    back = solver.transition(step, raised, above, None).mean
     yield Check("algebraic inverse", relative(back, golden["x0"][0]), 1e-5)
 
 
@@ -194,7 +198,7 @@ def replay_ledits_pp(golden: dict[str, Tensor], settings: dict[str, Any], engine
     masks, latents = unroll(edits, trajectories)
     yield Check("masks, share of different pixels", float((masks != golden["mask"]).double().mean()), 1e-3)
     steps = golden["trajectory_steps"].tolist()
-    early = [place for place, step in enumerate(steps) if step < len(trajectories[0].timesteps) // 2]
+    early = [place for place, step in enumerate(steps) if step < trajectories[0].num_steps // 2]
     yield Check("trajectory, early half", relative(latents[steps][early], golden["trajectory"][early]), 1e-3)
     yield Check("final", relative(latents[-1], golden["final"]), 3e-3)
     if "attn_map" in golden and edits[0].history[0].attention is not None:
@@ -217,7 +221,7 @@ def all_timesteps(inversion: DDPMInversion, engine: Engine) -> tuple[int, ...]:
 
 def unroll(edits: list[ObservedLatents], trajectories: list[Trajectory]) -> tuple[Tensor, Tensor]:
     """Masks (N, E, B, h, w) and latents (N, B, C, h, w) of every step, those that were not computed included."""
-    num_steps = len(trajectories[0].timesteps)
+    num_steps = trajectories[0].num_steps
     all_masks, all_latents = [], []
     for result, trajectory in zip(edits, trajectories, strict=True):
         masks = torch.zeros((num_steps, *result.masks.shape), dtype=torch.bool)
@@ -240,16 +244,17 @@ def replay_without_model(
     """The same, with the recorded predictions and attention as the model's answers."""
     inverted = answer(
         inversion.invert(source_of(engine, golden["x0"][0], "", golden["noises"][:, 0])),
-        lambda call: Denoised(golden["eps_inversion"][:, 0], None),
+        lambda call: Denoised(prediction_of("epsilon", golden["eps_inversion"][:, 0], call.latents, call.levels), None),
     )
     yield Check("model-free noise maps", relative(inverted.noise_maps[:, None], golden["zs"]), 1e-5)
-    by_timestep = {timestep: step for step, timestep in enumerate(trajectory.timesteps)}
+    step_of = {level: step for step, level in enumerate(trajectory.levels)}
 
     def recorded(call: Denoise) -> Denoised:
-        step = by_timestep[call.timesteps[0]]
+        step = step_of[call.levels[0]]
         rows = [0, *(1 + at for at, concept in enumerate(request.concepts) if is_active(concept, step))]
         maps = torch.cat([torch.zeros_like(golden["attn_map"][step, :1, 0]), golden["attn_map"][step, :, 0]])
-        return Denoised(golden["eps_edit"][step, rows, 0], maps[rows] if call.watch is not None else None)
+        predictions = prediction_of("epsilon", golden["eps_edit"][step, rows, 0], call.latents, call.levels)
+        return Denoised(predictions, maps[rows] if call.watch is not None else None)
 
     edited = answer(observed(editor.edit(inverted, request)), recorded)
     masks, _ = unroll([edited], [inverted])
@@ -264,7 +269,7 @@ def answer(method: Any, denoise: Callable[[Denoise], Denoised]) -> Any:
         while True:
             call = method.send(reply)
             if isinstance(call, EncodeText):
-                reply = [TextConditioning(prompt, torch.zeros(77, 1), 1) for prompt in call.prompts]
+                reply = [Conditioning(prompt, {"embedding": torch.zeros(77, 1)}) for prompt in call.prompts]
             else:
                 reply = denoise(call)
     except StopIteration as stop:

@@ -20,7 +20,7 @@ from pipeline.editing.two_branch import BranchEdit, Branches, two_branch
 from pipeline.engine.calls import Steps
 from pipeline.engine.engine import Engine
 from pipeline.inversion.direct import DirectInversion
-from pipeline.inversion.negative_prompt import NegativePromptInversion, slerp
+from pipeline.inversion.negative_prompt import NegativePromptInversion, between
 from pipeline.inversion.noise import NoiseStart
 from pipeline.inversion.null_text import NullTextInversion
 from pipeline.records import EditedLatents, EditRequest, Trajectory, WordPair
@@ -207,7 +207,7 @@ def explicit_offsets(
     inversion: DirectInversion, trajectory: Trajectory, prompt: str, guidance_scale: float, engine: Engine
 ) -> Tensor:
     """(N, C, h, w): what an inversion has added to the source after each step of a plain guided walk."""
-    loose = dataclasses.replace(trajectory, pin_shares=inversion.pin_shares(len(trajectory.timesteps)))
+    loose = dataclasses.replace(trajectory, pin_shares=inversion.pin_shares(trajectory.num_steps))
     edit = Recorded(loose, guidance_scale)
 
     def walk() -> Steps[EditedLatents]:
@@ -240,10 +240,10 @@ def replay_negative_prompt(golden: dict[str, Tensor], settings: dict[str, Any], 
     yield from compare_inversion(golden, trajectory, engine)
     if "uncond" in golden:
         assert trajectory.uncond is not None
-        empty = engine.backbone.encode_text("").embedding
-        yield Check("unconditional embedding", relative_l2(trajectory.uncond, golden["uncond"][0]), 1e-6)
-        half = slerp(trajectory.uncond, empty, 0.5)
-        yield Check("interpolated embedding", relative_l2(half, golden["uncond_interp05"][0]), 1e-6)
+        uncond = trajectory.uncond[0]
+        yield Check("unconditional embedding", relative_l2(uncond.embedding, golden["uncond"][0]), 1e-6)
+        half = between(uncond, engine.backbone.encode_text(""), 0.5)
+        yield Check("interpolated embedding", relative_l2(half.embedding, golden["uncond_interp05"][0]), 1e-6)
     recipe = settings.get("p2p")
     if recipe is None:
         recipe = {"kind": "refine", "cross_replace_steps": {"default_": 0.0}, "self_replace_steps": 0.0}
@@ -284,18 +284,19 @@ def replay_null_text(golden: dict[str, Tensor], settings: dict[str, Any], engine
     trajectory = started_at(dataclasses.replace(pivot, pinned=False), golden["x_T"][0])
     cond, empty = engine.backbone.encode_text(prompt), engine.backbone.encode_text("")
     with losses_kept() as losses:
-        uncond = engine.run_one(inversion.optimise(trajectory, cond, empty.embedding))
+        uncond = engine.run_one(inversion.optimise(trajectory, cond, empty))
     per_step = settings["num_inner_steps"]
     recorded = golden["losses"]
     editor = prompt_to_prompt(settings["p2p"], settings["guidance_scale"])
     request = request_of(settings["p2p"], prompt, settings["target_prompt"])
     stored = golden["null_embeddings"]
-    result = edit(engine, editor, dataclasses.replace(trajectory, uncond=stored), request)
-    first = relative_l2(uncond[0], stored[0])
+    given = tuple(empty.replacing(embedding=embedding) for embedding in stored)
+    result = edit(engine, editor, dataclasses.replace(trajectory, uncond=given), request)
+    first = relative_l2(uncond[0].embedding, stored[0])
     if is_double(engine):
         yield Check("losses", relative_l2(torch.tensor(losses, dtype=torch.float64), recorded), 1e-6)
         yield Check("first embedding", first, 1e-5)
-        yield Check("embeddings", relative_l2(uncond, stored), 1e-5)
+        yield Check("embeddings", relative_l2(torch.stack([one.embedding for one in uncond]), stored), 1e-5)
         yield from compare_walk(golden, result.history, 1e-5)
         return
     ours = torch.tensor(losses[:per_step], dtype=recorded.dtype)

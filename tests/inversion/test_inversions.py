@@ -46,8 +46,8 @@ def test_a_start_from_noise_has_the_image_at_the_level_of_every_step() -> None:
     noise = source(analytic(), 1).draw_noise()
     assert torch.equal(trajectory.latents[0], noise)
     assert torch.equal(trajectory.latents[-1], given.latents)
-    for latents, timestep in list(zip(trajectory.latents, trajectory.timesteps, strict=False))[1:]:
-        torch.testing.assert_close(latents, given.schedule.add_noise(given.latents, noise, timestep))
+    for latents, level in list(zip(trajectory.latents, trajectory.levels, strict=False))[1:]:
+        torch.testing.assert_close(latents, level.noised(given.latents, noise))
 
 
 def test_replaying_with_a_guided_source_prompt_returns_the_image() -> None:

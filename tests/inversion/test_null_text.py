@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import pytest
 import torch
 
+from pipeline.diffusion.levels import Prediction
 from pipeline.editing.prompt_to_prompt import PromptToPrompt
 from pipeline.editing.reconstruct import Reconstruct
 from pipeline.engine.engine import Engine
@@ -16,7 +16,7 @@ from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.null_text import NullTextInversion, Objective
 from pipeline.records import EditRequest, Trajectory
 from tests.golden.checks import losses_kept, observed
-from tests.methods import BACKBONES, invert_and_edit, source, tiny_sd
+from tests.methods import BACKBONES, brought, invert_and_edit, source, tiny_sd
 
 S, J = 4, 3
 SOURCE = "a cat on a mat"
@@ -41,7 +41,7 @@ def losses_of(backbone: Any, settings: NullTextInversion) -> list[float]:
     pivot = engine.run_one(DDIMInversion(num_steps=S).invert(source(backbone, 1, SOURCE)))
     cond, empty = backbone.encode_text(SOURCE), backbone.encode_text("")
     with losses_kept() as losses:
-        engine.run_one(settings.optimise(pivot, cond, empty.embedding))
+        engine.run_one(settings.optimise(pivot, cond, empty))
     return losses
 
 
@@ -77,7 +77,7 @@ def test_with_nothing_to_optimise_it_is_ddim_with_the_empty_prompt(backbone: Any
     empty = backbone.encode_text("").embedding
     assert rows == S
     assert torch.equal(trajectory.latents, plain.latents)
-    assert torch.equal(trajectory.uncond, empty.expand(S, -1, -1))
+    assert torch.equal(brought(trajectory), empty.expand(S, -1, -1))
     scale = settings.get("edit_guidance_scale", 3.0)
     results = []
     for given in (trajectory, plain):
@@ -96,12 +96,7 @@ def test_the_next_step_starts_from_what_was_reached_and_sampling_gets_there_too(
     before = edited.history[-2].source_latents
     last = dataclasses.replace(
         trajectory,
-        solver=dataclasses.replace(
-            trajectory.solver,
-            **{
-                name: getattr(trajectory.solver, name)[-1:] for name in ("timesteps", "alpha_bars", "target_alpha_bars")
-            },
-        ),
+        solver=dataclasses.replace(trajectory.solver, steps=trajectory.solver.steps[-1:]),
         latents=torch.stack([before, trajectory.latents[-1]]),
     )
     rate = settings.learning_rate * (1 - (S - 1) / (2 * S))
@@ -109,7 +104,7 @@ def test_the_next_step_starts_from_what_was_reached_and_sampling_gets_there_too(
     assert trajectory.uncond is not None
     cond = backbone.encode_text(SOURCE)
     again = Engine(backbone, call_size=8).run_one(alone.optimise(last, cond, trajectory.uncond[-2]))
-    torch.testing.assert_close(again[0], trajectory.uncond[-1], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(again[0].embedding, trajectory.uncond[-1].embedding, atol=1e-6, rtol=1e-6)
 
 
 @every_backbone
@@ -136,7 +131,7 @@ def test_images_that_stop_early_leave_their_neighbours_bits_alone() -> None:
     generators = [one.invert(source(backbone, number, SOURCE)) for number, one in enumerate(settings)]
     together = {one.index: one for one in Engine(backbone, call_size=8).run(generators)}
     for number, (trajectory, rows) in enumerate(alone):
-        assert torch.equal(together[number].value.uncond, trajectory.uncond)
+        assert torch.equal(brought(together[number].value), brought(trajectory))
         assert together[number].network_rows == rows
 
 
@@ -144,14 +139,14 @@ def test_no_random_number_is_used() -> None:
     runs = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        runs.append(inverted(tiny_sd(), inversion())[0].uncond)
+        runs.append(brought(inverted(tiny_sd(), inversion())[0]))
     assert torch.equal(runs[0], runs[1])
 
 
 def test_the_learning_rate_falls_as_published() -> None:
     # At 50 steps the default is the published one; with fewer it falls as fast in shares of the steps.
     few = inversion(learning_rate_steps=100), inversion(), inversion(learning_rate_steps=2 * S)
-    unconds = [inverted(tiny_sd(), settings)[0].uncond for settings in few]
+    unconds = [brought(inverted(tiny_sd(), settings)[0]) for settings in few]
     assert torch.equal(unconds[1], unconds[2])
     assert torch.equal(unconds[0][0], unconds[1][0])
     assert not torch.equal(unconds[0][1], unconds[1][1])
@@ -161,13 +156,16 @@ def test_the_gradient_of_the_distance_has_its_closed_form() -> None:
     backbone = tiny_sd(torch.float64)
     pivot = Engine(backbone, call_size=8).run_one(DDIMInversion(num_steps=S).invert(source(backbone, 1, SOURCE)))
     generator = torch.Generator().manual_seed(0)
-    cond, uncond = torch.randn((2, *pivot.latents.shape[1:]), generator=generator, dtype=torch.float64)
+    halves = Prediction(*torch.randn((2, 2, *pivot.latents.shape[1:]), generator=generator, dtype=torch.float64))
+    cond, uncond = halves[0], halves[1]
     step, scale = 1, 3.0
     objective = Objective(pivot, step, pivot.latents[step], cond, scale)
-    a, b = pivot.solver.alpha_bars[step], pivot.solver.target_alpha_bars[step]  # type: ignore[attr-defined]
-    factor = (1 - scale) * (math.sqrt(1 - b) - math.sqrt(b * (1 - a) / a))
+    end = pivot.solver.steps[step].end
     residual = objective.landing(uncond) - pivot.latents[step + 1]
-    torch.testing.assert_close(objective.gradient(uncond), 2 * factor * residual / residual.numel())
+    gradient = objective.gradient(uncond)
+    expected = 2 * (1 - scale) * residual / residual.numel()
+    torch.testing.assert_close(gradient.noise, end.noise * expected)
+    torch.testing.assert_close(gradient.data, end.signal * expected)
 
 
 def test_embeddings_for_the_source_alone_serve_no_target() -> None:
@@ -186,7 +184,7 @@ def test_embeddings_for_the_source_alone_serve_no_target() -> None:
 def test_guided_sampling_under_the_embeddings_returns_the_image_better_than_under_the_empty_prompt() -> None:
     backbone = tiny_sd()
     trajectory, _ = inverted(backbone, inversion(num_inner_steps=10))
-    empty = dataclasses.replace(trajectory, uncond=backbone.encode_text("").embedding)
+    empty = dataclasses.replace(trajectory, uncond=(backbone.encode_text(""),) * S)
     image = trajectory.latents[-1]
     held, loose = (
         Engine(backbone, call_size=8).run_one(Reconstruct().edit(given, REQUEST)).latents

@@ -216,8 +216,8 @@ def test_a_slow_model_is_cut_off_and_still_gives_an_estimate(faces, monkeypatch)
 def test_the_call_that_compiles_is_no_measure_of_a_models_speed():
     backbone = AnalyticBackbone()
     timed = probe.TimedBackbone(backbone, 0.0, compiles=True)
-    prompt = backbone.encode_text("hat").embedding
-    call = NetworkCall(torch.zeros((1, backbone.latent_channels, 8, 8)), [401], [prompt])
+    prompt = backbone.encode_text("hat")
+    call = NetworkCall(torch.zeros((1, backbone.latent_channels, 8, 8)), levels(backbone, [401]), [prompt])
     timed.denoise(call)
     assert timed.seconds["denoise"] == []
     timed.denoise(call)

@@ -23,7 +23,7 @@ from pipeline.recipe import ModelConfig, recipe_from
 from tests.checkpoints import small_unet
 from tests.engine.test_engine import ROOT, bits, neighbours
 from tests.golden.replay import TINY_SD
-from tests.methods import invert_and_edit, source, sunglasses_and_hat
+from tests.methods import invert_and_edit, levels, source, sunglasses_and_hat
 
 needs_a_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="model.compile needs a C++ compiler"
@@ -56,20 +56,22 @@ def call_of(backbone: Backbone, watch: bool = True) -> NetworkCall:
     rows = [source(backbone, number).latents for number in (1, 1, 2, 1)]
     weights = torch.zeros((4, 77))
     weights[:, 1:3] = 1.0
-    prompts = [backbone.encode_text(prompt).embedding for prompt in ("", "red hat", "a dog", "")]
-    return NetworkCall(torch.stack(rows), [401] * 4, prompts, weights if watch else None, [0, 0, 2, 0])
+    prompts = [backbone.encode_text(prompt) for prompt in ("", "red hat", "a dog", "")]
+    return NetworkCall(
+        torch.stack(rows), levels(backbone, [401] * 4), prompts, weights if watch else None, [0, 0, 2, 0]
+    )
 
 
 @needs_a_compiler
 def test_compiled_calls_predict_and_watch_what_plain_ones_do(compiled: Backbone, plain: Backbone) -> None:
     found, expected = compiled.denoise(call_of(compiled)), plain.denoise(call_of(plain))
-    torch.testing.assert_close(found.noise_preds, expected.noise_preds, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.predictions.noise, expected.predictions.noise, atol=1e-4, rtol=1e-4)
     assert found.attention is not None
     assert expected.attention is not None
     torch.testing.assert_close(found.attention, expected.attention, atol=1e-5, rtol=1e-4)
     unwatched = compiled.denoise(call_of(compiled, watch=False))
     assert unwatched.attention is None
-    assert torch.equal(unwatched.noise_preds, found.noise_preds)
+    assert torch.equal(unwatched.predictions.noise, found.predictions.noise)
 
 
 @needs_a_compiler
@@ -89,7 +91,7 @@ def test_a_second_process_compiles_to_the_same_bits(compiled: Backbone, folder: 
         "import hashlib, torch; from tests.models.test_compiling import *;"
         f"torch.set_num_threads({torch.get_num_threads()});"
         f"b = load_backbone(ModelConfig(name={str(folder)!r}, compile=True), device='cpu');"
-        "print(hashlib.sha256(b.denoise(call_of(b)).noise_preds.numpy().tobytes()).hexdigest())"
+        "print(hashlib.sha256(b.denoise(call_of(b)).predictions.noise.numpy().tobytes()).hexdigest())"
     )
     printed = subprocess.run(
         [sys.executable, "-c", script],
@@ -99,7 +101,7 @@ def test_a_second_process_compiles_to_the_same_bits(compiled: Backbone, folder: 
         cwd=ROOT,
         env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
     ).stdout
-    here = compiled.denoise(call_of(compiled)).noise_preds.numpy().tobytes()
+    here = compiled.denoise(call_of(compiled)).predictions.noise.numpy().tobytes()
     assert printed.strip() == hashlib.sha256(here).hexdigest()
 
 

@@ -23,7 +23,7 @@ from pipeline.models.stable_diffusion import StableDiffusion
 from pipeline.recipe import ModelConfig
 from tests.checkpoints import change, refused, small_unet
 from tests.golden.replay import TINY_SD
-from tests.methods import tiny_sd
+from tests.methods import levels, tiny_sd
 
 
 def opened(folder: Path, variant: str | None = None) -> Checkpoint:
@@ -165,7 +165,9 @@ def test_bfloat16_networks_leave_latents_in_float32(checkpoint: Path) -> None:
     assert isinstance(backbone, StableDiffusion)
     assert backbone.unet.dtype == torch.bfloat16
     prompt = backbone.encode_text("a cat")
-    noise_preds = backbone.denoise(NetworkCall(torch.zeros((1, 4, 8, 8)), [501], [prompt.embedding])).noise_preds
+    noise_preds = backbone.denoise(
+        NetworkCall(torch.zeros((1, 4, 8, 8)), levels(backbone, [501]), [prompt])
+    ).predictions.noise
     assert noise_preds.dtype == torch.float32
 
 
@@ -228,7 +230,7 @@ def test_our_attention_equals_the_librarys() -> None:
     backbone = tiny_sd()
     prompt = backbone.encode_text("a cat with sunglasses")
     latents = torch.randn((2, 4, 12, 12), generator=torch.Generator().manual_seed(0))
-    ours = backbone.denoise(NetworkCall(latents, [501, 21], [prompt.embedding] * 2)).noise_preds
+    ours = backbone.denoise(NetworkCall(latents, levels(backbone, [501, 21]), [prompt] * 2)).predictions.noise
     with torch.no_grad():
         embeddings = torch.stack([prompt.embedding] * 2)
         theirs = plain(latents, torch.tensor([501, 21]), encoder_hidden_states=embeddings).sample

@@ -284,6 +284,7 @@ def describe_model(recipe: Recipe, call_size: int | None) -> tuple[ModelRecord, 
     from pipeline.running.worker import call_size_for
 
     backbone = load_backbone(recipe.model)
+    recipe.refuse_what_lacks(backbone.offers, backbone.record.name)
     return backbone.record, call_size or call_size_for(recipe, backbone)
 
 

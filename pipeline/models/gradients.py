@@ -1,0 +1,30 @@
+"""Gradients of what methods make of a prediction, with respect to the text that the network read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.diffusion.levels import Prediction, stacked
+
+
+def gradients(
+    predictions: Prediction, embeddings: Tensor, cotangents: Sequence[Callable[[Prediction], Prediction]]
+) -> Tensor:
+    """Of a function of each row's prediction, with respect to the row's embedding: (R, L, D).
+
+    Args:
+        predictions: (R, C, h, w), computed from `embeddings` with their history kept.
+        embeddings: (R, L, D).
+        cotangents: R; take a row's prediction, on the CPU, to the function's gradient there.
+    """
+    answered = predictions.both(lambda half: half.detach().cpu())
+    wanted = stacked([cotangent(answered[row]) for row, cotangent in enumerate(cotangents)])
+    (found,) = torch.autograd.grad(
+        [predictions.noise, predictions.data],
+        embeddings,
+        [wanted.noise.to(predictions.noise), wanted.data.to(predictions.data)],
+    )
+    return found
