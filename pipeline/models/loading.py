@@ -73,7 +73,14 @@ def _load_any(config: ModelConfig, dtype: torch.dtype | None, device: str | torc
         dtype=str(precision).removeprefix("torch."),
         device=place.type,
     )
-    return family.load(checkpoint, Loading(record=record, device=place, dtype=precision, compiled=config.compile))
+    loading = Loading(
+        record=record,
+        device=place,
+        dtype=precision,
+        compiled=config.compile,
+        empty_prompt=config.empty_prompt,
+    )
+    return family.load(checkpoint, loading)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.engine.backbone import Offers
 from pipeline.errors import ModelError
+from pipeline.models.analytic import AnalyticBackbone
 from pipeline.models.checkpoint import INDEX, read_configurations, read_index, small_files
 from pipeline.models.families import family_of
 from pipeline.models.hub import silent
 from pipeline.models.loading import DEMO_FOLDER, is_hub_id
 from pipeline.models.networks import load_tokenizer, words_of_tokens
-from pipeline.models.unet_layout import attention_layers_of
 
 if TYPE_CHECKING:
     from pipeline.settings.sections import ModelConfig
@@ -22,10 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """Of one checkpoint. None: its files do not tell, or lie elsewhere; loading says what is wrong with them."""
+    """Of one checkpoint. What its files do not tell, or lies elsewhere, is missing; loading says what is wrong."""
 
-    transformer_blocks: int | None = None  # of the UNet
-    inpaints: bool | None = None  # whether the UNet takes a mask and a masked image beside the latents
+    offers: Offers | None = None
     tokenizers: Sequence[Any] = ()
 
     def read_part(self, prompt: str) -> str:
@@ -40,27 +40,20 @@ class Outline:
 
 def outline_of(config: ModelConfig) -> Outline:
     """What is known of a model before it is loaded. Of a hub's repository, some hundred kB are fetched."""
-    if config.name == "analytic" or (folder := _folder(config)) is None:
+    if config.name == "analytic":
+        return Outline(AnalyticBackbone.offers)
+    if (folder := _folder(config)) is None:
         return Outline()
     try:
-        components = family_of(read_index(folder, "it"), "it").components
-        files = [name for name in small_files(components) if (folder / name).is_file()]
-        parts = read_configurations(folder, components, files, "it").parts
-    except (ModelError, OSError):
+        family = family_of(read_index(folder, "it"), "it")
+        files = [name for name in small_files(family.components) if (folder / name).is_file()]
+        configurations = read_configurations(folder, family.components, files, "it")
+        family.check(configurations, "it")
+        offers = family.offers(configurations)
+        names = [part for part, component in family.components.items() if component.kind == "tokenizer"]
+        return Outline(offers, [load_tokenizer(folder, name) for name in names])
+    except (ModelError, OSError, KeyError, TypeError, IndexError):
         return Outline()
-    unet, vae = parts.get("unet", {}), parts.get("vae", {})
-    try:
-        blocks = len(attention_layers_of(unet)) // 2
-    except (KeyError, TypeError, IndexError):
-        blocks = None
-    channels, latents = unet.get("in_channels"), vae.get("latent_channels")
-    inpaints = channels == 2 * latents + 1 if isinstance(channels, int) and isinstance(latents, int) else None
-    names = [part for part, component in components.items() if component.kind == "tokenizer"]
-    try:
-        tokenizers = [load_tokenizer(folder, name) for name in names]
-    except ModelError:
-        tokenizers = []
-    return Outline(blocks, inpaints, tokenizers)
 
 
 def _folder(config: ModelConfig) -> Path | None:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from tests.golden.checks import Check, ObservedLatents, edit, equal, observed, r
 from tests.golden.diffedit import replay_diffedit
 from tests.golden.masactrl import replay_masactrl
 from tests.golden.proxedit import replay_proxedit
+from tests.golden.sdxl import replay_sdxl_sample, with_size_ids
 from tests.golden.two_branch import (
     replay_direct_inversion,
     replay_negative_prompt,
@@ -46,22 +47,30 @@ from tests.golden.two_branch import (
 
 HERE = Path(__file__).parent
 TINY_SD = HERE / "tiny-sd"
+TINY_SDXL = HERE / "tiny-sdxl"
 
 
-def replay(path: Path, model: Path = TINY_SD, dtype: torch.dtype = torch.float32) -> list[Check]:
-    """Replay one file."""
+def replay(path: Path, model: Path | None = None, dtype: torch.dtype = torch.float32) -> list[Check]:
+    """Replay one file, on the model that it was made with; `model` is another folder of that."""
     archive = np.load(path)
     golden = {name: torch.from_numpy(archive[name]) for name in archive.files if name != "settings"}
     for name, tensor in golden.items():
         golden[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     settings = json.loads(str(archive["settings"]))
-    return list(KINDS[path.parent.name](golden, settings, Engine(loaded(model, dtype), call_size=8, pad=False)))
+    kind = path.parent.name
+    name = settings.get("model", TINY_SDXL.name if kind.startswith("sdxl") else TINY_SD.name)
+    # diffusers encodes an empty prompt that is given, whatever the checkpoint says of one that is not.
+    empty_prompt = "encoded" if "" in (settings.get("negative_prompts") or ()) else "auto"
+    backbone = loaded(model or HERE / name, dtype, empty_prompt)
+    if ids := settings.get("size_ids"):
+        backbone = with_size_ids(backbone, ids)
+    return list(KINDS[kind](golden, settings, Engine(backbone, call_size=8, pad=False)))
 
 
 @cache
-def loaded(model: Path, dtype: torch.dtype) -> Backbone:
+def loaded(model: Path, dtype: torch.dtype, empty_prompt: Literal["auto", "encoded"] = "auto") -> Backbone:
     """The checkpoint, loaded once."""
-    return load_backbone(ModelConfig(name=str(model)), dtype=dtype, device="cpu")
+    return load_backbone(ModelConfig(name=str(model), empty_prompt=empty_prompt), dtype=dtype, device="cpu")
 
 
 def replay_ddim(golden: dict[str, Tensor], settings: dict[str, Any], engine: Engine) -> Iterator[Check]:
@@ -287,13 +296,15 @@ KINDS: dict[str, Callable[..., Iterator[Check]]] = {
     "null_text_inversion": replay_null_text,
     "prompt_to_prompt": replay_prompt_to_prompt,
     "proxedit": replay_proxedit,
+    "sdxl_ledits_pp": replay_ledits_pp,
+    "sdxl_sample": replay_sdxl_sample,
 }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--model", type=Path, default=TINY_SD, help="the checkpoint that the golden was made with")
+    parser.add_argument("--model", type=Path, help="another folder of the checkpoint that the golden was made with")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     options = parser.parse_args()
     failed = 0

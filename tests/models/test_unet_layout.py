@@ -11,11 +11,12 @@ from diffusers import UNet2DConditionModel
 
 from pipeline.models.attention import attention_layers
 from pipeline.models.unet_layout import attention_layers_of, decoder_blocks_of
-from tests.golden.replay import TINY_SD
+from tests.golden.replay import TINY_SD, TINY_SDXL
 from tests.models.families.published import SD_1_5_UNET, SD_2_1_UNET, SDXL_UNET
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "tiny-sd": json.loads((TINY_SD / "unet" / "config.json").read_text()),
+    "tiny-sdxl": json.loads((TINY_SDXL / "unet" / "config.json").read_text()),
     "Stable Diffusion 1.5": SD_1_5_UNET,
     "Stable Diffusion 2.1": SD_2_1_UNET,
     "SDXL": SDXL_UNET,

@@ -11,9 +11,15 @@ from typing import Any
 from pipeline.errors import ModelError
 from pipeline.models.families.base import Family, check_components
 from pipeline.models.families.stable_diffusion import StableDiffusionFamily
+from pipeline.models.families.stable_diffusion_xl import StableDiffusionXLFamily
 
 FAMILIES: dict[str, Family] = {
-    pipeline: family for family in (StableDiffusionFamily(),) for pipeline in family.pipelines
+    pipeline: family
+    for family in (
+        StableDiffusionFamily(),
+        StableDiffusionXLFamily(),
+    )
+    for pipeline in family.pipelines
 }
 
 

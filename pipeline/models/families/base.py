@@ -9,11 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from pipeline.engine.backbone import Backbone, ModelRecord
+from pipeline.engine.backbone import Backbone, ModelRecord, Offers
 from pipeline.errors import ModelError
 from pipeline.models.checkpoint import Checkpoint, Components, Configurations
 
@@ -26,6 +26,12 @@ class Loading:
     device: torch.device
     dtype: torch.dtype  # of the networks, but where a part needs a wider one
     compiled: bool  # whether the network that denoises is compiled
+    empty_prompt: Literal["auto", "zeros", "encoded"]  # what stands for one; see the recipe's `model.empty_prompt`
+
+    @property
+    def outside(self) -> torch.dtype:
+        """Between calls of the model everything is float32, or wider where the networks are."""
+        return torch.promote_types(self.dtype, torch.float32)
 
 
 class Family(ABC):
@@ -49,8 +55,12 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def unguided(self, configurations: Configurations) -> str:
-        """Why the model cannot be guided or inverted, being distilled into few steps; "" where it can."""
+    def offers(self, configurations: Configurations) -> Offers:
+        """What the model will offer once it is loaded. For configurations that `check` lets pass.
+
+        Raises:
+            KeyError, TypeError, IndexError: they are malformed, as loading will say.
+        """
 
     @abstractmethod
     def load(self, checkpoint: Checkpoint, loading: Loading) -> Backbone:

@@ -6,13 +6,22 @@ library would run into late, or never: this reads them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pipeline.diffusion.schedule import SCHEDULERS, NoiseSchedule
+from pipeline.engine.backbone import Offers
 from pipeline.errors import ModelError
-from pipeline.models.checkpoint import Component, Configurations
-from pipeline.models.unet_layout import KNOWN_BLOCKS, block_types
+from pipeline.models.attention import WATCHED_FACTOR
+from pipeline.models.checkpoint import Checkpoint, Component, Components, Configurations
+from pipeline.models.families.base import Loading
+from pipeline.models.networks import check_latents, load_network
+from pipeline.models.unet_layout import KNOWN_BLOCKS, attention_layers_of, block_types, decoder_blocks_of
 
 # Its levels are those of the others; what it steps along was distilled into the network.
 LATENT_CONSISTENCY = "LCMScheduler"
@@ -33,6 +42,7 @@ PARTS = {
 }
 # What a UNet may be given beside latents, time and text. None of it is, so that it must not be asked for.
 UNGIVEN = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
+EMBEDDED_GUIDANCE = 8.5  # what diffusers' pipeline of latent consistency models asks for
 WIDTH_OF_2 = 1024  # of the text encoder of Stable Diffusion 2.x
 
 
@@ -110,7 +120,60 @@ def schedule_of(configurations: Configurations) -> NoiseSchedule:
     return NoiseSchedule.from_config(config)
 
 
-def why_unguided(configurations: Configurations) -> str:
+def offers_of(configurations: Configurations) -> Offers:
+    """What a UNet of this configuration offers.
+
+    Raises:
+        KeyError, TypeError, IndexError: it is none of a UNet.
+    """
+    unet, vae = (configurations.parts[name] for name in ("unet", "vae"))
+    layers = attention_layers_of(unet)
+    watched = any(one.kind == "cross" and one.place != "mid" and one.factor == WATCHED_FACTOR for one in layers)
+    inpaints = unet.get("in_channels", 4) == 2 * vae.get("latent_channels", 4) + 1
+    return Offers(
+        layers=layers,
+        blocks=decoder_blocks_of(unet),
+        watched_factor=WATCHED_FACTOR if watched else None,
+        inputs=frozenset({"inpaint"} if inpaints else ()),
+        embedding_gradients=True,
+        distilled=why_distilled(configurations),
+    )
+
+
+def load_networks(
+    checkpoint: Checkpoint, components: Components, loading: Loading, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Any]:
+    """The networks of a checkpoint by name, on their device. `dtypes`: of those that differ from the others.
+
+    Raises:
+        ModelError: one cannot be loaded, or UNet and autoencoder do not fit.
+    """
+    networks = {
+        name: load_network(checkpoint, name, component, dtypes.get(name, loading.dtype))
+        for name, component in components.items()
+        if component.kind == "network"
+    }
+    check_latents(networks["unet"].config, networks["vae"].config, checkpoint.where)
+    for network in networks.values():
+        network.to(loading.device).eval().requires_grad_(False)
+    if (width := networks["unet"].config.time_cond_proj_dim) is not None:
+        _tell_guidance(networks["unet"], width)
+    return networks
+
+
+def _tell_guidance(unet: Any, width: int) -> None:
+    """Let a guidance-distilled UNet hear one guidance scale at every call: the one that it is published with."""
+    frequencies = torch.exp(torch.arange(width // 2) * (-math.log(10_000.0) / (width // 2 - 1)))
+    angles = 1000.0 * (EMBEDDED_GUIDANCE - 1.0) * frequencies
+    told = torch.cat([angles.sin(), angles.cos()])[None].to(unet.device, unet.dtype)
+    unet.time_embedding.forward = partial(_hear, unet.time_embedding.forward, told)
+
+
+def _hear(forward: Callable[..., Tensor], told: Tensor, time: Tensor, condition: None = None) -> Tensor:
+    return forward(time, told)
+
+
+def why_distilled(configurations: Configurations) -> str:
     """Why the model was made for a few unguided steps; "" for a whole diffusion model.
 
     Latent consistency models say so. Adversarial distillation (arXiv 2311.17042) leaves the architecture as it was,
@@ -121,9 +184,15 @@ def why_unguided(configurations: Configurations) -> str:
     """
     unet = configurations.parts["unet"]
     if (width := unet.get("time_cond_proj_dim")) is not None:
-        return f"is guidance-distilled: its UNet takes a guidance scale as an input (time_cond_proj_dim {width})"
+        return (
+            "this checkpoint is guidance-distilled: its UNet takes a guidance scale as an input (time_cond_proj_dim "
+            f"{width})"
+        )
     if LATENT_CONSISTENCY in scheduler_classes(configurations):
-        return f"is a latent consistency model, made for a few unguided steps (its scheduler is {LATENT_CONSISTENCY})"
+        return (
+            "this checkpoint is a latent consistency model, made for a few unguided steps (its scheduler is "
+            f"{LATENT_CONSISTENCY})"
+        )
     scheduler = configurations.parts["scheduler"]
     trailing_noise = (
         scheduler.get("timestep_spacing") == "trailing"
@@ -134,8 +203,8 @@ def why_unguided(configurations: Configurations) -> str:
     is_xl, is_2 = unet.get("addition_embed_type") == "text_time", unet.get("cross_attention_dim") == WIDTH_OF_2
     if trailing_noise and (is_xl or is_2) and unet.get("sample_size") == 64:
         return (
-            "looks like a Turbo model, made for one to four unguided steps (an Euler scheduler with trailing steps, a "
-            "UNet that predicts noise, of side 64). Where it is none, set timestep_spacing to leading in its "
-            "scheduler_config.json"
+            "this checkpoint looks like a Turbo model, made for one to four unguided steps (an Euler scheduler with "
+            "trailing steps, a UNet that predicts noise, of side 64; where it is none, set timestep_spacing to leading "
+            "in its scheduler_config.json)"
         )
     return ""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.engine.backbone import Offers
 from pipeline.errors import ModelError
 from pipeline.models.checkpoint import open_checkpoint, read_index
 from pipeline.models.families import FAMILIES, family_of
@@ -129,12 +130,12 @@ def test_of_a_hubs_checkpoint_no_weights_are_fetched_to_be_refused(
         assert not [file for file in served.got if file.endswith((".safetensors", ".bin"))]
 
 
-def unguided(files: Files, folder: Path) -> str:
+def offered(files: Files, folder: Path) -> Offers:
     put(folder, files)
     family = family_of(read_index(folder, "it"), "it")
     configurations = open_checkpoint(folder, family.components, None, "it").configurations
     family.check(configurations, "it")
-    return family.unguided(configurations)
+    return family.offers(configurations)
 
 
 FEW_STEPS: dict[str, tuple[Files, str]] = {
@@ -167,9 +168,9 @@ WHOLE: dict[str, Files] = {
 
 @pytest.mark.parametrize(("files", "reason"), FEW_STEPS.values(), ids=list(FEW_STEPS))
 def test_models_distilled_into_few_steps_are_known_by_their_files(files: Files, reason: str, tmp_path: Path) -> None:
-    assert reason in unguided(files, tmp_path)
+    assert f"this checkpoint {reason}" in offered(files, tmp_path).distilled
 
 
 @pytest.mark.parametrize("files", WHOLE.values(), ids=list(WHOLE))
 def test_whole_models_are_not_taken_for_distilled_ones(files: Files, tmp_path: Path) -> None:
-    assert unguided(files, tmp_path) == ""
+    assert offered(files, tmp_path).distilled == ""
