@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 from typing_extensions import override
@@ -50,9 +50,9 @@ def ddim_move(prediction: Prediction, level: Level) -> Tensor:
     return level.signal * prediction.data + level.noise * prediction.noise
 
 
-def last_is_residual(steps: tuple[Step, ...], step: int, *, exact_last_step: bool) -> bool:
-    """Whether a step that ends at clean latents, and so scales no noise, has for its map whatever is missing there."""
-    return exact_last_step and step == len(steps) - 1 and steps[step].end.noise == 0.0
+LastMap = Literal["as others", "residual", "none"]
+"""The noise map of the last step. residual: where the step ends at clean latents, and so scales no noise, its map is
+whatever is missing there; none: it adds nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,7 @@ class DDIM(Solver):
 
     steps: tuple[Step, ...]
     eta: float = 0.0
-    exact_last_step: bool = True  # with eta: whether the last step has a noise map, too
+    last_map: LastMap = "as others"
     # For parity with the authors' code of edit-friendly inversion: see compat.py.
     power_of_eta: int = 2
 
@@ -74,10 +74,8 @@ class DDIM(Solver):
         in_direction = variance * self.eta**self.power_of_eta
         mean = ddim_move(prediction, end._replace(noise=math.sqrt(max(end.noise**2 - in_direction, 0.0))))
         sigma = self.eta * math.sqrt(variance)
-        if self.eta > 0 and last_is_residual(self.steps, step, exact_last_step=self.exact_last_step):
-            sigma = 1.0
-        elif step == len(self.steps) - 1 and not self.exact_last_step:
-            sigma = 0.0
+        if step == len(self.steps) - 1 and self.last_map != "as others":
+            sigma = 0.0 if self.last_map == "none" else sigma or 1.0
         return Transition(mean, sigma, prediction.data)
 
     def inverse(self, step: int, prediction: Prediction) -> Tensor:
@@ -102,20 +100,19 @@ class SDEDPMSolver(Solver):
     """
 
     steps: tuple[Step, ...]
-    exact_last_step: bool = False  # to clean latents: with a map of what the data prediction misses
+    last_map: LastMap = "as others"
 
     @classmethod
-    def along(cls, levels: Sequence[Level], *, exact_last_step: bool = False) -> SDEDPMSolver:
+    def along(cls, levels: Sequence[Level], last_map: LastMap = "as others") -> SDEDPMSolver:
         """N steps along N + 1 levels."""
-        return cls(steps=tuple(Step(*pair) for pair in pairwise(levels)), exact_last_step=exact_last_step)
+        return cls(steps=tuple(Step(*pair) for pair in pairwise(levels)), last_map=last_map)
 
     @override
     def transition(self, step: int, latents: Tensor, prediction: Prediction, previous: Tensor | None) -> Transition:
         """Without `previous` the step is of first order."""
         data_pred, (start, end) = prediction.data, self.steps[step]
         if end.noise == 0.0:
-            residual = last_is_residual(self.steps, step, exact_last_step=self.exact_last_step)
-            return Transition(data_pred, 1.0 if residual else 0.0, data_pred)
+            return Transition(data_pred, 1.0 if self.last_map == "residual" else 0.0, data_pred)
         h = half_log_snr(end) - half_log_snr(start)
         corrected = data_pred
         if previous is not None:

@@ -85,13 +85,14 @@ class DDPMInversion(Inversion):
 
     def solver_for(self, schedule: Schedule, size: tuple[int, int]) -> Solver:
         """The N kept steps on a checkpoint's schedule; leading spacing, whatever the checkpoint samples with."""
-        exact = self.exact_last_step
+        # Noise is added to the last step, too, where the schedule has a level for it to end at; else what is missing is.
+        exact, last_map = self.exact_last_step, "residual" if self.exact_last_step else "none"
         if self.solver == "ddim":
             steps = schedule.steps(self.schedule_steps, size, leading=True, to_lowest=exact)
             power = 2 if self.eta_form == "standard" else 1
-            return DDIM(steps=steps[-self.num_steps :], eta=self.eta, exact_last_step=exact, power_of_eta=power)
+            return DDIM(steps=steps[-self.num_steps :], eta=self.eta, last_map=last_map, power_of_eta=power)
         levels = schedule.multistep_levels(self.schedule_steps, size, to_lowest=exact)
-        return SDEDPMSolver.along(levels[-self.num_steps - 1 :], exact_last_step=exact)
+        return SDEDPMSolver.along(levels[-self.num_steps - 1 :], last_map)
 
     @override
     def invert(self, source: Source) -> Steps[Trajectory]:

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 
 from pipeline.diffusion.levels import Level, OutputKind, Prediction, Step, prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.diffusion.steps import DDIM, SDEDPMSolver
+from pipeline.diffusion.steps import DDIM, LastMap, SDEDPMSolver
 from tests.closed_form_flow import FlowSchedule
 
 ZERO_SNR = {
@@ -105,16 +105,16 @@ def test_a_ddim_step_of_flow_is_eulers_and_so_is_its_inverse() -> None:
         torch.testing.assert_close(solver.inverse(step, up[0]), (latents + (start.noise - end.noise) * velocity)[0])
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_a_last_step_to_clean_latents_is_exact_with_a_map_of_what_is_missing(exact: bool) -> None:
+@pytest.mark.parametrize(("last_map", "sigma"), [("residual", 1.0), ("as others", 0.0), ("none", 0.0)])
+def test_a_last_step_to_clean_latents_is_exact_with_a_map_of_what_is_missing(last_map: LastMap, sigma: float) -> None:
     steps = FlowSchedule().steps(4, SIZE)
     predicted = Prediction(*(one[0] for one in draws(2)))
     levels = (steps[0].start, *(step.end for step in steps))
     for solver in (
-        DDIM(steps=steps, eta=1.0, exact_last_step=exact),
-        SDEDPMSolver.along(levels, exact_last_step=exact),
+        DDIM(steps=steps, eta=1.0, last_map=last_map),
+        SDEDPMSolver.along(levels, last_map),
     ):
-        assert solver.transition(3, predicted.noise, predicted, None).sigma == (1.0 if exact else 0.0)
+        assert solver.transition(3, predicted.noise, predicted, None).sigma == sigma
         assert 0.0 < solver.transition(2, predicted.noise, predicted, None).sigma < 1.0
 
 
