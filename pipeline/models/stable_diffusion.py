@@ -92,7 +92,8 @@ class StableDiffusion(Backbone):
         added = {name: tensor.to(self.device) for name, tensor in added.items()}
         watch = None if call.watch is None else call.watch.to(self.device)
         if not call.controls and call.cotangents is None:
-            first_alike = self._first_alike(call)
+            # What is added beside the timestep tells rows apart from the first block on.
+            first_alike = None if added else self._first_alike(call)
             if self._compiled is not None and watch is None and self.offers.is_watchable(*inputs.shape[-2:]):
                 # One graph for calls that watch and calls that do not: in two, a row's last bits could differ.
                 watch = torch.zeros(embeddings.shape[:2], device=self.device)
