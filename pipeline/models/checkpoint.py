@@ -1,12 +1,13 @@
 """The files of a checkpoint that are loaded: those and no others are fetched from a hub, checked and hashed.
 
-    model_index.json                 what the parts are
+    model_index.json                 what kind of model it is, and what its parts are
     scheduler/scheduler_config.json
-    unet, vae, text_encoder          config.json, and safetensors of the variant: one file, or an index and shards
-    tokenizer                        its JSON and text files
+    networks: unet, vae, ...         config.json, and safetensors of the variant: one file, or an index and shards
+    tokenizers                       JSON and text files
 
-What else a repository holds (single-file checkpoints, safety checker, EMA weights, other variants, pickled twins) is
-never read. Only safetensors and JSON are: pickled weights and remote code run what the checkpoint's author wrote.
+Which parts there are is for the checkpoint's family to say (`families/`). What else a repository holds (single-file
+checkpoints, safety checker, EMA weights, other variants, pickled twins) is never read. Only safetensors and JSON are:
+pickled weights and remote code run what the checkpoint's author wrote.
 """
 
 from __future__ import annotations
@@ -14,25 +15,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import ModelError
 
-COMPONENTS = {
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "vae": ("diffusers", "AutoencoderKL"),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
-}
-TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt")
 TOKENIZER_FILES = (*VOCABULARY, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
+INDEX = "model_index.json"
 
 
 class Weights(NamedTuple):
@@ -42,17 +37,58 @@ class Weights(NamedTuple):
     shards_first: bool
 
 
-NETWORKS = {
-    "unet": Weights("diffusion_pytorch_model", shards_first=True),
-    "vae": Weights("diffusion_pytorch_model", shards_first=True),
-    "text_encoder": Weights("model", shards_first=False),
+WEIGHTS = {
+    "diffusers": Weights("diffusion_pytorch_model", shards_first=True),
+    "transformers": Weights("model", shards_first=False),
 }
 
 
-def files_by_role(names: Collection[str], variant: str | None, where: str) -> dict[str, str]:
+class Component(NamedTuple):
+    """A part of a checkpoint, as `model_index.json` names it."""
+
+    kind: Literal["network", "tokenizer", "scheduler"]
+    library: str
+    classes: tuple[str, ...]  # that are known; a network is loaded as the first
+
+    @property
+    def configuration(self) -> str:
+        """The JSON file that must be in its folder; "" where there is a choice of several."""
+        return {"network": "config.json", "scheduler": "scheduler_config.json", "tokenizer": ""}[self.kind]
+
+
+Components = Mapping[str, Component]
+"""By the name of their folder, which is their key in `model_index.json`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Configurations:
+    """What is known of a checkpoint without its weights."""
+
+    index: Mapping[str, Any]  # model_index.json
+    parts: Mapping[str, Mapping[str, Any]]  # by component, without tokenizers
+
+    @property
+    def pipeline(self) -> str:
+        """The class of diffusers' pipeline that it was saved from."""
+        return str(self.index["_class_name"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint on disk, all of whose files are there and may be read."""
+
+    where: str  # as errors name it
+    folder: Path
+    variant: str | None
+    configurations: Configurations
+    files: Mapping[str, str]  # by role, see `files_by_role`
+
+
+def files_by_role(components: Components, names: Collection[str], variant: str | None, where: str) -> dict[str, str]:
     """Which files of a listing are loaded.
 
     Args:
+        components: of the checkpoint's family.
         names: paths relative to the checkpoint's folder, with "/".
         variant: of the weights; None: the plain ones.
         where: the checkpoint, for errors.
@@ -63,31 +99,63 @@ def files_by_role(names: Collection[str], variant: str | None, where: str) -> di
     Raises:
         ModelError: a file is missing; names it and what is there instead.
     """
-    if INDEX not in names:
-        raise ModelError(
-            f"{where} has no {INDEX}: it is no checkpoint in diffusers format. Convert single-file checkpoints with "
-            "diffusers' conversion script first"
-        )
-    found = {}
-    for name in (INDEX, SCHEDULER, *(f"{network}/config.json" for network in NETWORKS)):
-        if name not in names:
+    refuse_other_formats(names, where)
+    found = {INDEX: INDEX}
+    for part, component in components.items():
+        if component.kind == "tokenizer":
+            continue
+        if (name := f"{part}/{component.configuration}") not in names:
             raise ModelError(f"{where} has no {name}. Fetch the checkpoint again, or take one that has it")
         found[name] = name
-    for network in NETWORKS:
-        found |= _weights(network, names, variant, where)
-    tokenizer = {name: name for file in TOKENIZER_FILES if (name := f"tokenizer/{file}") in names}
-    if not (
-        "tokenizer/tokenizer.json" in tokenizer or {"tokenizer/vocab.json", "tokenizer/merges.txt"} <= set(tokenizer)
-    ):
+    for part, component in components.items():
+        if component.kind == "network":
+            found |= _weights(part, WEIGHTS[component.library], names, variant, where)
+        elif component.kind == "tokenizer":
+            found |= _tokenizer(part, names, where)
+    return found
+
+
+def refuse_other_formats(names: Collection[str], where: str) -> None:
+    """See that a listing is one of a whole checkpoint in diffusers format.
+
+    Raises:
+        ModelError: it is not.
+    """
+    if INDEX in names:
+        return
+    if "config.json" in names:
         raise ModelError(
-            f"{where} has no tokenizer: neither tokenizer/tokenizer.json nor tokenizer/vocab.json with "
-            "tokenizer/merges.txt is there. Fetch the checkpoint again, or take one that has it"
+            f"{where} has no {INDEX}, but config.json: it is one network, no whole checkpoint. Put its files into the "
+            "folder of that network in a copy of the checkpoint that it was made for"
         )
-    return found | tokenizer
+    raise ModelError(
+        f"{where} has no {INDEX}: it is no checkpoint in diffusers format. Convert single-file checkpoints with "
+        "diffusers' conversion script first"
+    )
 
 
-def _weights(network: str, names: Collection[str], variant: str | None, where: str) -> dict[str, str]:
-    stem, shards_first = NETWORKS[network]
+def read_index(folder: Path, where: str) -> dict[str, Any]:
+    """`model_index.json` of a checkpoint on disk.
+
+    Raises:
+        ModelError: it is not there, or cannot be read.
+    """
+    refuse_other_formats({path.name for path in folder.iterdir()}, where)
+    return read_json(folder, INDEX)
+
+
+def _tokenizer(part: str, names: Collection[str], where: str) -> dict[str, str]:
+    files = {name: name for file in TOKENIZER_FILES if (name := f"{part}/{file}") in names}
+    if f"{part}/tokenizer.json" in files or {f"{part}/vocab.json", f"{part}/merges.txt"} <= set(files):
+        return files
+    raise ModelError(
+        f"{where} has no {part}: neither {part}/tokenizer.json nor {part}/vocab.json with {part}/merges.txt is there. "
+        "Fetch the checkpoint again, or take one that has it"
+    )
+
+
+def _weights(network: str, weights: Weights, names: Collection[str], variant: str | None, where: str) -> dict[str, str]:
+    stem, shards_first = weights
     dotted = f".{variant}" if variant else ""
     one = f"{network}/{stem}{dotted}.safetensors"
     index = f"{network}/{stem}.safetensors.index{dotted}.json"
@@ -117,31 +185,43 @@ def _weights(network: str, names: Collection[str], variant: str | None, where: s
     raise ModelError(f"{where} has {reason}")
 
 
-def files_of(folder: Path, variant: str | None, where: str) -> dict[str, str]:
-    """`files_by_role` of a folder on disk, with the shards that its indexes name, after the checks that need no model.
+def open_checkpoint(folder: Path, components: Components, variant: str | None, where: str) -> Checkpoint:
+    """The files of a checkpoint on disk, with the shards that its indexes name. No weights are read.
 
     Raises:
-        ModelError: a file is missing or damaged, of a class that is not known, or asks for remote code; names it.
+        ModelError: a file is missing or damaged, or asks for remote code; names it.
     """
-    parts = [folder, *(folder / part for part in ("scheduler", *COMPONENTS))]
+    parts = [folder, *(folder / part for part in components)]
     paths = [path for part in parts if part.is_dir() for path in part.iterdir() if path.is_file()]
     names = {path.relative_to(folder).as_posix() for path in paths}
-    files = files_by_role(names, variant, where)
-    for network in NETWORKS:
+    files = files_by_role(components, names, variant, where)
+    for network in list(components):
         if index := files.get(f"{network}/weights.index"):
             files = _shards_of_index(folder, index, network, files, names)
-    configurations = {name: read_json(folder, name) for name in files.values() if name.endswith(("config.json", INDEX))}
-    for name, content in configurations.items():
+    return Checkpoint(
+        where=where,
+        folder=folder,
+        variant=variant,
+        configurations=read_configurations(folder, components, files.values(), where),
+        files=files,
+    )
+
+
+def read_configurations(folder: Path, components: Components, files: Iterable[str], where: str) -> Configurations:
+    """The configurations among the files of a checkpoint.
+
+    Raises:
+        ModelError: one is damaged, or asks for remote code; names it.
+    """
+    contents = {name: read_json(folder, name) for name in files if name.endswith(("config.json", INDEX))}
+    for name, content in contents.items():
         if "auto_map" in content:
             raise ModelError(
                 f"{where} asks for remote code ({name} has auto_map), which is never run. Use a checkpoint of the "
                 "library's own classes"
             )
-    _check_classes(read_json(folder, INDEX), where)
-    for name in files.values():
-        if name.endswith(".safetensors"):
-            _check_weights(folder, name)
-    return files
+    names = {part: f"{part}/{component.configuration}" for part, component in components.items()}
+    return Configurations(contents[INDEX], {part: contents[name] for part, name in names.items() if name in contents})
 
 
 def _shards_of_index(
@@ -157,24 +237,27 @@ def _shards_of_index(
     return others | {f"{network}/weights-{number}": name for number, name in enumerate(sorted(needed))}
 
 
-def _check_classes(listed: Mapping[str, Any], where: str) -> None:
-    for name, (library, cls) in COMPONENTS.items():
-        found = listed.get(name)
-        allowed = TOKENIZERS if name == "tokenizer" else (cls,)
-        if not isinstance(found, list) or len(found) != 2 or found[0] != library or found[1] not in allowed:
-            raise ModelError(
-                f"{where} has {found} as {name}; known is {library}.{cls}. Use a Stable Diffusion 1.x or 2.x "
-                "checkpoint without custom code"
-            )
+def small_files(components: Components) -> Iterator[str]:
+    """The files, some hundred kB, that tell all but the weights; not each is in every checkpoint."""
+    yield INDEX
+    for part, component in components.items():
+        files = TOKENIZER_FILES if component.kind == "tokenizer" else (component.configuration,)
+        yield from (f"{part}/{file}" for file in files)
 
 
-def _check_weights(folder: Path, name: str) -> None:
-    """Whether a file of weights is whole: its header is sound, and it is as long as that says."""
-    try:
-        with safe_open(folder / name, framework="pt") as file:
-            file.keys()
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{name} of the checkpoint is damaged or cut ({error}). Fetch it again") from error
+def check_weights(checkpoint: Checkpoint) -> None:
+    """See that each file of weights is whole: its header is sound, and it is as long as that says.
+
+    Raises:
+        ModelError: one is not; names it.
+    """
+    for name in checkpoint.files.values():
+        if name.endswith(".safetensors"):
+            try:
+                with safe_open(checkpoint.folder / name, framework="pt") as file:
+                    file.keys()
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{name} of the checkpoint is damaged or cut ({error}). Fetch it again") from error
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -192,14 +275,18 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def digest(folder: Path, files: Mapping[str, str]) -> str:
+def digest(checkpoint: Checkpoint, decisive: Collection[str] = ()) -> str:
     """SHA-256 over roles and contents of the files that are loaded, first 16 hexadecimal digits.
 
-    `model_index.json` is left out: it says nothing that changes a result.
+    Args:
+        checkpoint: what is hashed.
+        decisive: keys of `model_index.json` that change results. The rest of that file does not, and is left out.
     """
     total = hashlib.sha256()
-    for role, name in sorted(files.items()):
+    for role, name in sorted(checkpoint.files.items()):
         if role != INDEX:
-            with (folder / name).open("rb") as file:
+            with (checkpoint.folder / name).open("rb") as file:
                 total.update(f"{role} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    for key in sorted(decisive):
+        total.update(f"{key} {json.dumps(checkpoint.configurations.index.get(key), sort_keys=True)}\n".encode())
     return total.hexdigest()[:16]

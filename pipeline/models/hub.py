@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ModelError
-from pipeline.models.checkpoint import INDEX, files_by_role
+from pipeline.models.checkpoint import INDEX, files_by_role, read_configurations, read_index, refuse_other_formats
+from pipeline.models.families import family_of
 
 PATIENCE = 30.0  # seconds for the hub to say what a repository holds
 LINE_EVERY = 10.0  # seconds between two lines of progress
@@ -25,7 +26,7 @@ def fetch(name: str, revision: str | None, variant: str | None) -> tuple[Path, s
         ModelError: no such repository or revision, no access, or no network and nothing in the cache; says what was
             tried and what to do.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -34,11 +35,10 @@ def fetch(name: str, revision: str | None, variant: str | None) -> tuple[Path, s
     )
 
     what = f"model '{name}' (revision {revision or 'main'})"
-    gated = f"{what} is gated. Accept its terms on the hub, and set HF_TOKEN to a token that may read it"
     try:
         listing = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=PATIENCE)
     except GatedRepoError as error:
-        raise ModelError(gated) from error
+        raise ModelError(_gated(what)) from error
     except RevisionNotFoundError as error:
         raise ModelError(f"{what} has no such revision. Set model.revision to a branch, tag or commit") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
@@ -49,21 +49,45 @@ def fetch(name: str, revision: str | None, variant: str | None) -> tuple[Path, s
     except Exception as error:  # offline mode, no network, a hub that is down: each with errors of its own
         return _cached(name, revision, what, error)
     sizes = {file.rfilename: file.size or 0 for file in listing.siblings or ()}
-    files = sorted(set(files_by_role(sizes, variant, what).values()))
+    refuse_other_formats(sizes, what)
+    _download(name, revision, listing.sha, [INDEX], what, silent())
+    folder, commit = _snapshot(name, listing.sha, revision, what)
+    family = family_of(read_index(folder, what), what)
+    files = sorted(set(files_by_role(family.components, sizes, variant, what).values()))
+    # Gigabytes are not fetched to be refused.
+    small = [file for file in files if not file.endswith(".safetensors")]
+    _download(name, revision, listing.sha, small, what, silent())
+    family.check(read_configurations(folder, family.components, small, what), what)
     missing = [file for file in files if _in_cache(name, file, listing.sha) is None]
     if missing:
         total = sum(sizes[file] for file in missing)
         _say(f"{what}: fetching {len(missing)} files, {total / 1e9:.3g} of {sum(sizes.values()) / 1e9:.3g} GB")
-        try:
-            snapshot_download(name, revision=revision, allow_patterns=files, tqdm_class=_bars(what, total))
-        except GatedRepoError as error:  # its listing is public, its files are not
-            raise ModelError(gated) from error
-        except Exception as error:
-            raise ModelError(
-                f"{what} could not be fetched from the hub: {type(error).__name__}. What has arrived is kept: try "
-                "again, or check the network and the disk's free space"
-            ) from error
-    return _snapshot(name, listing.sha, revision, what)
+        _download(name, revision, listing.sha, files, what, _bars(what, total))
+    return folder, commit
+
+
+def _download(
+    name: str, revision: str | None, commit: str | None, files: list[str], what: str, bars: type[Any] | None
+) -> None:
+    """Fetch what the cache lacks of some files."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
+
+    if all(_in_cache(name, file, commit) for file in files):
+        return
+    try:
+        snapshot_download(name, revision=revision, allow_patterns=files, tqdm_class=bars)
+    except GatedRepoError as error:  # its listing is public, its files are not
+        raise ModelError(_gated(what)) from error
+    except Exception as error:
+        raise ModelError(
+            f"{what} could not be fetched from the hub: {type(error).__name__}. What has arrived is kept: try again, "
+            "or check the network and the disk's free space"
+        ) from error
+
+
+def _gated(what: str) -> str:
+    return f"{what} is gated. Accept its terms on the hub, and set HF_TOKEN to a token that may read it"
 
 
 def _in_cache(name: str, file: str, revision: str | None) -> Path | None:
@@ -95,6 +119,20 @@ def _cached(name: str, revision: str | None, what: str, error: Exception) -> tup
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def silent() -> type[Any]:
+    """Shows no progress: a bar for some small files is noise."""
+    from functools import partialmethod
+
+    from huggingface_hub.utils import tqdm
+
+    class Silent(tqdm):
+        """Draws nothing."""
+
+        __init__ = partialmethod(tqdm.__init__, disable=True)
+
+    return Silent
 
 
 def _bars(what: str, total: int) -> type[Any] | None:

@@ -1,6 +1,7 @@
 """From a recipe's model section to a loaded backbone: a local folder, a hub id with a revision, `demo` or `analytic`.
 
-Which files of a checkpoint that reads is said in `checkpoint.py`; nothing of the process that loads is changed.
+What a checkpoint is made of, and what is made of it, is for its family to say (`families/`); which of its files that
+reads, `checkpoint.py` says. Nothing of the process that loads is changed.
 """
 
 from __future__ import annotations
@@ -12,15 +13,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import Backbone, ModelRecord
 from pipeline.errors import ModelError
 from pipeline.models.analytic import AnalyticBackbone
-from pipeline.models.checkpoint import SCHEDULER, digest, files_of, read_json
+from pipeline.models.checkpoint import check_weights, digest, open_checkpoint, read_index
 from pipeline.models.compiling import check_compiler
+from pipeline.models.families import family_of
+from pipeline.models.families.base import Loading
 from pipeline.models.hub import fetch
-from pipeline.models.networks import check_channels, check_fit, load_networks, load_tokenizer
-from pipeline.models.stable_diffusion import StableDiffusion
 
 if TYPE_CHECKING:
     from pipeline.recipe import ModelConfig
@@ -59,10 +59,28 @@ def _load_any(config: ModelConfig, dtype: torch.dtype | None, device: str | torc
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = dtype or _dtype(config.dtype, place)
     folder, revision = _locate(config)
-    loaded = files_of(folder, config.variant, f"'{config.name}'")
+    where = f"'{config.name}'"
+    family = family_of(read_index(folder, where), where)
+    checkpoint = open_checkpoint(folder, family.components, config.variant, where)
+    family.check(checkpoint.configurations, where)
+    check_weights(checkpoint)
     if config.compile:
         check_compiler(place)
-    return _load(folder, loaded, config, revision, precision, place)
+    record = ModelRecord(
+        name=config.name,
+        revision=revision,
+        digest=digest(checkpoint, family.decisive),
+        dtype=str(precision).removeprefix("torch."),
+        device=place.type,
+    )
+    loading = Loading(
+        record=record,
+        device=place,
+        dtype=precision,
+        compiled=config.compile,
+        empty_prompt=config.empty_prompt,
+    )
+    return family.load(checkpoint, loading)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -86,32 +104,3 @@ def _locate(config: ModelConfig) -> tuple[Path, str]:
     if not is_hub_id(config.name):
         raise ModelError(f"model.name '{config.name}' is no folder here and no hub id (owner/name). Check the path")
     return fetch(config.name, config.revision, config.variant)
-
-
-def _load(
-    folder: Path, loaded: dict[str, str], config: ModelConfig, revision: str, dtype: torch.dtype, device: torch.device
-) -> Backbone:
-    schedule = NoiseSchedule.from_config(read_json(folder, SCHEDULER))
-    vae_config = read_json(folder, "vae/config.json")
-    check_channels(read_json(folder, "unet/config.json"), vae_config, f"'{config.name}'")
-    # The VAE of many checkpoints overflows in float16, and says so; bfloat16 has the range.
-    vae_dtype = torch.float32 if dtype == torch.float16 and vae_config.get("force_upcast", True) else dtype
-    networks = load_networks(folder, config.variant, {"unet": dtype, "vae": vae_dtype, "text_encoder": dtype})
-    tokenizer = load_tokenizer(folder)
-    check_fit(networks, tokenizer, f"'{config.name}'")
-    for network in networks.values():
-        network.to(device).eval().requires_grad_(False)
-    return StableDiffusion(
-        **networks,
-        tokenizer=tokenizer,
-        schedule=schedule,
-        record=ModelRecord(
-            name=config.name,
-            revision=revision,
-            digest=digest(folder, loaded),
-            dtype=str(dtype).removeprefix("torch."),
-            device=device.type,
-        ),
-        device=device,
-        compile_unet=config.compile,
-    )

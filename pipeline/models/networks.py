@@ -10,12 +10,14 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.errors import ModelError
+from pipeline.models.checkpoint import Checkpoint, Component
 
 # Positions 0 .. 76, which older versions of transformers saved beside the weights.
 HARMLESS = ("position_ids",)
@@ -23,45 +25,28 @@ SHOWN = 4  # names of tensors in a message
 LONGEST = 300  # characters of a library's own message
 
 
-def load_networks(folder: Path, variant: str | None, dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
-    """UNet, VAE and text encoder, by name.
+def load_network(checkpoint: Checkpoint, name: str, component: Component, dtype: torch.dtype) -> Any:
+    """One network of a checkpoint.
 
     Raises:
         ModelError: a configuration or weights that do not make the network; names the part and the tensors.
     """
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel
-
-    diffusers_options = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
-    classes: dict[str, tuple[Any, dict[str, Any]]] = {
-        "unet": (UNet2DConditionModel, {"dtype": dtypes["unet"], **diffusers_options}),
-        "vae": (AutoencoderKL, {"dtype": dtypes["vae"], **diffusers_options}),
-        "text_encoder": (
-            CLIPTextModel,
-            {"dtype": dtypes["text_encoder"], "use_safetensors": True, "output_loading_info": True},
-        ),
-    }
-    networks = {}
-    for name, (cls, options) in classes.items():
-        try:
-            with quiet():
-                network, info = cls.from_pretrained(folder, subfolder=name, variant=variant, **options)
-        except Exception as error:  # a configuration of wrong types fails in as many ways as there are types
-            raise ModelError(
-                f"{name}/ of the checkpoint cannot be loaded: {_first_words(error)}. Fetch it again, or use another "
-                "checkpoint"
-            ) from error
-        _check_tensors(name, network, info)
-        networks[name] = network
-    _correct_side(networks["unet"])
-    return networks
-
-
-def _correct_side(unet: Any) -> None:
-    """Fine-tuned models of diffusers' first versions call their side 32 for 64: corrected, as its pipelines do."""
-    version = re.match(r"(\d+)\.(\d+)", str(unet.config.get("_diffusers_version")))
-    if version and (int(version[1]), int(version[2])) < (0, 9) and unet.config.sample_size == 32:
-        unet.register_to_config(sample_size=64)
+    cls = getattr(import_module(component.library), component.classes[0])
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    if component.library == "diffusers":
+        options["low_cpu_mem_usage"] = False
+    try:
+        with quiet():
+            network, info = cls.from_pretrained(
+                checkpoint.folder, subfolder=name, variant=checkpoint.variant, **options
+            )
+    except Exception as error:  # a configuration of wrong types fails in as many ways as there are types
+        raise ModelError(
+            f"{name}/ of the checkpoint cannot be loaded: {_first_words(error)}. Fetch it again, or use another "
+            "checkpoint"
+        ) from error
+    _check_tensors(name, network, info)
+    return network
 
 
 @contextmanager
@@ -118,8 +103,8 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint.
+def load_tokenizer(folder: Path, name: str) -> Any:
+    """A tokenizer of a checkpoint.
 
     Raises:
         ModelError: its files do not make one.
@@ -127,11 +112,10 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizerFast
 
     try:
-        return CLIPTokenizerFast.from_pretrained(folder / "tokenizer")
+        return CLIPTokenizerFast.from_pretrained(folder / name)
     except Exception as error:
-        raise ModelError(
-            f"tokenizer/ of the checkpoint cannot be loaded: {_first_words(error)}. Fetch it again"
-        ) from error
+        reason = _first_words(error)
+        raise ModelError(f"{name}/ of the checkpoint cannot be loaded: {reason}. Fetch it again") from error
 
 
 def words_of_tokens(prompt: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, ...]:
@@ -148,63 +132,64 @@ def words_of_tokens(prompt: str, offsets: Sequence[tuple[int, int]]) -> tuple[in
     return tuple(bisect_right(ends, start) for start, _ in offsets)
 
 
-def check_channels(unet: Mapping[str, Any], vae: Mapping[str, Any], where: str) -> None:
-    """Whether a UNet's configuration is one of a text-to-image or an inpainting model.
+def check_latents(unet: Any, vae: Any, where: str) -> None:
+    """See that a UNet predicts the latents of an autoencoder.
 
     Raises:
-        ModelError: it is neither.
+        ModelError: says what does not fit.
     """
-    channels, latents = unet.get("in_channels", 4), vae.get("latent_channels", 4)
-    if isinstance(latents, int) and channels not in (latents, 2 * latents + 1):
-        raise ModelError(
-            f"{where} has a UNet of {channels} input channels on latents of {latents}: neither a "
-            "text-to-image nor an inpainting model. Use one of those"
-        )
-
-
-def check_fit(networks: Mapping[str, Any], tokenizer: Any, where: str) -> None:
-    """Whether latents and embeddings of one part are what the next one takes.
-
-    Raises:
-        ModelError: says which two do not fit.
-    """
-    unet, vae, text = (networks[name].config for name in ("unet", "vae", "text_encoder"))
     if unet.out_channels != vae.latent_channels:
         raise ModelError(
             f"{where} has a UNet that predicts {unet.out_channels} channels for latents of {vae.latent_channels}. Use "
             "a model that predicts latents"
         )
-    if unet.cross_attention_dim != text.hidden_size:
-        raise ModelError(
-            f"{where} has a UNet that reads embeddings of {unet.cross_attention_dim} numbers, and a text encoder that "
-            f"makes them of {text.hidden_size}. Use the text encoder that it was trained with"
-        )
     for key, value in (("unet: sample_size", unet.sample_size), ("vae: scaling_factor", vae.scaling_factor)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise ModelError(f"{where} has {value!r} as {key}, which is no positive number. Correct its config.json")
-    _check_tokenizer(tokenizer, text, where)
 
 
-def _check_tokenizer(tokenizer: Any, text: Any, where: str) -> None:
+def check_text(unet: Any, encoders: Sequence[tuple[str, Any, Any]], where: str) -> None:
+    """See that tokenizers, text encoders and UNet were made for each other.
+
+    Args:
+        unet: its configuration.
+        encoders: name of the tokenizer, tokenizer, the configuration of its encoder. The UNet reads all, side by side.
+        where: the checkpoint, for errors.
+
+    Raises:
+        ModelError: says which two do not fit.
+    """
+    width = sum(text.hidden_size for _, _, text in encoders)
+    if unet.cross_attention_dim != width:
+        makes = "a text encoder that makes" if len(encoders) == 1 else "text encoders that make"
+        raise ModelError(
+            f"{where} has a UNet that reads embeddings of {unet.cross_attention_dim} numbers, and {makes} them of "
+            f"{width}. Use the text encoder that it was trained with"
+        )
+    for name, tokenizer, text in encoders:
+        _check_tokenizer(name, tokenizer, text, where)
+
+
+def _check_tokenizer(name: str, tokenizer: Any, text: Any, where: str) -> None:
     """An empty vocabulary, or one of another model, gives prompts without meaning and no error."""
     known, embedded = len(tokenizer), text.vocab_size
     # A checkpoint may have embeddings to spare, rounded up; not a tenth of them.
     if not 0.9 * embedded <= known <= embedded:
         raise ModelError(
-            f"{where} has a tokenizer of {known} tokens and a text encoder of {embedded}: they were not made for each "
+            f"{where} has a {name} of {known} tokens and a text encoder of {embedded}: they were not made for each "
             "other. Use the tokenizer that the encoder was trained with"
         )
     length = tokenizer.model_max_length
     if not 3 <= length <= text.max_position_embeddings:
         raise ModelError(
-            f"{where} has a tokenizer of prompts up to {length} tokens, and a text encoder of "
-            f"{text.max_position_embeddings}. Correct model_max_length in tokenizer/tokenizer_config.json"
+            f"{where} has a {name} of prompts up to {length} tokens, and a text encoder of "
+            f"{text.max_position_embeddings}. Correct model_max_length in {name}/tokenizer_config.json"
         )
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     ids = tokenizer("a", truncation=True, max_length=length).input_ids
     if None in ends or (ids[0], ids[-1]) != ends or len(ids) < 3 or not _in_range(ids, embedded):
         raise ModelError(
-            f"{where} has a tokenizer that does not put a text between a start and an end token of the vocabulary, as "
+            f"{where} has a {name} that does not put a text between a start and an end token of the vocabulary, as "
             "CLIP's does. Use the tokenizer that the encoder was trained with"
         )
 

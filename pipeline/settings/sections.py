@@ -119,6 +119,9 @@ class ModelConfig(Section):
     fit: Literal["crop", "pad", "stretch", "bucket"] = "pad"
     """How an image of another shape is brought to the model. crop: the centred square; pad: scaled to fit, edges
     replicated; stretch: scaled, whatever the shape; bucket: the image's own shape at about that area."""
+    empty_prompt: Literal["auto", "zeros", "encoded"] = "auto"
+    """What stands for an empty prompt in Stable Diffusion XL, in inversion and edit alike. zeros: zeros; encoded: what
+    the text encoders make of it; auto: zeros where the checkpoint says force_zeros_for_empty_prompt."""
     compile: bool = False
     """Compile the UNet with torch: faster calls, a minute or more at the start. Changes how results are rounded."""
 

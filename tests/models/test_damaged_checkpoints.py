@@ -173,8 +173,8 @@ def test_weights_as_older_libraries_wrote_them_load(checkpoint: Path) -> None:
     backbone: Any = load_backbone(ModelConfig(name=str(checkpoint)), device="cpu")
     expected: Any = tiny_sd()
     assert torch.equal(backbone.encode_text("a cat").embedding, expected.encode_text("a cat").embedding)
-    for key, tensor in backbone.vae.state_dict().items():
-        assert torch.equal(tensor, expected.vae.state_dict()[key])
+    for key, tensor in backbone.autoencoder.vae.state_dict().items():
+        assert torch.equal(tensor, expected.autoencoder.vae.state_dict()[key])
 
 
 def test_the_side_of_models_of_the_first_days_is_corrected_as_diffusers_pipelines_do(checkpoint: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.errors import ModelError
 from pipeline.models import hub as our_hub
 from pipeline.models.checkpoint import files_by_role
+from pipeline.models.families.stable_diffusion import StableDiffusionFamily
 from pipeline.models.loading import load_backbone
 from pipeline.models.outline import outline_of
 from pipeline.recipe import ModelConfig
@@ -21,6 +22,7 @@ from tests.hub import COMMIT, Hub, hub
 from tests.methods import tiny_sd
 
 MB = 10**6
+PARTS = StableDiffusionFamily.components
 SD_1_5 = {  # as the repository stable-diffusion-v1-5/stable-diffusion-v1-5 lists them, bytes rounded
     ".gitattributes": 1000, "README.md": 15_000, "v1-inference.yaml": 2000, "model_index.json": 541,
     "feature_extractor/preprocessor_config.json": 342,
@@ -53,9 +55,9 @@ def test_of_stable_diffusion_1_5_four_gigabytes_are_fetched_and_two_of_its_fp16_
 ) -> None:
     if gigabytes is None:  # the UNet alone has it
         with pytest.raises(ModelError, match=r"no weights of variant non_ema in vae/, but .*fp16.*Set model.variant"):
-            files_by_role(SD_1_5, variant, "it")
+            files_by_role(PARTS, SD_1_5, variant, "it")
         return
-    files = set(files_by_role(SD_1_5, variant, "it").values())
+    files = set(files_by_role(PARTS, SD_1_5, variant, "it").values())
     assert sum(SD_1_5[file] for file in files) / 1e9 == pytest.approx(gigabytes, abs=0.01)
     dotted = f".{variant}" if variant else ""
     assert {file for file in files if file.endswith(".safetensors")} == {
@@ -72,9 +74,9 @@ def test_shards_are_fetched_with_their_index() -> None:
     ):
         shards = {f"unet/{shard.format(number)}.safetensors" for number in (1, 2)}
         plain = {"unet/diffusion_pytorch_model-00001-of-00002.safetensors"}
-        files = set(files_by_role({*SD_1_5, index, *shards, *plain}, "fp16", "it").values())
+        files = set(files_by_role(PARTS, {*SD_1_5, index, *shards, *plain}, "fp16", "it").values())
         assert {file for file in files if file.startswith("unet/")} == {"unet/config.json", index, *shards}
-        assert one in files_by_role({*SD_1_5, index, *shards}, None, "it").values()
+        assert one in files_by_role(PARTS, {*SD_1_5, index, *shards}, None, "it").values()
 
 
 @pytest.fixture
@@ -104,9 +106,9 @@ def test_what_is_downloaded_loads_and_nothing_else_is_downloaded(
     record = load_backbone(ModelConfig(name="owner/model"), device="cpu").record
     assert (record.name, record.revision) == ("owner/model", COMMIT)
     assert record.digest == tiny_sd().record.digest
-    assert set(served.got.elements()) == set(files_by_role(served.files(), None, "it").values())
+    assert set(served.got.elements()) == set(files_by_role(PARTS, served.files(), None, "it").values())
     err = capfd.readouterr().err
-    assert "model 'owner/model' (revision main): fetching 10 files, " in err
+    assert "model 'owner/model' (revision main): fetching 3 files, " in err
     assert "\r" not in err  # no bars where nobody watches
     assert load_backbone(ModelConfig(name="owner/model"), device="cpu").record == record
     assert max(served.got.values()) == 1
@@ -128,7 +130,8 @@ def test_progress_is_told_in_lines_where_no_terminal_is(
     our_hub.fetch("owner/model", None, None)
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) > 2
-    total = sum(path.stat().st_size for name, path in served.files().items() if name in served.got) / 1e9
+    weights = [name for name in served.got if name.endswith(".safetensors")]
+    total = sum(served.files()[name].stat().st_size for name in weights) / 1e9
     assert lines[-1] == f"model 'owner/model' (revision main): {total:.3g} of {total:.3g} GB"
 
 
@@ -186,7 +189,7 @@ def test_a_repository_without_diffusers_format_is_refused_before_anything_is_fet
 
 def test_what_is_known_without_weights_takes_none(served: Hub) -> None:
     here, there = outline_of(ModelConfig(name=str(TINY_SD))), outline_of(ModelConfig(name="owner/model"))
-    assert (there.transformer_blocks, there.inpaints) == (here.transformer_blocks, False)
-    assert there.tokenizer is not None
+    assert there.offers == here.offers == tiny_sd().offers
+    assert there.tokenizers
     assert there.read_part("a cat " * 99) == here.read_part("a cat " * 99)
     assert not [file for file in served.got if file.endswith(".safetensors")]

@@ -155,7 +155,9 @@ def test_a_layer_that_the_model_lacks_is_refused_by_its_configuration(tmp_path: 
     """Counted as the loaded UNet counts them."""
     unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(TINY_SD / "unet"))
     blocks = sum(type(module).__name__ == "BasicTransformerBlock" for module in unet.modules())
-    assert outline_of(ModelConfig(name=str(TINY_SD))).transformer_blocks == blocks
+    offers = outline_of(ModelConfig(name=str(TINY_SD))).offers
+    assert offers is not None
+    assert offers.transformer_blocks == blocks
     settings = settings_for(
         TINY_SD,
         tmp_path,
@@ -181,7 +183,7 @@ def test_a_word_behind_what_the_text_encoder_reads_is_refused(tmp_path: Path) ->
             "blend_words": {"source": ["cat"], "target": ["dog"]},
         }
 
-    tokenizer = outline_of(ModelConfig(name="demo")).tokenizer
+    (tokenizer,) = outline_of(ModelConfig(name="demo")).tokenizers
     fits = tokenizer.model_max_length - 2 - len(tokenizer("a cat and dog").input_ids) + 2
     assert settings_for("demo", tmp_path, blending(fits), **BLEND)  # or the next one shows nothing
     plan(settings_for("demo", tmp_path, blending(fits), **BLEND), probe=False)
@@ -202,4 +204,6 @@ def test_a_checkpoint_and_a_method_that_do_not_fit_are_refused(channels: int, tm
     plain = {"inversion": {"method": "ddim", "num_steps": 6}, "editing": {"method": "cfg"}}
     unfit, text = (inpaint, "is a plain one") if channels == 4 else (plain, "is an inpainting checkpoint")
     refused(settings_for(model, tmp_path, edit, **unfit), text)
-    assert outline_of(ModelConfig(name=str(model))).inpaints == (channels == 9)
+    offers = outline_of(ModelConfig(name=str(model))).offers
+    assert offers is not None
+    assert ("inpaint" in offers.inputs) == (channels == 9)

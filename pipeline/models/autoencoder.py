@@ -1,0 +1,54 @@
+"""A KL autoencoder: between pixels and the latents that a network was trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Autoencoder:
+    """diffusers' `AutoencoderKL` on its device, in its dtype.
+
+    A checkpoint says how the encoder's latents z are brought to unit scale: (z - mean) / std * scale, with a mean and a
+    standard deviation per channel or, in most, none.
+    """
+
+    def __init__(self, vae: Any, outside: torch.dtype) -> None:
+        """`outside`: of the latents that it takes and gives."""
+        self.vae, self._outside = vae, outside
+        self._scale: float = vae.config.scaling_factor
+        self._shift: float = vae.config.get("shift_factor") or 0.0
+        self._per_channel = _per_channel(vae)
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent, along a side
+
+    @torch.no_grad()
+    def encode(self, pixels: np.ndarray) -> Tensor:
+        """(H, W, 3) uint8 to latents (C, h, w) on the CPU: the posterior's mode."""
+        image = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.vae.device, self.vae.dtype)
+        image = image.permute(2, 0, 1)[None] / 127.5 - 1.0
+        latents = self.vae.encode(image).latent_dist.mode()[0]
+        if self._per_channel is not None:
+            mean, std = self._per_channel
+            latents = (latents - mean) / std
+        return ((latents - self._shift) * self._scale).to("cpu", self._outside)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Latents (C, h, w) to (H, W, 3) uint8."""
+        scaled = latents.to(self.vae.device, self.vae.dtype) / self._scale + self._shift
+        if self._per_channel is not None:
+            mean, std = self._per_channel
+            scaled = scaled * std + mean
+        image = self.vae.decode(scaled[None]).sample[0].float()
+        return ((image.permute(1, 2, 0) + 1.0) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
+
+
+def _per_channel(vae: Any) -> tuple[Tensor, Tensor] | None:
+    mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    if mean is None or std is None:
+        return None
+    mean, std = (torch.tensor(one, device=vae.device, dtype=vae.dtype)[:, None, None] for one in (mean, std))
+    return mean, std

@@ -1,0 +1,95 @@
+"""What a family of models is: it knows its checkpoints' parts, and makes a backbone of them.
+
+A family is found by the class of diffusers' pipeline that a checkpoint was saved from (`FAMILIES`). What it does not
+know it refuses, by the configuration files alone, before weights are fetched or read.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from pipeline.engine.backbone import Backbone, ModelRecord, Offers
+from pipeline.errors import ModelError
+from pipeline.models.checkpoint import Checkpoint, Components, Configurations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """How a checkpoint is to be loaded."""
+
+    record: ModelRecord
+    device: torch.device
+    dtype: torch.dtype  # of the networks, but where a part needs a wider one
+    compiled: bool  # whether the network that denoises is compiled
+    empty_prompt: Literal["auto", "zeros", "encoded"]  # what stands for one; see the recipe's `model.empty_prompt`
+
+    @property
+    def outside(self) -> torch.dtype:
+        """Between calls of the model everything is float32, or wider where the networks are."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+
+class Family(ABC):
+    """One kind of checkpoint."""
+
+    name: ClassVar[str]
+    """Of its page in docs/families."""
+    pipelines: ClassVar[tuple[str, ...]]
+    """Classes of diffusers' pipelines whose checkpoints it loads."""
+    components: ClassVar[Components]
+    """The parts that it loads; whatever else a checkpoint has is left alone."""
+    decisive: ClassVar[tuple[str, ...]] = ()
+    """Keys of `model_index.json`, beside the parts, that change results."""
+
+    @abstractmethod
+    def check(self, configurations: Configurations, where: str) -> None:
+        """See that the configurations are of a model that this family knows how to run.
+
+        Raises:
+            ModelError: they are not; names what is unknown, and the way out.
+        """
+
+    @abstractmethod
+    def offers(self, configurations: Configurations) -> Offers:
+        """What the model will offer once it is loaded. For configurations that `check` lets pass.
+
+        Raises:
+            KeyError, TypeError, IndexError: they are malformed, as loading will say.
+        """
+
+    @abstractmethod
+    def load(self, checkpoint: Checkpoint, loading: Loading) -> Backbone:
+        """The model, ready on its device.
+
+        Raises:
+            ModelError: weights are damaged, or the parts do not fit each other.
+        """
+
+
+def check_components(family: Family, index: Mapping[str, Any], where: str) -> None:
+    """See that a checkpoint has the parts of its family, of the libraries' own classes.
+
+    Raises:
+        ModelError: names the part that is missing or of another class.
+    """
+    for part, component in family.components.items():
+        found = index.get(part)
+        known = f"{component.library}.{' or '.join(component.classes)}"
+        if found is None or found == [None, None]:
+            raise ModelError(
+                f"{where} has no {part} in its model_index.json, and {index['_class_name']} needs one ({known}). Fetch "
+                "the checkpoint again, or take a whole one"
+            )
+        of_the_library = isinstance(found, list) and len(found) == 2 and found[0] == component.library
+        # A scheduler's class is for the family to judge, which knows what the levels of the others are.
+        if of_the_library and (component.kind == "scheduler" or found[1] in component.classes):
+            continue
+        raise ModelError(
+            f"{where} has {found} as {part}; known is {known}. Use a checkpoint of family {family.name} without custom "
+            "code"
+        )

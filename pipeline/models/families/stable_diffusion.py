@@ -1,0 +1,103 @@
+"""Stable Diffusion 1.x and 2.x, and their inpainting and latent consistency variants.
+
+One CLIP text encoder, whose last hidden state (normed) a UNet reads; latents of a KL autoencoder, an eighth of the
+image's side. epsilon or v predictions. Page: docs/families/stable_diffusion.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from pipeline.engine.backbone import Backbone, Offers
+from pipeline.engine.calls import Conditioning
+from pipeline.errors import ModelError
+from pipeline.models.autoencoder import Autoencoder
+from pipeline.models.checkpoint import Checkpoint, Configurations
+from pipeline.models.clip import ClipText
+from pipeline.models.families.base import Family, Loading
+from pipeline.models.families.latent_diffusion import (
+    PARTS,
+    check_scheduler,
+    check_unet,
+    load_networks,
+    offers_of,
+    schedule_of,
+)
+from pipeline.models.networks import check_text, load_tokenizer
+from pipeline.models.stable_diffusion import StableDiffusion, Text
+
+
+class StableDiffusionFamily(Family):
+    """See the module."""
+
+    name = "stable_diffusion"
+    pipelines = (
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "LatentConsistencyModelPipeline",
+    )
+    components = PARTS
+
+    @override
+    def check(self, configurations: Configurations, where: str) -> None:
+        check_scheduler(configurations, where)
+        check_unet(configurations, None, where)
+        schedule_of(configurations)
+
+    @override
+    def offers(self, configurations: Configurations) -> Offers:
+        return offers_of(configurations)
+
+    @override
+    def load(self, checkpoint: Checkpoint, loading: Loading) -> Backbone:
+        if loading.empty_prompt == "zeros":
+            raise ModelError(
+                f"model.empty_prompt is zeros, and {checkpoint.where} is a Stable Diffusion 1.x or 2.x, which was not "
+                "trained with zeros for a text. Leave model.empty_prompt out"
+            )
+        # The VAE of many checkpoints overflows in float16, and says so; bfloat16 has the range.
+        upcast = loading.dtype == torch.float16 and checkpoint.configurations.parts["vae"].get("force_upcast", True)
+        networks = load_networks(checkpoint, self.components, loading, {"vae": torch.float32} if upcast else {})
+        unet, encoder = networks["unet"], networks["text_encoder"]
+        _correct_side(unet)
+        tokenizer = load_tokenizer(checkpoint.folder, "tokenizer")
+        check_text(unet.config, [("tokenizer", tokenizer, encoder.config)], checkpoint.where)
+        return StableDiffusion(
+            unet=unet,
+            autoencoder=Autoencoder(networks["vae"], loading.outside),
+            text=LastState(ClipText(tokenizer, encoder)),
+            schedule=schedule_of(checkpoint.configurations),
+            offers=self.offers(checkpoint.configurations),
+            record=loading.record,
+            device=loading.device,
+            compile_unet=loading.compiled,
+        )
+
+
+class LastState(Text):
+    """The last hidden state of one encoder, and nothing beside it."""
+
+    def __init__(self, clip: ClipText) -> None:
+        self.clip = clip
+
+    @override
+    def encode(self, prompt: str) -> Conditioning:
+        return Conditioning(prompt, {"embedding": self.clip.encode(prompt)[0][0]}, (self.clip.span(prompt),))
+
+    @override
+    def added(self, conditioning: Sequence[Conditioning], height: int, width: int) -> dict[str, Tensor]:
+        return {}
+
+
+def _correct_side(unet: Any) -> None:
+    """Fine-tuned models of diffusers' first versions call their side 32 for 64: corrected, as its pipelines do."""
+    version = re.match(r"(\d+)\.(\d+)", str(unet.config.get("_diffusers_version")))
+    if version and (int(version[1]), int(version[2])) < (0, 9) and unet.config.sample_size == 32:
+        unet.register_to_config(sample_size=64)

@@ -1,0 +1,193 @@
+"""Checkpoints as the hub lists them: names of their files, and their configurations. Weights are of no use here.
+
+Of a configuration those keys stand here that somebody reads; values are the published ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+EULER = {
+    "_class_name": "EulerDiscreteScheduler", **BETAS, "clip_sample": False, "interpolation_type": "linear",
+    "prediction_type": "epsilon", "sample_max_value": 1.0, "set_alpha_to_one": False, "skip_prk_steps": True,
+    "steps_offset": 1, "timestep_spacing": "leading", "trained_betas": None, "use_karras_sigmas": False,
+}  # fmt: skip
+TOKENIZER = ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json")
+SD_1_5_UNET = {
+    "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "act_fn": "silu", "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False, "cross_attention_dim": 768,
+    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"], "downsample_padding": 1,
+    "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05, "norm_num_groups": 32, "out_channels": 4, "sample_size": 64,
+    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+}  # fmt: skip
+SD_2_1_UNET = {
+    **SD_1_5_UNET, "_diffusers_version": "0.10.0.dev0", "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024, "dual_cross_attention": False, "num_class_embeds": None,
+    "only_cross_attention": False, "sample_size": 96, "use_linear_projection": True,
+}  # fmt: skip
+SDXL_UNET = {
+    "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.24.0.dev0", "act_fn": "silu",
+    "addition_embed_type": "text_time", "addition_embed_type_num_heads": 64, "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20], "attention_type": "default", "block_out_channels": [320, 640, 1280],
+    "center_input_sample": False, "class_embed_type": None, "class_embeddings_concat": False, "conv_in_kernel": 3,
+    "conv_out_kernel": 3, "cross_attention_dim": 2048, "cross_attention_norm": None,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"], "downsample_padding": 1,
+    "dropout": 0.0, "dual_cross_attention": False, "encoder_hid_dim": None, "encoder_hid_dim_type": None,
+    "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2,
+    "mid_block_only_cross_attention": None, "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-05, "norm_num_groups": 32, "num_attention_heads": None, "num_class_embeds": None,
+    "only_cross_attention": False, "out_channels": 4, "projection_class_embeddings_input_dim": 2816,
+    "resnet_out_scale_factor": 1.0, "resnet_skip_time_act": False, "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None, "sample_size": 128, "time_cond_proj_dim": None,
+    "time_embedding_type": "positional", "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "upcast_attention": None,
+    "use_linear_projection": True,
+}  # fmt: skip
+SD_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+SDXL_INDEX = {
+    "_class_name": "StableDiffusionXLPipeline",
+    "force_zeros_for_empty_prompt": True,
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+SD_VAE = {"_class_name": "AutoencoderKL", "latent_channels": 4, "scaling_factor": 0.18215}
+SDXL_VAE = {"_class_name": "AutoencoderKL", "latent_channels": 4, "scaling_factor": 0.13025, "force_upcast": True}
+Files = Mapping[str, Any]
+"""Content of a JSON file by its name; of others nobody looks at the content."""
+
+
+def scheduled(index: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Files:
+    """`model_index.json` and the scheduler's file, of one mind."""
+    return {
+        "model_index.json": {**index, "scheduler": ["diffusers", scheduler["_class_name"]]},
+        "scheduler/scheduler_config.json": scheduler,
+    }
+
+
+def sd(scheduler: Mapping[str, Any], unet: Mapping[str, Any], suffix: str = "safetensors", **index: Any) -> Files:
+    """A checkpoint of Stable Diffusion's files."""
+    text = "model" if suffix == "safetensors" else "pytorch_model"
+    return {
+        **scheduled({**SD_INDEX, **index}, scheduler),
+        "feature_extractor/preprocessor_config.json": {},
+        "safety_checker/config.json": {}, f"safety_checker/{text}.{suffix}": None,
+        "text_encoder/config.json": {"hidden_size": unet["cross_attention_dim"]}, f"text_encoder/{text}.{suffix}": None,
+        **{f"tokenizer/{name}": {} for name in TOKENIZER},
+        "unet/config.json": unet, f"unet/diffusion_pytorch_model.{suffix}": None,
+        "vae/config.json": SD_VAE, f"vae/diffusion_pytorch_model.{suffix}": None,
+    }  # fmt: skip
+
+
+def sdxl(scheduler: Mapping[str, Any], unet: Mapping[str, Any] = SDXL_UNET, **index: Any) -> Files:
+    """A checkpoint of Stable Diffusion XL's files."""
+    return {
+        **scheduled({**SDXL_INDEX, **index}, scheduler),
+        "text_encoder/config.json": {"hidden_size": 768}, "text_encoder/model.safetensors": None,
+        "text_encoder_2/config.json": {"hidden_size": 1280, "projection_dim": 1280},
+        "text_encoder_2/model.safetensors": None,
+        **{f"{part}/{name}": {} for part in ("tokenizer", "tokenizer_2") for name in TOKENIZER},
+        "unet/config.json": unet, "unet/diffusion_pytorch_model.safetensors": None,
+        "vae/config.json": SDXL_VAE, "vae/diffusion_pytorch_model.safetensors": None,
+    }  # fmt: skip
+
+
+LCM = {
+    "_class_name": "LCMScheduler", **BETAS, "clip_sample": False, "original_inference_steps": 50,
+    "prediction_type": "epsilon", "rescale_betas_zero_snr": False, "set_alpha_to_one": True, "steps_offset": 0,
+    "thresholding": False, "timestep_scaling": 10.0, "timestep_spacing": "leading", "trained_betas": None,
+}  # fmt: skip
+EDM = {
+    "_class_name": "EDMDPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero",
+    "num_train_timesteps": 1000, "prediction_type": "epsilon", "rho": 7.0, "sigma_data": 0.5, "sigma_max": 80.0,
+    "sigma_min": 0.002, "solver_order": 2, "solver_type": "midpoint", "thresholding": False,
+}  # fmt: skip
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+PNDM = {
+    "_class_name": "PNDMScheduler", **BETAS, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+    "trained_betas": None, "clip_sample": False,
+}  # fmt: skip
+V_DDIM = {
+    "_class_name": "DDIMScheduler", **BETAS, "prediction_type": "v_prediction", "set_alpha_to_one": False,
+    "clip_sample": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
+}  # fmt: skip
+EULER_TRAILING = {**EULER, "timestep_spacing": "trailing"}
+ANCESTRAL_TRAILING = {**EULER_TRAILING, "_class_name": "EulerAncestralDiscreteScheduler"}
+# stabilityai/sdxl-turbo and sd-turbo have the side of 512 pixels.
+SDXL_TURBO_UNET = {**SDXL_UNET, "sample_size": 64}
+SD_TURBO_UNET = {**SD_2_1_UNET, "sample_size": 64}
+
+PUBLISHED: dict[str, Files] = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": sd(PNDM, SD_1_5_UNET),
+    "stabilityai/stable-diffusion-2-1": sd(V_DDIM, SD_2_1_UNET),
+    "stabilityai/stable-diffusion-2-1-base": sd(PNDM, {**SD_2_1_UNET, "sample_size": 64}),
+    "stabilityai/sd-turbo": sd(EULER_TRAILING, SD_TURBO_UNET),
+    "SimianLuo/LCM_Dreamshaper_v7": sd(
+        LCM, {**SD_1_5_UNET, "time_cond_proj_dim": 256}, _class_name="LatentConsistencyModelPipeline"
+    ),
+    "stabilityai/stable-diffusion-xl-base-1.0": sdxl(EULER),
+    "stabilityai/sdxl-turbo": sdxl(ANCESTRAL_TRAILING, SDXL_TURBO_UNET),
+    "playgroundai/playground-v2.5-1024px-aesthetic": sdxl(EDM),
+    "latent-consistency/lcm-sdxl": {  # a UNet alone
+        "config.json": {**SDXL_UNET, "time_cond_proj_dim": 256}, "diffusion_pytorch_model.safetensors": None,
+    },
+    "runwayml/stable-diffusion-v1-5 of October 2022": {
+        **sd(PNDM, SD_1_5_UNET, "bin"), "v1-5-pruned.ckpt": None, "v1-5-pruned-emaonly.ckpt": None,
+    },
+    "PixArt-alpha/PixArt-XL-2-1024-MS": {
+        "model_index.json": {
+            "_class_name": "PixArtAlphaPipeline", "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+            "text_encoder": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "T5Tokenizer"],
+            "transformer": ["diffusers", "Transformer2DModel"], "vae": ["diffusers", "AutoencoderKL"],
+        },
+        "scheduler/scheduler_config.json": {"_class_name": "DPMSolverMultistepScheduler"},
+        "text_encoder/config.json": {}, "tokenizer/spiece.model": None,
+        "transformer/config.json": {}, "transformer/diffusion_pytorch_model.safetensors": None,
+        "vae/config.json": SDXL_VAE, "vae/diffusion_pytorch_model.safetensors": None,
+    },
+    "kandinsky-community/kandinsky-2-2-decoder": {
+        "model_index.json": {
+            "_class_name": "KandinskyV22Pipeline", "movq": ["diffusers", "VQModel"],
+            "scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DConditionModel"],
+        },
+        "movq/config.json": {}, "movq/diffusion_pytorch_model.safetensors": None,
+        "scheduler/scheduler_config.json": {"_class_name": "DDPMScheduler"},
+        "unet/config.json": {"addition_embed_type": "image", "encoder_hid_dim_type": "image_proj"},
+        "unet/diffusion_pytorch_model.safetensors": None,
+    },
+    "stabilityai/stable-diffusion-xl-refiner-1.0": {
+        "model_index.json": {
+            **SDXL_INDEX, "_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": True,
+            "text_encoder": [None, None], "tokenizer": [None, None],
+        },
+        "scheduler/scheduler_config.json": EULER,
+        "unet/config.json": {**SDXL_UNET, "projection_class_embeddings_input_dim": 2560},
+    },
+}  # fmt: skip
+
+
+def put(folder: Path, files: Files) -> Path:
+    """Write a checkpoint; its weights are empty files, which nobody can load."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("" if content is None else json.dumps(content))
+    return folder
