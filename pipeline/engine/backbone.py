@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.calls import NetworkAnswer, NetworkCall, TextConditioning
+from pipeline.engine.controls import Openings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,7 @@ class Backbone(Protocol):
     latent_scale: int  # pixels per latent, along a side
     multiple: int  # sides in pixels are multiples of this
     inpaints: bool  # whether the network takes a mask and a masked image beside the latents
+    openings: Openings  # where controls act; none in a model whose answers they do not change
 
     def encode_text(self, prompt: str) -> TextConditioning:
         """Embed one prompt; text beyond the encoder's length is cut."""

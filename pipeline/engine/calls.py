@@ -14,14 +14,14 @@ a control: then they form a group that shares one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
 
-from pipeline.engine.controls import Control
+from pipeline.engine.controls import PLAIN, Control, Plan, Seen, Where
 
 T = TypeVar("T")
 
@@ -69,7 +69,8 @@ class Denoise:
 
     `watch` names, per row, the token positions whose cross-attention at a quarter of the latents' side is wanted
     (averaged over heads and over the down and up blocks' layers of that grid, summed over the tokens). An empty
-    sequence watches nothing and costs nothing. Watching does not change a prediction.
+    sequence watches nothing and costs nothing. Watching does not change a prediction. With a control, watch by its
+    `Watch` parts.
 
     `cotangent` asks for gradients too: of a function of each row's prediction with respect to that row's text
     embedding. It takes a prediction (C, h, w) to the function's gradient there, (C, h, w). It costs two rows more
@@ -96,7 +97,7 @@ class Denoised:
 
     noise_preds: Tensor  # (R, C, h, w), epsilon whatever the checkpoint predicts
     attention: Tensor | None  # (R, h/4, w/4), zero for rows that watched nothing; None without `watch`
-    seen: Any = None  # what the control recorded
+    seen: Seen | None = None  # what the control recorded
     embedding_grads: Tensor | None = None  # (R, L, D) float32 or wider; None without `cotangent`
 
 
@@ -107,11 +108,11 @@ class NetworkCall:
     latents: Tensor  # (R, C, h, w), on the CPU
     timesteps: Sequence[int]  # R
     embeddings: Sequence[Tensor]  # R of (L, D)
-    watch: Tensor | None = None  # (R, L) weights of the tokens whose attention is summed
-    # For each row the first one of the same latents and timestep, itself where there is none before it.
-    first_alike: Sequence[int] | None = None
+    watch: Tensor | None = None  # (R, S, L) weights of the tokens whose attention is summed, S by the plan
     inpaint: Tensor | None = None  # (R, 1 + C, h, w)
-    controls: Sequence[tuple[slice, Control]] = ()  # groups of rows, and what controls them
+    controls: Sequence[tuple[int, Control]] = ()  # first row of each group that is there, and what controls it
+    plan: Plan = PLAIN
+    group: int = 1  # rows of a group
     cotangents: Sequence[Callable[[Tensor], Tensor]] | None = None  # R
 
 
@@ -120,8 +121,8 @@ class NetworkAnswer:
     """What the model answers."""
 
     noise_preds: Tensor  # (R, C, h, w), epsilon
-    attention: Tensor | None = None  # (R, h/4, w/4), where watched
-    seen: Sequence[Any] = ()  # what each control recorded
+    attention: Tensor | None = None  # (R, S, h/4, w/4), where watched
+    recorded: Mapping[Where, Tensor] = field(default_factory=dict)  # (slots of all groups, C, h', w') by block
     embedding_grads: Tensor | None = None  # (R, L, D)
 
 

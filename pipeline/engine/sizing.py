@@ -50,8 +50,8 @@ def probe_call_size(backbone: Backbone, image_size: int) -> int:
 
     def rows_per_second(size: int) -> float | None:
         latents = torch.zeros((size, backbone.latent_channels, side, side))
-        watch = torch.zeros((size, prompt.embedding.shape[0]))
-        watch[:, 1] = 1.0
+        watch = torch.zeros((size, 1, prompt.embedding.shape[0]))
+        watch[:, 0, 1] = 1.0
         try:
             started = 0.0
             for round_ in range(ROUNDS + 1):

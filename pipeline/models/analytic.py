@@ -16,15 +16,14 @@ import hashlib
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle, scaled_dot_product_attention
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from typing_extensions import override
 
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import Backbone, ModelRecord
 from pipeline.engine.calls import NetworkAnswer, NetworkCall, TextConditioning
-from pipeline.engine.controls import Hook, Layer
+from pipeline.engine.controls import WATCHED_FACTOR, Openings
 from pipeline.errors import EditError
-from pipeline.models.attention import WATCHED_FACTOR
 
 STABLE_DIFFUSION_SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -35,7 +34,6 @@ STABLE_DIFFUSION_SCHEDULE = {
     "steps_offset": 1,
     "clip_sample": False,
 }
-SHOWN_TOKENS = 12  # places of the text, from the start, whose cross-attention follows the spot
 
 
 class AnalyticBackbone(Backbone):
@@ -46,6 +44,7 @@ class AnalyticBackbone(Backbone):
     multiple = latent_scale * WATCHED_FACTOR
     text_length = 77
     inpaints = False
+    openings = Openings()
 
     def __init__(self, image_size: int = 64, spread: float = 0.5, dtype: torch.dtype = torch.float32) -> None:
         self.image_size = image_size
@@ -104,10 +103,8 @@ class AnalyticBackbone(Backbone):
 
     @override
     def denoise(self, call: NetworkCall) -> NetworkAnswer:
-        """Attention is the prompt's spot, shared by its tokens.
-
-        Hooks see one cross-attention layer whose probabilities follow the spot. What they change there changes no
-        prediction: this model's answers stay known.
+        """Each token's attention is the prompt's spot. Controls may watch it, and change no prediction: this model's
+        answers stay known.
         """
         if call.inpaint is not None:
             raise EditError("the analytic model does not inpaint. Use editing.backend: masked")
@@ -127,16 +124,7 @@ class AnalyticBackbone(Backbone):
                 (grads,) = torch.autograd.grad(noise_preds, context, cotangents)
         noise_preds, context = noise_preds.detach(), context.detach()
         grid = self.spots(context, height // WATCHED_FACTOR, width // WATCHED_FACTOR)
-        attention = None if call.watch is None else grid * call.watch.sum(dim=1)[:, None, None].to(self.dtype)
-        seen = [self._seen(control.hook(height, width, self.device), grid[rows]) for rows, control in call.controls]
-        return NetworkAnswer(noise_preds, attention, seen, grads)
-
-    def _seen(self, hook: Hook, grid: Tensor) -> object:
-        """Run a hook over the one layer: the own tokens' scores are the spot's strength, those of padding are zero."""
-        query = grid.flatten(1)[:, None, :, None] * 4.0  # (R, 1, N, 1)
-        key = torch.zeros((len(grid), 1, self.text_length, 1), dtype=self.dtype)
-        key[:, :, 1:SHOWN_TOKENS] = 1.0
-        value = key.expand(-1, -1, -1, 2).clone()
-        layer = Layer("cross", 0, "down", 0, WATCHED_FACTOR)
-        hook.attend(layer, query, key, value, 1.0, scaled_dot_product_attention(query, key, value, scale=1.0))
-        return hook.answer()
+        attention = None
+        if call.watch is not None:
+            attention = grid[:, None] * call.watch.sum(dim=2)[:, :, None, None].to(self.dtype)
+        return NetworkAnswer(noise_preds, attention, embedding_grads=grads)

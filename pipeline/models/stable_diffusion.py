@@ -12,16 +12,11 @@ from typing_extensions import override
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import Backbone, ModelRecord
 from pipeline.engine.calls import NetworkAnswer, NetworkCall, TextConditioning
+from pipeline.engine.controls import WATCHED_FACTOR
+from pipeline.engine.stacking import Shape, Stacked, stack
 from pipeline.errors import EditError
-from pipeline.models.attention import (
-    WATCHED_FACTOR,
-    CallControl,
-    cross_attention_factors,
-    open_attention,
-    open_decoder_blocks,
-)
-from pipeline.models.compiling import compiled
 from pipeline.models.networks import words_of_tokens
+from pipeline.models.unet import OpenedUNet, cross_attention_factors
 
 
 class StableDiffusion(Backbone):
@@ -52,10 +47,9 @@ class StableDiffusion(Backbone):
         self._dtype: torch.dtype = unet.dtype
         # Between model calls everything is float32, or wider where the networks are.
         self._outside = torch.promote_types(self._dtype, torch.float32)
-        open_attention(unet)
-        open_decoder_blocks(unet)
         unet.requires_grad_(False)
-        self._compiled = compiled(self._predict) if compile_unet else None
+        self._network = OpenedUNet(unet, compile_unet=compile_unet)
+        self.openings = self._network.openings
 
     @torch.no_grad()
     @override
@@ -89,16 +83,14 @@ class StableDiffusion(Backbone):
 
     @override
     def check_watchable(self, height: int, width: int) -> None:
-        if not self._is_watchable(height, width):
+        watchable = WATCHED_FACTOR in self._watched_factors
+        if not watchable or height % WATCHED_FACTOR or width % WATCHED_FACTOR:
             grids = ", ".join(f"{-(-height // f)}x{-(-width // f)}" for f in self._watched_factors) or "none"
             raise EditError(
                 f"attention masks are read at a quarter of the latents' side, {height / 4:g}x{width / 4:g} here, and "
                 f"this model has cross-attention at {grids}. Set editing.mask: noise, use sides that are multiples of "
                 f"{self.multiple} pixels, or another checkpoint"
             )
-
-    def _is_watchable(self, height: int, width: int) -> bool:
-        return WATCHED_FACTOR in self._watched_factors and not height % WATCHED_FACTOR and not width % WATCHED_FACTOR
 
     @override
     def denoise(self, call: NetworkCall) -> NetworkAnswer:
@@ -110,27 +102,10 @@ class StableDiffusion(Backbone):
         times = torch.tensor(call.timesteps, device=self.device)
         inputs = self._with_inpainting(call.latents.to(self.device, dtype), call.inpaint)
         embeddings = torch.stack([embedding.to(self.device) for embedding in call.embeddings])
-        watch = None if call.watch is None else call.watch.to(self.device)
-        if not call.controls and call.cotangents is None:
-            first_alike = self._first_alike(call)
-            if self._compiled is not None and watch is None and self._is_watchable(*inputs.shape[-2:]):
-                # One graph for calls that watch and calls that do not: in two, a row's last bits could differ.
-                watch = torch.zeros(embeddings.shape[:2], device=self.device)
-            output, attention = (self._compiled or self._predict)(
-                inputs, times, embeddings.to(dtype), watch, first_alike
-            )
-            noise_preds = self._noise_preds(output, call.latents, times)
-            return NetworkAnswer(noise_preds=noise_preds, attention=None if call.watch is None else attention)
         if call.cotangents is not None:
             embeddings = embeddings.detach().requires_grad_()
-        height, width = inputs.shape[-2:]
-        hooks = [(rows, control.hook(height, width, self.device)) for rows, control in call.controls]
-        own = CallControl(watch, hooks)
-        self.unet.shardedit_control = own
-        try:
-            output = self._unet(inputs, times, embeddings.to(dtype), own)
-        finally:
-            self.unet.shardedit_control = None
+        controls = self._controls(call, embeddings.shape[1])
+        output, watched, recorded = self._network.predict(inputs, times, embeddings.to(dtype), controls)
         noise_preds = self._noise_preds(output, call.latents, times)
         grads = None
         if call.cotangents is not None:
@@ -139,46 +114,25 @@ class StableDiffusion(Backbone):
             (grads,) = torch.autograd.grad(noise_preds, embeddings, torch.stack(cotangents).to(noise_preds))
         return NetworkAnswer(
             noise_preds=noise_preds.detach(),
-            attention=own.mean(height, width),
-            seen=tuple(hook.answer() for _, hook in hooks),
+            # A compiled graph watches zeros where nobody watches: in two graphs a row's last bits could differ.
+            attention=None if call.watch is None or watched is None else watched.detach(),
+            recorded={where: written.detach() for where, written in recorded.items()},
             embedding_grads=grads,
         )
 
-    def _predict(
-        self, inputs: Tensor, times: Tensor, embeddings: Tensor, watch: Tensor | None, first_alike: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The UNet's output and the watched attention. What is compiled, where that is asked for: tensors alone go in
-        and come out, and their shapes are one call's."""
-        control = CallControl(watch, (), first_alike)
-        output = self._unet(inputs, times, embeddings, control)
-        return output, control.mean(*inputs.shape[-2:])
-
-    def _unet(self, inputs: Tensor, times: Tensor, embeddings: Tensor, control: CallControl) -> Tensor:
-        output: Tensor = self.unet(
-            inputs,
-            times,
-            encoder_hidden_states=embeddings,
-            cross_attention_kwargs={"control": control},
-            return_dict=False,
-        )[0]
-        return output
+    def _controls(self, call: NetworkCall, length: int) -> Stacked | None:
+        """What acts in a call, on the device; None: nothing does."""
+        height, width = call.latents.shape[-2:]
+        shape = Shape(
+            plan=call.plan, group=call.group, rows=len(call.timesteps), length=length, height=height, width=width
+        )
+        whole = self._network.compiles
+        stacked = stack(call.controls, call.watch, shape, self.openings, dtype=self._outside, whole=whole)
+        return None if stacked is None else stacked.to(self.device)
 
     def _noise_preds(self, output: Tensor, latents: Tensor, times: Tensor) -> Tensor:
         output = output.to(self._outside)
         return self.schedule.to_noise_pred(output, latents.to(output), times)
-
-    def _first_alike(self, call: NetworkCall) -> Tensor | None:
-        """For each row the first of those that are the same until the text is read; None where it is not used.
-
-        Only on a CPU: there a slice's fused attention has the same bits in batches of any size, as the rows of two
-        calls with different numbers of distinct rows must.
-        """
-        if self.device.type != "cpu" or call.inpaint is not None:
-            return None
-        rows = range(len(call.timesteps))
-        alike = list(call.first_alike or rows)
-        # A compiled graph is the same one whether rows are alike or not.
-        return None if self._compiled is None and alike == list(rows) else torch.tensor(alike)
 
     def _with_inpainting(self, latents: Tensor, inpaint: Tensor | None) -> Tensor:
         """The UNet's input: latents alone, or latents, mask and masked image."""
