@@ -44,9 +44,9 @@ def check(control: Control, rows: int, length: int, size: tuple[int, int], openi
             if blind:
                 raise ValueError(f"{_named(part)} takes its classes from row {min(blind)}, which watches nothing")
         for what in _claims(part, openings):
-            other = taken.setdefault(what, part)
-            if other is not part:
-                raise ValueError(f"{_named(part)} and {_named(other)} exclude each other ({what[0]} {what[2:]})")
+            if what in taken:
+                raise ValueError(f"{_named(part)} and {_named(taken[what])} exclude each other ({what[0]} {what[2:]})")
+            taken[what] = part
     _check_room(control)
     for part in control.parts:
         for name, found, expected in _shapes(part, length, size, openings):

@@ -116,7 +116,7 @@ def test_what_is_recorded_goes_to_its_control_in_the_order_in_which_it_was_asked
     runs = [asks(tiny_sd(), control=control, number=1), asks(tiny_sd(), control=control, number=2)]
     both = {one.index: one.value.seen.recorded for one in engine.run(runs)}
     assert engine.stats.network_calls == 1
-    assert [tuple(tensor.shape) for tensor in both[0]] == [(64, 3, 3), (64, 2, 2), (64, 3, 3)]
+    assert [tuple(tensor.shape) for tensor in both[0]] == [(32, 3, 3), (32, 2, 2), (32, 3, 3)]
     swapped = Control((Record(0, up), Record(1, up)), plan)
     other = Engine(tiny_sd(), call_size=8).run_one(asks(tiny_sd(), control=swapped, number=1)).seen.recorded
     assert torch.equal(other[0], both[0][2])

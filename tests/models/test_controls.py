@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -288,17 +287,13 @@ class Copies(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts: Counter[tuple[int, ...]] = Counter()
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        given = [one for one in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-        if (
-            isinstance(made, Tensor)
-            and made.is_meta
-            and any(not one.is_meta for one in given if one.dim() or func is torch.ops.aten._to_copy.default)
-        ):
-            self.counts[tuple(made.shape)] += 1
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            given = args[-1]  # what is copied
+            self.count += made.is_meta and not given.is_meta
         return made
 
 
@@ -324,20 +319,21 @@ def copies(plan: Plan, groups: Groups, rows: int, group: int) -> int:
     call = NetworkCall(
         torch.zeros((rows, 4, SIDE, SIDE)), [401] * rows, [prompt] * rows, watch, None, groups, plan, group
     )
-    with Copies() as counted:
-        on_meta().denoise(call)
-    return counted.counts.total()
+    backbone = on_meta()
+    with Copies() as copied:
+        backbone.denoise(call)
+    return copied.count
 
 
 def test_controls_reach_the_device_in_two_copies_whatever_they_are() -> None:
-    counts = {}
-    plain = copies(Plan(), [], 3, 1)
-    for name, (parts, plan) in PARTS.items():
-        for rows in (GROUP, 4 * GROUP):
+    plain = copies(Plan(), [], GROUP, 1)
+    counts: dict[int, dict[str, int]] = {}
+    for rows in (GROUP, 4 * GROUP):
+        counts[rows] = {"no control": copies(Plan(), [], rows, 1) - plain}
+        for name, (parts, plan) in PARTS.items():
             groups = [(start, Control(tuple(parts), plan)) for start in range(0, rows, GROUP)]
-            counts[name, rows] = copies(plan, groups, rows, GROUP) - plain
-    print(f"copies to the device: {plain} of a call without controls, and for controls: {counts}")
-    assert max(counts.values()) == 2
-    assert {name: count for (name, rows), count in counts.items() if rows == GROUP} == {
-        name: count for (name, rows), count in counts.items() if rows == 4 * GROUP
-    }
+            counts[rows][name] = copies(plan, groups, rows, GROUP) - plain
+    print(f"copies to the device: {plain} of a call without controls, and for controls: {counts[GROUP]}")
+    assert counts[GROUP] == counts[4 * GROUP]
+    assert counts[GROUP].pop("no control") == 0
+    assert set(counts[GROUP].values()) == {1, 2}
