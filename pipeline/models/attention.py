@@ -73,6 +73,11 @@ class Acting:
         return own.index_add(0, row, taken)
 
     def _watch(self, query: Tensor, key: Tensor, scale: float) -> None:
+        """Sums of explicit probabilities, in float32 or wider.
+
+        A fused attention whose values are the weights gives the same without a map, rounded as the network is; on a CPU
+        it is no faster at Stable Diffusion's sizes (heads of 64 to 160 numbers, 256 to 1,024 places, 1 and 4 sums).
+        """
         weights = self.parts["watch"]  # (R, S, L)
         probabilities = attention_probabilities(query, key, scale).mean(dim=1)  # (R, N, L)
         sums = probabilities @ weights.to(probabilities).transpose(1, 2)

@@ -23,6 +23,10 @@ from pipeline.engine.controls import (
     BACKGROUND,
     FOREGROUND,
     GROUPED,
+    Add,
+    Adds,
+    Blend,
+    Blends,
     Control,
     GivenClasses,
     Layers,
@@ -30,7 +34,11 @@ from pipeline.engine.controls import (
     Plan,
     Read,
     Reads,
+    Record,
+    Records,
+    Residuals,
     Route,
+    TakeFeatures,
     Watch,
 )
 from pipeline.engine.engine import Engine
@@ -107,12 +115,24 @@ MIX = Mix(row=1, source=0, take=torch.eye(77) * 0.5, keep=torch.full((77,), 0.25
 ROUTE = Route(row=1, query=0, key=0, layers=Layers(place="up"))
 WATCH = Watch(0, torch.ones((2, 77)))
 READ = Read(row=1, sources=(0,), layers=EVERY_LAYER, classes=GivenClasses(HALF, HALF[None]))
+BLOCK, FEATURES = ("up", 0), Residuals(factor=4, index_in_block=1)
+ADD = Add(row=1, where=BLOCK, directions=torch.ones((1, 16)), maps=torch.ones((1, 3, 3)), relative=True)
+RECORD = Record(0, BLOCK)
+BLEND = Blend(
+    row=1, layers=EVERY_LAYER, sources=torch.zeros(9).long(), places=torch.arange(9), shares=torch.full((9,), 0.5)
+)
 OTHER_READ = Read(row=0, sources=(1,), layers=EVERY_LAYER)
 KINDS: dict[str, tuple[Plan, list[list[tuple[Any, ...]]]]] = {
     "grouped": (GROUPED, [[(MIX,), ()], [(ROUTE, WATCH), (MIX, ROUTE)], [(), (WATCH,)]]),
-    "reading": (
-        Plan(reads=(Reads(layers=EVERY_LAYER, slots=2, classes="given"),)),
-        [[(READ,), ()], [(READ, OTHER_READ), (READ,)]],
+    "all that is left": (
+        Plan(
+            reads=(Reads(layers=EVERY_LAYER, slots=2, classes="given"),),
+            takes=(FEATURES,),
+            blends=(Blends(layers=EVERY_LAYER, slots=1),),
+            adds=(Adds(where=BLOCK, slots=1),),
+            records=(Records(where=BLOCK, slots=1),),
+        ),
+        [[(READ,), (ADD,)], [(READ, OTHER_READ, RECORD), (BLEND, TakeFeatures(1, 0, FEATURES))]],
     ),
 }
 
@@ -138,10 +158,14 @@ def test_calls_of_a_kind_are_one_graph_and_do_what_plain_ones_do(
         )
         found, expected = compiled.denoise(call), plain.denoise(call)
         torch.testing.assert_close(found.noise_preds, expected.noise_preds, atol=1e-4, rtol=1e-4)
+        for where, written in expected.recorded.items():
+            torch.testing.assert_close(found.recorded[where][:1], written[:1], atol=1e-4, rtol=1e-4)
         assert (found.attention is None) == (expected.attention is None) == (not watches)
         if found.attention is not None and expected.attention is not None:
             torch.testing.assert_close(found.attention, expected.attention, atol=1e-5, rtol=1e-4)
-        changed = {start + part.row for start, control in controls for part in control.parts if part is not WATCH}
+        changed = {
+            start + part.row for start, control in controls for part in control.parts if part not in (WATCH, RECORD)
+        }
         different = {row for row in range(4) if not torch.equal(found.noise_preds[row], free.noise_preds[row])}
         assert different == changed
     assert counters["stats"]["unique_graphs"] == graphs

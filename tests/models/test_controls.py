@@ -118,6 +118,10 @@ PARTS: dict[str, tuple[Any, Plan]] = {
         [Read(row=2, sources=(0, 2), layers=DECODER), Read(row=0, sources=(1, 0), layers=DECODER)],
         Plan(reads=(Reads(layers=DECODER, slots=3, sources=2),)),
     ),
+    "a read of a routed row": (
+        [Read(row=2, sources=(0, 2), layers=DECODER), Route(row=0, key=1, value=1, layers=DECODER)],
+        Plan(routes=True, reads=(Reads(layers=DECODER, slots=2, sources=2),)),
+    ),
     "given classes": (
         [Read(row=2, sources=(0, 1), layers=DECODER, classes=classes(hides=False))],
         Plan(reads=(Reads(layers=DECODER, slots=1, sources=2, classes="given"),)),
