@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pipeline.diffusion.levels import Schedule
-from pipeline.diffusion.steps import DDIM, SDEDPMSolver, Solver
+from pipeline.diffusion.steps import DDIM, LastMap, SDEDPMSolver, Solver
 from pipeline.engine.calls import Steps
 from pipeline.engine.prompts import GuidedPrompt
 from pipeline.inversion.base import Inversion
@@ -86,7 +86,8 @@ class DDPMInversion(Inversion):
     def solver_for(self, schedule: Schedule, size: tuple[int, int]) -> Solver:
         """The N kept steps on a checkpoint's schedule; leading spacing, whatever the checkpoint samples with."""
         # The last step, too, has a noise map: scaled, where the schedule has a noisy level for it to end at.
-        exact, last_map = self.exact_last_step, "residual" if self.exact_last_step else "none"
+        exact = self.exact_last_step
+        last_map: LastMap = "residual" if exact else "none"
         if self.solver == "ddim":
             steps = schedule.steps(self.schedule_steps, size, leading=True, to_lowest=exact)
             power = 2 if self.eta_form == "standard" else 1
