@@ -15,7 +15,7 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,7 +38,6 @@ from pipeline.models.allocator import keep_freed_memory
 from pipeline.models.compiling import check_compiler
 from pipeline.models.loading import load_backbone
 from pipeline.models.stable_diffusion import StableDiffusion
-from pipeline.models.unet_layout import attention_layers_of, decoder_blocks_of
 from pipeline.reading.prepare import prepare
 from pipeline.reading.requests import asked_of
 from pipeline.recipe import ModelConfig, Recipe, recipe_from
@@ -152,7 +151,7 @@ def with_unet(backbone: StableDiffusion, unet: UNet2DConditionModel, compile_une
         autoencoder=backbone.autoencoder,
         text=backbone.text,
         schedule=backbone.schedule,
-        offers=replace(backbone.offers, layers=attention_layers_of(unet.config), blocks=decoder_blocks_of(unet.config)),
+        offers=backbone.offers,
         record=ModelRecord(name="wide", revision="", digest="", dtype="float32", device="cpu"),
         device=backbone.device,
         compile_unet=compile_unet,

@@ -21,9 +21,9 @@ from pipeline.editing import EDITORS
 from pipeline.engine.calls import NetworkAnswer, NetworkCall
 from pipeline.engine.engine import Engine
 from pipeline.inversion.direct import DirectInversion
-from pipeline.models.attention import attention_layers
 from pipeline.models.loading import load_backbone
 from pipeline.models.stable_diffusion import StableDiffusion
+from pipeline.models.unet import attention_layers
 from pipeline.recipe import ModelConfig
 from pipeline.records import EditRequest, Source, WordPair
 

@@ -104,7 +104,7 @@ class LEditsPP(EditingMethod):
     @override
     def model_problems(self, offers: Offers) -> Iterator[str]:
         yield from super().model_problems(offers)
-        if self.mask in ("intersect", "attention") and offers.watched_factor is None:
+        if self.mask in ("intersect", "attention") and not offers.watches:
             yield (
                 f"mask: {self.mask} reads where the prompt's tokens are attended to, and this model has no such maps. "
                 "Set editing.mask: noise or steady"

@@ -12,14 +12,15 @@ the 77 columns of cross-attention at a quarter of the latents' side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn.functional import interpolate, scaled_dot_product_attention
+from torch.nn.functional import interpolate
 from typing_extensions import override
 
 from pipeline.diffusion.masks import OfImage
@@ -37,12 +38,28 @@ from pipeline.editing.two_branch import BranchEdit, Branches, BranchRows, two_br
 from pipeline.editing.walk import inside_of
 from pipeline.engine.backbone import Offers
 from pipeline.engine.calls import Conditioning, Steps
-from pipeline.engine.controls import Control, Hook, Layer, Routes, attention_probabilities
+from pipeline.engine.controls import (
+    BACKGROUND,
+    FOREGROUND,
+    GROUPED,
+    Control,
+    GivenClasses,
+    Layers,
+    Part,
+    Plan,
+    Read,
+    Reads,
+    Route,
+    Seen,
+    Watch,
+    WatchedClasses,
+    resolved,
+    watched_grid,
+)
 from pipeline.errors import PrepareError
 from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, Trajectory, WordPair
 
-MASK_FACTOR = 4  # latents' side over map side of the layers that automatic masks are read from
 FINEST_FACTOR = 2  # by default the decoder's layers of maps up to this much coarser than the latents are controlled
 
 Keys = Literal["source", "union", "own"]
@@ -95,12 +112,12 @@ class MutualSelfAttention(EditingMethod):
     @override
     def model_problems(self, offers: Offers) -> Iterator[str]:
         yield from super().model_problems(offers)
-        blocks = offers.transformer_blocks
+        blocks = len(offers.openings.layers)
         name = "start_layer" if self.layer_idx is None else "layer_idx"
         beyond = [layer for layer in self.layer_idx or (self.start_layer or 0,) if layer >= blocks]
         if blocks and beyond:
             yield f"{name} names layer {beyond[0]}, and the model's {blocks} count from 0 to {blocks - 1}. Lower {name}"
-        elif not any(map(self.controls_layer, offers.layers)):
+        elif not resolved(self.layers, offers.openings):
             yield (
                 f"{self.method} reads the source's keys in self-attention layers, and this model has none that its "
                 "settings name. Use editing.method ledits_pp with mask: noise, or cfg"
@@ -110,15 +127,14 @@ class MutualSelfAttention(EditingMethod):
         """Whether the target reads the source at a step."""
         return step >= self.start_step if self.step_idx is None else step in self.step_idx
 
-    def controls_layer(self, layer: Layer) -> bool:
-        """Whether the target reads the source in a layer."""
-        if layer.kind != "self":
-            return False
+    @property
+    def layers(self) -> Layers:
+        """Where the target reads the source."""
         if self.layer_idx is not None:
-            return layer.index in self.layer_idx
+            return Layers(indices=frozenset(self.layer_idx))
         if self.start_layer is not None:
-            return layer.index >= self.start_layer
-        return layer.place == "up" and layer.factor <= FINEST_FACTOR
+            return Layers(min_index=self.start_layer)
+        return Layers(place="up", max_factor=FINEST_FACTOR)
 
 
 class MasaCtrl(MutualSelfAttention):
@@ -173,7 +189,7 @@ class MasaCtrl(MutualSelfAttention):
     @override
     def model_problems(self, offers: Offers) -> Iterator[str]:
         yield from super().model_problems(offers)
-        if self.mask == "auto" and not offers.grids_at("cross", MASK_FACTOR):
+        if self.mask == "auto" and not offers.watches:
             yield (
                 "mask: auto reads where words are attended to at a quarter of the latents' side, and this model has no "
                 "cross-attention there. Set editing.mask: none or given"
@@ -226,6 +242,8 @@ class MutualEdit(BranchEdit):
         super().__init__(trajectory, settings.guidance_scale, source_guidance)
         self.settings, self.cond, self.uncond, self.masks = settings, cond, uncond, masks
         self.reads_both_halves = uncond != "own"
+        self.plan = plan_of(settings.layers, union="union" in (cond, uncond), masks=masks)
+        self.watched = (0, 0)  # rows of source and target at the last controlled step
 
     @override
     def reads_attention(self, step: int) -> bool:
@@ -237,13 +255,15 @@ class MutualEdit(BranchEdit):
         readers = [Reader(rows.target, rows.source, self.cond)]
         if rows.target_uncond is not None and rows.source_uncond is not None:
             readers.append(Reader(rows.target_uncond, rows.source_uncond, self.uncond))
-        return MutualAttention(
-            settings=self.settings,
-            rows=rows.count,
-            readers=tuple(reader for reader in readers if reader.keys != "own"),
-            source=rows.source,
-            target=rows.target,
+        self.watched = rows.source, rows.target
+        height, width = self.trajectory.latents.shape[-2:]
+        return mutual_attention(
+            [reader for reader in readers if reader.keys != "own"],
+            self.settings.layers,
+            self.plan,
             masks=self.masks,
+            watched=self.watched,
+            size=(height, width),
         )
 
 
@@ -285,11 +305,12 @@ class MasaCtrlEdit(MutualEdit):
 
     @override
     def after_step(
-        self, step: int, source: Tensor | None, target: Tensor, seen: Any
+        self, step: int, source: Tensor | None, target: Tensor, seen: Seen | None
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Where either branch has the foreground, the image may change."""
-        if seen is not None:
-            both = interpolate(seen[None].float(), size=target.shape[-2:], mode="nearest")[0]
+        if isinstance(self.masks, AutoMasks) and seen is not None and seen.watched is not None:
+            found = foreground(seen.watched[list(self.watched), 0], self.masks)
+            both = interpolate(found[None].float(), size=target.shape[-2:], mode="nearest")[0]
             self.last_mask = both.any(dim=0)
         return source, target, self.last_mask
 
@@ -314,8 +335,22 @@ class AutoMasks:
     threshold: float
     of_image: OfImage
 
+    def image(self, size: tuple[int, int]) -> Tensor:
+        """(h/4, w/4) bool: which places of the watched maps of latents (h, w) show the image."""
+        grid = watched_grid(*size)
+        inside = torch.zeros(math.prod(grid), dtype=torch.bool)
+        inside[self.of_image(torch.arange(len(inside)).view(grid)).flatten()] = True
+        return inside.view(grid)
+
 
 Masks = GivenMasks | AutoMasks
+
+
+def foreground(fields: Tensor, masks: AutoMasks) -> Tensor:
+    """(2, h', w') bool of source and target: where fields (2, h', w') reach a share of the image's range."""
+    image = masks.of_image(fields)
+    low, high = image.amin(dim=(1, 2), keepdim=True), image.amax(dim=(1, 2), keepdim=True)
+    return (fields - low) / (high - low).clamp_min(torch.finfo(fields.dtype).tiny) >= masks.threshold
 
 
 class Reader(NamedTuple):
@@ -326,97 +361,55 @@ class Reader(NamedTuple):
     keys: Keys
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class MutualAttention(Control):
-    """Mutual self-attention within one step (arXiv 2304.08465, section 4.1; masks: section 4.2)."""
+def mutual_attention(
+    readers: Sequence[Reader],
+    layers: Layers,
+    plan: Plan,
+    *,
+    masks: Masks | None = None,
+    watched: tuple[int, int] | None = None,
+    size: tuple[int, int],
+) -> Control:
+    """Mutual self-attention within one step (arXiv 2304.08465, section 4.1; masks: section 4.2).
 
-    settings: MutualSelfAttention  # says in which layers
-    rows: int
-    readers: tuple[Reader, ...]
-    source: int  # conditional rows, whose cross-attention gives automatic masks
-    target: int
-    masks: Masks | None
+    Args:
+        readers: who reads whom.
+        layers: where.
+        plan: of all steps.
+        masks: foreground reads foreground, and background reads background.
+        watched: rows of source and target whose cross-attention gives automatic masks.
+        size: of the latents.
+    """
+    classes = _classes(masks, watched, size)
+    parts: list[Part] = []
+    for row, source, keys in readers:
+        if keys == "union":
+            parts.append(Read(row=row, sources=(source, row), layers=layers))
+        elif masks is not None:
+            parts.append(Read(row=row, sources=(source,), layers=layers, classes=classes))
+        else:
+            # The target attends with its own queries to the source's keys: no map is made.
+            parts.append(Route(row=row, key=source, value=source, layers=layers))
+    if isinstance(masks, AutoMasks) and watched is not None:
+        parts += [Watch(row, weights[None]) for row, weights in zip(watched, masks.weights, strict=True)]
+    return Control(tuple(parts), plan)
 
-    @override
-    def hook(self, height: int, width: int, device: torch.device) -> Hook:
-        return _MutualHook(self, height, width)
+
+def _classes(
+    masks: Masks | None, watched: tuple[int, int] | None, size: tuple[int, int]
+) -> GivenClasses | WatchedClasses | None:
+    if isinstance(masks, GivenMasks):
+        target, source = (torch.where(mask, FOREGROUND, BACKGROUND) for mask in (masks.target, masks.source))
+        return GivenClasses(own=target, theirs=source[None])
+    if masks is None or watched is None:
+        return None
+    source_row, target_row = watched
+    return WatchedClasses(own=target_row, theirs=source_row, threshold=masks.threshold, image=masks.image(size))
 
 
-class _MutualHook(Hook):
-    def __init__(self, control: MutualAttention, height: int, width: int) -> None:
-        self.control, self.height, self.width = control, height, width
-        self.fields: list[Tensor] = []  # (2, h', w') per layer: where the tokens of source and target attend
-
-    @override
-    def routes(self, layer: Layer) -> Routes | None:
-        """Without masks the target attends with its own queries to the source's keys: no map is made."""
-        control = self.control
-        if control.masks is not None or not control.settings.controls_layer(layer):
-            return None
-        own = list(range(control.rows))
-        keys = list(own)
-        for reader in control.readers:
-            if reader.keys == "source":
-                keys[reader.row] = reader.source
-        return Routes(own, keys, keys)
-
-    @override
-    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, scale: float, attended: Tensor) -> Tensor:
-        """Collect what automatic masks are made of; attend to two branches at once, or under masks."""
-        control = self.control
-        if layer.kind == "cross":
-            if isinstance(control.masks, AutoMasks) and layer.place != "mid" and layer.factor == MASK_FACTOR:
-                self._collect(control.masks, layer, query, key, scale)
-            return attended
-        if not control.settings.controls_layer(layer):
-            return attended
-        readers = [reader for reader in control.readers if reader.keys == "union" or control.masks is not None]
-        if not readers:
-            return attended
-        allowed = self._allowed(layer, query.device)
-        attended = attended.clone()
-        for row, source, keys in readers:
-            chosen = [source, row] if keys == "union" else [source]
-            attended[row] = scaled_dot_product_attention(
-                query[row][None],
-                torch.cat([key[at] for at in chosen], dim=1)[None],
-                torch.cat([value[at] for at in chosen], dim=1)[None],
-                attn_mask=allowed,
-                scale=scale,
-            )[0]
-        return attended
-
-    def _collect(self, masks: AutoMasks, layer: Layer, query: Tensor, key: Tensor, scale: float) -> None:
-        pair = torch.tensor([self.control.source, self.control.target], device=query.device)
-        maps = attention_probabilities(query[pair], key[pair], scale).mean(dim=1)  # (2, N, L)
-        fields = (maps @ masks.weights.to(maps)[..., None])[..., 0]
-        self.fields.append(fields.unflatten(1, layer.grid(self.height, self.width)))
-
-    def _foreground(self) -> Tensor | None:
-        """(2, h', w') bool of source and target, by the layers that have run; None: as good as no mask."""
-        masks = self.control.masks
-        if isinstance(masks, GivenMasks):
-            return torch.stack([masks.source, masks.target])
-        if masks is None or not self.fields:
-            return None
-        fields = torch.stack(self.fields).mean(dim=0)
-        image = masks.of_image(fields)
-        low, high = image.amin(dim=(1, 2), keepdim=True), image.amax(dim=(1, 2), keepdim=True)
-        return (fields - low) / (high - low).clamp_min(torch.finfo(fields.dtype).tiny) >= masks.threshold
-
-    def _allowed(self, layer: Layer, device: torch.device) -> Tensor | None:
-        """(N, N) bool: whether a place of the target may read a place of the source. None: all of them."""
-        foreground = self._foreground()
-        if foreground is None:
-            return None
-        size = layer.grid(self.height, self.width)
-        of_source, of_target = interpolate(foreground[None].float(), size=size, mode="nearest")[0].to(device).flatten(1)
-        allowed = of_target[:, None] == of_source[None, :]
-        # Where the source has no such class there is nothing to keep to.
-        return allowed | ~allowed.any(dim=1, keepdim=True)
-
-    @override
-    def answer(self) -> Tensor | None:
-        """(2, h', w') bool: automatic foreground of source and target, by all layers."""
-        foreground = self._foreground() if self.fields else None
-        return None if foreground is None else foreground.cpu()
+def plan_of(layers: Layers, *, union: bool, masks: Masks | None) -> Plan:
+    """What all steps of an edit need room for: either half of guidance may read."""
+    if masks is not None:
+        told_by: Literal["given", "watched"] = "given" if isinstance(masks, GivenMasks) else "watched"
+        return Plan(sums=1 if told_by == "watched" else 0, reads=(Reads(layers=layers, slots=2, classes=told_by),))
+    return Plan(routes=True, reads=(Reads(layers=layers, slots=2, sources=2),)) if union else GROUPED

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -29,15 +28,16 @@ from pipeline.editing.two_branch import BranchEdit, Branches, BranchRows, two_br
 from pipeline.editing.walk import take_step
 from pipeline.engine.backbone import Offers
 from pipeline.engine.calls import EncodeText, Steps
-from pipeline.engine.controls import Block, Control, Hook, Layer, Routes
+from pipeline.engine.controls import Control, Layers, Part, Plan, Residuals, Route, TakeFeatures
 from pipeline.engine.prompts import GuidedPrompt
 from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, Trajectory
 
 # The block whose features are injected, up_blocks.1.resnets.1 of Stable Diffusion 1.x, told so that a UNet of another
 # depth has it, too.
-FEATURE_FACTOR = 4  # latents' side over the side of its features
-FEATURE_BLOCK = 1  # its place in its up block
+FEATURES = Residuals(factor=4, index_in_block=1)
+DECODER = Layers(place="up", min_index_in_place=1)  # whose queries and keys are injected: all but its first layer
+PLAN = Plan(routes=True, takes=(FEATURES,))
 
 
 class PlugAndPlay(EditingMethod):
@@ -71,7 +71,7 @@ class PlugAndPlay(EditingMethod):
     @override
     def model_problems(self, offers: Offers) -> Iterator[str]:
         yield from super().model_problems(offers)
-        if not any(block.factor == FEATURE_FACTOR and block.index_in_block == FEATURE_BLOCK for block in offers.blocks):
+        if not any(map(FEATURES.picks, offers.openings.residuals)):
             yield (
                 "plug_and_play takes features of a decoder block at a quarter of the latents' side, and this model has "
                 "none there. Use editing.method prompt_to_prompt or ledits_pp"
@@ -152,43 +152,27 @@ class PlugAndPlayEdit(BranchEdit):
     @override
     def control(self, step: int, rows: BranchRows) -> Control | None:
         assert rows.source is not None  # it reads the source at this step
-        return Injection(
-            source=rows.source,
-            rows=rows.count,
+        return injection(
+            rows.source,
+            rows.count,
             features=step < self.feature_steps,
             attention=step < self.attention_steps,
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Injection(Control):
-    """Every row of the group takes over what one of them has."""
+def injection(source: int, rows: int, *, features: bool, attention: bool) -> Control:
+    """All of a call's rows take over what one of them has.
 
-    source: int  # the row that is taken from
-    rows: int
-    features: bool  # the hidden state of the decoder block of `FEATURE_FACTOR` and `FEATURE_BLOCK`
-    attention: bool  # queries and keys of the decoder's self-attention, but for its first layer
-
-    @override
-    def hook(self, height: int, width: int, device: torch.device) -> Hook:
-        return _InjectionHook(self)
-
-
-class _InjectionHook(Hook):
-    def __init__(self, control: Injection) -> None:
-        self.control = control
-
-    @override
-    def routes(self, layer: Layer) -> Routes | None:
-        injected = layer.kind == "self" and layer.place == "up" and layer.index_in_place > 0
-        if not (self.control.attention and injected):
-            return None
-        from_source = [self.control.source] * self.control.rows
-        return Routes(from_source, from_source, list(range(self.control.rows)))
-
-    @override
-    def features(self, block: Block, hidden: Tensor) -> Tensor:
-        injected = block.factor == FEATURE_FACTOR and block.index_in_block == FEATURE_BLOCK
-        if not (self.control.features and injected):
-            return hidden
-        return hidden[self.control.source].expand_as(hidden)
+    Args:
+        source: the row that is taken from.
+        rows: how many there are.
+        features: take the hidden state of `FEATURES`.
+        attention: take queries and keys of `DECODER`.
+    """
+    parts: list[Part] = []
+    for row in range(rows):
+        if row != source and features:
+            parts.append(TakeFeatures(row, source, FEATURES))
+        if row != source and attention:
+            parts.append(Route(row=row, query=source, key=source, layers=DECODER))
+    return Control(tuple(parts), PLAN)

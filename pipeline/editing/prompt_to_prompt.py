@@ -5,15 +5,14 @@ its self-attention the source's at coarse resolution; with blend words, everythi
 the source (LocalBlend).
 
 Cost: the rows of `two_branch`; the source's rows end with the last window unless there are blend words. Masks: one,
-with blend words; else the user's or none. Memory: no attention map is kept; explicit probabilities exist for the 77
-columns of cross-attention only, in steps that read them.
+with blend words; else the user's or none. Memory: no attention map is made, but with blend words those of the 77
+columns of cross-attention at a quarter of the latents' side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -44,12 +43,11 @@ from pipeline.editing.problems import (
 from pipeline.editing.two_branch import BranchEdit, Branches, BranchRows, two_branch
 from pipeline.engine.backbone import Offers
 from pipeline.engine.calls import Steps
-from pipeline.engine.controls import Control, Hook, Layer, Routes, attention_probabilities
+from pipeline.engine.controls import Control, Layers, Mix, Part, Route, Seen, Watch
 from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, Trajectory, Window
 
-BLEND_FACTOR = 4  # latents' side over map side of the layers that LocalBlend reads
-SELF_FACTOR = 2  # self-attention is replaced in maps that are this much coarser than the latents, or more
+COARSE = Layers(min_factor=2)  # where self-attention is replaced: in maps at most half as fine as the latents
 
 
 class PromptToPrompt(EditingMethod):
@@ -86,7 +84,7 @@ class PromptToPrompt(EditingMethod):
     @override
     def model_problems(self, offers: Offers) -> Iterator[str]:
         yield from super().model_problems(offers)
-        if not any(layer.kind == "cross" for layer in offers.layers):
+        if not offers.openings.layers:
             yield (
                 f"{self.method} replaces cross-attention maps, and this model has no cross-attention. Use "
                 "editing.method ledits_pp with mask: noise, or cfg"
@@ -219,10 +217,9 @@ class PromptToPromptEdit(BranchEdit):
     @override
     def control(self, step: int, rows: BranchRows) -> Control | None:
         assert rows.source is not None  # it reads attention at this step
-        return AttentionReplacement(
-            source=rows.source,
-            target=rows.target,
-            rows=rows.count,
+        return attention_replacement(
+            rows.source,
+            rows.target,
             mapper=self.mapper,
             keep=self.keep,
             factors=self.factors,
@@ -233,12 +230,15 @@ class PromptToPromptEdit(BranchEdit):
 
     @override
     def after_step(
-        self, step: int, source: Tensor | None, target: Tensor, seen: Any
+        self, step: int, source: Tensor | None, target: Tensor, seen: Seen | None
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """LocalBlend."""
         if self.blend is None:
             return source, target, None
-        self.fields = seen if self.fields is None else self.fields + seen
+        assert seen is not None
+        assert seen.watched is not None
+        fields = seen.watched.sum(dim=0)  # every sum is of one row, or of both
+        self.fields = fields if self.fields is None else self.fields + fields
         if step + 1 <= self.first_blend_step:
             return source, target, torch.ones(target.shape[-2:], dtype=torch.bool)
         assert source is not None
@@ -271,65 +271,41 @@ def local_blend_mask(
     return (fields / highest > threshold) & (highest > 0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class AttentionReplacement(Control):
-    """What Prompt-to-Prompt does to a target row within one step (arXiv 2208.01626, section 3)."""
+def attention_replacement(
+    source: int,
+    target: int,
+    *,
+    mapper: Tensor,
+    keep: Tensor,
+    factors: Tensor,
+    active: Tensor,
+    replaces_self: bool,
+    selectors: Tensor | None,
+) -> Control:
+    """What Prompt-to-Prompt does to a target row within one step (arXiv 2208.01626, section 3).
 
-    source: int
-    target: int
-    rows: int
-    mapper: Tensor  # (L, L): source tokens in target tokens' maps
-    keep: Tensor  # (L,): 0 where a target token keeps its own map
-    factors: Tensor  # (L,) of the equalizer
-    active: Tensor  # (L,): 1 where a token's map is overwritten at this step
-    replaces_self: bool
-    selectors: Tensor | None  # (S, L) tokens whose maps are collected, source and target in turn
-
-    @override
-    def hook(self, height: int, width: int, device: torch.device) -> Hook:
-        return _ReplacementHook(self, height, width)
-
-
-class _ReplacementHook(Hook):
-    def __init__(self, control: AttentionReplacement, height: int, width: int) -> None:
-        self.control, self.height, self.width = control, height, width
-        self.overwrites = bool(control.active.any())
-        self.collected: list[Tensor] = []
-
-    @override
-    def routes(self, layer: Layer) -> Routes | None:
-        """Self-attention maps are replaced by attending with the source's queries and keys: no map is made."""
-        if layer.kind != "self" or not self.control.replaces_self or layer.factor < SELF_FACTOR:
-            return None
-        own = list(range(self.control.rows))
-        replaced = [self.control.source if row == self.control.target else row for row in own]
-        return Routes(replaced, replaced, own)
-
-    @override
-    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, scale: float, attended: Tensor) -> Tensor:
-        """Cross-attention maps are mixed from the source's and the target's own."""
-        control = self.control
-        collects = control.selectors is not None and layer.place != "mid" and layer.factor == BLEND_FACTOR
-        if layer.kind != "cross" or not (self.overwrites or collects):
-            return attended
-        pair = torch.tensor([control.source, control.target], device=query.device)
-        of_source, of_target = attention_probabilities(query[pair], key[pair], scale)  # (heads, N, L) each
-        if self.overwrites:
-            mapper, keep, factors, active = (
-                tensor.to(of_source) for tensor in (control.mapper, control.keep, control.factors, control.active)
-            )
-            replaced = (of_source @ mapper + (1 - keep) * of_target) * factors
-            of_target = active * replaced + (1 - active) * of_target
-            attended = attended.clone()
-            attended[control.target] = of_target.to(value.dtype) @ value[control.target]
-        if collects and control.selectors is not None:
-            selectors = control.selectors.to(of_source)
-            maps = torch.stack([of_source.mean(dim=0), of_target.mean(dim=0)])  # (2, N, L)
-            fields = torch.cat([(maps @ pair_of[..., None])[..., 0] for pair_of in selectors.unflatten(0, (-1, 2))])
-            self.collected.append(fields.unflatten(1, layer.grid(self.height, self.width)))
-        return attended
-
-    @override
-    def answer(self) -> Tensor | None:
-        """(S, h', w'): what the selected tokens attended to, mean over heads and layers."""
-        return torch.stack(self.collected).mean(dim=0).cpu() if self.collected else None
+    Args:
+        source: the row that is read.
+        target: the row that changes.
+        mapper: (L, L), source tokens in target tokens' maps.
+        keep: (L,), 0 where a target token keeps its own map.
+        factors: (L,) of the equalizer.
+        active: (L,), 1 where a token's map is overwritten at this step.
+        replaces_self: whether self-attention is overwritten, too.
+        selectors: (S, L) tokens whose maps are collected, of source and target in turn. The S fields are the sums of
+            what both rows watch: the target's map is made of the source's and its own.
+    """
+    parts: list[Part] = []
+    shares = factors.double() * active  # the float64 networks of golden replays see the folding's rounding
+    take, own = mapper * shares, (1 - keep) * shares + (1 - active)
+    if active.any():
+        parts.append(Mix(row=target, source=source, take=take, keep=own))
+    if replaces_self:
+        # Self-attention maps are replaced by attending with the source's queries and keys: no map is made.
+        parts.append(Route(row=target, query=source, key=source, layers=COARSE))
+    if selectors is not None:
+        of_source, of_target = selectors.double()[0::2], selectors.double()[1::2]
+        watched_at_source = torch.stack([of_source, of_target @ take.T], dim=1).flatten(0, 1)
+        watched_at_target = torch.stack([torch.zeros_like(of_target), of_target * own], dim=1).flatten(0, 1)
+        parts += [Watch(source, watched_at_source), Watch(target, watched_at_target)]
+    return Control(tuple(parts))

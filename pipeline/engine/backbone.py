@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.diffusion.levels import Schedule
 from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall
-from pipeline.engine.controls import Block, Layer
+from pipeline.engine.controls import WATCHED_FACTOR, Openings
 from pipeline.errors import EditError
 
 
@@ -30,43 +30,32 @@ class ModelRecord:
 class Offers:
     """What a model offers to methods, as its configuration tells without its weights. Methods say what they need."""
 
-    layers: tuple[Layer, ...] = ()  # attention layers that a call may watch and route
-    blocks: tuple[Block, ...] = ()  # decoder blocks whose features a call may take over
-    watched_factor: int | None = None  # latents' side over the side of watched maps; None: no maps can be had
+    openings: Openings = field(default_factory=Openings)  # where calls may let controls in
     inputs: frozenset[str] = frozenset()  # what it must be given beside the latents, by name
     embedding_gradients: bool = False  # of a prediction with respect to the text's embedding
     # Why it cannot be guided away from a prompt or walked backwards: it was distilled to few steps or to one guidance.
     # "": it can be.
     distilled: str = ""
 
-    def grids_at(self, kind: Literal["self", "cross"], factor: int) -> bool:
-        """Whether there are attention layers of a kind outside the middle, whose map is so much coarser."""
-        return any(one.kind == kind and one.place != "mid" and one.factor == factor for one in self.layers)
-
     @property
-    def transformer_blocks(self) -> int:
-        """Their number; those of `layers` count from 0."""
-        return len({layer.index for layer in self.layers})
-
-    def is_watchable(self, height: int, width: int) -> bool:
-        """Whether attention maps can be had of latents (height, width)."""
-        factor = self.watched_factor
-        return factor is not None and not height % factor and not width % factor
+    def watches(self) -> bool:
+        """Whether it has cross-attention maps of the size that is watched."""
+        return bool(self.openings.watched)
 
     def check_watchable(self, height: int, width: int) -> None:
         """Refuse latents (height, width) of which no attention maps can be had.
 
         Raises:
-            EditError: names the grids that there are.
+            EditError: names the grid that would be needed, and those that there are.
         """
-        if self.is_watchable(height, width):
+        if self.watches and not height % WATCHED_FACTOR and not width % WATCHED_FACTOR:
             return
-        crossing = sorted({one.factor for one in self.layers if one.kind == "cross" and one.place != "mid"})
-        grids = ", ".join(f"{-(-height // f)}x{-(-width // f)}" for f in crossing) or "none"
-        factor = self.watched_factor or 4
+        grids = sorted({layer.grid(height, width) for layer in self.openings.layers if layer.place != "mid"})
         raise EditError(
-            f"attention masks are read from maps of {height / factor:g}x{width / factor:g} here, and this model has "
-            f"cross-attention at {grids}. Set editing.mask: noise, use another image size, or another checkpoint"
+            f"attention masks are read from maps of a quarter of the latents' side, {height / WATCHED_FACTOR:g}x"
+            f"{width / WATCHED_FACTOR:g} here, and this model has attention at "
+            f"{', '.join(f'{rows}x{columns}' for rows, columns in grids) or 'none'}. Set editing.mask: noise, use "
+            f"sides that are multiples of {WATCHED_FACTOR} latents, or another checkpoint"
         )
 
 

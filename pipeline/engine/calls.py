@@ -22,7 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from pipeline.diffusion.levels import Level, Prediction
-from pipeline.engine.controls import Control
+from pipeline.engine.controls import PLAIN, Control, Plan, Seen, Where
 
 T = TypeVar("T")
 
@@ -108,7 +108,8 @@ class Denoise:
 
     `watch` names, per row, the token positions whose cross-attention at a quarter of the latents' side is wanted
     (averaged over heads and over the down and up blocks' layers of that grid, summed over the tokens). An empty
-    sequence watches nothing and costs nothing. Watching does not change a prediction.
+    sequence watches nothing and costs nothing. Watching does not change a prediction. With a control, watch by its
+    `Watch` parts.
 
     `cotangent` asks for gradients too: of a function of each row's prediction with respect to that row's text
     embedding. It takes a prediction (C, h, w) to the function's gradient there, by both halves. It costs two rows more
@@ -136,7 +137,7 @@ class Denoised:
 
     predictions: Prediction  # (R, C, h, w), whatever the checkpoint puts out
     attention: Tensor | None  # (R, h/4, w/4), zero for rows that watched nothing; None without `watch`
-    seen: Any = None  # what the control recorded
+    seen: Seen | None = None  # what the control recorded
     embedding_grads: Tensor | None = None  # (R, L, D) float32 or wider; None without `cotangent`
 
 
@@ -147,11 +148,11 @@ class NetworkCall:
     latents: Tensor  # (R, C, h, w), on the CPU
     levels: Sequence[Level]  # R
     conditioning: Sequence[Conditioning]  # R
-    watch: Tensor | None = None  # (R, L) weights of the tokens whose attention is summed
-    # For each row the first one of the same latents and timestep, itself where there is none before it.
-    first_alike: Sequence[int] | None = None
+    watch: Tensor | None = None  # (R, S, L) weights of the tokens whose attention is summed, S by the plan
     beside: Mapping[str, Tensor] = field(default_factory=dict)  # (R, ...) by name
-    controls: Sequence[tuple[slice, Control]] = ()  # groups of rows, and what controls them
+    controls: Sequence[tuple[int, Control]] = ()  # first row of each group that is there, and what controls it
+    plan: Plan = PLAIN
+    group: int = 1  # rows of a group
     cotangents: Sequence[Callable[[Prediction], Prediction]] | None = None  # R
 
 
@@ -160,8 +161,8 @@ class NetworkAnswer:
     """What the model answers."""
 
     predictions: Prediction  # (R, C, h, w)
-    attention: Tensor | None = None  # (R, h/4, w/4), where watched
-    seen: Sequence[Any] = ()  # what each control recorded
+    attention: Tensor | None = None  # (R, S, h/4, w/4), where watched
+    recorded: Mapping[Where, Tensor] = field(default_factory=dict)  # (slots of all groups, C, h', w') by block
     embedding_grads: Tensor | None = None  # (R, L, D)
 
 

@@ -1,21 +1,35 @@
-"""Controls: how the rows of one `Denoise` call may read each other inside the network, and what is recorded there.
+"""Controls: how the rows of one `Denoise` call read each other inside the network, what is added, what is recorded.
 
-A control travels with its call. For one network call the model asks it for a `Hook`, which sees the attention layers
-and residual blocks in the order in which they run, and gives what it recorded at the end; after the call nothing is
-left behind, so a call may be repeated. All rows of a call with a control share one network call: they are a group.
+A control is data: numbers, rows by their place in the call, layers by their names. It holds no code that runs inside
+the model. The rows of a call with a control are a group and share one network call.
+
+A network call carries the parts of all its groups as two tensors (`stacking.py`). Which parts there are, and for how
+many rows, says the `Plan`. It follows from settings alone, never from a step's numbers, so that rows of one kind always
+meet the same computation, and a compiled network is one graph per kind.
+
+Order within a layer. A `Route` picks queries, keys and values; the layer attends; a `Mix` adds to the result, a `Read`
+takes its place, both from the queries, keys and values before any route; then `Blend`. Behind a transformer block comes
+`Add`; `Record` sees what the block wrote without it. `Watch` reads queries and keys before any route and changes
+nothing.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 NetworkPart = Literal["down", "mid", "up"]
+
+WATCHED_FACTOR = 4  # latents' side over the side of the maps that are watched (LEDITS++, section 3.3)
+
+# Classes of places in a `Read`, as sets of bits: a place reads the places that it shares a bit with. One that would
+# read none reads all that are not hidden.
+HIDDEN, BACKGROUND, FOREGROUND, ANY = 0, 1, 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,64 +47,330 @@ class Layer:
         return -(-height // self.factor), -(-width // self.factor)
 
 
+def watched_grid(height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of what is watched on latents of (height, width)."""
+    return -(-height // WATCHED_FACTOR), -(-width // WATCHED_FACTOR)
+
+
 @dataclass(frozen=True, slots=True)
-class Block:
-    """One residual block of the UNet's decoder."""
+class ResidualBlock:
+    """One residual block of the network's decoder."""
 
     index: int  # of its up block, in order of execution, from 0
     index_in_block: int
     factor: int  # latents' side over the side of its features
 
 
-class Routes(NamedTuple):
-    """For each row of the group, the row whose queries, keys and values it attends with. Fused attention throughout."""
+@dataclass(frozen=True, slots=True)
+class Transformer:
+    """One stack of transformer layers: what it writes, output minus input, can be added to and recorded."""
 
-    query: Sequence[int]
-    key: Sequence[int]
-    value: Sequence[int]
-
-
-class Hook:
-    """What one control does in one network call. Overrides what it needs; the rest leaves everything as it is."""
-
-    def routes(self, layer: Layer) -> Routes | None:
-        """Before a layer attends: whose queries, keys and values each row uses. None: its own."""
-        return None
-
-    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, scale: float, attended: Tensor) -> Tensor:
-        """After a layer has attended.
-
-        Args:
-            layer: which.
-            query: (R, heads, N, d) of the group, before any route.
-            key: (R, heads, M, d), as are the values; M is N, or L tokens in cross-attention.
-            value: see key.
-            scale: that scores are multiplied with.
-            attended: (R, heads, N, d), the layer's fused result. Not to be changed in place.
-
-        Returns:
-            The result to go on with.
-        """
-        return attended
-
-    def features(self, block: Block, hidden: Tensor) -> Tensor:
-        """Hidden state (R, C, h', w') of a decoder block after its second convolution, before its shortcut is added."""
-        return hidden
-
-    def answer(self) -> Any:
-        """What was recorded, tensors on the CPU; the `seen` of `Denoised`."""
-        return None
+    place: NetworkPart
+    index_in_place: int  # among those of its place, from 0
+    factor: int  # latents' side over the side of its hidden state
+    channels: int
 
 
-class Control(ABC):
-    """Describes a hook. Immutable, and the same for every call that repeats it."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Openings:
+    """Where a network lets controls in, in order of execution. One per model."""
 
-    @abstractmethod
-    def hook(self, height: int, width: int, device: torch.device) -> Hook:
-        """A fresh hook for a network call on latents of (height, width)."""
+    layers: tuple[Layer, ...] = ()  # self-attention, one per transformer block
+    watched: frozenset[int] = frozenset()  # indices of those whose cross-attention is watched
+    residuals: tuple[ResidualBlock, ...] = ()
+    transformers: tuple[Transformer, ...] = ()
+
+    def transformer(self, where: Where) -> Transformer | None:
+        """The one of a name, if there is one."""
+        named = (one for one in self.transformers if (one.place, one.index_in_place) == where)
+        return next(named, None)
 
 
-def attention_probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Softmax of the scores, (..., N, M), in float32 or wider."""
-    scores = (query @ key.transpose(-1, -2)) * scale
-    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+Where = tuple[NetworkPart, int]
+"""Names a `Transformer`: its place, and which one there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layers:
+    """Chooses self-attention layers: those that fulfil every condition."""
+
+    place: NetworkPart | None = None
+    min_factor: int = 1
+    max_factor: int | None = None
+    min_index: int = 0
+    min_index_in_place: int = 0
+    indices: frozenset[int] | None = None
+
+    def picks(self, layer: Layer) -> bool:
+        """Whether a layer is one of them."""
+        return (
+            layer.kind == "self"
+            and self.place in (None, layer.place)
+            and self.min_factor <= layer.factor
+            and (self.max_factor is None or layer.factor <= self.max_factor)
+            and layer.index >= self.min_index
+            and layer.index_in_place >= self.min_index_in_place
+            and (self.indices is None or layer.index in self.indices)
+        )
+
+
+@lru_cache(maxsize=1024)
+def resolved(layers: Layers, openings: Openings) -> frozenset[int]:
+    """Indices of the transformer blocks that a choice means in a network."""
+    return frozenset(layer.index for layer in openings.layers if layers.picks(layer))
+
+
+@dataclass(frozen=True, slots=True)
+class Residuals:
+    """Chooses residual blocks of the decoder."""
+
+    factor: int
+    index_in_block: int
+
+    def picks(self, block: ResidualBlock) -> bool:
+        """Whether a block is one of them."""
+        return (block.factor, block.index_in_block) == (self.factor, self.index_in_block)
+
+
+# What follows are the parts of a control. Rows are places in the call, from 0; tensors lie on the CPU; L is the number
+# of keys of cross-attention, h and w are the latents' size, h' and w' that of a layer's map.
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Watch:
+    """Record S sums over tokens of a row's own cross-attention, mean over heads and over the watched layers."""
+
+    row: int
+    weights: Tensor  # (S, L)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Route:
+    """A row's self-attention uses other rows' queries, keys or values. None: its own."""
+
+    row: int
+    layers: Layers
+    query: int | None = None
+    key: int | None = None
+    value: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Mix:
+    """In every cross-attention layer a row's map becomes `map(source) @ take + map(row) * keep`."""
+
+    row: int
+    source: int
+    take: Tensor  # (L, L)
+    keep: Tensor  # (L,)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GivenClasses:
+    """Classes of places, nearest neighbours in maps of other sizes."""
+
+    own: Tensor  # (h, w) integers, of the row that reads
+    theirs: Tensor  # (J, h, w), of the rows that are read
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WatchedClasses:
+    """Foreground where a row's first watched sum reaches a share of its range, by the watched layers that have run."""
+
+    own: int  # a watched row, for the row that reads
+    theirs: int  # for the row that is read; there is one
+    threshold: float
+    image: Tensor  # (h/4, w/4) bool: where the range is taken; without the padding of an image
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Read:
+    """A row's self-attention reads J rows' places side by side; with classes, every place those of its class."""
+
+    row: int
+    sources: tuple[int, ...]  # J; itself where it keeps its own
+    layers: Layers
+    classes: GivenClasses | WatchedClasses | None = None
+
+    @property
+    def told_by(self) -> Literal["given", "watched"] | None:
+        """Where its classes come from."""
+        if self.classes is None:
+            return None
+        return "given" if isinstance(self.classes, GivenClasses) else "watched"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TakeFeatures:
+    """The hidden state of a row behind the second convolution of residual blocks, before their shortcut, becomes that
+    of another."""
+
+    row: int
+    source: int
+    blocks: Residuals
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Blend:
+    """After self-attention a row takes a share of other places' result, the rest stays its own. N places, row by row.
+
+    Everything is read before anything is written.
+    """
+
+    row: int
+    layers: Layers  # of one size of map
+    sources: Tensor  # (N,) rows
+    places: Tensor  # (N,) places of these
+    shares: Tensor  # (N,)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Add:
+    """Add K directions to what a transformer block gives, `maps[k] * directions[k]` at each place."""
+
+    row: int
+    where: Where
+    directions: Tensor  # (K, C)
+    maps: Tensor  # (K, h', w')
+    relative: bool = False  # times the length of what the block wrote at the place
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Record what a transformer block wrote, (C, h', w')."""
+
+    row: int
+    where: Where
+
+
+Part = Watch | Route | Mix | Read | TakeFeatures | Blend | Add | Record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reads:
+    """Room for the `Read`s of a group."""
+
+    layers: Layers
+    slots: int
+    sources: int = 1  # J
+    classes: Literal["given", "watched"] | None = None
+
+    def suits(self, part: Read) -> bool:
+        """Whether a part finds its place here; one without classes reads everything."""
+        same = (part.layers, len(part.sources)) == (self.layers, self.sources)
+        return same and part.told_by in (None, self.classes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blends:
+    """Room for the `Blend`s of a group."""
+
+    layers: Layers
+    slots: int
+
+    def suits(self, part: Blend) -> bool:
+        """Whether a part finds its place here."""
+        return part.layers == self.layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adds:
+    """Room for the `Add`s of a group."""
+
+    where: Where
+    slots: int
+    directions: int = 1  # K, at most
+
+    def suits(self, part: Add) -> bool:
+        """Whether a part finds its place here."""
+        return part.where == self.where and len(part.directions) <= self.directions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Records:
+    """Room for the `Record`s of a group."""
+
+    where: Where
+    slots: int
+
+    def suits(self, part: Record) -> bool:
+        """Whether a part finds its place here."""
+        return part.where == self.where
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Which parts the calls of a kind have, and for how many rows of each group (slots)."""
+
+    sums: int = 0  # S that each row may watch
+    routes: bool = False
+    mixes: int = 0  # slots
+    reads: tuple[Reads, ...] = ()
+    takes: tuple[Residuals, ...] = ()
+    blends: tuple[Blends, ...] = ()
+    adds: tuple[Adds, ...] = ()
+    records: tuple[Records, ...] = ()
+
+
+PLAIN = Plan(sums=1)
+"""Of calls without a control."""
+
+GROUPED = Plan(sums=4, routes=True, mixes=1)
+"""Of editors whose target reads one source: they share network calls."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Control:
+    """What the rows of one call do to each other. The same data for every call that repeats it."""
+
+    parts: tuple[Part, ...]
+    plan: Plan = GROUPED
+
+    @property
+    def watches(self) -> bool:
+        """Whether cross-attention is watched."""
+        return any(isinstance(part, Watch) for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """What a control recorded."""
+
+    watched: Tensor | None  # (R, S, h/4, w/4) per row of the call, zeros for sums that nobody watched; None: no `Watch`
+    recorded: tuple[Tensor, ...] = ()  # (C, h', w') each, in the order of the `Record`s
+
+
+ROOMS: dict[type[Any], str] = {Read: "reads", Blend: "blends", Add: "adds", Record: "records"}
+"""Kinds of part that need a room, and where a plan has these."""
+
+
+class Placed(NamedTuple):
+    """A part in the room that it takes."""
+
+    part: Any
+    kind: str  # "mixes", "reads", ..., as in `Plan`
+    room: int  # which of the plan's
+    slot: int  # within its group
+
+
+def placed(control: Control) -> Iterator[Placed]:
+    """Every part that needs room, in order, with its slot.
+
+    Raises:
+        ValueError: the plan has none left for a part.
+    """
+    taken: Counter[tuple[str, int]] = Counter()
+    for part in control.parts:
+        kind = "mixes" if isinstance(part, Mix) else ROOMS.get(type(part))
+        if kind is None:
+            continue
+        rooms: Any = getattr(control.plan, kind)
+        slots = [rooms] if isinstance(part, Mix) else [room.slots if room.suits(part) else 0 for room in rooms]
+        free = [number for number, count in enumerate(slots) if taken[kind, number] < count]
+        if not free:
+            raise ValueError(
+                f"a control's plan has no room for its {type(part).__name__} of row {part.row}: {kind}={rooms}. Make a "
+                "plan that holds what all steps need"
+            )
+        yield Placed(part, kind, free[0], taken[kind, free[0]])
+        taken[kind, free[0]] += 1

@@ -31,6 +31,7 @@ from pipeline.engine.calls import (
     NetworkAnswer,
     Steps,
 )
+from pipeline.engine.control_checks import check
 from pipeline.engine.packing import Batch, CallRow, PendingCall, RowQueue, rows_per_call
 from pipeline.errors import EditError
 
@@ -279,13 +280,21 @@ class Engine:
         return conditioning
 
     def _enqueue(self, task: _Task, call: Denoise) -> None:
-        if call.watch is not None:
-            self.backbone.offers.check_watchable(*call.latents.shape[-2:])
         pending = PendingCall(task, call)
+        self._check(call)
         if rows_per_call(pending.kind, self.call_size) == 0:
             raise EditError(self._does_not_fit(pending))
         task.network_rows += call.cost
         self._queue.push(pending)
+
+    def _check(self, call: Denoise) -> None:
+        """Refuse what the model cannot do."""
+        height, width = call.latents.shape[-2:]
+        if call.watch is not None or (call.control is not None and call.control.watches):
+            self.backbone.offers.check_watchable(height, width)
+        if call.control is not None:
+            length = call.conditioning[0].embedding.shape[0]
+            check(call.control, len(call.levels), length, (height, width), self.backbone.offers.openings)
 
     def _does_not_fit(self, pending: PendingCall) -> str:
         return (
@@ -316,7 +325,7 @@ class Engine:
         return NetworkAnswer(
             predictions=answer.predictions.both(torch.Tensor.cpu),
             attention=None if answer.attention is None else answer.attention.cpu(),
-            seen=answer.seen,
+            recorded={where: written.cpu() for where, written in answer.recorded.items()},
             embedding_grads=None if answer.embedding_grads is None else answer.embedding_grads.cpu(),
         )
 

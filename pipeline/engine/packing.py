@@ -9,17 +9,30 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.diffusion.levels import Prediction, stacked
 from pipeline.engine.calls import Denoise, Denoised, NetworkAnswer, NetworkCall
+from pipeline.engine.controls import PLAIN, Plan, Seen, Watch
+from pipeline.engine.stacking import seen_by
 
-Kind = tuple[Any, ...]
-"""What the rows of one network call have in common: shapes, whether a control acts on them, whether gradients are
-wanted, and the size of their groups."""
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+"""Of named tensors."""
+
+
+class Kind(NamedTuple):
+    """What the rows of one network call have in common."""
+
+    latents: tuple[int, ...]  # shape of a row's
+    conditioning: Shapes  # of a row's parts
+    beside: Shapes  # of what a row has beside its latents
+    plan: Plan  # of its controls
+    group: int  # rows that must share a call
+    wants_gradients: bool
+
 
 GRADIENT_SHARE = 4  # a call that keeps its activations has this fraction of a plain call's rows
 
@@ -33,7 +46,7 @@ class PendingCall:
     predictions: list[Prediction | None] = field(default_factory=list)
     attention: list[Tensor | None] = field(default_factory=list)
     embedding_grads: list[Tensor | None] = field(default_factory=list)
-    seen: Any = None
+    seen: Seen | None = None
     missing: int = 0
 
     def __post_init__(self) -> None:
@@ -43,6 +56,8 @@ class PendingCall:
                 f"a Denoise call has {self.call.latents.shape[0]} latents, {rows} levels and "
                 f"{len(self.call.conditioning)} prompts; these are one per row"
             )
+        if self.call.watch is not None and self.call.control is not None:
+            raise ValueError("a Denoise call with a control watches by the control's Watch parts, not by `watch`")
         self.predictions = [None] * rows
         self.attention = [None] * rows
         self.embedding_grads = [None] * rows
@@ -51,13 +66,14 @@ class PendingCall:
     @property
     def kind(self) -> Kind:
         """What its rows have in common."""
-        return (
-            *self.call.latents.shape[1:],
-            shapes_of(self.call.conditioning[0].parts),
-            tuple((name, tensor.shape[1:]) for name, tensor in sorted(self.call.beside.items())),
-            self.call.control is not None,
-            self.call.cotangent is not None,
-            self.group,
+        call = self.call
+        return Kind(
+            latents=tuple(call.latents.shape[1:]),
+            conditioning=shapes_of(call.conditioning[0].parts),
+            beside=shapes_of({name: tensor[0] for name, tensor in call.beside.items()}),
+            plan=PLAIN if call.control is None else call.control.plan,
+            group=self.group,
+            wants_gradients=call.cotangent is not None,
         )
 
     @property
@@ -112,7 +128,7 @@ class CallRow:
         )
 
 
-def shapes_of(parts: Mapping[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def shapes_of(parts: Mapping[str, Tensor]) -> Shapes:
     """What must agree for bundles of tensors to stand in one call."""
     return tuple((name, tuple(part.shape)) for name, part in sorted(parts.items()))
 
@@ -125,9 +141,8 @@ def _place_of(latents: Tensor) -> tuple[Any, ...]:
 def rows_per_call(kind: Kind, call_size: int) -> int:
     """Rows of a network call of a kind: whole groups, and fewer where gradients are wanted. Zero where not one group
     fits. It depends on nothing else, so that a row's bits do not either."""
-    wants_gradients, group = kind[-2:]
-    size = max(group, call_size // GRADIENT_SHARE) if wants_gradients else call_size
-    return int(min(size, call_size) // group * group)
+    size = max(kind.group, call_size // GRADIENT_SHARE) if kind.wants_gradients else call_size
+    return min(size, call_size) // kind.group * kind.group
 
 
 @dataclass(slots=True)
@@ -149,53 +164,41 @@ class Batch:
     @property
     def groups(self) -> list[list[CallRow]]:
         """Its rows by group."""
-        size = self.rows[0].pending.group
+        size = self.kind.group
         return [self.rows[start : start + size] for start in range(0, len(self.rows), size)]
 
     def as_call(self, size: int) -> NetworkCall:
         """The call of `size` rows, filled up with copies of its first ones."""
-        controls = [(start, group[0].pending.call.control) for start, group in self._starts()]
+        kind = self.kind
+        controls = [(number * kind.group, group[0].pending.call.control) for number, group in enumerate(self.groups)]
         rows = [(row.pending.call, row.at) for row in self.rows]
         return NetworkCall(
             latents=torch.stack(self._padded([call.latents[at] for call, at in rows], size)),
             levels=self._padded([call.levels[at] for call, at in rows], size),
             conditioning=self._padded([call.conditioning[at] for call, at in rows], size),
             watch=self._watch(size),
-            first_alike=self._first_alike(size),
             beside=self._beside(size),
-            controls=tuple(
-                (slice(start, start + self.rows[0].pending.group), control) for start, control in controls if control
-            ),
+            controls=tuple((start, control) for start, control in controls if control is not None),
+            plan=kind.plan,
+            group=kind.group,
             cotangents=self._cotangents(size),
         )
 
-    def _starts(self) -> Iterator[tuple[int, list[CallRow]]]:
-        start = 0
-        for group in self.groups:
-            yield start, group
-            start += len(group)
-
-    def _first_alike(self, size: int) -> list[int]:
-        """Where their latents lie in memory tells which rows are alike: a method that asks for several prompts at one
-        point gives views of one tensor. Rows that only fill the call up are copies of the first."""
-        first: dict[tuple[Any, ...], int] = {}
-        alike = []
+    def _watch(self, size: int) -> Tensor | None:
+        """(size, S, L): the weights of everything that is watched; None where nothing is."""
+        length = self.rows[0].pending.call.conditioning[0].length
+        weights = torch.zeros((size, self.kind.plan.sums, length))
+        anything = False
         for number, row in enumerate(self.rows):
             call = row.pending.call
-            place = (*_place_of(call.latents[row.at]), call.levels[row.at])
-            alike.append(first.setdefault(place, number))
-        return self._padded(alike, size)
-
-    def _watch(self, size: int) -> Tensor | None:
-        calls = [(row.pending.call, row.at) for row in self.rows]
-        wanted = [call.watch[at] if call.watch is not None else () for call, at in calls]
-        if not any(len(tokens) for tokens in wanted):
-            return None
-        call, at = calls[0]
-        weights = torch.zeros((size, call.conditioning[at].length))
-        for number, tokens in enumerate(wanted):
-            weights[number, list(tokens)] = 1.0
-        return weights
+            if call.watch is not None and len(call.watch[row.at]):
+                weights[number, 0, list(call.watch[row.at])] = 1.0
+                anything = True
+            for part in () if call.control is None or row.at else call.control.parts:
+                if isinstance(part, Watch):
+                    weights[number + part.row, : len(part.weights)] = part.weights
+                    anything = True
+        return weights if anything else None
 
     def _beside(self, size: int) -> dict[str, Tensor]:
         calls = [(row.pending.call, row.at) for row in self.rows]
@@ -210,16 +213,16 @@ class Batch:
 
     def deliver(self, answer: NetworkAnswer) -> Iterator[PendingCall]:
         """Hand out the answers of a call; yields the calls that have all theirs."""
-        seen = iter(answer.seen)
         for number, row in enumerate(self.rows):
             for pending, at in row.askers:
                 pending.predictions[at] = answer.predictions[number]
                 if answer.attention is not None and pending.call.watch is not None:
-                    pending.attention[at] = answer.attention[number]
+                    pending.attention[at] = answer.attention[number, 0]
                 if answer.embedding_grads is not None:
                     pending.embedding_grads[at] = answer.embedding_grads[number]
                 if pending.call.control is not None and at == 0:
-                    pending.seen = next(seen)
+                    group = pending.group
+                    pending.seen = seen_by(pending.call.control, number, group, answer.attention, answer.recorded)
                 pending.missing -= 1
                 if pending.missing == 0:
                     yield pending

@@ -52,9 +52,9 @@ def probe_call_size(backbone: Backbone, image_size: int) -> int:
     def rows_per_second(size: int) -> float | None:
         latents = torch.zeros((size, backbone.latent_channels, side, side))
         watch = None
-        if prompt.positions and backbone.offers.watched_factor is not None:
-            watch = torch.zeros((size, prompt.length))
-            watch[:, prompt.positions[0]] = 1.0
+        if prompt.positions and backbone.offers.watches:
+            watch = torch.zeros((size, 1, prompt.length))
+            watch[:, 0, prompt.positions[0]] = 1.0
         call = NetworkCall(latents, [level] * size, [prompt] * size, watch)
         try:
             started = 0.0

@@ -85,7 +85,7 @@ class DDPMInversion(Inversion):
 
     def solver_for(self, schedule: Schedule, size: tuple[int, int]) -> Solver:
         """The N kept steps on a checkpoint's schedule; leading spacing, whatever the checkpoint samples with."""
-        # Noise is added to the last step, too, where the schedule has a level for it to end at; else what is missing is.
+        # The last step, too, has a noise map: scaled, where the schedule has a noisy level for it to end at.
         exact, last_map = self.exact_last_step, "residual" if self.exact_last_step else "none"
         if self.solver == "ddim":
             steps = schedule.steps(self.schedule_steps, size, leading=True, to_lowest=exact)

@@ -16,7 +16,7 @@ from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import Backbone, ModelRecord, Offers
 from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, Span
-from pipeline.engine.controls import Layer
+from pipeline.engine.controls import Openings
 from pipeline.engine.engine import Engine
 from pipeline.flow import edit_prepared
 from pipeline.recipe import Recipe
@@ -93,7 +93,7 @@ class ZeroBackbone(Backbone):
     latent_channels = 4
     latent_scale = 8
     multiple = 64
-    offers = Offers(watched_factor=4, embedding_gradients=True)
+    offers = Offers(openings=Openings(watched=frozenset({0})), embedding_gradients=True)
     image_size = 128  # latents of 16 x 16
 
     @override
@@ -116,26 +116,15 @@ class ZeroBackbone(Backbone):
 
     @override
     def denoise(self, call: NetworkCall) -> NetworkAnswer:
-        """Hooks run on zeros: an editor's masks come out empty, which leaves its row count as it is."""
+        """What is watched is zero everywhere: an editor's masks come out empty, which leaves its row count as it is."""
         rows, _, height, width = call.latents.shape
-        layer = Layer("cross", 0, "down", 0, 4)
-        zeros = torch.zeros(1, 1, (height // 4) * (width // 4), 1)
-        keys = torch.zeros(1, 1, 77, 1)
-        seen = []
-        for group, control in call.controls:
-            hook = control.hook(height, width, self.device)
-            size = group.stop - group.start
-            query, key = zeros.expand(size, -1, -1, -1), keys.expand(size, -1, -1, -1)
-            hook.attend(layer, query, key, key, 1.0, query)
-            seen.append(hook.answer())
         # Far from any target, so that what stops early where it has arrived does not: the count is an upper bound. For
         # the same reason the corner tells one text from another: a mask of where two texts differ is not empty.
         output = torch.full_like(call.latents, 0.0 if call.cotangents is None else 1e3)
         output[:, :, 0, 0] += torch.stack([one.embedding[0, 0] for one in call.conditioning])[:, None] / 2**32
         return NetworkAnswer(
             predictions=prediction_of("epsilon", output, call.latents, call.levels),
-            attention=None if call.watch is None else torch.zeros(rows, height // 4, width // 4),
-            seen=seen,
+            attention=None if call.watch is None else torch.zeros(rows, call.plan.sums, height // 4, width // 4),
             embedding_grads=None
             if call.cotangents is None
             else torch.zeros_like(torch.stack([one.embedding for one in call.conditioning])),

@@ -16,16 +16,15 @@ import hashlib
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle, scaled_dot_product_attention
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from typing_extensions import override
 
 from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import Backbone, ModelRecord, Offers
 from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, Span
-from pipeline.engine.controls import Block, Hook, Layer
+from pipeline.engine.controls import WATCHED_FACTOR, Layer, Openings, ResidualBlock
 from pipeline.errors import EditError
-from pipeline.models.attention import WATCHED_FACTOR
 from pipeline.models.gradients import gradients
 
 STABLE_DIFFUSION_SCHEDULE = {
@@ -37,7 +36,6 @@ STABLE_DIFFUSION_SCHEDULE = {
     "steps_offset": 1,
     "clip_sample": False,
 }
-SHOWN_TOKENS = 12  # places of the text, from the start, whose cross-attention follows the spot
 
 
 class AnalyticBackbone(Backbone):
@@ -49,12 +47,14 @@ class AnalyticBackbone(Backbone):
     text_length = 77
     # Every place that a method may name; what a control does there changes no prediction.
     offers = Offers(
-        layers=(
-            Layer("cross", 0, "down", 0, WATCHED_FACTOR),
-            *(Layer("self", number, "up", number - 1, 2 ** (3 - number)) for number in (1, 2, 3)),
+        openings=Openings(
+            layers=(
+                Layer("self", 0, "down", 0, WATCHED_FACTOR),
+                *(Layer("self", number, "up", number - 1, 2 ** (3 - number)) for number in (1, 2, 3)),
+            ),
+            watched=frozenset({0}),
+            residuals=tuple(ResidualBlock(0, number, WATCHED_FACTOR) for number in range(3)),
         ),
-        blocks=tuple(Block(0, number, WATCHED_FACTOR) for number in range(3)),
-        watched_factor=WATCHED_FACTOR,
         embedding_gradients=True,
     )
 
@@ -111,10 +111,8 @@ class AnalyticBackbone(Backbone):
 
     @override
     def denoise(self, call: NetworkCall) -> NetworkAnswer:
-        """Attention is the prompt's spot, shared by its tokens.
-
-        Hooks see one cross-attention layer whose probabilities follow the spot. What they change there changes no
-        prediction: this model's answers stay known.
+        """Each token's attention is the prompt's spot. Controls may watch it, and change no prediction: this model's
+        answers stay known.
         """
         if call.beside:
             raise EditError("the analytic model does not inpaint. Use editing.backend: masked")
@@ -134,16 +132,7 @@ class AnalyticBackbone(Backbone):
             grads = None if call.cotangents is None else gradients(predictions, context, call.cotangents)
         context = context.detach()
         grid = self.spots(context, height // WATCHED_FACTOR, width // WATCHED_FACTOR)
-        attention = None if call.watch is None else grid * call.watch.sum(dim=1)[:, None, None].to(self.dtype)
-        seen = [self._seen(control.hook(height, width, self.device), grid[rows]) for rows, control in call.controls]
-        return NetworkAnswer(predictions.both(torch.Tensor.detach), attention, seen, grads)
-
-    def _seen(self, hook: Hook, grid: Tensor) -> object:
-        """Run a hook over the one layer: the own tokens' scores are the spot's strength, those of padding are zero."""
-        query = grid.flatten(1)[:, None, :, None] * 4.0  # (R, 1, N, 1)
-        key = torch.zeros((len(grid), 1, self.text_length, 1), dtype=self.dtype)
-        key[:, :, 1:SHOWN_TOKENS] = 1.0
-        value = key.expand(-1, -1, -1, 2).clone()
-        layer = self.offers.layers[0]
-        hook.attend(layer, query, key, value, 1.0, scaled_dot_product_attention(query, key, value, scale=1.0))
-        return hook.answer()
+        attention = None
+        if call.watch is not None:
+            attention = grid[:, None] * call.watch.sum(dim=2)[:, :, None, None].to(self.dtype)
+        return NetworkAnswer(predictions.both(torch.Tensor.detach), attention, embedding_grads=grads)

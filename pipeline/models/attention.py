@@ -1,96 +1,26 @@
-"""The UNet's attention layers and decoder blocks, opened once, and the control that travels with a call.
+"""Attention that never holds a map where it need not, and attention between rows: what a call's controls do in a layer.
 
-A layer computes fused attention. What a call brings along may route queries, keys and values between the rows of a
-group before that, and look at the result after it; watched cross-attention layers also compute their probabilities,
-beside the fused result and without touching it. After a call nothing is left behind: all state is in what came along.
+All that acts here are tensors, the parts of `engine/stacking.py`; which of them there are is known from a call's
+layout, so that nothing inside the network is decided by a tensor's values.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import interpolate, pad, scaled_dot_product_attention
 
-from pipeline.engine.controls import Block, Hook, Layer, NetworkPart, attention_probabilities
-from pipeline.errors import ModelError
+from pipeline.engine.controls import ANY, BACKGROUND, FOREGROUND, HIDDEN, Layer, Where, watched_grid
+from pipeline.engine.stacking import Layout, Stacked
 
 VECTOR_WIDTH = 16  # float32 numbers that fill a CPU's vector registers well
 FEW_KEYS = 64  # filling up fewer costs more than it saves
-WATCHED_FACTOR = 4  # latent side over map side of the layers that masks are read from (LEDITS++, section 3.3)
-
-PLACES: dict[str, NetworkPart] = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}  # as they are executed
 
 
-@dataclass(slots=True)
-class CallControl:
-    """What comes along with one network call of R rows, and what was seen.
-
-    `token_weights` is (R, L) or None; each watched layer adds its heads' mean of the probabilities, summed over the
-    weighted tokens, as (R, positions) to `seen`. `hooks` act on a group of rows each.
-    """
-
-    token_weights: Tensor | None
-    hooks: Sequence[tuple[slice, Hook]] = ()
-    first_alike: Tensor | None = None  # (R,), the first row that is the same before the text is read; not with hooks
-    seen: list[Tensor] = field(default_factory=list)
-
-    def mean(self, height: int, width: int) -> Tensor | None:
-        """Mean over the watched layers, (R, h/4, w/4) for latents of (height, width); None where nothing is watched."""
-        if not self.seen:
-            return None
-        return torch.stack(self.seen).mean(dim=0).unflatten(1, (height // WATCHED_FACTOR, width // WATCHED_FACTOR))
-
-    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float) -> Tensor:
-        """Fused attention (R, heads, N, d), with every hook's routes before it and its changes after it."""
-        if layer.index == 0 and layer.kind == "self" and self.first_alike is not None:
-            # Nothing has read the text yet: rows of the same latents and timestep are still the same.
-            attended: Tensor = attention_of_distinct_rows(query, key, value, self.first_alike, scale)
-            return attended
-        attended = fused_attention(*self._routed(layer, (query, key, value)), mask, scale)
-        for rows, hook in self.hooks:
-            own = attended[rows]
-            changed = hook.attend(layer, query[rows], key[rows], value[rows], scale, own)
-            if changed is not own:
-                attended[rows] = changed
-        return attended
-
-    def _routed(self, layer: Layer, tensors: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each row's from the row that its hook names. One gather for all groups."""
-        routes = [(rows.start, hook.routes(layer)) for rows, hook in self.hooks]
-        if all(route is None for _, route in routes):
-            return tensors
-        routed: list[Tensor] = []
-        for which, tensor in enumerate(tensors):
-            order = list(range(len(tensor)))
-            for start, route in routes:
-                for row, source in enumerate(() if route is None else route[which]):
-                    order[start + row] = start + source
-            changed = order != list(range(len(tensor)))
-            routed.append(tensor[torch.tensor(order, device=tensor.device)] if changed else tensor)
-        query, key, value = routed
-        return query, key, value
-
-    def watch(self, query: Tensor, key: Tensor, scale: float) -> None:
-        """Record a watched layer."""
-        if self.token_weights is not None:
-            probabilities = attention_probabilities(query, key, scale).mean(dim=1)  # (R, N, L)
-            self.seen.append((probabilities @ self.token_weights.to(probabilities)[..., None])[..., 0])
-
-    def features(self, block: Block, hidden: Tensor) -> Tensor:
-        """A decoder block's hidden state (R, C, h', w'), with every hook's changes."""
-        for rows, hook in self.hooks:
-            own = hidden[rows]
-            changed = hook.features(block, own)
-            if changed is not own:
-                hidden = hidden.clone()
-                hidden[rows] = changed
-        return hidden
+def attention_probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Softmax of the scores, (..., N, M), in float32 or wider."""
+    scores = (query @ key.transpose(-1, -2)) * scale
+    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -115,148 +45,143 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)[..., :width]
 
 
-@torch.library.custom_op(
-    "shardedit::attention_of_distinct_rows",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor first_alike, float scale) -> Tensor",
-)
-def attention_of_distinct_rows(query: Tensor, key: Tensor, value: Tensor, first_alike: Tensor, scale: float) -> Tensor:
-    """Fused attention (R, heads, N, d) of rows of which row r has the inputs of row `first_alike[r]`.
+class Acting:
+    """The controls of one network call at work inside of it, and what they have recorded so far."""
 
-    An operator of its own, opaque to the compiler: how many rows differ changes from call to call, and every other
-    shape stays the same.
-    """
-    distinct, place = first_alike.unique(return_inverse=True)
-    return fused_attention(query[distinct], key[distinct], value[distinct], None, scale)[place].contiguous()
+    def __init__(self, stacked: Stacked) -> None:
+        self.layout: Layout = stacked.layout
+        self.parts = self.layout.views(stacked.integers, stacked.floats)
+        self.sums: list[Tensor] = []  # (R, S, h', w') per watched layer that has run
+        self.recorded: dict[int, Tensor] = {}  # (slots, C, h', w') by number of the plan's room
 
+    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """One layer's result (R, heads, N, d)."""
+        if layer.kind == "self":
+            return self._self_attention(layer, query, key, value, scale)
+        if "watch" in self.parts and layer.index in self.layout.openings.watched:
+            self._watch(query, key, scale)
+        return self._cross_attention(query, key, value, scale)
 
-@attention_of_distinct_rows.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, first_alike: Tensor, scale: float) -> Tensor:
-    return query.new_empty(query.shape)
+    def _cross_attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Maps are mixed without being made: (P_s A + P_t b) V = P_s (A V) + P_t (b V)."""
+        if not self.layout.has("mixes.0.rows"):
+            return fused_attention(query, key, value, None, scale)
+        row, source = self.parts["mixes.0.rows"].unbind(1)
+        keep, take = (self.parts[f"mixes.0.{name}"].to(value.dtype) for name in ("keep", "take"))
+        own = fused_attention(query, key, value * keep[:, None, :, None], None, scale)
+        taken = fused_attention(query[source], key[source], take[:, None] @ value[row], None, scale)
+        return own.index_add(0, row, taken)
 
+    def _watch(self, query: Tensor, key: Tensor, scale: float) -> None:
+        """Sums of explicit probabilities, in float32 or wider.
 
-class ControlledAttention:
-    """The processor of one attention layer of a transformer block.
+        A fused attention whose values are the weights gives the same without a map, rounded as the network is; on a CPU
+        it is no faster at Stable Diffusion's sizes (heads of 64 to 160 numbers, 256 to 1,024 places, 1 and 4 sums).
+        """
+        weights = self.parts["watch"]  # (R, S, L)
+        probabilities = attention_probabilities(query, key, scale).mean(dim=1)  # (R, N, L)
+        sums = probabilities @ weights.to(probabilities).transpose(1, 2)
+        grid = watched_grid(self.layout.shape.height, self.layout.shape.width)
+        self.sums.append(sums.transpose(1, 2).unflatten(2, grid))
 
-    diffusers' own processors have no place for a control that comes with the call; this one takes it as the keyword
-    `control` of `cross_attention_kwargs`.
-    """
+    def watched(self) -> Tensor | None:
+        """(R, S, h/4, w/4): mean over the layers that have run; None where none of them is watched."""
+        return torch.stack(self.sums).mean(dim=0) if self.sums else None
 
-    def __init__(self, layer: Layer) -> None:
-        self.layer = layer
-        self.watched = layer.kind == "cross" and layer.place != "mid" and layer.factor == WATCHED_FACTOR
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,  # (R, N, D)
-        encoder_hidden_states: Tensor | None = None,  # (R, L, D_text) in cross-attention
-        attention_mask: Tensor | None = None,
-        control: CallControl | None = None,
-    ) -> Tensor:
-        """Attention of one layer, (R, N, D)."""
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = (
-            states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (R, heads, N or L, d)
-            for states in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
-        )
-        if control is None:
-            attended = fused_attention(query, key, value, attention_mask, attn.scale)
-        else:
-            attended = control.attend(self.layer, query, key, value, attention_mask, attn.scale)
-            if self.watched:
-                control.watch(query, key, attn.scale)
-        attended = attended.transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](attended))
-
-
-def open_attention(unet: Any) -> None:
-    """Install the processors. Called once, when the model is loaded.
-
-    Raises:
-        ModelError: a layer is not the plain attention of a transformer block.
-    """
-    layers = attention_layers(unet)
-    processors = {}
-    for name in unet.attn_processors:
-        layer = unet.get_submodule(name.removesuffix(".processor"))
-        plain = (
-            layer.group_norm is None
-            and layer.spatial_norm is None
-            and layer.norm_q is None
-            and layer.norm_k is None
-            and layer.norm_cross is None
-            and layer.added_kv_proj_dim is None
-            and not layer.residual_connection
-            and layer.rescale_output_factor == 1.0
-        )
-        if not plain:
-            raise ModelError(
-                f"the UNet's attention layer '{name}' is not plain attention (it normalises, adds keys or has a "
-                "residual of its own). Use a Stable Diffusion 1.x or 2.x checkpoint"
+    def _self_attention(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        routed = [
+            tensor.index_select(0, self.parts["routes"][layer.index, which]) if moved else tensor
+            for which, (tensor, moved) in enumerate(
+                zip((query, key, value), self.layout.routed[layer.index], strict=True)
             )
-        processors[name] = ControlledAttention(layers[name])
-        # Past diffusers' own `forward`, which inspects its processor's signature at every call.
-        layer.forward = partial(processors[name], layer)
-    unet.set_attn_processor(processors)
+        ]
+        attended = fused_attention(routed[0], routed[1], routed[2], None, scale)
+        for number, layers in enumerate(self.layout.read_layers):
+            if layer.index in layers and self.layout.has(f"reads.{number}.rows"):
+                attended = self._read(number, layer, query, key, value, scale, attended)
+        for number, layers in enumerate(self.layout.blend_layers):
+            if layer.index in layers and self.layout.has(f"blends.{number}.rows"):
+                attended = self._blend(number, attended)
+        return attended
+
+    def _read(
+        self, number: int, layer: Layer, query: Tensor, key: Tensor, value: Tensor, scale: float, attended: Tensor
+    ) -> Tensor:
+        """Some rows' attention to the places of J rows side by side takes the place of their own."""
+        rows, used = self.parts[f"reads.{number}.rows"], self.parts[f"reads.{number}.used"]
+        reader = rows[:, 0]
+        keys, values = (
+            states[rows[:, 1:]].transpose(1, 2).flatten(2, 3)  # (E, heads, J N, d)
+            for states in (key, value)
+        )
+        read = fused_attention(query[reader], keys, values, self._readable(number, layer), scale)
+        # What slots that nobody uses have read is not written.
+        written = torch.where(used[:, None, None, None] > 0, read, attended[reader])
+        return attended.index_copy(0, reader, written)
+
+    def _readable(self, number: int, layer: Layer) -> Tensor | None:
+        """(E, 1, N, J N) bool: which places a place reads. None: all."""
+        told_by = self.layout.plan.reads[number].classes
+        if told_by is None or (told_by == "watched" and not self.sums):
+            return None
+        given = told_by == "given"  # (E, 1 + J, h, w), else (E, 2, h', w')
+        classes = self.parts[f"reads.{number}.classes"] if given else self._watched_classes(number)
+        size = layer.grid(self.layout.shape.height, self.layout.shape.width)
+        at_layer = interpolate(classes.float(), size=size, mode="nearest").to(torch.int64)
+        return readable(at_layer[:, 0].flatten(1), at_layer[:, 1:].flatten(1))[:, None]
+
+    def _watched_classes(self, number: int) -> Tensor:
+        """(E, 2, h', w'): foreground of the row that reads and of the one that is read, by the layers that have run."""
+        fields = self.watched()
+        assert fields is not None
+        fields = fields[self.parts[f"reads.{number}.watched"], 0]
+        image = self.parts[f"reads.{number}.image"][:, None] > 0
+        low = fields.masked_fill(~image, float("inf")).amin(dim=(2, 3), keepdim=True)
+        high = fields.masked_fill(~image, float("-inf")).amax(dim=(2, 3), keepdim=True)
+        share = (fields - low) / (high - low).clamp_min(torch.finfo(fields.dtype).tiny)
+        inside = share >= self.parts[f"reads.{number}.thresholds"][:, None, None, None].to(share)
+        return torch.where(inside, FOREGROUND, BACKGROUND)
+
+    def _blend(self, number: int, attended: Tensor) -> Tensor:
+        row, source, place = (self.parts[f"blends.{number}.{name}"] for name in ("rows", "sources", "places"))
+        share = self.parts[f"blends.{number}.shares"].to(attended.dtype)[:, :, None, None]  # (E, N, 1, 1)
+        other = attended[source, :, place]  # (E, N, heads, d)
+        own = attended[row].transpose(1, 2)
+        return attended.index_copy(0, row, (own * (1 - share) + other * share).transpose(1, 2))
+
+    def features(self, residual: int, hidden: Tensor) -> Tensor:
+        """A decoder block's hidden state (R, C, h', w') behind its second convolution."""
+        if residual not in self.layout.taken:
+            return hidden
+        return hidden.index_select(0, self.parts["takes"][self.layout.taken.index(residual)])
+
+    def wrote(self, where: Where, given: Tensor, output: Tensor) -> Tensor:
+        """A transformer block's output (R, C, h', w'), which it made of what it was given."""
+        plan, changed = self.layout.plan, output
+        for number, record in enumerate(plan.records):
+            if record.where == where and self.layout.has(f"records.{number}.rows"):
+                row = self.parts[f"records.{number}.rows"]
+                self.recorded[number] = output[row] - given[row]
+        for number, add in enumerate(plan.adds):
+            if add.where == where and self.layout.has(f"adds.{number}.rows"):
+                row = self.parts[f"adds.{number}.rows"]
+                directions, maps, relative = (
+                    self.parts[f"adds.{number}.{name}"].to(output.dtype) for name in ("directions", "maps", "relative")
+                )
+                added = torch.einsum("ekc,ekhw->echw", directions, maps)
+                length = (output[row] - given[row]).norm(dim=1, keepdim=True)
+                relative = relative[:, None, None, None]
+                changed = changed.index_add(0, row, added * (length * relative + (1 - relative)))
+        return changed
 
 
-def attention_layers(unet: Any) -> dict[str, Layer]:
-    """All attention layers of a UNet by the name of their processor, in order of execution.
+def readable(own: Tensor, theirs: Tensor) -> Tensor:
+    """(E, N, M) bool: which of M places each of N places reads, by their classes (E, N) and (E, M).
 
-    Layers are told by name, never by counting calls, so that other depths and image sizes work.
+    A place whose class nobody has reads all that are not hidden: there is nothing to keep to. Where all are hidden, all
+    are read.
     """
-    levels = len(unet.config.block_out_channels)
-
-    def position(name: str) -> tuple[int, ...]:
-        return (list(PLACES).index(name.split(".")[0]), *(int(part) for part in name.split(".") if part.isdigit()))
-
-    layers: dict[str, Layer] = {}
-    transformers: dict[str, Layer] = {}  # by the name of the transformer block, its self-attention
-    counts: dict[NetworkPart, int] = {"down": 0, "mid": 0, "up": 0}
-    for name in sorted(unet.attn_processors, key=lambda name: (*position(name), name)):
-        block, _, which = name.removesuffix(".processor").rpartition(".")
-        known = transformers.get(block)
-        if known is None:
-            start, level, *_ = name.split(".")
-            place = PLACES[start]
-            halvings = {"down": int(level) if level.isdigit() else 0, "mid": levels - 1}.get(place)
-            factor = 2 ** (levels - 1 - int(level) if halvings is None else halvings)
-            known = transformers[block] = Layer("self", len(transformers), place, counts[place], factor)
-            counts[place] += 1
-        layers[name] = known if which == "attn1" else dataclasses.replace(known, kind="cross")
-    return layers
-
-
-def open_decoder_blocks(unet: Any) -> None:
-    """Let the calls' hooks see the features of the decoder's residual blocks. Called once, when the model is loaded.
-
-    The hook sits behind a block's second convolution, before its shortcut is added (Plug-and-Play, arXiv 2211.12572).
-    diffusers hands `cross_attention_kwargs` to attention layers only, so the control comes by `unet.shardedit_control`,
-    which `StableDiffusion.denoise` sets for the length of a call.
-    """
-    resnets = [resnet for up_block in unet.up_blocks for resnet in up_block.resnets]
-    for block, resnet in zip(decoder_blocks(unet), resnets, strict=True):
-
-        def change(module: Any, given: Any, hidden: Tensor, block: Block = block) -> Tensor | None:
-            control: CallControl | None = unet.shardedit_control
-            return None if control is None or not control.hooks else control.features(block, hidden)
-
-        resnet.conv2.register_forward_hook(change)
-    unet.shardedit_control = None
-
-
-def decoder_blocks(unet: Any) -> tuple[Block, ...]:
-    """The residual blocks of a UNet's decoder, in order of execution."""
-    levels = len(unet.config.block_out_channels)
-    return tuple(
-        Block(index, index_in_block, 2 ** (levels - 1 - index))
-        for index, up_block in enumerate(unet.up_blocks)
-        for index_in_block in range(len(up_block.resnets))
-    )
-
-
-def cross_attention_factors(unet: Any) -> tuple[int, ...]:
-    """Downsampling factors at which the UNet has cross-attention outside its mid block, ascending."""
-    layers = attention_layers(unet).values()
-    return tuple(sorted({layer.factor for layer in layers if layer.kind == "cross" and layer.place != "mid"}))
+    theirs = torch.where((theirs == HIDDEN).all(dim=1, keepdim=True), ANY, theirs)
+    meets = torch.stack([((theirs & bit) > 0).any(dim=1) for bit in (BACKGROUND, FOREGROUND)])  # (2, E)
+    alone = ~(((own & BACKGROUND) > 0) & meets[0, :, None] | ((own & FOREGROUND) > 0) & meets[1, :, None])
+    return (torch.where(alone, ANY, own)[:, :, None] & theirs[:, None, :]) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,16 +15,12 @@ from pipeline.diffusion.levels import Prediction, prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import Backbone, ModelRecord, Offers
 from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall
+from pipeline.engine.controls import WATCHED_FACTOR
+from pipeline.engine.stacking import Shape, Stacked, stack
 from pipeline.errors import EditError
-from pipeline.models.attention import (
-    WATCHED_FACTOR,
-    CallControl,
-    open_attention,
-    open_decoder_blocks,
-)
 from pipeline.models.autoencoder import Autoencoder
-from pipeline.models.compiling import compiled
 from pipeline.models.gradients import gradients
+from pipeline.models.unet import OpenedUNet
 
 
 class Text(Protocol):
@@ -52,7 +49,7 @@ class StableDiffusion(Backbone):
         compile_unet: bool = False,
     ) -> None:
         self.unet, self.autoencoder, self.text = unet, autoencoder, text
-        self.schedule, self.offers, self.record, self.device = schedule, offers, record, device
+        self.schedule, self.record, self.device = schedule, record, device
         self.latent_scale = autoencoder.factor
         self.latent_channels = int(unet.config.out_channels)
         self.image_size = int(unet.config.sample_size) * self.latent_scale
@@ -61,10 +58,9 @@ class StableDiffusion(Backbone):
         self._dtype: torch.dtype = unet.dtype
         # Between model calls everything is float32, or wider where the networks are.
         self._outside = torch.promote_types(self._dtype, torch.float32)
-        open_attention(unet)
-        open_decoder_blocks(unet)
         unet.requires_grad_(False)
-        self._compiled = compiled(self._predict) if compile_unet else None
+        self._network = OpenedUNet(unet, compile_unet=compile_unet)
+        self.offers = dataclasses.replace(offers, openings=self._network.openings)
 
     @override
     def encode_text(self, prompt: str) -> Conditioning:
@@ -90,81 +86,33 @@ class StableDiffusion(Backbone):
         embeddings = torch.stack([one.embedding.to(self.device) for one in call.conditioning])
         added = self.text.added(call.conditioning, *inputs.shape[-2:])
         added = {name: tensor.to(self.device) for name, tensor in added.items()}
-        watch = None if call.watch is None else call.watch.to(self.device)
-        if not call.controls and call.cotangents is None:
-            # What is added beside the timestep tells rows apart from the first block on.
-            first_alike = None if added else self._first_alike(call)
-            if self._compiled is not None and watch is None and self.offers.is_watchable(*inputs.shape[-2:]):
-                # One graph for calls that watch and calls that do not: in two, a row's last bits could differ.
-                watch = torch.zeros(embeddings.shape[:2], device=self.device)
-            output, attention = (self._compiled or self._predict)(
-                inputs, times, embeddings.to(dtype), added, watch, first_alike
-            )
-            predictions = self._predictions(output, call)
-            return NetworkAnswer(predictions, attention=None if call.watch is None else attention)
         if call.cotangents is not None:
             embeddings = embeddings.detach().requires_grad_()
-        height, width = inputs.shape[-2:]
-        hooks = [(rows, control.hook(height, width, self.device)) for rows, control in call.controls]
-        own = CallControl(watch, hooks)
-        self.unet.shardedit_control = own
-        try:
-            output = self._unet(inputs, times, embeddings.to(dtype), added, own)
-        finally:
-            self.unet.shardedit_control = None
+        controls = self._controls(call, embeddings.shape[1])
+        output, watched, recorded = self._network.predict(inputs, times, embeddings.to(dtype), controls, added or None)
         predictions = self._predictions(output, call)
         grads = None if call.cotangents is None else gradients(predictions, embeddings, call.cotangents)
         return NetworkAnswer(
             predictions.both(torch.Tensor.detach),
-            attention=own.mean(height, width),
-            seen=tuple(hook.answer() for _, hook in hooks),
+            # A compiled graph watches zeros where nobody watches: in two graphs a row's last bits could differ.
+            attention=None if call.watch is None or watched is None else watched.detach(),
+            recorded={where: written.detach() for where, written in recorded.items()},
             embedding_grads=grads,
         )
 
-    def _predict(
-        self,
-        inputs: Tensor,
-        times: Tensor,
-        embeddings: Tensor,
-        added: dict[str, Tensor],
-        watch: Tensor | None,
-        first_alike: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The UNet's output and the watched attention. What is compiled, where that is asked for: tensors alone go in
-        and come out, and their shapes are one call's."""
-        control = CallControl(watch, (), first_alike)
-        output = self._unet(inputs, times, embeddings, added, control)
-        return output, control.mean(*inputs.shape[-2:])
-
-    def _unet(
-        self, inputs: Tensor, times: Tensor, embeddings: Tensor, added: dict[str, Tensor], control: CallControl
-    ) -> Tensor:
-        output: Tensor = self.unet(
-            inputs,
-            times,
-            encoder_hidden_states=embeddings,
-            added_cond_kwargs=added or None,
-            cross_attention_kwargs={"control": control},
-            return_dict=False,
-        )[0]
-        return output
+    def _controls(self, call: NetworkCall, length: int) -> Stacked | None:
+        """What acts in a call, on the device; None: nothing does."""
+        height, width = call.latents.shape[-2:]
+        shape = Shape(
+            plan=call.plan, group=call.group, rows=len(call.levels), length=length, height=height, width=width
+        )
+        openings, whole = self.offers.openings, self._network.compiles
+        stacked = stack(call.controls, call.watch, shape, openings, dtype=self._outside, whole=whole)
+        return None if stacked is None else stacked.to(self.device)
 
     def _predictions(self, output: Tensor, call: NetworkCall) -> Prediction:
         output = output.to(self._outside)
         return prediction_of(self.schedule.prediction_type, output, call.latents.to(output), call.levels)
-
-    def _first_alike(self, call: NetworkCall) -> Tensor | None:
-        """For each row the first of those that are the same until the text is read; None where it is not used.
-
-        Only on a CPU: there a slice's fused attention has the same bits in batches of any size, as the rows of two
-        calls with different numbers of distinct rows must.
-        """
-        if self.device.type != "cpu" or call.beside:
-            return None
-        rows = range(len(call.levels))
-        alike = list(call.first_alike or rows)
-        # A compiled graph is the same one whether rows are alike or not.
-        return None if self._compiled is None and alike == list(rows) else torch.tensor(alike)
 
     def _with_inpainting(self, latents: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
         """The UNet's input: latents alone, or latents, mask and masked image."""

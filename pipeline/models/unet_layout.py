@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipeline.engine.controls import Block, Layer, NetworkPart
+from pipeline.engine.controls import WATCHED_FACTOR, Layer, NetworkPart, Openings, ResidualBlock, Transformer
 
 WITHOUT_ATTENTION = ("DownBlock2D", "UpBlock2D", "UNetMidBlock2D", None)
 WITH_ATTENTION = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn")
@@ -59,13 +59,38 @@ def _per_level(value: Any, count: int) -> list[Any]:
     return [value] * count if isinstance(value, int) else list(value)
 
 
-def decoder_blocks_of(unet: Mapping[str, Any]) -> tuple[Block, ...]:
-    """The residual blocks of a UNet's decoder, in order of execution.
+def openings_of_config(unet: Mapping[str, Any]) -> Openings:
+    """Where a UNet of this configuration will let controls in, as `openings_of` tells of the built one.
 
     Raises:
         KeyError, TypeError, IndexError: the configuration is none of a UNet.
     """
+    layers = attention_layers_of(unet)
+    return Openings(
+        layers=tuple(layer for layer in layers if layer.kind == "self"),
+        watched=frozenset(
+            layer.index
+            for layer in layers
+            if layer.kind == "cross" and layer.place != "mid" and layer.factor == WATCHED_FACTOR
+        ),
+        residuals=_residuals(unet),
+        transformers=_stacks(unet),
+    )
+
+
+def _residuals(unet: Mapping[str, Any]) -> tuple[ResidualBlock, ...]:
     levels = len(unet["up_block_types"])
     layers = _per_level(unet.get("layers_per_block", 2), levels)[::-1]
     places = ((index, within) for index in range(levels) for within in range(layers[index] + 1))
-    return tuple(Block(index, within, 2 ** (levels - 1 - index)) for index, within in places)
+    return tuple(ResidualBlock(index, within, 2 ** (levels - 1 - index)) for index, within in places)
+
+
+def _stacks(unet: Mapping[str, Any]) -> tuple[Transformer, ...]:
+    channels = unet["block_out_channels"]
+    stacks: list[Transformer] = []
+    counts: dict[NetworkPart, int] = {"down": 0, "mid": 0, "up": 0}
+    for place, factor, depths in _transformers(unet):
+        for _ in depths:
+            stacks.append(Transformer(place, counts[place], factor, channels[factor.bit_length() - 1]))
+            counts[place] += 1
+    return tuple(stacks)

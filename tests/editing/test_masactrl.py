@@ -17,7 +17,6 @@ from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.direct import DirectInversion
 from pipeline.inversion.negative_prompt import NegativePromptInversion
 from pipeline.inversion.noise import NoiseStart
-from pipeline.models.attention import attention_layers
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig
 from pipeline.records import EditedLatents, EditRequest, WordPair
@@ -165,8 +164,7 @@ def test_where_no_step_is_controlled_no_foreground_was_looked_for() -> None:
 def test_by_default_the_fine_layers_of_the_decoder_are_controlled_whatever_the_unet() -> None:
     for name, expected in ((tiny_sd().record.name, list(range(10, 16))), ("demo", None)):
         backbone: Any = tiny_sd() if expected else load_backbone(ModelConfig(name=name), device="cpu")
-        layers = attention_layers(backbone.unet).values()
-        controlled = [layer for layer in layers if MasaCtrl().controls_layer(layer)]
+        controlled = [layer for layer in backbone.offers.openings.layers if MasaCtrl().layers.picks(layer)]
         assert controlled
         assert {layer.place for layer in controlled} == {"up"}
         assert expected is None or [layer.index for layer in controlled] == expected

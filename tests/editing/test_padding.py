@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.masks import above_average, attention_mask, noise_mask
-from pipeline.editing.masactrl import AutoMasks, MasaCtrl, MutualAttention
+from pipeline.editing.masactrl import AutoMasks
+from pipeline.editing.masactrl import foreground as foreground_of
 from pipeline.editing.prompt_to_prompt import local_blend_mask
 from pipeline.editing.proxedit import threshold_of
 from pipeline.engine.calls import NetworkAnswer, NetworkCall
@@ -41,11 +42,7 @@ def shown() -> Source:
 
 def foreground(fields: Tensor, of_image: Callable[[Tensor], Tensor]) -> Tensor:
     """MasaCtrl's automatic masks of two fields."""
-    masks = AutoMasks(torch.zeros((2, 77)), 0.5, of_image)
-    control = MutualAttention(settings=MasaCtrl(mask="auto"), rows=2, readers=(), source=0, target=1, masks=masks)
-    hook: Any = control.hook(12, 12, torch.device("cpu"))
-    hook.fields.append(fields)
-    return hook.answer()
+    return foreground_of(fields, AutoMasks(torch.zeros((2, 77)), 0.5, of_image))
 
 
 HALF = torch.tensor([0.5, 0.5])
@@ -109,7 +106,7 @@ class PointByPoint(AnalyticBackbone):
 
     def denoise(self, call: NetworkCall) -> NetworkAnswer:
         answer = super().denoise(call)
-        strengths = torch.stack(list(call.embeddings))[:, 0, 3, None, None, None]
+        strengths = torch.stack([one.embedding for one in call.conditioning])[:, 0, 3, None, None, None]
         bent = answer.predictions.noise + 0.3 * strengths * torch.tanh(3.0 * call.latents)
         predictions = prediction_of("epsilon", bent.detach(), call.latents, call.levels)
         return dataclasses.replace(answer, predictions=predictions)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -12,18 +10,18 @@ import pytest
 import torch
 
 from pipeline.editing.cfg import ClassifierFreeGuidance
-from pipeline.editing.plug_and_play import Injection, PlugAndPlay, resampled
-from pipeline.engine.calls import Conditioning, Denoise, NetworkCall
-from pipeline.engine.controls import Block, Hook, Layer, Routes
+from pipeline.editing.plug_and_play import DECODER, FEATURES, PlugAndPlay, injection, resampled
+from pipeline.engine.calls import Denoise
+from pipeline.engine.controls import ResidualBlock, Route, TakeFeatures, resolved
 from pipeline.engine.engine import Engine
 from pipeline.errors import PrepareError, RecipeError
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.direct import DirectInversion
 from pipeline.looking.counting import RowCounter
-from pipeline.models.attention import CallControl, open_attention, open_decoder_blocks
+from pipeline.models.unet import openings_of
 from pipeline.recipe import recipe_from
 from pipeline.records import EditRequest
-from tests.methods import analytic, invert_and_edit, levels, source, tiny_sd
+from tests.methods import analytic, invert_and_edit, source, tiny_sd
 
 N = 5
 DOG = EditRequest(source_prompt="a photo of a cat", target_prompt="a photo of a dog")
@@ -144,70 +142,35 @@ def test_outside_of_a_users_mask_the_image_stays() -> None:
     assert not torch.equal(edited.latents[:, :, :6], trajectory.latents[-1][:, :, :6])
 
 
-class Recorded(Hook):
-    """A hook, and where it acted."""
-
-    def __init__(self, hook: Hook) -> None:
-        self.hook = hook
-        self.layers: list[Layer] = []
-        self.blocks: list[Block] = []
-        self.features_seen = torch.empty(0)
-
-    def routes(self, layer: Layer) -> Routes | None:
-        routes = self.hook.routes(layer)
-        if routes is not None:
-            self.layers.append(layer)
-        return routes
-
-    def features(self, block: Block, hidden: torch.Tensor) -> torch.Tensor:
-        changed = self.hook.features(block, hidden)
-        if changed is not hidden:
-            self.blocks.append(block)
-            self.features_seen = changed
-        return changed
-
-    def answer(self) -> Any:
-        return self
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecordedInjection(Injection):
-    def hook(self, height: int, width: int, device: torch.device) -> Hook:
-        return Recorded(super().hook(height, width, device))
-
-
 def test_in_stable_diffusion_it_acts_on_the_layers_and_the_block_of_the_paper() -> None:
-    latents = torch.randn((3, 4, 12, 12), generator=torch.Generator().manual_seed(0))
-    prompts: Iterator[Conditioning] = (tiny_sd().encode_text(text) for text in ("", "snow", "a dog"))
-    control = RecordedInjection(source=0, rows=3, features=True, attention=True)
-    call = NetworkCall(latents, levels(tiny_sd(), [501] * 3), list(prompts), controls=[(slice(0, 3), control)])
-    (seen,) = tiny_sd().denoise(call).seen
-    assert [layer.index for layer in seen.layers] == list(range(8, 16))
-    assert all(layer.kind == "self" for layer in seen.layers)
-    assert seen.blocks == [Block(index=1, index_in_block=1, factor=4)]
-    assert torch.equal(seen.features_seen[1], seen.features_seen[0])
-    assert torch.equal(seen.features_seen[2], seen.features_seen[0])
+    openings = tiny_sd().offers.openings
+    assert resolved(DECODER, openings) == frozenset(range(8, 16))
+    (block,) = [block for block in openings.residuals if FEATURES.picks(block)]
+    assert block == ResidualBlock(index=1, index_in_block=1, factor=4)
 
 
 def test_it_acts_in_a_smaller_unet_too() -> None:
     from diffusers import UNet2DConditionModel
 
     config = json.loads((files("pipeline.models.demo") / "weights" / "unet" / "config.json").read_text())
-    unet = UNet2DConditionModel.from_config(config)
-    open_attention(unet)
-    open_decoder_blocks(unet)
-    hook = Recorded(Injection(source=0, rows=2, features=True, attention=True).hook(16, 16, torch.device("cpu")))
-    unet.shardedit_control = CallControl(None, hooks=[(slice(0, 2), hook)])
-    with torch.no_grad():
-        unet(
-            torch.zeros((2, config["in_channels"], 16, 16)),
-            501,
-            torch.zeros((2, 77, config["cross_attention_dim"])),
-            cross_attention_kwargs={"control": unet.shardedit_control},
-        )
-    assert [layer.index_in_place for layer in hook.layers] == list(range(1, len(hook.layers) + 1))
-    assert hook.layers
-    assert [(block.factor, block.index_in_block) for block in hook.blocks] == [(4, 1)]
+    openings = openings_of(UNet2DConditionModel.from_config(config))
+    decoder = [layer for layer in openings.layers if layer.place == "up"]
+    assert [layer for layer in decoder if DECODER.picks(layer)] == decoder[1:]
+    assert len([block for block in openings.residuals if FEATURES.picks(block)]) == 1
+
+
+def test_every_row_but_the_source_takes_what_the_windows_say() -> None:
+    def kinds(**windows: bool) -> list[tuple[str, int]]:
+        return [(type(part).__name__, part.row) for part in injection(1, 3, **windows).parts]
+
+    assert kinds(features=True, attention=False) == [("TakeFeatures", 0), ("TakeFeatures", 2)]
+    assert kinds(features=False, attention=True) == [("Route", 0), ("Route", 2)]
+    for part in injection(1, 3, features=True, attention=True).parts:
+        if isinstance(part, Route):
+            assert (part.query, part.key, part.value, part.layers) == (1, 1, None, DECODER)
+        else:
+            assert isinstance(part, TakeFeatures)
+            assert (part.source, part.blocks) == (1, FEATURES)
 
 
 def test_bad_input_is_refused() -> None:

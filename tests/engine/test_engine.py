@@ -105,14 +105,14 @@ def test_watching_attention_changes_no_prediction_and_leaves_nothing_behind() ->
     latents, prompt = source(backbone, 1).latents, backbone.encode_text("a cat with sunglasses")
     rows = (latents.expand(4, -1, -1, -1), levels(backbone, [501] * 4), [prompt] * 4)
     before = backbone.denoise(NetworkCall(*rows))
-    weights = torch.zeros((4, 77))
-    weights[:, 3] = 1.0
+    weights = torch.zeros((4, 1, 77))
+    weights[:, 0, 3] = 1.0
     watched = backbone.denoise(NetworkCall(*rows, weights))
     after = backbone.denoise(NetworkCall(*rows))
     attention = watched.attention
     assert before.attention is None
     assert attention is not None
-    assert attention.shape == (4, 3, 3)
+    assert attention.shape == (4, 1, 3, 3)
     assert 0 < float(attention.min()) <= float(attention.max()) < 1
     assert torch.equal(watched.predictions.noise, before.predictions.noise)
     assert torch.equal(after.predictions.noise, before.predictions.noise)
@@ -121,7 +121,7 @@ def test_watching_attention_changes_no_prediction_and_leaves_nothing_behind() ->
 def test_attention_over_all_tokens_sums_to_one() -> None:
     backbone = tiny_sd()
     latents, prompt = source(backbone, 1).latents, backbone.encode_text("a cat")
-    call = NetworkCall(latents[None], levels(backbone, [501]), [prompt], torch.ones((1, 77)))
+    call = NetworkCall(latents[None], levels(backbone, [501]), [prompt], torch.ones((1, 1, 77)))
     attention = backbone.denoise(call).attention
     assert attention is not None
     torch.testing.assert_close(attention, torch.ones_like(attention), atol=1e-5, rtol=0)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.engine.controls import attention_probabilities
-from pipeline.models.attention import fused_attention
+from pipeline.models.attention import attention_probabilities, fused_attention
 
 
 @pytest.mark.parametrize("width", [8, 16, 40])

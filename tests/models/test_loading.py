@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.engine.calls import NetworkCall
 from pipeline.errors import ModelError
-from pipeline.models.attention import attention_layers, cross_attention_factors
 from pipeline.models.checkpoint import Checkpoint, digest, open_checkpoint
 from pipeline.models.families.stable_diffusion import StableDiffusionFamily
 from pipeline.models.loading import load_backbone
 from pipeline.models.stable_diffusion import StableDiffusion
+from pipeline.models.unet import attention_layers, cross_attention_factors
 from pipeline.recipe import ModelConfig
 from tests.checkpoints import change, refused, small_unet
 from tests.golden.replay import TINY_SD
@@ -218,8 +218,13 @@ def test_layers_are_told_by_name() -> None:
     assert [layer.index for layer in layers if layer.place == "up" and layer.kind == "self"] == list(range(7, 16))
     assert [layer.index_in_place for layer in layers if layer.place == "up" and layer.kind == "self"] == list(range(9))
     assert cross_attention_factors(backbone.unet) == (1, 2, 4)
-    watched = [name for name, p in backbone.unet.attn_processors.items() if p.watched]
-    assert len(watched) == 5  # SD 1.x: two on the way down, three on the way up
+    assert list(backbone.offers.openings.layers) == [layer for layer in layers if layer.kind == "self"]
+    assert backbone.offers.openings.watched == {4, 5, 7, 8, 9}  # SD 1.x: two on the way down, three on the way up
+    transformers = backbone.offers.openings.transformers
+    assert [(one.place, one.factor) for one in transformers] == [
+        (layer.place, layer.factor) for layer in backbone.offers.openings.layers
+    ]
+    assert [block.factor for block in backbone.offers.openings.residuals] == [*[8] * 3, *[4] * 3, *[2] * 3, *[1] * 3]
 
 
 def test_our_attention_equals_the_librarys() -> None:
@@ -240,9 +245,10 @@ def test_a_mid_block_at_a_quarter_of_the_side_is_not_watched(checkpoint: Path) -
     small_unet(checkpoint)
     backbone = load_backbone(ModelConfig(name=str(checkpoint)), device="cpu")
     assert isinstance(backbone, StableDiffusion)
-    layers = [processor.layer for processor in backbone.unet.attn_processors.values() if processor.watched]
-    assert sorted(layer.place for layer in layers) == ["down", "up", "up"]
-    assert any(layer.place == "mid" and layer.factor == 4 for layer in attention_layers(backbone.unet).values())
+    openings = backbone.offers.openings
+    watched = [layer.place for layer in openings.layers if layer.index in openings.watched]
+    assert watched == ["down", "up", "up"]
+    assert any(layer.place == "mid" and layer.factor == 4 for layer in openings.layers)
 
 
 def test_latents_are_the_librarys_under_its_scaling_factor() -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from pipeline.models.attention import attention_layers
-from pipeline.models.unet_layout import attention_layers_of, decoder_blocks_of
+from pipeline.models.unet import attention_layers, openings_of
+from pipeline.models.unet_layout import attention_layers_of, openings_of_config
 from tests.golden.replay import TINY_SD, TINY_SDXL
 from tests.models.families.published import SD_1_5_UNET, SD_2_1_UNET, SDXL_UNET
 
@@ -37,10 +37,9 @@ def test_layers_and_blocks_told_from_a_configuration_are_those_of_the_built_unet
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
     assert attention_layers_of(config) == tuple(attention_layers(unet).values())
-    blocks = [(up, within) for up, block in enumerate(unet.up_blocks) for within in range(len(block.resnets))]
-    assert [(block.index, block.index_in_block) for block in decoder_blocks_of(config)] == blocks
-    last = len(unet.up_blocks) - 1
-    assert all(block.factor == 2 ** (last - block.index) for block in decoder_blocks_of(config))
+    told, built = openings_of_config(config), openings_of(unet)
+    for name in ("layers", "watched", "residuals", "transformers"):
+        assert getattr(told, name) == getattr(built, name)
 
 
 def test_sdxl_has_cross_attention_at_a_quarter_of_its_side() -> None:

@@ -17,11 +17,10 @@ from torch import Tensor
 from pipeline.diffusion.schedule import SCHEDULERS, NoiseSchedule
 from pipeline.engine.backbone import Offers
 from pipeline.errors import ModelError
-from pipeline.models.attention import WATCHED_FACTOR
 from pipeline.models.checkpoint import Checkpoint, Component, Components, Configurations
 from pipeline.models.families.base import Loading
 from pipeline.models.networks import check_latents, load_network
-from pipeline.models.unet_layout import KNOWN_BLOCKS, attention_layers_of, block_types, decoder_blocks_of
+from pipeline.models.unet_layout import KNOWN_BLOCKS, block_types, openings_of_config
 
 # Its levels are those of the others; what it steps along was distilled into the network.
 LATENT_CONSISTENCY = "LCMScheduler"
@@ -127,13 +126,9 @@ def offers_of(configurations: Configurations) -> Offers:
         KeyError, TypeError, IndexError: it is none of a UNet.
     """
     unet, vae = (configurations.parts[name] for name in ("unet", "vae"))
-    layers = attention_layers_of(unet)
-    watched = any(one.kind == "cross" and one.place != "mid" and one.factor == WATCHED_FACTOR for one in layers)
     inpaints = unet.get("in_channels", 4) == 2 * vae.get("latent_channels", 4) + 1
     return Offers(
-        layers=layers,
-        blocks=decoder_blocks_of(unet),
-        watched_factor=WATCHED_FACTOR if watched else None,
+        openings=openings_of_config(unet),
         inputs=frozenset({"inpaint"} if inpaints else ()),
         embedding_gradients=True,
         distilled=why_distilled(configurations),
