@@ -118,7 +118,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Task:
+class SceneEdit:
     """One image and what shall become of it."""
 
     name: str  # of the edit
@@ -140,7 +140,7 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
+class EditedScene:
     """One edited image."""
 
     pixels: Pixels
@@ -188,13 +188,13 @@ def method_of(inversion: str, editor: str, num_steps: int) -> Method:
     return Method(inversion=recipe.inversion, editing=recipe.editing)
 
 
-def tasks_of(editor: Editor, count: int, seed: int = SEED) -> list[Task]:
+def tasks_of(editor: Editor, count: int, seed: int = SEED) -> list[SceneEdit]:
     """`count` drawn scenes, the edits in turn."""
     named = [list(EDITS.items())[number % len(EDITS)] for number in range(count)]
     before = [edited(scene, **edit.before) for scene, (_, edit) in zip(fresh_scenes(count, seed), named, strict=True)]
     images = [draw(scene, IMAGE_SIZE) for scene in before]
     return [
-        Task(name, edit, scene, edited(scene, **edit.after), image, round_trip)
+        SceneEdit(name, edit, scene, edited(scene, **edit.after), image, round_trip)
         for (name, edit), scene, image, round_trip in zip(
             named, before, images, round_trips(editor, images), strict=True
         )
@@ -203,11 +203,11 @@ def tasks_of(editor: Editor, count: int, seed: int = SEED) -> list[Task]:
 
 def measure_pairs(
     editor: Editor,
-    tasks: Sequence[Task],
+    tasks: Sequence[SceneEdit],
     pairs: Iterable[tuple[str, str]],
     num_steps: int = NUM_STEPS,
     tell: Callable[[Pair], None] = lambda _: None,
-) -> tuple[list[Pair], dict[tuple[str, str], list[Outcome]]]:
+) -> tuple[list[Pair], dict[tuple[str, str], list[EditedScene]]]:
     """Edit all tasks by all pairs; return the table, and what was made, in the order of the tasks."""
     inverted: dict[tuple[Inversion, bool], list[tuple[Trajectory, int]]] = {}
     table, made = [], {}
@@ -225,7 +225,7 @@ def measure_pairs(
 
 
 def invert_all(
-    editor: Editor, inversion: Inversion, tasks: Sequence[Task], prompts: Sequence[str]
+    editor: Editor, inversion: Inversion, tasks: Sequence[SceneEdit], prompts: Sequence[str]
 ) -> list[tuple[Trajectory, int]]:
     """The tasks' trajectories, and the network rows that each took."""
 
@@ -248,7 +248,7 @@ def invert_all(
 
 def edit_all(
     engine: Engine, method: Method, requests: Sequence[EditRequest], inverted: Sequence[tuple[Trajectory, int]]
-) -> list[Outcome]:
+) -> list[EditedScene]:
     """One edit of each trajectory."""
 
     def edit(trajectory: Trajectory, request: EditRequest) -> Steps[tuple[Pixels, EditedLatents]]:
@@ -259,7 +259,7 @@ def edit_all(
     generators = (edit(trajectory, request) for (trajectory, _), request in zip(inverted, requests, strict=True))
     finished = in_order(engine.run(generators))
     return [
-        Outcome(pixels=one.value[0], latents=one.value[1], network_rows=rows + one.network_rows)
+        EditedScene(pixels=one.value[0], latents=one.value[1], network_rows=rows + one.network_rows)
         for one, (_, rows) in zip(finished, inverted, strict=True)
     ]
 
@@ -273,7 +273,7 @@ def in_order(finished: Iterator[Finished]) -> list[Finished]:
     return results
 
 
-def judge(inversion: str, editor: str, tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> Pair:
+def judge(inversion: str, editor: str, tasks: Sequence[SceneEdit], outcomes: Sequence[EditedScene]) -> Pair:
     """Compare what was made with what should have been."""
     succeeded, stayed, ious, noises = [], [], [], []
     for task, outcome in zip(tasks, outcomes, strict=True):
@@ -344,12 +344,12 @@ def as_json(table: Sequence[Pair]) -> str:
 # Pixels of the pictures: an image's side, around it, names beside and above.
 CELL, MARGIN, LABEL, HEADING = 64, 4, 130, 18
 SHOWN = 6  # images side by side
-Line = tuple[str, Sequence[Pixels]]  # a name, and the images beside it
+Strip = tuple[str, Sequence[Pixels]]  # a name, and the images beside it
 
 
-def picture(tasks: Sequence[Task], made: Mapping[tuple[str, str], Sequence[Outcome]]) -> Image.Image:
+def picture(tasks: Sequence[SceneEdit], made: Mapping[tuple[str, str], Sequence[EditedScene]]) -> Image.Image:
     """One line per pair below one of the inputs, in two blocks side by side."""
-    results: list[Line] = [
+    results: list[Strip] = [
         (f"{editor}\n{inversion}", [outcome.pixels for outcome in outcomes])
         for (inversion, editor), outcomes in made.items()
     ]
@@ -362,11 +362,11 @@ def picture(tasks: Sequence[Task], made: Mapping[tuple[str, str], Sequence[Outco
 
 
 def pictures_by_editor(
-    tasks: Sequence[Task], made: Mapping[tuple[str, str], Sequence[Outcome]]
+    tasks: Sequence[SceneEdit], made: Mapping[tuple[str, str], Sequence[EditedScene]]
 ) -> dict[str, Image.Image]:
     """For each editor the inputs, its results after every inversion, and its masks after the last one that has any."""
-    lines: dict[str, list[Line]] = {}
-    masks: dict[str, Line] = {}
+    lines: dict[str, list[Strip]] = {}
+    masks: dict[str, Strip] = {}
     for (inversion, editor), outcomes in made.items():
         lines.setdefault(editor, []).append((f"after {inversion}", [outcome.pixels for outcome in outcomes]))
         regions = [region for outcome in outcomes if (region := outcome.latents.mask) is not None]
@@ -385,11 +385,11 @@ def as_pixels(mask: Tensor) -> Pixels:
     return (mask[..., None].expand(-1, -1, 3).to(torch.uint8) * 255).numpy()
 
 
-def block(tasks: Sequence[Task], lines: Sequence[Line]) -> Image.Image:
+def block(tasks: Sequence[SceneEdit], lines: Sequence[Strip]) -> Image.Image:
     """Inputs with the names of their edits above, and lines of results below."""
     shown = tasks[:SHOWN]
     pitch = CELL + MARGIN
-    inputs: Line = ("input", [task.pixels for task in shown])
+    inputs: Strip = ("input", [task.pixels for task in shown])
     sheet = Image.new("RGB", (LABEL + pitch * len(shown), HEADING + pitch * (1 + len(lines))), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for column, task in enumerate(shown):

@@ -265,7 +265,7 @@ def refine_decoder(plan: Preset, vae: AutoencoderKL, checkpoint: Path, device: t
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class ScenePool:
     """What the UNet learns from: scenes, their latents, and where each attribute is to be seen."""
 
     scenes: list[Scene]
@@ -273,13 +273,13 @@ class Pool:
     coverage: UInt8[Tensor, "N attributes side side"]  # 255: the attribute fills the cell
 
 
-def draw_pool(plan: Preset, vae: AutoencoderKL, checkpoint: Path, device: torch.device, seed: int) -> Pool:
+def draw_pool(plan: Preset, vae: AutoencoderKL, checkpoint: Path, device: torch.device, seed: int) -> ScenePool:
     """Draw and encode the scenes once, so that a UNet step pays for neither."""
     rng = np.random.default_rng([seed, 2])
     scenes = [Scene.random(rng) for _ in range(plan.pool)]
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
-        return Pool(scenes, state["latents"], state["coverage"])
+        return ScenePool(scenes, state["latents"], state["coverage"])
     print(f"pool: drawing and encoding {plan.pool} scenes", flush=True)
     latents, coverage = [], []
     for start in range(0, plan.pool, 64):
@@ -288,7 +288,7 @@ def draw_pool(plan: Preset, vae: AutoencoderKL, checkpoint: Path, device: torch.
         with torch.no_grad(), autocast(device):
             latents.append(vae.encode(pixels).latent_dist.mean.half().cpu())
         coverage.append(torch.stack([attribute_coverage(scene) for scene in batch]))
-    pool = Pool(scenes, torch.cat(latents), torch.cat(coverage))
+    pool = ScenePool(scenes, torch.cat(latents), torch.cat(coverage))
     write_checkpoint(checkpoint, latents=pool.latents, coverage=pool.coverage)
     return pool
 
@@ -303,7 +303,7 @@ def attribute_coverage(scene: Scene) -> UInt8[Tensor, "attributes side side"]:
 def train_unet(
     plan: Preset,
     vae: AutoencoderKL,
-    pool: Pool,
+    pool: ScenePool,
     out: Path,
     device: torch.device,
     seed: int,

@@ -28,7 +28,15 @@ from pipeline.common import stopping
 from pipeline.common.partition import WHOLE, Partition
 from pipeline.common.showing import typed
 from pipeline.errors import ShardeditError
-from pipeline.looking.printing import PlainFormatter, out, say_error, show_plan, show_status, show_summary, show_verdict
+from pipeline.looking.printing import (
+    PlainFormatter,
+    out,
+    say_error,
+    show_inspection,
+    show_plan,
+    show_status,
+    show_summary,
+)
 from pipeline.models.allocator import keep_freed_memory
 
 BROKEN_PIPE = 141  # what shells make of a command that wrote to a closed pipe
@@ -54,7 +62,7 @@ Where = Annotated[
         show_default=False,
     ),
 ]
-Part = Annotated[
+PartitionOption = Annotated[
     str,
     typer.Option(
         "--partition",
@@ -93,7 +101,7 @@ def reported(debug: bool) -> Iterator[None]:
         text = shown_traceback()
         if debug:
             sys.stderr.write(text)
-        say_error(f"{type(error).__name__}: {first_line(error)}\n{verdict_on(error)}")
+        say_error(f"{type(error).__name__}: {first_line(error)}\n{whose_fault(error)}")
         if not debug:
             say_error(kept(text))
         raise typer.Exit(1) from error
@@ -107,7 +115,7 @@ def parsed_partition(text: str) -> Partition:
         raise typer.BadParameter(str(error), param_hint="--partition") from error
 
 
-def verdict_on(error: Exception) -> str:
+def whose_fault(error: Exception) -> str:
     """Whose fault an error is that nobody foresaw: a path that the system refuses is not ours."""
     from pipeline.common.showing import about_path
 
@@ -166,7 +174,7 @@ def edit(
     strict: Annotated[
         bool, typer.Option("--strict", help="End with exit code 3 where any result failed, not only too many.")
     ] = False,
-    partition: Part = "0/1",
+    partition: PartitionOption = "0/1",
     debug: Debug = False,
 ) -> None:
     """Edit every image of a dataset. The same command goes on where an earlier one stopped."""
@@ -189,7 +197,7 @@ def plan(
     overrides: Overrides = None,
     as_json: AsJson = False,
     probe: Annotated[bool, typer.Option(help="Time the model on two images; without, no time is estimated.")] = True,
-    partition: Part = "0/1",
+    partition: PartitionOption = "0/1",
     debug: Debug = False,
 ) -> None:
     """Say what a run would take: images, results, network rows, bytes, time. Nothing is edited or written."""
@@ -245,12 +253,12 @@ def verify(
         from pipeline.looking.verify import verify as check
 
         source = None if no_source else run.source
-        verdict = check(run.sink, run.record, repair=repair, source=source, source_is_needed=run.by_recipe)
+        inspection = check(run.sink, run.record, repair=repair, source=source, source_is_needed=run.by_recipe)
         if as_json:
-            print(json.dumps(verdict.as_dict(), indent=1))
+            print(json.dumps(inspection.as_dict(), indent=1))
         else:
-            show_verdict(verdict, run)
-        raise typer.Exit(0 if verdict.clean else 1)
+            show_inspection(inspection, run)
+        raise typer.Exit(0 if inspection.clean else 1)
 
 
 @app.command()

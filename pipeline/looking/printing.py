@@ -1,4 +1,4 @@
-"""What the commands print of what they found: summaries, states, verdicts, plans, as a person reads them.
+"""What the commands print of what they found: summaries, states, inspections, plans, as a person reads them.
 
 Torch and Ray take seconds to import: what needs them is imported in the functions that do.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.looking.planning import Plan
     from pipeline.looking.runs import Run
     from pipeline.looking.status import Status
-    from pipeline.looking.verify import RunVerdict
+    from pipeline.looking.verify import Inspection
     from pipeline.recipe import Recipe
     from pipeline.writing.summary import Summary
 
@@ -121,37 +121,37 @@ def first_words(message: str) -> str:
     return " ".join(message.split())[:160]
 
 
-def show_verdict(verdict: RunVerdict, run: Run) -> None:
+def show_inspection(inspection: Inspection, run: Run) -> None:
     """What is wrong, where, and what puts it right."""
     from pipeline.common.wording import count, size_text
 
-    for finding in verdict.findings:
+    for finding in inspection.findings:
         out.print(f"{finding.kind}: {finding.path}: {finding.text}", markup=False)
-    if verdict.wrong > len(verdict.findings):
-        out.print(f"... and {verdict.wrong - len(verdict.findings):,} more: {counted(verdict.by_kind)}")
+    if inspection.wrong > len(inspection.findings):
+        out.print(f"... and {inspection.wrong - len(inspection.findings):,} more: {counted(inspection.by_kind)}")
     looked = (
-        f"{count(verdict.units, 'unit')}, {count(verdict.files, 'file')}, {size_text(verdict.bytes)}; "
-        f"{verdict.done:,} results in data/, {verdict.failed:,} in quarantine/"
+        f"{count(inspection.units, 'unit')}, {count(inspection.files, 'file')}, {size_text(inspection.bytes)}; "
+        f"{inspection.done:,} results in data/, {inspection.failed:,} in quarantine/"
     )
-    if verdict.temporary:
-        found = count(verdict.temporary, "temporary file")
+    if inspection.temporary:
+        found = count(inspection.temporary, "temporary file")
         out.print(f"Note: a killed run left {found}, which nothing reads; `shardedit edit` removes what is a day old.")
-    if verdict.left_out:
-        out.print(f"Note: of the source {verdict.left_out}.", markup=False)
-    if verdict.clean:
-        out.print(f"{'Whole' if verdict.source_was_listed else 'Whole as far as run.json tells'}: {looked}.")
+    if inspection.left_out:
+        out.print(f"Note: of the source {inspection.left_out}.", markup=False)
+    if inspection.clean:
+        out.print(f"{'Whole' if inspection.source_was_listed else 'Whole as far as run.json tells'}: {looked}.")
     else:
-        out.print(f"{count(verdict.wrong, 'problem')} in {looked}.")
-    if not verdict.source_was_listed:
-        why = verdict.source_unreachable or "it was not listed. Give the recipe, which says how to open it"
+        out.print(f"{count(inspection.wrong, 'problem')} in {looked}.")
+    if not inspection.source_was_listed:
+        why = inspection.source_unreachable or "it was not listed. Give the recipe, which says how to open it"
         out.print(f"Not checked against the source: {why}", markup=False)
-    if verdict.repairs:
-        does = "Repaired" if verdict.repaired else "--repair would"
-        out.print(f"{does}: {', '.join(verdict.repairs)}.", markup=False)
-    if verdict.clean or not verdict.edit_repairs:
+    if inspection.repairs:
+        does = "Repaired" if inspection.repaired else "--repair would"
+        out.print(f"{does}: {', '.join(inspection.repairs)}.", markup=False)
+    if inspection.clean or not inspection.edit_repairs:
         return
     # Not "&&": a repair ends with 1 as well, for what it found.
-    steps = [f"shardedit verify {run.where} --repair; "] if verdict.needs_repair and not verdict.repaired else []
+    steps = [f"shardedit verify {run.where} --repair; "] if inspection.needs_repair and not inspection.repaired else []
     out.print(f"To repair: {''.join(steps)}shardedit edit {run.config}", markup=False)
 
 

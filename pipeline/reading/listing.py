@@ -25,7 +25,7 @@ from pipeline.reading import parquet
 from pipeline.reading.folder import group_files
 from pipeline.reading.local import find_local, glob_local, oddity
 from pipeline.reading.rows import IMAGE_EXTENSIONS, extension, listed, readable
-from pipeline.reading.shards import UNIT_BYTES, Format, Shard
+from pipeline.reading.shards import UNIT_BYTES, DamagedFileError, Format, NoImageColumnError, Shard
 from pipeline.reading.storage import open_fs, retrying, storage_errors
 from pipeline.reading.versions import tag_of, versions
 from pipeline.recipe import SourceConfig
@@ -263,23 +263,23 @@ def _format_of(listings: list[_Listing], source: SourceConfig) -> Format:
 
 def _named(listings: list[_Listing], suffixes: tuple[str, ...]) -> list[tuple[str, _File]]:
     """Every shard once, with a path that is unique in the source."""
-    labels = _labels([listing.base for listing in listings])
+    prefixes = _prefixes([listing.base for listing in listings])
     distinct: dict[str, tuple[str, _File]] = {}
-    for listing, label in zip(listings, labels, strict=True):
+    for listing, prefix in zip(listings, prefixes, strict=True):
         for file in listing.files:
             if _matches(file, suffixes):
-                distinct.setdefault(file.url, (label, file))
+                distinct.setdefault(file.url, (prefix, file))
     relatives = Counter(file.relative for _, file in distinct.values())
     if max(relatives.values()) == 1:
         return [(file.relative, file) for _, file in distinct.values()]
-    named = [(posixpath.join(label, file.relative), file) for label, file in distinct.values()]
+    named = [(posixpath.join(prefix, file.relative), file) for prefix, file in distinct.values()]
     path, count = Counter(path for path, _ in named).most_common(1)[0]
     if count > 1:  # web addresses that differ in their queries alone
         raise SourceError(f"{count} addresses in source.shards have the name {path}. Name each file once")
     return named
 
 
-def _labels(bases: list[str]) -> list[str]:
+def _prefixes(bases: list[str]) -> list[str]:
     """What tells base folders apart: their URLs without the leading parts that all have in common."""
     parts = [[part for part in re.split(r"[:/]+", base) if part] for base in bases]
     common = 0
@@ -301,7 +301,7 @@ def _folder_shards(listings: list[_Listing], source: SourceConfig) -> tuple[list
             around[listing.base].update({file.relative: file for file in beside.files})
     shards = []
     left_out = Counter[str]()
-    for base, label in zip(picked, _labels(list(picked)), strict=True):
+    for base, prefix in zip(picked, _prefixes(list(picked)), strict=True):
         known = around[base]
         rows = [row for row in group_files(known, source) if row.image in picked[base]]
         names = [[name for name in (row.image, row.caption, row.edit, row.mask) if name] for row in rows]
@@ -318,7 +318,7 @@ def _folder_shards(listings: list[_Listing], source: SourceConfig) -> tuple[list
         if rows:
             shards.append(
                 Shard(
-                    path=readable(label) or ".",
+                    path=readable(prefix) or ".",
                     url=base,
                     format="folder",
                     size=sum(file.size for file in used),
@@ -341,7 +341,7 @@ def _with_footers(shards: list[Shard], source: SourceConfig) -> list[Shard]:
     """
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
         read = list(pool.map(lambda shard: _with_footer(shard, source), shards))
-    problems = [(shard, problem) for shard, problem in read if isinstance(problem, parquet.NoImageColumnError)]
+    problems = [(shard, problem) for shard, problem in read if isinstance(problem, NoImageColumnError)]
     if problems and all(shard.rows is None for shard, _ in read):
         shard, problem = problems[0]
         raise SourceError(f"{public_url(shard.url)} cannot be used: {problem}")
@@ -354,7 +354,7 @@ def _with_footer(shard: Shard, source: SourceConfig) -> tuple[Shard, Exception |
         for attempt in retrying():
             with attempt, fs.open(path, "rb", block_size=1 << 20) as file:
                 try:
-                    extent = parquet.read_extent(file, source)
-                except parquet.DamagedFileError as error:
+                    footer = parquet.read_footer(file, source)
+                except DamagedFileError as error:
                     return shard, error
-    return replace(shard, rows=sum(extent.row_groups), row_groups=extent.row_groups, row_bytes=extent.row_bytes), None
+    return replace(shard, rows=sum(footer.row_groups), row_groups=footer.row_groups, row_bytes=footer.row_bytes), None

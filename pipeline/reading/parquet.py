@@ -17,8 +17,9 @@ from typing import Any, BinaryIO
 
 from pipeline.reading.channel import ClosedError, LateError
 from pipeline.reading.guarded import BreachError, Guarded, Limits, borrowed
-from pipeline.reading.packing import Labels, unpack_row
 from pipeline.reading.rows import damaged_row
+from pipeline.reading.rows_as_json import Labels, unpack_row
+from pipeline.reading.shards import DamagedFileError, NoImageColumnError
 from pipeline.recipe import SourceConfig
 from pipeline.records import ReadRow
 
@@ -31,27 +32,19 @@ PARSERS = 2  # footers that are parsed side by side
 _parsers = threading.Semaphore(PARSERS)
 
 
-class DamagedFileError(Exception):
-    """The file is no Parquet, is cut, or holds no image column."""
-
-
-class NoImageColumnError(DamagedFileError):
-    """The file is sound, but nothing in it can be an image."""
-
-
 class _DamagedGroupError(Exception):
     """A part of the file cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
-class Extent:
+class Footer:
     """What a footer says of a file's size."""
 
     row_groups: tuple[int, ...]  # rows of each
     row_bytes: int  # of a row on average, unpacked, in the row group where that is most
 
 
-def read_extent(file: BinaryIO, source: SourceConfig) -> Extent:
+def read_footer(file: BinaryIO, source: SourceConfig) -> Footer:
     """What the footer of a file says.
 
     Raises:
@@ -64,7 +57,7 @@ def read_extent(file: BinaryIO, source: SourceConfig) -> Extent:
     try:
         with _parsers, borrowed(Limits.for_parquet(source)) as guarded:
             conversation = _Conversation(guarded, file, size)
-            conversation.ask({"job": "extent", **_question(source, size, tail)}, tail)
+            conversation.ask({"job": "footer", **_question(source, size, tail)}, tail)
             head, _ = conversation.answer()
     except BreachError as breach:
         raise DamagedFileError(f"reading its footer {breach}") from None
@@ -72,7 +65,7 @@ def read_extent(file: BinaryIO, source: SourceConfig) -> Extent:
         raise NoImageColumnError(head["no_image"])
     if "damaged" in head:
         raise DamagedFileError(head["damaged"])
-    return Extent(tuple(head["row_groups"]), head["row_bytes"])
+    return Footer(tuple(head["row_groups"]), head["row_bytes"])
 
 
 def read_rows(
@@ -100,9 +93,9 @@ def read_rows(
             position += 1
         if position == stop and position > start:
             return
-        reading = _Reading(shard, source, position, stop, batch)
+        reader = _FileReader(shard, source, position, stop, batch)
         try:
-            for row in reading.rows(open_file):
+            for row in reader.rows(open_file):
                 yield row if wants(position) else None
                 position += 1
             return
@@ -112,23 +105,23 @@ def read_rows(
                 batch = 1 if isinstance(error, BreachError) else batch
                 continue
             problem = f"it {error}" if isinstance(error, BreachError) else f"{error}"
-            if not reading.row_groups:
+            if not reader.row_groups:
                 lost, message = position + 1 if stop is None else stop, f"the shard cannot be read: {problem}"
             else:
-                group, first, lost = _group_at(reading.row_groups, position)
+                group, first, lost = _group_at(reader.row_groups, position)
                 part = f"row group {group} of the shard (rows {first} to {lost - 1})"
-                verdict = f"{error}" if isinstance(error, BreachError) else f"is damaged: {error}"
-                message = f"{part} {verdict}"
+                what = f"{error}" if isinstance(error, BreachError) else f"is damaged: {error}"
+                message = f"{part} {what}"
             while position < (lost if stop is None else min(lost, stop)):
                 row = damaged_row(shard, f"@{position}", f"@{position}", position, message)
                 yield row if wants(position) else None
                 position += 1
-            if not reading.row_groups or position == sum(reading.row_groups):
+            if not reader.row_groups or position == sum(reader.row_groups):
                 return
             batch = BATCH_ROWS
 
 
-class _Reading:
+class _FileReader:
     """One attempt to read rows from a position on."""
 
     def __init__(self, shard: str, source: SourceConfig, start: int, stop: int | None, batch: int) -> None:

@@ -19,7 +19,7 @@ import datetime
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -29,19 +29,13 @@ import pyarrow.parquet as pq
 
 from pipeline.common.showing import describe
 from pipeline.reading.rows import Names, RowProblemError, listed, split_edits, unreadable
+from pipeline.reading.rows_as_json import Labels
+from pipeline.reading.shards import DamagedFileError, NoImageColumnError
 from pipeline.records import ReadRow, Sample
 from pipeline.settings.sections import SourceConfig
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "img", "image_bytes", "input_image", "input")
 KEY_COLUMNS = ("__key__", "id", "key")
-
-
-class DamagedFileError(Exception):
-    """The file is no Parquet, is cut, or holds no image column."""
-
-
-class NoImageColumnError(DamagedFileError):
-    """The file is sound, but nothing in it can be an image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +48,7 @@ class Layout:
     key: str
     row_groups: tuple[int, ...]  # rows of each
     row_bytes: int  # of a row on average, unpacked, in the row group where that is most
-    labels: Mapping[str, tuple[str, ...]]  # columns of numbers that `datasets` declares as classes: their names
+    labels: Labels
 
 
 def is_damage(error: BaseException) -> bool:
@@ -130,7 +124,7 @@ def layout_of(file: pq.ParquetFile, source: SourceConfig) -> Layout:
     )
 
 
-def _labels_of(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
+def _labels_of(schema: pa.Schema) -> Labels:
     """What the metadata of `datasets` says of columns that hold numbers of classes."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]

@@ -23,7 +23,7 @@ from pipeline.errors import ClusterError, HeldError, RecipeError, RunAborted, Si
 from pipeline.reading.shards import shard_slug
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import Recipe
-from pipeline.running.local import Executor, LocalExecutor
+from pipeline.running.in_process import Executor, LocalExecutor
 from pipeline.running.preflight import check_captions, refuse_what_the_model_lacks, rows_to_look_at
 from pipeline.running.progress import Display, Watch
 from pipeline.running.tally import Seen, over_budget

@@ -52,7 +52,7 @@ class Seen:
     shards: int = 0  # of which every unit is committed, by whichever run
     of_shards: int = 0
     estimated: bool = True  # whether `images_left` is
-    verdict: str = ""  # why the run has to stop; "" as long as it may go on
+    stop_reason: str = ""  # why the run has to stop; "" as long as it may go on
     load_error: str = ""  # why a worker could not load its model; "" where every one could
 
 
@@ -69,7 +69,7 @@ class Tally:
         self._units = self._images = self._asked = self._failed = self._in_a_row = 0
         self._images_before = 0
         self._living = 1
-        self._verdict = self._load_error = ""
+        self._stop_reason = self._load_error = ""
         self._in_flight: dict[str, InFlight] = {}
         self._sampled_rows = self._sampled_bytes = 0  # what units took of their shards
         self._lock = threading.Lock()
@@ -96,13 +96,13 @@ class Tally:
         """Count a committed unit. Returns why the run has to stop, or ""."""
         with self._lock:
             if self._extent.committed.has(manifest.unit):  # written twice, after a node was lost
-                return self._verdict
+                return self._stop_reason
             if (report := self._in_flight.pop(manifest.unit, None)) is not None:
                 self._sampled_rows += report.rows
                 self._sampled_bytes += report.bytes
             self._count(manifest)
-            self._verdict = self._verdict or self._judge()
-            return self._verdict
+            self._stop_reason = self._stop_reason or self._judge()
+            return self._stop_reason
 
     def _count(self, manifest: Manifest) -> None:
         counts = manifest.counts
@@ -144,7 +144,7 @@ class Tally:
     def stop(self, reason: str) -> None:
         """Let the next commit end the run."""
         with self._lock:
-            self._verdict = self._verdict or reason
+            self._stop_reason = self._stop_reason or reason
 
     def _judge(self) -> str:
         run = self._run
@@ -171,7 +171,7 @@ class Tally:
                 estimated=self._extent.rows is None,
                 shards=self._extent.whole_shards,
                 of_shards=self._extent.shards,
-                verdict=self._verdict,
+                stop_reason=self._stop_reason,
                 load_error=self._load_error,
             )
 

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from pipeline.common.showing import public_url
 from pipeline.errors import SinkError
 from pipeline.writing.files import NotAFileError, get, list_folder
-from pipeline.writing.manifest import Manifest, Part, split_unit_id
+from pipeline.writing.manifest import Manifest, Stored, split_unit_id
 from pipeline.writing.paths import Bits, Generation, first_problem
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Counted:
         return bool(self.shards.get(slug, {}).get(generation, 0) >> chunk & 1)
 
 
-class Baseline(Part):
+class Baseline(Stored):
     """One driver's."""
 
     generation: Generation

@@ -67,10 +67,10 @@ def left_by_merging(fs: AbstractFileSystem, root: str) -> list[str]:
     """Merged files and their contents, whether or not an index names them, relative to the run's folder."""
     folders = (*KINDS, *(f"{OUTPUT}/{kind}" for kind in KINDS))
     names = {folder: sorted(map(posixpath.basename, list_folder(fs, f"{root}/{folder}"))) for folder in folders}
-    return [path for folder in folders for name in names[folder] if is_merged(path := f"{folder}/{name}")]
+    return [path for folder in folders for name in names[folder] if belongs_to_merged(path := f"{folder}/{name}")]
 
 
-def is_merged(path: str) -> bool:
+def belongs_to_merged(path: str) -> bool:
     """Whether a path, relative to the run's folder, is that of a merged file or of its contents."""
     folder, _, name = path.rpartition("/")
     return folder.removeprefix(f"{OUTPUT}/") in KINDS and OUTPUT_NAME.fullmatch(name) is not None

@@ -9,7 +9,7 @@ from pipeline.recipe import SinkConfig
 from pipeline.writing.baseline import Baseline, Counted
 from pipeline.writing.cleaning import put_baseline
 from pipeline.writing.files import remove
-from pipeline.writing.indexing import is_merged, left_by_merging, replace_index
+from pipeline.writing.indexing import belongs_to_merged, left_by_merging, replace_index
 from pipeline.writing.lock import Claim
 from pipeline.writing.manifest import KINDS
 from pipeline.writing.merged import Index, Merged, Slot
@@ -38,7 +38,7 @@ def take_back(
         replace_index(sink, merged, Index(generation=claim.generation, slots=slots), claim)
     put_baseline(sink, Baseline.of(counted, claim.generation), claim)
     for path in broken:
-        if not is_merged(path):  # those have gone with the index
+        if not belongs_to_merged(path):  # those have gone with the index
             remove(fs, f"{root}/{path}")
 
 

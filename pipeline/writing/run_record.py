@@ -51,35 +51,35 @@ class _Named(BaseModel):
     method: str
 
 
-class _Method(BaseModel):
+class _StoredMethod(BaseModel):
     inversion: _Named
     editing: _Named
 
 
-class _Source(BaseModel):
+class _StoredSource(BaseModel):
     shards: list[str]
 
 
-class _Sink(BaseModel):
+class _StoredSink(BaseModel):
     columns: Literal[*COLUMN_NAMES]  # type: ignore[valid-type]
     format: Literal["parquet", "webdataset"]
     shard_size: Annotated[int, Field(ge=0)]
 
 
-class _Run(BaseModel):
+class _StoredRun(BaseModel):
     seed: int
     unit_size: Annotated[int, Field(ge=1)]
     max_failed_fraction: float
 
 
-class _Recipe(_Method):
+class _StoredRecipe(_StoredMethod):
     """Those parts of a recipe that readers of run.json rely on."""
 
-    source: _Source
+    source: _StoredSource
     edits: dict[str, dict[str, Any]]
-    methods: dict[str, _Method]
-    sink: _Sink
-    run: _Run
+    methods: dict[str, _StoredMethod]
+    sink: _StoredSink
+    run: _StoredRun
 
 
 class RunRecord(BaseModel):
@@ -102,7 +102,7 @@ class RunRecord(BaseModel):
     @field_validator("recipe")
     @classmethod
     def _has_what_readers_need(cls, recipe: dict[str, Any]) -> dict[str, Any]:
-        _Recipe.model_validate(recipe)
+        _StoredRecipe.model_validate(recipe)
         return recipe
 
     @field_validator("model")

@@ -17,8 +17,10 @@ from pipeline.writing.manifest import FileRecord, Manifest
 from pipeline.writing.merged import Merged
 
 SUMMARY_FILE = "summary.json"
-Outcome = Literal["complete", "complete with failures", "over the error budget", "stopped early", "partition complete"]
-EXIT_CODES: dict[Outcome, int] = {
+RunOutcome = Literal[
+    "complete", "complete with failures", "over the error budget", "stopped early", "partition complete"
+]
+EXIT_CODES: dict[RunOutcome, int] = {
     "complete": 0,
     "complete with failures": 0,  # within the budget: schedulers call a job with any other code a failed one
     "over the error budget": 1,
@@ -51,7 +53,7 @@ class Summary:
     output_bytes: int  # of data and quarantine
     failed_by_stage: dict[str, int]
     failed_by_class: dict[str, int]
-    outcome: Outcome
+    outcome: RunOutcome
     exit_code: int  # of the command
     generation: int  # of the driver that added it up; one of an earlier driver than the last is stale
 
@@ -142,7 +144,7 @@ class Totals:
     ) -> Summary:
         """What was added, as a summary. `part_complete`: the shards that are left are those of other partitions."""
         sums, seconds = self._sums, self._seconds
-        outcome: Outcome = "complete with failures" if sums["failed"] else "complete"
+        outcome: RunOutcome = "complete with failures" if sums["failed"] else "complete"
         if sums["failed"] > max_failed_fraction * sums["asked"]:
             outcome = "over the error budget"
         if not complete:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from demo_world import methods
-from demo_world.methods import EDITS, Outcome, Pair, Task, description, judge, tasks_of
+from demo_world.methods import EDITS, EditedScene, Pair, SceneEdit, description, judge, tasks_of
 from pipeline.editor import Editor
 from pipeline.models.demo.networks import IMAGE_SIZE, LATENT_SIZE
 from pipeline.models.demo.world import VOCABULARY, Scene, changed_region, draw, edited
@@ -19,16 +19,16 @@ from pipeline.records import EditedLatents
 PAIRS = [("direct", "prompt_to_prompt"), ("ddpm", "ledits_pp"), ("direct", "reconstruct")]
 
 
-def task(name: str = "sunglasses") -> Task:
+def task(name: str = "sunglasses") -> SceneEdit:
     edit = EDITS[name]
     before = edited(Scene(hat="red", beard=True), **edit.before)
     pixels = draw(before, IMAGE_SIZE)
-    return Task(name, edit, before, edited(before, **edit.after), pixels, pixels)
+    return SceneEdit(name, edit, before, edited(before, **edit.after), pixels, pixels)
 
 
-def outcome(pixels: np.ndarray, masks: torch.Tensor) -> Outcome:
+def outcome(pixels: np.ndarray, masks: torch.Tensor) -> EditedScene:
     latents = EditedLatents(latents=torch.zeros((4, LATENT_SIZE, LATENT_SIZE)), masks=masks)
-    return Outcome(pixels=pixels, latents=latents, network_rows=10)
+    return EditedScene(pixels=pixels, latents=latents, network_rows=10)
 
 
 def test_a_perfect_edit_has_perfect_figures_and_no_edit_has_none() -> None:

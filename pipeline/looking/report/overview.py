@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.common.wording import count, size_text
 from pipeline.evaluation.metrics import NAMES
 from pipeline.evaluation.verdict import HAPPENED, LOST, Verdict
-from pipeline.looking.report.selection import Key, key_of, spread
+from pipeline.looking.report.selection import Gains, Verdicts, key_of, spread
 from pipeline.looking.results import ResultRef, RunFolder
 
 MAX_LINES = 24  # of a table
@@ -244,6 +244,6 @@ def settings(section: dict[str, Any]) -> str:
     return f"{section.get('method', '')}: {', '.join(rest)}" if rest else str(section.get("method", ""))
 
 
-def scored_of(refs: Sequence[ResultRef], verdicts: Mapping[Key, Verdict], gains: Mapping[Key, float]) -> list[Scored]:
+def scored_of(refs: Sequence[ResultRef], verdicts: Verdicts, gains: Gains) -> list[Scored]:
     """Results with what is said of them."""
     return [(ref, verdicts[key_of(ref)], gains.get(key_of(ref))) for ref in refs]

@@ -37,11 +37,11 @@ from pipeline.errors import ClusterError, ModelError, RunAborted, ShardeditError
 from pipeline.reading.shards import ReadTask, shard_slug
 from pipeline.reading.units import read_units
 from pipeline.recipe import Recipe, SinkConfig, SourceConfig
-from pipeline.running.local import Executor
+from pipeline.running.in_process import Executor
 from pipeline.running.on_ray.blocks import pack_finished, pack_input, unpack_finished, unpack_input
+from pipeline.running.on_ray.data_context import data_context
 from pipeline.running.on_ray.metering import MeteredTally, WorkerMeter, run_name
 from pipeline.running.on_ray.pool_watch import stranded
-from pipeline.running.on_ray.settings import data_context
 from pipeline.running.pool import IO_CPUS, Pool, Resources, WorkerSettings, plan_pool
 from pipeline.running.tally import InFlight, Seen
 from pipeline.running.todo import Todo
@@ -141,8 +141,8 @@ class RayExecutor(Executor):
                 return
             except Exception as error:
                 left = stranded(error)
-                if left is None or self.seen().verdict:
-                    reason = self._verdict_on(error)
+                if left is None or self.seen().stop_reason:
+                    reason = self._reason_of(error)
                     if not isinstance(reason, ClusterError):  # no worker's death: those that live end with the job
                         with suppress(SinkError):
                             note_stop(self._recipe.sink, claim.generation)
@@ -152,10 +152,10 @@ class RayExecutor(Executor):
             pool = replace(pool, workers=left.workers, fewest=left.workers)  # more where a node comes after all
             log.warning("units waited for workers that are lost for good: going on with %d worker(s)", pool.workers)
 
-    def _verdict_on(self, error: Exception) -> ShardeditError:
+    def _reason_of(self, error: Exception) -> ShardeditError:
         seen, ours = self.seen(), named(error)
-        if seen.verdict:
-            return RunAborted(seen.verdict)
+        if seen.stop_reason:
+            return RunAborted(seen.stop_reason)
         if seen.load_error and isinstance(ours, ClusterError):
             return ModelError(f"a worker cannot load its model: {seen.load_error}")
         return ours
@@ -373,8 +373,8 @@ class UnitSink(Datasink[None]):
         for block in blocks:
             for finished in unpack_finished(block):
                 manifest = commit(finished, self._claim.sink, self._claim.check)
-                if verdict := ray.get(self._tally.add.remote(manifest)):
-                    raise RunAborted(verdict)
+                if reason := ray.get(self._tally.add.remote(manifest)):
+                    raise RunAborted(reason)
 
 
 def named(error: BaseException) -> ShardeditError:

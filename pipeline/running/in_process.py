@@ -88,8 +88,8 @@ class LocalExecutor(Executor):
                 stopping.check()
                 finished = self._worker.finish(unit_input, claim.generation)
                 manifest = commit(finished, self._recipe.sink, claim.check)
-                if verdict := self._tally.add(manifest):
-                    raise RunAborted(verdict)
+                if reason := self._tally.add(manifest):
+                    raise RunAborted(reason)
 
     @override
     def merge(self, sink: SinkConfig, jobs: Iterable[Job]) -> Iterator[Contents]:
