@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from pipeline.editing.base import EditingMethod
 from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.engine.backbone import Backbone
-from pipeline.engine.calls import Steps
+from pipeline.engine.calls import NetworkAnswer, NetworkCall, Steps
 from pipeline.engine.engine import Engine
 from pipeline.inversion.base import Inversion, draw_from
 from pipeline.inversion.ddpm import DDPMInversion
@@ -38,6 +39,20 @@ def analytic(dtype: torch.dtype = torch.float32) -> Backbone:
 
 
 BACKBONES = {"analytic": analytic, "tiny_sd": tiny_sd}
+
+
+def network_calls(engine: Engine) -> list[NetworkCall]:
+    """The network calls that an engine makes from now on; the list grows as it makes them."""
+    made: list[NetworkCall] = []
+    model = engine.backbone
+
+    def denoise(call: NetworkCall) -> NetworkAnswer:
+        made.append(call)
+        return model.denoise(call)
+
+    engine.backbone = copy.copy(model)  # other tests use the same model
+    engine.backbone.denoise = denoise  # type: ignore[method-assign]
+    return made
 
 
 def image_latents(backbone: Backbone, number: int, side: int = SIDE) -> Tensor:
