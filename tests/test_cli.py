@@ -342,7 +342,8 @@ def test_a_command_whose_output_nobody_takes_ends_without_a_fault(config: Path, 
 
 def test_a_file_that_is_opened_while_a_stream_is_closed_is_not_written_to_as_that_stream(tmp_path: Path) -> None:
     code = (
-        f"from pipeline.cli import whole_streams; whole_streams(); print(open({str(tmp_path / 'x')!r}, 'w').fileno())"
+        "from pipeline.looking.printing import whole_streams; whole_streams(); "
+        f"print(open({str(tmp_path / 'x')!r}, 'w').fileno())"
     )
     done = subprocess.run(
         ["bash", "-c", f'{sys.executable} -c "{code}" 0<&- 2>&-'],
