@@ -19,7 +19,8 @@ import torch
 import typer
 
 from demo_world import methods
-from demo_world.methods import SHOWN, EditedScene, Pair, cells, measure_pairs, tasks_of, valid_pairs
+from demo_world.methods import EditedScene, Pair, cells, measure_pairs, tasks_of, valid_pairs
+from demo_world.methods_pictures import SHOWN, picture, pictures_by_editor
 from pipeline.editor import Editor
 from pipeline.models.allocator import keep_freed_memory
 
@@ -88,10 +89,10 @@ def main(
     )
     (docs / "images").mkdir(exist_ok=True)
     shown = tasks_of(Editor.load(model), min(scenes, SHOWN), seed)
-    sheet = methods.picture(shown, {pair: made[pair] for pair in chosen})
+    sheet = picture(shown, {pair: made[pair] for pair in chosen})
     sheet.save(docs / "images" / "methods.png", optimize=True)
     (docs / "images" / "methods").mkdir(exist_ok=True)
-    for editor, strip in methods.pictures_by_editor(shown, {pair: made[pair] for pair in chosen}).items():
+    for editor, strip in pictures_by_editor(shown, {pair: made[pair] for pair in chosen}).items():
         strip.save(docs / "images" / "methods" / f"{editor}.png", optimize=True)
     minutes = (time.monotonic() - started) / 60
     typer.echo(f"{minutes:.1f} minutes; wrote {out}/methods.json, {docs}/methods/table.md, {docs}/images/methods.png")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from demo_world import methods
+from demo_world import methods, methods_pictures
 from demo_world.methods import EDITS, EditedScene, Pair, SceneEdit, description, judge, tasks_of
 from pipeline.editor import Editor
 from pipeline.models.demo.networks import IMAGE_SIZE, LATENT_SIZE
@@ -81,8 +81,8 @@ def test_the_table_is_measured_and_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lacks the lines"):
         methods.write_between_marks(page, "")
 
-    picture = methods.picture(tasks, made)
-    assert picture.height > 3 * methods.CELL  # the inputs, and the three pairs in two blocks
+    picture = methods_pictures.picture(tasks, made)
+    assert picture.height > 3 * methods_pictures.CELL  # the inputs, and the three pairs in two blocks
 
 
 def test_every_pair_that_a_recipe_accepts_has_settings_that_it_accepts() -> None:
