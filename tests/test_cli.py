@@ -257,7 +257,10 @@ def test_report_is_written_again(config):
 
 def test_schema_is_a_json_schema_of_the_recipe(config):
     schema = json.loads(shardedit("schema").stdout)
-    jsonschema.validate(yaml.safe_load(config.read_text()), schema)
+    recipe = yaml.safe_load(config.read_text())
+    jsonschema.validate(recipe, schema)
+    with pytest.raises(jsonschema.ValidationError, match="wrokers"):
+        jsonschema.validate(recipe | {"run": {"wrokers": 2}}, schema)
 
 
 def test_schema_as_markdown_is_what_the_recipes_page_ends_with():
