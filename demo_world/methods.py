@@ -33,9 +33,9 @@ from pipeline.models.demo.world import Attribute, Scene, changed_region, draw, e
 from pipeline.recipe import Method, recipe_from
 from pipeline.records import Concept, EditedLatents, EditRequest, Source, Trajectory, WordPair
 
-SEED = 3  # of the scenes; what was tried for the settings below was tried on others
+SEED = 3  # of the scenes; the settings below were chosen on others
 NUM_STEPS = 20
-GUIDANCE_SCALE = 4.0  # of every method with a target prompt: what the model's text to image is scored with
+GUIDANCE_SCALE = 4.0  # of every method with a target prompt
 # Pairs with edit-friendly inversion whose source is not guided, as its authors pair it with Prompt-to-Prompt.
 UNGUIDED_SOURCE = frozenset({("ddpm", "prompt_to_prompt"), ("ddpm", "masactrl")})
 # Editors whose papers invert under the empty prompt.
@@ -52,7 +52,7 @@ EDITOR_SETTINGS: dict[str, dict[str, Any]] = {
     "masactrl": {"start_step": 2},
     "prox_masactrl": {"start_step": 2},
 }
-# Share of the schedule that is inverted and walked again, where a method's paper does not take the whole of it.
+# Share of the schedule that is inverted and walked back, where a method's paper does not take all of it.
 STRENGTHS: dict[tuple[str, str], float] = {
     ("ddim", "diffedit"): 0.8,
     ("direct", "diffedit"): 0.8,

@@ -29,7 +29,7 @@ from pipeline.models.demo.world import (
 )
 
 SIDE = 64  # pixels of the comparison: half of the image's, so that a shift by a pixel weighs less than an object
-FAR = 90.0  # distances beyond this count no more: one wrong object shall not drag the whole face to itself
+FAR = 90.0  # larger distances count as this: one wrong object shall not drag the whole face to itself
 STEPS = (0.02, 0.01, 0.004)  # of position and radius, from coarse to fine
 ROUNDS = 3
 
@@ -80,17 +80,17 @@ def find(image: UInt8[np.ndarray, "H W 3"]) -> Match:
 
 
 def best_mouth(target: Float[np.ndarray, "side side 3"], best: Match) -> Match:
-    """Every mouth in the place that suits it best.
+    """The best mouth, each tried in the place that suits it best.
 
-    A mouth is a few pixels high: with the wrong one the face settles a pixel beside its place, and there the right one
-    fits no better. So each is given the chance to settle by itself.
+    A mouth is a few pixels high: with the wrong one the face settles a pixel beside its place, where the right one fits
+    no better. So the face settles anew with each.
     """
     for mouth in get_args(Mouth):
         if mouth != best.scene.mouth:
             start = closest(target, Match(best.scene, np.inf), [edited(best.scene, mouth=mouth)])
             for step in STEPS[1:]:
                 start = settled(target, start, step)
-            best = min(best, start, key=lambda reading: reading.distance)
+            best = min(best, start, key=lambda match: match.distance)
     return best
 
 

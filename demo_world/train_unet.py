@@ -43,10 +43,10 @@ COVERAGE_SIDE = 16  # cells per side of the coverage maps: the finest attention 
 PROMPT_DROPOUT = 0.4  # inversion, and what an edit leaves alone, are predictions for the empty prompt
 AIMING_WEIGHT = 0.02
 SNR_CEILING = 5.0  # Min-SNR weighting (Hang et al., arXiv 2303.09556)
-# Where the image is nearly gone an error in it hardly moves the noise: unweighted, a model goes on reading the colour
-# of large areas from what is left in the mean of the latents, and paints a quarter of the backgrounds against the
-# prompt (16 of 64). After 600 more steps with a floor of 0.03 and a learning rate of 4e-4 it was 3 of 64; with a floor
-# of 0.1 and 1e-3 the loss grew.
+# At the noisiest steps an error in the image hardly moves the noise: unweighted, a model goes on reading the colour of
+# large areas from what is left in the mean of the latents, and paints a quarter of the backgrounds against the prompt
+# (16 of 64). After 600 more steps with a floor of 0.03 and a learning rate of 4e-4 it was 3 of 64; with a floor of 0.1
+# and 1e-3 the loss grew.
 SNR_FLOOR = 0.03
 
 
@@ -96,7 +96,7 @@ def train_unet(
     start: DiffusionPipeline | None = None,
 ) -> None:
     """Train UNet and text encoder together to predict the noise, with the aiming loss on the side."""
-    # A model knows its tokens by number: one that is trained on keeps its tokenizer.
+    # A model knows its tokens by number, so training that goes on from one keeps its tokenizer.
     tokenizer = build_tokenizer(VOCABULARY) if start is None else start.tokenizer
     unet = build_unet(plan.sizes) if start is None else start.unet
     text_encoder = build_text_encoder(plan.sizes, tokenizer) if start is None else start.text_encoder

@@ -46,7 +46,7 @@ class Expected:
 
     @staticmethod
     def of(record: RunRecord) -> Expected:
-        """Of a run."""
+        """As a run's record says it."""
         recipe = record.recipe
         return Expected(
             methods={name: one["inversion"]["method"] for name, one in recipe["methods"].items()}
@@ -71,7 +71,7 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class CheckedRow:
-    """What a row answers, and where it stands."""
+    """Which result a stored row is, and what is wrong with it."""
 
     shard: str
     index: int
@@ -79,7 +79,7 @@ class CheckedRow:
     edit: str
     method: str
     ok: bool  # in data/
-    made_by: str  # version of this package; of what failed, unit, stage and class of the error
+    made_by: str  # version of this package; for a failed result unit, stage and class of the error
     problem: str = ""  # what run.json contradicts
 
     def text(self) -> str:

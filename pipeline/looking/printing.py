@@ -33,12 +33,12 @@ class PlainConsole(Console):
 
     @override
     def render_str(self, text: str, **options: Any) -> Text:
-        """A text as it is to be shown."""
+        """A text as it is shown."""
         return super().render_str(printable(text), **options)
 
     @override
     def on_broken_pipe(self) -> None:
-        """Called where whoever reads has gone: for the command to end by, and not with rich's own code."""
+        """Called when the reader has gone. The error passes: the command ends by it, not with rich's own code."""
         raise
 
 
@@ -47,7 +47,7 @@ class PlainFormatter(logging.Formatter):
 
     @override
     def format(self, record: logging.LogRecord) -> str:
-        """A record as it is to be shown."""
+        """A record as it is shown."""
         return printable(without_credentials(super().format(record)))
 
 
@@ -260,7 +260,7 @@ def whole_streams() -> None:
     """See that the standard streams are open, and that what is printed on them can be.
 
     A file that is opened while one of them is closed would take its number, and what native code prints would land in
-    it. And a terminal of an older encoding lacks letters of most languages: those are shown as escapes.
+    it. And a terminal of an older encoding lacks most languages' letters: these are shown as escapes.
     """
     for number in (0, 1, 2):
         try:

@@ -40,7 +40,7 @@ from pipeline.writing.run_record import RunRecord, run_record, versions_that_dif
 from pipeline.writing.spans import samples_of, table_of, tar_samples
 from pipeline.writing.webdataset import render_tar
 
-SHOWN = 8  # results that a key which names several is told of
+SHOWN = 8  # results that an error lists where a key names several
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class Comparison:
     row: int  # in that file, from 0
     did: tuple[str, ...]  # what was read, edited and compared, in words
     differences: tuple[str, ...]  # none: equal in every byte
-    changed: tuple[str, ...]  # what is other than when it was made: source, model, versions
+    changed: tuple[str, ...]  # what has changed since it was made: source, model, versions
 
     @property
     def equal(self) -> bool:

@@ -1,8 +1,8 @@
 """Is a run's output whole? Every file is read, hashed and opened, every row counted, against manifests and run.json;
 and these against what derives from them, and against the source's listing (consistency.py).
 
-Held at a time: the files of `CHECKERS` units, the names of all files, and what the rows of a few merged files answer.
-Those files themselves are read piece by piece, an object store's from a copy in this machine's temporary folder.
+Memory: the files of `CHECKERS` units, the names of all files, and which results the rows of a few merged files are.
+Merged files are read piece by piece, an object store's from a copy in this machine's temporary folder.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def verify(
 
 
 def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> tuple[Inspection, dict[str, int]]:
-    """The inspection, and the row after the last of every shard that is done."""
+    """The inspection; and of every shard that is done, the row after the last."""
     fs, root = open_fs(sink.folder, sink.storage_options)
     fs.invalidate_cache()
     # Listed first: what is committed in the meantime is then no stray.
@@ -284,7 +284,7 @@ class _MergedFiles:
         return None if rows is None else rows.get(unit, [])
 
     def blame(self, file: FileRecord, unit: str) -> None:
-        """A unit's rows are not those that it was asked for: the file that holds them is no good."""
+        """Note that a unit's rows are not those that it was asked for: the file that holds them is damaged."""
         slot = self._merged.slot_of(kind_of(file.path), unit)
         if slot is not None:
             self.damaged.add(slot.contents)

@@ -43,7 +43,7 @@ class _File:
     url: str  # openable
     size: int
     etag: str
-    leads_nowhere: str = ""  # of a link to nothing: what it should lead to
+    leads_nowhere: str = ""  # of a broken link: where it leads
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class _Listing:
     base: str  # URL of the folder that relative paths start from
     files: tuple[_File, ...]
     whole: bool  # whether everything below `base` is meant, not only what a wildcard or a name picks
-    left_out: Mapping[str, int]  # what for: how many
+    left_out: Mapping[str, int]  # number of files by reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +108,7 @@ def list_source(source: SourceConfig) -> Listed:
 
 
 def _that_are_there(named: list[tuple[str, _File]]) -> list[tuple[str, _File]]:
-    """The same, if no shard is missing. A missing image fails its own row alone; a missing shard would lose all of its
-    rows.
+    """The same files, none a broken link: a missing image fails its own row alone, a missing shard all of its rows.
 
     Raises:
         SourceError: a shard is a link that leads nowhere.
@@ -141,7 +140,7 @@ def _list_url(url: str, source: SourceConfig) -> _Listing:
     bases: list[str] = []
     infos: dict[str, Any] = {}
     whole = True
-    fs.invalidate_cache()  # s3fs keeps listings, and this one must be of now
+    fs.invalidate_cache()  # s3fs caches listings, and this one must be fresh
     for path in paths:
         with storage_errors(fs.unstrip_protocol(path)):
             base, found, is_whole = _list_path(fs, path, literal)
@@ -175,7 +174,7 @@ def expanded(url: str) -> list[str]:
     """
     if "{" not in url:
         return [url]
-    count = 1  # before anything is expanded: that alone may take for ever
+    count = 1  # first, since expanding alone may take for ever
     for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}", url):
         count *= abs(int(last[:20]) - int(first[:20])) + 1
     for names in re.findall(r"\{([^{}]*,[^{}]*)\}", url):
@@ -200,7 +199,7 @@ def _list_path(fs: Any, path: str, literal: bool) -> tuple[str, dict[str, Any], 
                 base = path[: wildcard.start()].rpartition("/")[0]
                 found = glob_local(path) if is_local else fs.glob(path, detail=True)
                 if not found:
-                    fs.info(base)  # tells a folder that does not exist, or may not be read, from one without matches
+                    fs.info(base)  # raises where the folder does not exist or may not be read
                 return base, found, False
             info = fs.info(path)
             if is_local and (odd := oddity(path)):
@@ -213,7 +212,7 @@ def _list_path(fs: Any, path: str, literal: bool) -> tuple[str, dict[str, Any], 
 
 def _file(fs: Any, base: str, path: str, info: Mapping[str, Any]) -> _File:
     etag = tag_of(info)
-    if not etag and "mtime" in info and not isinstance(fs, LocalFileSystem):  # all that is told, of SFTP for example
+    if not etag and "mtime" in info and not isinstance(fs, LocalFileSystem):  # all that SFTP, for example, tells
         etag = f"mtime {float(info['mtime']):.6f}"
     # A signature in a web address is a credential, and no part of a shard's name.
     relative = (path.partition("?")[0] if _is_web(fs) else path).removeprefix(base).lstrip("/")

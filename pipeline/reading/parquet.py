@@ -1,4 +1,4 @@
-"""Parquet files, read in a process that may be killed: footers, dictionaries and pages claim what they like.
+"""Parquet files, read in a process that may be killed: their footers, dictionaries and pages may claim anything.
 
 That process (reading/parquet_rows.py) gets a file that asks this one for its bytes, piece by piece: it knows neither
 the store nor its credentials. Rows come back as JSON and bytes.
@@ -79,9 +79,8 @@ def read_rows(
 ) -> Iterator[ReadRow | None]:
     """Rows [start, stop) in order; None for a row whose index nobody `wants`.
 
-    A file that cannot be read at all gives one Unreadable; a damaged page, or one that takes too much to read, one for
-    every row that is lost by it. What seems damaged is read a second time from a fresh open before it is believed, and
-    what takes too much row by row.
+    A file that cannot be read at all gives one Unreadable. A page that is damaged, or takes too much to read, gives one
+    for every row that it costs: but first the damaged one is read again from a fresh open, the other one row by row.
 
     Raises:
         OSError: the store broke off; another attempt may succeed.
@@ -152,7 +151,7 @@ class _FileReader:
 
 
 class _Conversation:
-    """With a process that reads a file of ours."""
+    """Questions to, and answers from, a process that reads a file for us."""
 
     def __init__(self, guarded: Guarded, file: BinaryIO, size: int) -> None:
         self._guarded, self._file, self._size = guarded, file, size
@@ -188,7 +187,7 @@ class _Conversation:
 
     @contextmanager
     def _breaches(self) -> Iterator[None]:
-        """Turn the end of the process into what it broke."""
+        """Turn the end of the process into an error that names the limit it broke."""
         try:
             yield
         except (ClosedError, LateError, MemoryError) as error:
@@ -204,12 +203,12 @@ def _tail_of(file: BinaryIO, size: int) -> bytes:
     """The end of a file, with its footer.
 
     Raises:
-        DamagedFileError: the footer claims to be longer than any that is real.
+        DamagedFileError: the footer claims to be longer than any real one.
     """
     tail = _read_exactly(file, max(0, size - TAIL), min(size, TAIL))
     length = int.from_bytes(tail[-8:-4], "little") + 8
     if tail[-4:] != b"PAR1" or not len(tail) < length <= size:
-        return tail  # whole, or none, as the reader will say
+        return tail  # holds the whole footer; or it is damaged, as the reader will say
     if length > MAX_FOOTER:
         raise DamagedFileError(f"its footer claims {length} bytes, more than the {MAX_FOOTER} that are read")
     return _read_exactly(file, size - length, length)

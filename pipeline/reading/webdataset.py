@@ -1,7 +1,7 @@
 """Rows of a WebDataset tar: consecutive members with one key are a sample, the key ends at the first dot.
 
-Our own walk stands below it (see tar.py). Every member ends in a sample, in a reported row, or is no sample's by
-WebDataset's rules: directories, hidden files and `__meta__` names. Memory: one sample (beside a damage three), each at
+Members come from our own walk (tar.py). Each ends up in a sample or in a reported row, but for those that WebDataset's
+rules leave out: directories, hidden files and `__meta__` names. Memory: one sample (three beside a damage), each of at
 most `source.max_member_bytes`.
 """
 
@@ -53,7 +53,7 @@ class _PendingSample:
     names: list[str] = field(default_factory=list)  # extensions of its members, also of those that are not kept
     parts: dict[str, bytes] = field(default_factory=dict)  # content by extension
     size: int = 0  # bytes of its members
-    held: int = 0  # of those that are kept where the sample is wanted: what it counts in its unit
+    held: int = 0  # bytes of those that a wanted sample keeps: what it adds to its unit
     problem: str = ""
     damages: list[Damage] = field(default_factory=list)  # seen since its last member
 
@@ -64,13 +64,13 @@ class _PendingSample:
 
     @property
     def is_undecided(self) -> bool:
-        """Whether only a comparison with its neighbours tells if it is whole."""
+        """Whether only a comparison with its neighbours can tell if it is whole."""
         return self.touched is not None and not self.problem
 
 
 @dataclass
 class _NumberedRow:
-    """A row whose place is fixed: a sample, or a message where there is none."""
+    """A row whose index and key are decided: a sample, or a message in place of one."""
 
     index: int
     key: str
@@ -114,7 +114,7 @@ class _Grouping:
         self._add(self.pending, name, entry, walk)
 
     def damage(self, damage: Damage) -> Iterator[ReadRow | None]:
-        """Take a damage. It is reported behind the sample it follows, which may go on after it."""
+        """Take a damage. It is reported after the sample before it, which may go on behind it."""
         self.last_damage = damage
         if self.pending is None:
             self._number_damage(damage)
@@ -168,7 +168,7 @@ class _Grouping:
             pending.names.append(name)
 
     def _close(self) -> None:
-        """Give the pending sample, and the damages seen since, their places."""
+        """Number the pending sample, and the damages seen since."""
         if self.pending is None:
             return
         pending, self.pending = self.pending, None

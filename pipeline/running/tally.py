@@ -1,6 +1,6 @@
 """What a run has done so far: counted from what workers report as results finish, and from units as they are committed.
 
-From it come the progress that is shown, the time that is left, and the verdict on the error budgets.
+From it come the progress that is shown, the time that is left, and whether an error budget is spent.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class InFlight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """A run at a moment: units that are committed, and images of those at work."""
+    """A run at one moment: its committed units, and the images of those at work."""
 
     units: int = 0  # committed since the run was started, as are the next three
     images: int = 0  # finished, not all of them committed yet
@@ -59,8 +59,8 @@ class Seen:
 class Tally:
     """Adds up units, in the order of their commits, and judges the error budgets.
 
-    The share of failed results is judged once as many units are in as may fail in a row: one bad unit at the start is
-    no verdict on a dataset.
+    The share of failed results is judged once as many units are in as may fail in a row: one bad unit at the start says
+    nothing about a dataset.
     """
 
     def __init__(self, run: RunConfig) -> None:
@@ -75,7 +75,7 @@ class Tally:
         self._lock = threading.Lock()
 
     def begin(self, extent: Extent) -> None:
-        """Say what the run is about. Before the first unit."""
+        """Say how large the run is. Before the first unit."""
         with self._lock:
             self._extent = extent
             self._images_before = extent.whole_images + extent.images.total()
@@ -137,7 +137,7 @@ class Tally:
             return max(1, self._living)
 
     def cannot_load(self, why: str) -> None:
-        """Note that a worker could not load its model. Of an actor that fails to start Ray passes on text alone."""
+        """Note that a worker could not load its model: Ray passes on only text of an actor that fails to start."""
         with self._lock:
             self._load_error = self._load_error or why
 

@@ -20,7 +20,7 @@ SHOWN_TEXT = 40  # characters of a value that are shown
 SHOWN_METHODS = 4  # of those that have a lost key
 SECRET = "storage_options"
 NAME = "is no name. Use letters, digits, '_', '+' and '-', 64 at most; a letter or digit comes first"
-# What pydantic says of a value that is not of the field's kind or out of its bounds: the field says it better.
+# Pydantic's errors about a value's type or bounds. The text comes from the field instead, which says it better.
 _KIND = {"is_instance_of", "none_required", "literal_error"}
 _PLAIN = {"int_type", "literal_error"}
 _KIND_ENDS = ("_type", "_parsing", "_from_float", "greater_than", "greater_than_equal", "less_than", "less_than_equal")
@@ -45,7 +45,7 @@ def problems_in_words(error: ValidationError, root: type[BaseModel]) -> list[tup
 
 @dataclass(frozen=True, slots=True)
 class _FaultyKey:
-    """Where a finding stands."""
+    """The key that a finding is about."""
 
     path: str  # as the user wrote it: pydantic also names the branches of unions
     kind: Any  # annotation of what is expected there; None where nothing is
@@ -224,7 +224,7 @@ def _unknown_key(faulty: _FaultyKey, root: type[BaseModel]) -> str:
 
 
 def _listed(found: list[str], homes: Mapping[str, frozenset[str]]) -> str:
-    """Places in a few words: all methods of a section that has the key in each are the section."""
+    """Places in a few words: a section stands for its methods where all of them have the key."""
     words = []
     for section in dict.fromkeys(home.partition(".method '")[0] for home in found):
         tags, ours = (

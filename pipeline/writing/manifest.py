@@ -25,7 +25,7 @@ from pipeline.writing.paths import Chunk, FilePath, Generation, NonNegative, Sha
 SUFFIXES = {"parquet": "parquet", "webdataset": "tar"}
 KINDS = ("data", "quarantine")  # of files: results, and what failed
 PARTS = "_parts"  # folder of units' files until they are merged
-# Of the files that are never merged: the unit, and the generation.
+# Name of a file that is never merged: unit and generation.
 PART_NAME = re.compile(r"part-(.+-\d{5,})-(\d{8,})\.(?:parquet|tar)")
 
 

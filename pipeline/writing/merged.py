@@ -99,7 +99,7 @@ class Index(Stored):
     schema_version: Literal[2] = 2
     generation: Generation  # of the driver that wrote it
     slots: dict[str, tuple[Slot, ...]]
-    # Of files that its driver, or an earlier one, is about to remove, unless it has ended: no later one uses the names.
+    # Files that its driver, or an earlier one, may still be removing: no later driver uses these names.
     dying: tuple[MergedPath, ...] = ()
 
     @model_validator(mode="after")
@@ -187,7 +187,7 @@ class Merged:
         return sum(slot.file.size for slot in slots if slot.file and self.counts(slot))
 
     def slot_of(self, kind: str, unit: str) -> Slot | None:
-        """The slot to whose units one belongs, whether or not it holds it."""
+        """The slot in whose range a unit is, whether or not its file holds the unit."""
         slots = self.slots(kind)
         return slots[max(0, bisect_right(self._firsts[kind], order(unit)) - 1)] if slots else None
 

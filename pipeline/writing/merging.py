@@ -12,7 +12,7 @@ that are written already are kept.
 The first merging decides where files begin. Later ones, after `--retry-failed` or `verify --repair`, write only those
 anew whose units have changed.
 
-A file that comes out as one that another driver may still be about to remove (writing/indexing.py) takes more digits.
+Where another driver may still remove a file of that name (writing/indexing.py), the name takes more digits.
 
 Memory: one unit's file, and one row group. Disk: an object store gets each file from a temporary one of this machine.
 """
@@ -59,7 +59,7 @@ from pipeline.writing.quarantine import SHARED as SHARED_IN_QUARANTINE
 from pipeline.writing.rows import shared_columns, with_features
 from pipeline.writing.spans import END_OF_TAR, end_of_members, table_of, tar_of
 
-TAR_RECORD = 10240  # bytes; a tar is filled up to whole ones
+TAR_RECORD = 10240  # bytes; tars are padded to whole records
 BATCH_ROWS = 16  # rows of a unit's file that are read at a time
 
 UnitFile = tuple[str, FileRecord]
@@ -179,7 +179,7 @@ def _groups(manifests: Iterable[Manifest], firsts: dict[str, list[str]]) -> Iter
 
 @dataclass(frozen=True, slots=True)
 class _PlannedFile:
-    """One file of the plan."""
+    """One merged file as planned."""
 
     fs: AbstractFileSystem
     root: str
@@ -250,7 +250,7 @@ def build(sink: SinkConfig, job: Job) -> Contents:
 
 
 def _name(job: Job, made: Made[list[MergedUnit]]) -> str:
-    """Of a merged file and of its contents: another one for other bytes, and for other units with the same bytes."""
+    """Name of a merged file and of its contents: differs with the bytes, and with the units that equal bytes are of."""
     text = "\n".join([made.sha256, *(f"{unit.unit} {unit.sha256}" for unit in made.by)])
     digest = hashlib.sha256(text.encode()).hexdigest()
     for digits in range(8, len(digest) + 1, 8):
@@ -341,7 +341,7 @@ def _batches(fs: AbstractFileSystem, root: str, file: FileRecord, span: Span) ->
 
 
 def _check(file: FileRecord, data: bytes) -> None:
-    """Damage that came after the commit must not be taken into a file whose own hash would then hide it."""
+    """See that a file is undamaged since its commit: in a merged file, whose hash is new, damage would be hidden."""
     if hashlib.sha256(data).hexdigest() != file.sha256:
         raise SinkError(
             f"{file.path} has other bytes than were committed. Run: shardedit verify --repair, then the same command"

@@ -1,4 +1,4 @@
-"""Damaged units and merged files are taken back, for the next run to make them again: `verify --repair`."""
+"""Takes back damaged units and merged files, for the next run to make them again: `verify --repair`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.writing.merged import Index, Merged, Slot
 def take_back(
     counted: Counted, damaged: Collection[str], broken: Sequence[str], sink: SinkConfig, claim: Claim
 ) -> None:
-    """Let only some units count from now on, and remove the files of the others and of nobody.
+    """Let only these units count from now on; remove the files of all others, and those of no unit.
 
     Args:
         counted: the units that go on counting.

@@ -47,7 +47,7 @@ class Summary:
     images: int
     rows: int  # in data/; what `done` counts
     images_per_second: float  # of all workers together, while they worked
-    seconds: float  # that this takes at that rate: workers' time, over the number of workers
+    seconds: float  # workers' time, over the number of workers
     worker_seconds: float
     network_rows: int
     output_bytes: int  # of data and quarantine
@@ -55,7 +55,7 @@ class Summary:
     failed_by_class: dict[str, int]
     outcome: RunOutcome
     exit_code: int  # of the command
-    generation: int  # of the driver that added it up; one of an earlier driver than the last is stale
+    generation: int  # of the driver that added it up; an earlier driver's summary is stale
 
 
 def summarise(

@@ -115,7 +115,7 @@ def method_lines(scored: Sequence[Scored], failures: Sequence[Mapping[str, str]]
         failed[pair] = failed.get(pair, 0) + 1
         groups.setdefault(pair, [])
     lines = [method_line(pair, members, failed.get(pair, 0)) for pair, members in groups.items()]
-    # Where nothing was scored the line comes last.
+    # A line without any score comes last.
     return sorted(
         lines, key=lambda line: (line["score"] is None, -(line["score"] or 0.0), line["method"], line["edit"])
     )
@@ -208,7 +208,7 @@ def failures_note(counts: RunCounts, read: int, reasons: int) -> str:
 
 
 def lines_note(read: int, done: int, lines: int) -> str:
-    """What the table of methods rests on."""
+    """How many results the table of methods covers."""
     note = "Means over all results." if read == done else f"Means over {read:,} of {count(done, 'result')}."
     return note + (f" The first {MAX_LINES} of {lines} lines." if lines > MAX_LINES else "")
 

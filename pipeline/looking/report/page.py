@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 PAGE_RESULTS = 500  # of one page: 10 MB where each is the one edit of a photograph, less where edits share an input
 MAX_RESULTS = 1000  # with pictures, unless more is asked for
 MAX_UNITS = 256  # whose results, and whose failures, are read unless all is asked for; spread over longer runs
-MAX_SORTED = 10_000  # results; longer reports follow the data, or every page would open every file
+MAX_SORTED = 10_000  # results; longer reports follow the data: sorted, every page would open every file
 INDEX_PATH = "report/index.js"
 MARKS = {".html": b"shardedit report</title>", ".js": b"shardeditIndex = "}  # of files of ours
 MAX_INDEXED = 20_000  # results that can be searched from every page: the index takes about 200 bytes for each

@@ -1,6 +1,6 @@
 """Which results a report shows, in which order, on which page.
 
-What is chosen, sorted and counted is whole images: all edits of one, by all methods, stand in one row.
+Whole images are chosen, sorted and counted: all edits of one, by all methods, stand in one row.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def choose(rows: Sequence[ImageRow], verdicts: Verdicts, limit: int) -> list[Ima
 
 
 def by_turns(refs: Iterable[ResultRef], verdicts: Verdicts) -> Iterator[ResultRef]:
-    """Results so ordered that any beginning holds every method and edit: of each its worst, and others between."""
+    """Results in such an order that any beginning holds every method and edit: the worst of each, others between."""
     groups: dict[tuple[str, str], list[ResultRef]] = {}
     for ref in refs:
         groups.setdefault((ref.method, ref.edit), []).append(ref)

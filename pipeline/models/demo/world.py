@@ -320,7 +320,7 @@ def mouth_patches(mouth: Mouth, x: float, y: float, r: float) -> list[Patch]:
             Patch("mouth", INK, ellipse(x, y, 0.24 * r, 0.22 * r)),
             Patch("mouth", TONGUE, ellipse(x, y + 0.09 * r, 0.14 * r, 0.10 * r)),
         ]
-    # Both curves are crescents; the lower lip of a smile hangs deeper than the upper one, a frown stands on its head.
+    # Both curves are crescents: a smile's lower lip is deeper than its upper one; a frown is a smile upside down.
     bend = 1 if mouth == "smile" else -1
     angles = np.linspace(0, np.pi, 24)
     top, bottom = 0.10, 0.30

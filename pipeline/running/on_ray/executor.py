@@ -2,7 +2,7 @@
 
     read task > pool of workers, one model each > datasink
 
-Ray carries units (blocks.py) and restarts what dies. Where workers are lost for good, a second pass does what they had.
+Ray carries units (blocks.py) and restarts what dies. Where workers are lost for good, a second pass does their units.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ MERGE_CPUS = 0.5  # of a task that merges the files of units: it copies more tha
 RAYS_WARNING = "has constructor arguments in the object store and max_restarts > 0"
 # Its core says this, again and again, where a signal reached the processes of a local Ray as well.
 RAYS_COMPLAINT = "Failed to push error to driver for task"
-SECONDS_TO_ANSWER = 5.0  # a tally whose cluster has died never does
+SECONDS_TO_ANSWER = 5.0  # of a tally; one whose cluster has died never does
 SECONDS_BETWEEN_CHECKS = 0.2  # for a signal, while a task is waited for
 SECONDS_BETWEEN_REPORTS = 0.5  # of a worker, about what it has finished
 
@@ -93,7 +93,7 @@ def resources_of_cluster() -> Resources:
 
 
 class RayExecutor(Executor):
-    """Ray Data, on a cluster of its own on this machine or on the one that RAY_ADDRESS names. A `Executor`."""
+    """Ray Data, on a cluster of its own on this machine or on the one that RAY_ADDRESS names."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
@@ -185,7 +185,7 @@ class RayExecutor(Executor):
             num_gpus=pool.gpus_per_worker or None,
             num_cpus=pool.cpus_per_worker,  # said also where it is 0: Ray gives workers on GPUs a CPU each otherwise
             max_restarts=RESTARTS,
-            max_task_retries=-1,  # while a node does not answer they are used up within seconds; restarts are the limit
+            max_task_retries=-1,  # a node that does not answer uses them up within seconds; restarts are the limit
         )
         with stopping.interruptible():  # Ray Data takes its job down when it is left
             finished.write_datasink(
