@@ -204,13 +204,8 @@ def test_what_a_kill_left_of_a_write_is_a_note_and_no_error_and_repair_leaves_it
     assert json.loads(shardedit("verify", run, "--json").stdout)["temporary"] == 1
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_named_and_the_printed_command_repairs_it(damage: str, run: Path, pristine: Path) -> None:
-    do, kind, text = DAMAGE[damage]
-    do(run)
-    config = run.parent / "recipe.yaml"
-    found = inspected(run)
-    assert any(one.kind == kind and text in one.text for one in found.findings), found.findings
+def repair_as_printed(config: Path) -> None:
+    """Do what the last line of `shardedit verify` says."""
     said = shardedit("verify", config)
     assert said.exit_code == 1
     command = said.stdout.strip().splitlines()[-1]
@@ -218,6 +213,16 @@ def test_damage_is_named_and_the_printed_command_repairs_it(damage: str, run: Pa
     if "--repair" in command:
         assert shardedit("verify", config, "--repair").exit_code == 1
     assert shardedit("edit", config).exit_code == 0
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named_and_the_printed_command_repairs_it(damage: str, run: Path, pristine: Path) -> None:
+    do, kind, text = DAMAGE[damage]
+    do(run)
+    config = run.parent / "recipe.yaml"
+    found = inspected(run)
+    assert any(one.kind == kind and text in one.text for one in found.findings), found.findings
+    repair_as_printed(config)
     assert inspected(run).clean
     assert contents(run) == contents(pristine / "out")
 
@@ -334,11 +339,7 @@ def test_damage_of_merged_files_is_named_and_the_printed_command_repairs_it(
     found = inspected(merged)
     assert kind in found.by_kind, found.findings
     config = merged.parent / "recipe.yaml"
-    command = shardedit("verify", config).stdout.strip().splitlines()[-1]
-    assert command.endswith(f"shardedit edit {config}")
-    if "--repair" in command:
-        assert shardedit("verify", config, "--repair").exit_code == 1
-    assert shardedit("edit", config).exit_code == 0
+    repair_as_printed(config)
     assert inspected(merged).clean
     assert contents(merged) == contents(merged_once / "out")
     assert results(merged) == asked(shards=2, rows=5)
