@@ -106,9 +106,9 @@ def data_of(out: Path) -> dict[str, bytes]:
 def is_whole(out: Path, calm: dict[str, bytes]) -> bool:
     """Whether a run is complete, every result is there once, and every byte is that of the calm run."""
     run = find_run(str(out))
-    verdict = verify(run.sink, run.record)
+    inspection = verify(run.sink, run.record)
     complete = json.loads((out / "summary.json").read_text())["complete"]
-    return complete and verdict.clean and results(out) == asked(shards=SHARDS, rows=ROWS) and data_of(out) == calm
+    return complete and inspection.clean and results(out) == asked(shards=SHARDS, rows=ROWS) and data_of(out) == calm
 
 
 def measure(counts: list[int], runs: int) -> list[dict[str, Any]]:

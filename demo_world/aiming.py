@@ -1,9 +1,9 @@
 """A training loss that makes cross-attention point at the object that a word names.
 
-LEDITS++ and its kin read masks from cross-attention. In a model as small as ours attention need not point anywhere to
-be useful, and without help it does not: edits under the intersected mask failed. So for each word of a caption that
-names something drawn, its adjectives and article included, the loss is minus the log of the share of the word's
-attention that falls on what was drawn. It costs explicit attention probabilities, in training only.
+LEDITS++ and its kin read masks from cross-attention. A model as small as ours can do without attention that points
+anywhere, and without help its attention does not: edits under the intersected mask failed. So for each word of a
+caption that names something drawn, adjectives and article included, the loss is minus the log of the share of its
+attention that falls on what was drawn. This takes explicit attention probabilities, in training only.
 """
 
 from __future__ import annotations

@@ -17,9 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from demo_world.oracle import read
 from demo_world.scoring import Pixels, fresh_scenes, mask_iou, round_trips
@@ -36,9 +33,9 @@ from pipeline.models.demo.world import Attribute, Scene, changed_region, draw, e
 from pipeline.recipe import Method, recipe_from
 from pipeline.records import Concept, EditedLatents, EditRequest, Source, Trajectory, WordPair
 
-SEED = 3  # of the scenes; what was tried for the settings below was tried on others
+SEED = 3  # of the scenes; the settings below were chosen on others
 NUM_STEPS = 20
-GUIDANCE_SCALE = 4.0  # of every method with a target prompt: what the model's text to image is scored with
+GUIDANCE_SCALE = 4.0  # of every method with a target prompt
 # Pairs with edit-friendly inversion whose source is not guided, as its authors pair it with Prompt-to-Prompt.
 UNGUIDED_SOURCE = frozenset({("ddpm", "prompt_to_prompt"), ("ddpm", "masactrl")})
 # Editors whose papers invert under the empty prompt.
@@ -55,7 +52,7 @@ EDITOR_SETTINGS: dict[str, dict[str, Any]] = {
     "masactrl": {"start_step": 2},
     "prox_masactrl": {"start_step": 2},
 }
-# Share of the schedule that is inverted and walked again, where a method's paper does not take the whole of it.
+# Share of the schedule that is inverted and walked back, where a method's paper does not take all of it.
 STRENGTHS: dict[tuple[str, str], float] = {
     ("ddim", "diffedit"): 0.8,
     ("direct", "diffedit"): 0.8,
@@ -118,7 +115,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Task:
+class SceneEdit:
     """One image and what shall become of it."""
 
     name: str  # of the edit
@@ -140,7 +137,7 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
+class EditedScene:
     """One edited image."""
 
     pixels: Pixels
@@ -193,13 +190,13 @@ def method_of(inversion: str, editor: str, num_steps: int) -> Method:
     return Method(inversion=recipe.inversion, editing=recipe.editing)
 
 
-def tasks_of(editor: Editor, count: int, seed: int = SEED) -> list[Task]:
+def tasks_of(editor: Editor, count: int, seed: int = SEED) -> list[SceneEdit]:
     """`count` drawn scenes, the edits in turn."""
     named = [list(EDITS.items())[number % len(EDITS)] for number in range(count)]
     before = [edited(scene, **edit.before) for scene, (_, edit) in zip(fresh_scenes(count, seed), named, strict=True)]
     images = [draw(scene, IMAGE_SIZE) for scene in before]
     return [
-        Task(name, edit, scene, edited(scene, **edit.after), image, round_trip)
+        SceneEdit(name, edit, scene, edited(scene, **edit.after), image, round_trip)
         for (name, edit), scene, image, round_trip in zip(
             named, before, images, round_trips(editor, images), strict=True
         )
@@ -208,11 +205,11 @@ def tasks_of(editor: Editor, count: int, seed: int = SEED) -> list[Task]:
 
 def measure_pairs(
     editor: Editor,
-    tasks: Sequence[Task],
+    tasks: Sequence[SceneEdit],
     pairs: Iterable[tuple[str, str]],
     num_steps: int = NUM_STEPS,
     tell: Callable[[Pair], None] = lambda _: None,
-) -> tuple[list[Pair], dict[tuple[str, str], list[Outcome]]]:
+) -> tuple[list[Pair], dict[tuple[str, str], list[EditedScene]]]:
     """Edit all tasks by all pairs; return the table, and what was made, in the order of the tasks."""
     inverted: dict[tuple[Inversion, bool], list[tuple[Trajectory, int]]] = {}
     table, made = [], {}
@@ -230,7 +227,7 @@ def measure_pairs(
 
 
 def invert_all(
-    editor: Editor, inversion: Inversion, tasks: Sequence[Task], prompts: Sequence[str]
+    editor: Editor, inversion: Inversion, tasks: Sequence[SceneEdit], prompts: Sequence[str]
 ) -> list[tuple[Trajectory, int]]:
     """The tasks' trajectories, and the network rows that each took."""
 
@@ -253,7 +250,7 @@ def invert_all(
 
 def edit_all(
     engine: Engine, method: Method, requests: Sequence[EditRequest], inverted: Sequence[tuple[Trajectory, int]]
-) -> list[Outcome]:
+) -> list[EditedScene]:
     """One edit of each trajectory."""
 
     def edit(trajectory: Trajectory, request: EditRequest) -> Steps[tuple[Pixels, EditedLatents]]:
@@ -264,7 +261,7 @@ def edit_all(
     generators = (edit(trajectory, request) for (trajectory, _), request in zip(inverted, requests, strict=True))
     finished = in_order(engine.run(generators))
     return [
-        Outcome(pixels=one.value[0], latents=one.value[1], network_rows=rows + one.network_rows)
+        EditedScene(pixels=one.value[0], latents=one.value[1], network_rows=rows + one.network_rows)
         for one, (_, rows) in zip(finished, inverted, strict=True)
     ]
 
@@ -278,7 +275,7 @@ def in_order(finished: Iterator[Finished]) -> list[Finished]:
     return results
 
 
-def judge(inversion: str, editor: str, tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> Pair:
+def judge(inversion: str, editor: str, tasks: Sequence[SceneEdit], outcomes: Sequence[EditedScene]) -> Pair:
     """Compare what was made with what should have been."""
     succeeded, stayed, ious, noises = [], [], [], []
     for task, outcome in zip(tasks, outcomes, strict=True):
@@ -344,65 +341,3 @@ def write_between_marks(path: Path, text: str) -> None:
 def as_json(table: Sequence[Pair]) -> str:
     """A list of objects, `mask_iou` null where a method has no mask."""
     return json.dumps([asdict(pair) for pair in table], indent=2) + "\n"
-
-
-# Pixels of the pictures: an image's side, around it, names beside and above.
-CELL, MARGIN, LABEL, HEADING = 64, 4, 130, 18
-SHOWN = 6  # images side by side
-Line = tuple[str, Sequence[Pixels]]  # a name, and the images beside it
-
-
-def picture(tasks: Sequence[Task], made: Mapping[tuple[str, str], Sequence[Outcome]]) -> Image.Image:
-    """One line per pair below one of the inputs, in two blocks side by side."""
-    results: list[Line] = [
-        (f"{editor}\n{inversion}", [outcome.pixels for outcome in outcomes])
-        for (inversion, editor), outcomes in made.items()
-    ]
-    middle = (len(results) + 1) // 2
-    left, right = block(tasks, results[:middle]), block(tasks, results[middle:])
-    sheet = Image.new("RGB", (left.width + right.width, left.height), "white")
-    sheet.paste(left, (0, 0))
-    sheet.paste(right, (left.width, 0))
-    return sheet.quantize(256, dither=Image.Dither.NONE)
-
-
-def pictures_by_editor(
-    tasks: Sequence[Task], made: Mapping[tuple[str, str], Sequence[Outcome]]
-) -> dict[str, Image.Image]:
-    """For each editor the inputs, its results after every inversion, and its masks after the last one that has any."""
-    lines: dict[str, list[Line]] = {}
-    masks: dict[str, Line] = {}
-    for (inversion, editor), outcomes in made.items():
-        lines.setdefault(editor, []).append((f"after {inversion}", [outcome.pixels for outcome in outcomes]))
-        regions = [region for outcome in outcomes if (region := outcome.latents.mask) is not None]
-        if len(regions) == len(outcomes):
-            masks[editor] = (f"mask\nafter {inversion}", [as_pixels(region) for region in regions])
-    return {
-        editor: block(tasks, [*shown, *([masks[editor]] if editor in masks else [])]).quantize(
-            256, dither=Image.Dither.NONE
-        )
-        for editor, shown in lines.items()
-    }
-
-
-def as_pixels(mask: Tensor) -> Pixels:
-    """A mask (h, w) as a black and white picture (h, w, 3)."""
-    return (mask[..., None].expand(-1, -1, 3).to(torch.uint8) * 255).numpy()
-
-
-def block(tasks: Sequence[Task], lines: Sequence[Line]) -> Image.Image:
-    """Inputs with the names of their edits above, and lines of results below."""
-    shown = tasks[:SHOWN]
-    pitch = CELL + MARGIN
-    inputs: Line = ("input", [task.pixels for task in shown])
-    sheet = Image.new("RGB", (LABEL + pitch * len(shown), HEADING + pitch * (1 + len(lines))), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for column, task in enumerate(shown):
-        pen.text((LABEL + pitch * column, 2), task.name, "black", font)
-    for line, (name, images) in enumerate([inputs, *lines]):
-        top = HEADING + pitch * line
-        pen.multiline_text((MARGIN, top + CELL // 4), name, "black", font)
-        for column, pixels in enumerate(images[:SHOWN]):
-            cell = Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.LANCZOS)
-            sheet.paste(cell, (LABEL + pitch * column, top))
-    return sheet

@@ -19,12 +19,13 @@ import torch
 import typer
 
 from demo_world import methods
-from demo_world.methods import SHOWN, Outcome, Pair, cells, measure_pairs, tasks_of, valid_pairs
+from demo_world.methods import EditedScene, Pair, cells, measure_pairs, tasks_of, valid_pairs
+from demo_world.methods_pictures import SHOWN, picture, pictures_by_editor
 from pipeline.editor import Editor
 from pipeline.models.allocator import keep_freed_memory
 
 WIDTHS = (16, 17, 8, 10, 9, 16, 10)  # of the columns on the terminal
-Names = tuple[str, str]
+PairNames = tuple[str, str]
 
 
 def row(texts: tuple[str, ...]) -> str:
@@ -33,8 +34,8 @@ def row(texts: tuple[str, ...]) -> str:
 
 
 def measure(
-    pairs: list[Names], model: str, scenes: int, seed: int, steps: int
-) -> tuple[list[Pair], dict[Names, list[Outcome]]]:
+    pairs: list[PairNames], model: str, scenes: int, seed: int, steps: int
+) -> tuple[list[Pair], dict[PairNames, list[EditedScene]]]:
     """The share of one process: what `measure_pairs` gives, but of the images only those that are shown."""
     torch.set_num_threads(1)  # the processes share the cores
     keep_freed_memory()
@@ -63,14 +64,14 @@ def main(
         raise typer.BadParameter(
             f"{', '.join('+'.join(pair) for pair in sorted(unknown))}: no pair that a recipe accepts"
         )
-    by_inversion: dict[str, list[Names]] = {}
+    by_inversion: dict[str, list[PairNames]] = {}
     for pair in chosen:
         by_inversion.setdefault(pair[0], []).append(pair)
     longest_first = sorted(by_inversion.items(), key=lambda item: (item[0] != "null_text", -len(item[1])))
 
     typer.echo(row(methods.COLUMNS))
-    found: dict[Names, Pair] = {}
-    made: dict[Names, list[Outcome]] = {}
+    found: dict[PairNames, Pair] = {}
+    made: dict[PairNames, list[EditedScene]] = {}
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         shares = [pool.submit(measure, share, model, scenes, seed, steps) for _, share in longest_first]
         for finished in as_completed(shares):
@@ -88,10 +89,10 @@ def main(
     )
     (docs / "images").mkdir(exist_ok=True)
     shown = tasks_of(Editor.load(model), min(scenes, SHOWN), seed)
-    sheet = methods.picture(shown, {pair: made[pair] for pair in chosen})
+    sheet = picture(shown, {pair: made[pair] for pair in chosen})
     sheet.save(docs / "images" / "methods.png", optimize=True)
     (docs / "images" / "methods").mkdir(exist_ok=True)
-    for editor, strip in methods.pictures_by_editor(shown, {pair: made[pair] for pair in chosen}).items():
+    for editor, strip in pictures_by_editor(shown, {pair: made[pair] for pair in chosen}).items():
         strip.save(docs / "images" / "methods" / f"{editor}.png", optimize=True)
     minutes = (time.monotonic() - started) / 60
     typer.echo(f"{minutes:.1f} minutes; wrote {out}/methods.json, {docs}/methods/table.md, {docs}/images/methods.png")

@@ -29,7 +29,7 @@ from pipeline.models.demo.world import (
 )
 
 SIDE = 64  # pixels of the comparison: half of the image's, so that a shift by a pixel weighs less than an object
-FAR = 90.0  # distances beyond this count no more: one wrong object shall not drag the whole face to itself
+FAR = 90.0  # larger distances count as this: one wrong object shall not drag the whole face to itself
 STEPS = (0.02, 0.01, 0.004)  # of position and radius, from coarse to fine
 ROUNDS = 3
 
@@ -45,7 +45,7 @@ VALUES: dict[Attribute, tuple[str | bool | None, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class Match:
     """The scene that resembles an image most, and how far its drawing is from it."""
 
     scene: Scene
@@ -57,10 +57,10 @@ def read(image: UInt8[np.ndarray, "H W 3"]) -> dict[Attribute, str | bool | None
     return find(image).scene.attributes()
 
 
-def find(image: UInt8[np.ndarray, "H W 3"]) -> Reading:
+def find(image: UInt8[np.ndarray, "H W 3"]) -> Match:
     """The scene, position and size included, whose drawing is closest to the image."""
     target = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX)).astype(np.float32)
-    best = Reading(first_guess(target), np.inf)
+    best = Match(first_guess(target), np.inf)
     for _ in range(ROUNDS):
         before = best.distance
         for name, values in VALUES.items():
@@ -79,22 +79,22 @@ def find(image: UInt8[np.ndarray, "H W 3"]) -> Reading:
     return best_mouth(target, best)
 
 
-def best_mouth(target: Float[np.ndarray, "side side 3"], best: Reading) -> Reading:
-    """Every mouth in the place that suits it best.
+def best_mouth(target: Float[np.ndarray, "side side 3"], best: Match) -> Match:
+    """The best mouth, each tried in the place that suits it best.
 
-    A mouth is a few pixels high: with the wrong one the face settles a pixel beside its place, and there the right one
-    fits no better. So each is given the chance to settle by itself.
+    A mouth is a few pixels high: with the wrong one the face settles a pixel beside its place, where the right one fits
+    no better. So the face settles anew with each.
     """
     for mouth in get_args(Mouth):
         if mouth != best.scene.mouth:
-            start = closest(target, Reading(best.scene, np.inf), [edited(best.scene, mouth=mouth)])
+            start = closest(target, Match(best.scene, np.inf), [edited(best.scene, mouth=mouth)])
             for step in STEPS[1:]:
                 start = settled(target, start, step)
-            best = min(best, start, key=lambda reading: reading.distance)
+            best = min(best, start, key=lambda match: match.distance)
     return best
 
 
-def settled(target: Float[np.ndarray, "side side 3"], best: Reading, step: float) -> Reading:
+def settled(target: Float[np.ndarray, "side side 3"], best: Match, step: float) -> Match:
     """Move and resize the scene in steps of one length as long as that brings it closer."""
     while True:
         candidates = [
@@ -108,13 +108,13 @@ def settled(target: Float[np.ndarray, "side side 3"], best: Reading, step: float
         best = moved
 
 
-def closest(target: Float[np.ndarray, "side side 3"], best: Reading, candidates: list[Scene]) -> Reading:
+def closest(target: Float[np.ndarray, "side side 3"], best: Match, candidates: list[Scene]) -> Match:
     """The best so far, or a candidate that is closer."""
     for scene in candidates:
         difference = np.abs(draw(scene, SIDE) - target).sum(axis=-1)
         distance = float(np.minimum(difference, FAR).mean())
         if distance < best.distance:
-            best = Reading(scene, distance)
+            best = Match(scene, distance)
     return best
 
 

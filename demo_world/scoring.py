@@ -92,7 +92,7 @@ TARGETS: dict[str, Target] = {
     "truth_psnr": Target(21, "dB"),
     "oracle_accuracy": Target(0.99, ""),  # of the attribute that is read worst
 }
-OTHER_FIGURES = ("text_to_image", "reconstruction_psnr", "oracle", "vae_psnr")  # those that no edit is needed for
+OTHER_FIGURES = ("text_to_image", "reconstruction_psnr", "oracle", "vae_psnr")  # those that need no edit
 
 
 def load_recipes(folder: Path) -> dict[str, Recipe]:
@@ -105,7 +105,7 @@ def load_recipes(folder: Path) -> dict[str, Recipe]:
 
 
 def _begin_process() -> None:
-    """Settings of a process of the pool: its share of the cores, and what it frees is kept."""
+    """Set up a process of the pool: one thread; freed memory is kept."""
     torch.set_num_threads(1)
     keep_freed_memory()
 
@@ -252,7 +252,7 @@ def run_edits(editor: Editor, scenes: Sequence[Scene], recipe: Recipe) -> list[E
 
 
 def round_trips(editor: Editor, images: Sequence[Pixels]) -> list[Pixels]:
-    """Each image encoded and decoded: the best that any edit of latents could leave of it."""
+    """Each image encoded and decoded: the most that an edit of latents can keep of it."""
 
     def there_and_back(pixels: Pixels) -> Steps[Pixels]:
         latents = yield EncodeImage(pixels)

@@ -7,7 +7,6 @@ Exit codes: 0 done, 1 failed or stopped early, 2 a recipe that cannot work, 3 do
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -17,18 +16,27 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import pipeline
 from pipeline.common import stopping
 from pipeline.common.partition import WHOLE, Partition
 from pipeline.common.showing import typed
 from pipeline.errors import ShardeditError
-from pipeline.looking.printing import PlainFormatter, out, say_error, show_plan, show_status, show_summary, show_verdict
+from pipeline.looking.printing import (
+    PlainFormatter,
+    out,
+    say_error,
+    show_comparison,
+    show_inspection,
+    show_methods,
+    show_plan,
+    show_status,
+    show_summary,
+    whole_streams,
+)
 from pipeline.models.allocator import keep_freed_memory
 
 BROKEN_PIPE = 141  # what shells make of a command that wrote to a closed pipe
@@ -54,7 +62,7 @@ Where = Annotated[
         show_default=False,
     ),
 ]
-Part = Annotated[
+PartitionOption = Annotated[
     str,
     typer.Option(
         "--partition",
@@ -93,7 +101,7 @@ def reported(debug: bool) -> Iterator[None]:
         text = shown_traceback()
         if debug:
             sys.stderr.write(text)
-        say_error(f"{type(error).__name__}: {first_line(error)}\n{verdict_on(error)}")
+        say_error(f"{type(error).__name__}: {first_line(error)}\n{whose_fault(error)}")
         if not debug:
             say_error(kept(text))
         raise typer.Exit(1) from error
@@ -107,7 +115,7 @@ def parsed_partition(text: str) -> Partition:
         raise typer.BadParameter(str(error), param_hint="--partition") from error
 
 
-def verdict_on(error: Exception) -> str:
+def whose_fault(error: Exception) -> str:
     """Whose fault an error is that nobody foresaw: a path that the system refuses is not ours."""
     from pipeline.common.showing import about_path
 
@@ -166,7 +174,7 @@ def edit(
     strict: Annotated[
         bool, typer.Option("--strict", help="End with exit code 3 where any result failed, not only too many.")
     ] = False,
-    partition: Part = "0/1",
+    partition: PartitionOption = "0/1",
     debug: Debug = False,
 ) -> None:
     """Edit every image of a dataset. The same command goes on where an earlier one stopped."""
@@ -189,7 +197,7 @@ def plan(
     overrides: Overrides = None,
     as_json: AsJson = False,
     probe: Annotated[bool, typer.Option(help="Time the model on two images; without, no time is estimated.")] = True,
-    partition: Part = "0/1",
+    partition: PartitionOption = "0/1",
     debug: Debug = False,
 ) -> None:
     """Say what a run would take: images, results, network rows, bytes, time. Nothing is edited or written."""
@@ -245,12 +253,12 @@ def verify(
         from pipeline.looking.verify import verify as check
 
         source = None if no_source else run.source
-        verdict = check(run.sink, run.record, repair=repair, source=source, source_is_needed=run.by_recipe)
+        inspection = check(run.sink, run.record, repair=repair, source=source, source_is_needed=run.by_recipe)
         if as_json:
-            print(json.dumps(verdict.as_dict(), indent=1))
+            print(json.dumps(inspection.as_dict(), indent=1))
         else:
-            show_verdict(verdict, run)
-        raise typer.Exit(0 if verdict.clean else 1)
+            show_inspection(inspection, run)
+        raise typer.Exit(0 if inspection.clean else 1)
 
 
 @app.command()
@@ -270,14 +278,7 @@ def regenerate(
         from pipeline.looking.regenerate import regenerate as make
 
         made = make(run, key, edit=edit, method=method)
-        out.print(f"{made.id}, {made.edit}, {made.method} in {made.file}, row {made.row}", markup=False)
-        for line in made.did:
-            out.print(f"  {line}", markup=False)
-        for line in made.changed:
-            out.print(f"  changed since: {line}", markup=False)
-        for line in made.differences:
-            out.print(f"  differs: {line}", markup=False)
-        out.print("  equal in every byte" if made.equal else "  not equal")
+        show_comparison(made)
         raise typer.Exit(0 if made.equal else 1)
 
 
@@ -362,63 +363,7 @@ def config(
 @app.command()
 def methods() -> None:
     """List inversions and editors: where they come from, which fit together, their settings."""
-    from pipeline.editing import EDITORS
-    from pipeline.inversion import INVERSIONS
-
-    inversions = method_table("inversion.method")
-    for name, inversion in INVERSIONS.items():
-        about = f"replays {inversion.exact}\n{inversion.paper}"
-        inversions.add_row(name, defaults_of(inversion), about)
-    editors = method_table("editing.method")
-    for name, editor in EDITORS.items():
-        fitting = [key for key, inversion in INVERSIONS.items() if editor.fits(inversion)]
-        about = f"goes with {', '.join(fitting)}\n{editor.paper}"
-        editors.add_row(name, defaults_of(editor), about)
-    for table in (inversions, editors):
-        Console(highlight=False).print(table)
-    out.print(
-        "All of them work with the bundled model (model.name: demo), which knows drawn faces only, and with any Stable "
-        "Diffusion 1.x or 2.x checkpoint. Settings for parity with published code are left out: `shardedit schema "
-        "--markdown` ends with them.",
-        markup=False,
-    )
-
-
-def method_table(title: str) -> Table:
-    """An empty table of methods."""
-    table = Table(title=title, title_justify="left", title_style="bold", show_lines=True)
-    table.add_column("method", no_wrap=True)
-    table.add_column("settings and defaults", overflow="fold", width=30)
-    table.add_column("about", overflow="fold")
-    return table
-
-
-def defaults_of(method: Any) -> str:
-    """A method's settings with their defaults, one to a line; those for parity with published code are left out."""
-    from pipeline.compat import SETTINGS
-
-    fields = dict(method.model_fields)
-    left_out = ("method", *SETTINGS.get(fields["method"].default, ()))
-    return "\n".join(f"{name}: {field.default}" for name, field in fields.items() if name not in left_out)
-
-
-def whole_streams() -> None:
-    """See that the standard streams are open, and that what is printed on them can be.
-
-    A file that is opened while one of them is closed would take its number, and what native code prints would land in
-    it. And a terminal of an older encoding lacks letters of most languages: those are shown as escapes.
-    """
-    for number in (0, 1, 2):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  it lives as long as we do
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    show_methods()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

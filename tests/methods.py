@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -13,7 +14,7 @@ from pipeline.diffusion.levels import Level
 from pipeline.editing.base import EditingMethod
 from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.engine.backbone import Backbone
-from pipeline.engine.calls import Steps
+from pipeline.engine.calls import NetworkAnswer, NetworkCall, Steps
 from pipeline.engine.engine import Engine
 from pipeline.inversion.base import Inversion, draw_from
 from pipeline.inversion.ddpm import DDPMInversion
@@ -51,6 +52,20 @@ def brought(trajectory: Trajectory) -> Tensor:
     """The unconditional embeddings (N, L, D) that an inversion brought."""
     assert trajectory.uncond is not None
     return torch.stack([one.embedding for one in trajectory.uncond])
+
+
+def network_calls(engine: Engine) -> list[NetworkCall]:
+    """The network calls that an engine makes from now on; the list grows as it makes them."""
+    made: list[NetworkCall] = []
+    model = engine.backbone
+
+    def denoise(call: NetworkCall) -> NetworkAnswer:
+        made.append(call)
+        return model.denoise(call)
+
+    engine.backbone = copy.copy(model)  # other tests use the same model
+    engine.backbone.denoise = denoise  # type: ignore[method-assign]
+    return made
 
 
 def image_latents(backbone: Backbone, number: int, side: int = SIDE) -> Tensor:

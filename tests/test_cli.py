@@ -257,7 +257,10 @@ def test_report_is_written_again(config):
 
 def test_schema_is_a_json_schema_of_the_recipe(config):
     schema = json.loads(shardedit("schema").stdout)
-    jsonschema.validate(yaml.safe_load(config.read_text()), schema)
+    recipe = yaml.safe_load(config.read_text())
+    jsonschema.validate(recipe, schema)
+    with pytest.raises(jsonschema.ValidationError, match="wrokers"):
+        jsonschema.validate(recipe | {"run": {"wrokers": 2}}, schema)
 
 
 def test_schema_as_markdown_is_what_the_recipes_page_ends_with():
@@ -342,7 +345,8 @@ def test_a_command_whose_output_nobody_takes_ends_without_a_fault(config: Path, 
 
 def test_a_file_that_is_opened_while_a_stream_is_closed_is_not_written_to_as_that_stream(tmp_path: Path) -> None:
     code = (
-        f"from pipeline.cli import whole_streams; whole_streams(); print(open({str(tmp_path / 'x')!r}, 'w').fileno())"
+        "from pipeline.looking.printing import whole_streams; whole_streams(); "
+        f"print(open({str(tmp_path / 'x')!r}, 'w').fileno())"
     )
     done = subprocess.run(
         ["bash", "-c", f'{sys.executable} -c "{code}" 0<&- 2>&-'],

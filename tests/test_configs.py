@@ -25,7 +25,11 @@ def test_a_config_is_a_possible_recipe(config):
 
 @every_config
 def test_an_editor_that_knows_the_schema_accepts_a_config(config):
-    jsonschema.validate(yaml.safe_load(config.read_text(encoding="utf-8")), Recipe.model_json_schema())
+    data, schema = yaml.safe_load(config.read_text(encoding="utf-8")), Recipe.model_json_schema()
+    jsonschema.validate(data, schema)
+    for section in data.keys() & schema["properties"].keys():
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(data | {section: "misplaced"}, schema)
 
 
 @every_config

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline.looking.findings import RunVerdict
+from pipeline.looking.findings import Inspection
 from pipeline.looking.runs import find_run
 from pipeline.looking.verify import verify
 from pipeline.recipe import recipe_from
@@ -47,7 +47,7 @@ def run(made: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def verdict_on(run: Path, **settings: Any) -> RunVerdict:
+def inspected(run: Path, **settings: Any) -> Inspection:
     found = find_run(str(run.parent / "recipe.yaml"))
     return verify(found.sink, found.record, **{"source": found.source, **settings})
 
@@ -79,7 +79,7 @@ def test_whatever_is_changed_in_a_manifest_is_found(run: Path) -> None:
     before = json.loads(path.read_text())
     paths = fields(before)
     assert {str(at[0]) for at in paths} == set(Manifest.model_fields)
-    assert verdict_on(run).clean
+    assert inspected(run).clean
     unseen = []
     for at in paths:
         data = json.loads(json.dumps(before))
@@ -88,7 +88,7 @@ def test_whatever_is_changed_in_a_manifest_is_found(run: Path) -> None:
             part = part[step]
         part[at[-1]] = changed(part[at[-1]])
         path.write_text(json.dumps(data))
-        if verdict_on(run).clean:
+        if inspected(run).clean:
             unseen.append(at)
     assert unseen == []
 
@@ -122,10 +122,10 @@ def test_whatever_is_changed_in_the_summary_is_found_and_written_again(run: Path
             continue
         other = {"stage": 9} if isinstance(value, dict) else changed(value)
         path.write_text(json.dumps(before | {name: other}))
-        assert verdict_on(run).by_kind == {"summary": 1}, name
-    assert verdict_on(run, repair=True).repaired
+        assert inspected(run).by_kind == {"summary": 1}, name
+    assert inspected(run, repair=True).repaired
     assert json.loads(path.read_text()) == before | {"units_now": 0, "generation": 2}
-    assert verdict_on(run).clean
+    assert inspected(run).clean
 
 
 def rewrite_first_row(run: Path, **values: Any) -> None:
@@ -157,10 +157,10 @@ def rewrite_first_row(run: Path, **values: Any) -> None:
 )
 def test_a_row_that_was_made_otherwise_is_found_and_made_again(column: str, value: Any, run: Path) -> None:
     rewrite_first_row(run, **{column: value})
-    found = verdict_on(run)
+    found = inspected(run)
     assert any(one.kind == "rows" and str(value) in one.text for one in found.findings), found.findings
-    assert not verdict_on(run, repair=True).clean
-    assert verdict_on(run).by_kind == {"missing unit": 1}
+    assert not inspected(run, repair=True).clean
+    assert inspected(run).by_kind == {"missing unit": 1}
 
 
 def test_a_row_that_is_lost_between_two_units_is_found(run: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_row_that_is_lost_between_two_units_is_found(run: Path) -> None:
     ok = manifest["counts"]["ok"]
     manifest["counts"] |= {"images": 1, "asked": ok, "failed": 0, "failed_by_stage": {}, "failed_by_class": {}}
     path.write_text(json.dumps(manifest | {"stop": 1}))
-    (found,) = verdict_on(run).findings
+    (found,) = inspected(run).findings
     assert "it begins with row 2, the unit before it ends before row 1" in found.text
 
 
@@ -205,17 +205,17 @@ PLACES: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_what_stands_in_the_wrong_place_is_named_and_repaired_as_said(place: str, run: Path) -> None:
     change, kind = PLACES[place]
     change(run)
-    found = verdict_on(run)
+    found = inspected(run)
     assert kind in found.by_kind, found.findings
     said = shardedit("verify", run.parent / "recipe.yaml")
     assert said.exit_code == 1
     assert ("--repair would: " + ", ".join(found.repairs) if found.repairs else "To repair") in said.stdout
     assert shardedit("verify", run.parent / "recipe.yaml", "--repair").exit_code == 1
-    left = verdict_on(run)
+    left = inspected(run)
     assert left.clean or set(left.by_kind) == {"missing unit"}, left.findings
     if place in ("folder for a manifest", "file for data"):
         assert shardedit("edit", run.parent / "recipe.yaml").exit_code == 0
-        assert verdict_on(run).clean
+        assert inspected(run).clean
 
 
 def test_a_folder_that_lost_its_run_json_is_told_as_such(run: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_shard_that_the_source_has_and_the_run_has_not_is_a_finding(run: Path)
     assert "To repair" not in said.stdout
     (source / "s1.tar").unlink()
     (source / "s0.tar").write_bytes(b"other")
-    assert any("has changed" in one.text for one in verdict_on(run).findings)
+    assert any("has changed" in one.text for one in inspected(run).findings)
     assert shardedit("verify", run.parent / "recipe.yaml", "--no-source").exit_code == 0
 
 
@@ -296,5 +296,5 @@ def test_rows_that_the_footers_count_and_no_unit_holds_are_a_finding(tmp_path: P
     paths[-1].unlink()
     first = json.loads(paths[0].read_text())
     paths[0].write_text(json.dumps(first | {"is_last": True}))
-    verdict = verify(found.sink, found.record, source=recipe.source)
-    assert [one.text for one in verdict.findings if one.kind == "source"] == ["has 4 row(s), its units end after 2"]
+    inspection = verify(found.sink, found.record, source=recipe.source)
+    assert [one.text for one in inspection.findings if one.kind == "source"] == ["has 4 row(s), its units end after 2"]

@@ -42,7 +42,6 @@ CACHED_PROMPTS = 1024  # kept per worker beside those in use; of Stable Diffusio
 class EngineStats:
     """What an engine has done since it was made."""
 
-    network_calls: int = 0
     network_rows: int = 0  # rows that somebody asked for
     shared_rows: int = 0  # of these, rows that another row's answer served
     padded_rows: int = 0  # rows that only filled a call up
@@ -195,6 +194,8 @@ class Engine:
                 continue
             if generator is None:
                 continue
+            self._sessions.remove(session)  # to the end: of equals the one that was served longest ago is next
+            self._sessions.append(session)
             self._ready.append((_Task(generator, session, session.admitted), None, None))
             session.admitted += 1
             session.running += 1
@@ -317,7 +318,6 @@ class Engine:
     def _call(self, batch: Batch) -> NetworkAnswer:
         size = rows_per_call(batch.kind, self.call_size) if self.pad else len(batch.rows)
         answer = self.backbone.denoise(batch.as_call(size))
-        self.stats.network_calls += 1
         self.stats.network_rows += batch.asked_for
         self.stats.shared_rows += batch.asked_for - len(batch.rows)
         self.stats.padded_rows += size - len(batch.rows)

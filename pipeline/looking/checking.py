@@ -46,7 +46,7 @@ class Expected:
 
     @staticmethod
     def of(record: RunRecord) -> Expected:
-        """Of a run."""
+        """As a run's record says it."""
         recipe = record.recipe
         return Expected(
             methods={name: one["inversion"]["method"] for name, one in recipe["methods"].items()}
@@ -70,8 +70,8 @@ class Expected:
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
-    """What a row answers, and where it stands."""
+class CheckedRow:
+    """Which result a stored row is, and what is wrong with it."""
 
     shard: str
     index: int
@@ -79,7 +79,7 @@ class Key:
     edit: str
     method: str
     ok: bool  # in data/
-    made_by: str  # version of this package; of what failed, unit, stage and class of the error
+    made_by: str  # version of this package; for a failed result unit, stage and class of the error
     problem: str = ""  # what run.json contradicts
 
     def text(self) -> str:
@@ -91,7 +91,7 @@ class BrokenError(Exception):
     """A file or one of its pictures does not open."""
 
 
-def read_keys(path: str, opened: BinaryIO, expected: Expected, pool: Executor | None = None) -> list[Key]:
+def checked_rows(path: str, opened: BinaryIO, expected: Expected, pool: Executor | None = None) -> list[CheckedRow]:
     """Every row of a file, its pictures decoded.
 
     Args:
@@ -104,24 +104,24 @@ def read_keys(path: str, opened: BinaryIO, expected: Expected, pool: Executor | 
         BrokenError: says what does not open.
     """
     is_data = kind_of(path) == "data"
-    keys: list[Key] = []
+    checked: list[CheckedRow] = []
     decode = pool.map if pool else map
     try:
         rows = _tar_rows(opened, expected) if path.endswith(".tar") else _parquet_rows(opened, is_data, expected)
         while some := list(islice(rows, ROWS_AT_ONCE)):
-            found = [_key(row, is_data, expected) for row, _ in some]
+            found = [_checked(row, is_data, expected) for row, _ in some]
             has_mask = [row.get("mask_share") is not None for row, _ in some]
             list(decode(_check_pictures, found, [pictures for _, pictures in some], has_mask))
-            keys += found
+            checked += found
     except (pa.ArrowException, tarfile.TarError, OSError, ValueError, KeyError) as error:
         raise BrokenError(describe(error)) from error
-    return keys
+    return checked
 
 
-def _key(row: Mapping[str, Any], is_data: bool, expected: Expected) -> Key:
+def _checked(row: Mapping[str, Any], is_data: bool, expected: Expected) -> CheckedRow:
     made_by = row["code_version"] if is_data else "\n".join((row["unit"], row["stage"], row["error_class"]))
     problem = _contradiction(row, expected) if is_data else ""
-    return Key(row["shard"], row["index"], row["id"], row["edit"], row["method"], is_data, made_by, problem)
+    return CheckedRow(row["shard"], row["index"], row["id"], row["edit"], row["method"], is_data, made_by, problem)
 
 
 def _contradiction(row: Mapping[str, Any], expected: Expected) -> str:
@@ -149,18 +149,18 @@ def _tar_rows(opened: BinaryIO, expected: Expected) -> Iterator[tuple[dict[str, 
         yield json.loads(sample["json"]), pictures_of(sample, expected.names)
 
 
-def _check_pictures(key: Key, pictures: Mapping[str, bytes], has_mask: bool) -> None:
+def _check_pictures(row: CheckedRow, pictures: Mapping[str, bytes], has_mask: bool) -> None:
     """Decode every picture of a row.
 
     Raises:
         BrokenError: one is not there or does not decode, or a mask does not fit its image.
     """
-    if not key.ok:
+    if not row.ok:
         return
     if "image" not in pictures:
-        raise BrokenError(f"{key.text()} has no image")
+        raise BrokenError(f"{row.text()} has no image")
     if ("mask" in pictures) != has_mask:
-        raise BrokenError(f"{key.text()} has {'no mask' if has_mask else 'a mask'}, which its mask_share contradicts")
+        raise BrokenError(f"{row.text()} has {'no mask' if has_mask else 'a mask'}, which its mask_share contradicts")
     sizes = {}
     for name, data in pictures.items():
         try:
@@ -168,13 +168,13 @@ def _check_pictures(key: Key, pictures: Mapping[str, bytes], has_mask: bool) -> 
                 image.load()
                 sizes[name] = image.size
         except Exception as error:  # decoders raise what they like
-            raise BrokenError(f"{name} of {key.text()} does not decode: {describe(error)}") from error
+            raise BrokenError(f"{name} of {row.text()} does not decode: {describe(error)}") from error
     for name, size in sizes.items():
         if name.startswith("mask") and size != sizes["image"]:
-            raise BrokenError(f"{name} of {key.text()} is {size[0]} x {size[1]}, its image is not")
+            raise BrokenError(f"{name} of {row.text()} is {size[0]} x {size[1]}, its image is not")
 
 
-def row_problems(manifest: Manifest, rows: list[Key], expected: Expected) -> Iterator[str]:
+def row_problems(manifest: Manifest, rows: list[CheckedRow], expected: Expected) -> Iterator[str]:
     """Whether data and quarantine together hold what the unit was asked for, once each."""
     counts = manifest.counts
     for name, says, found in (
@@ -217,7 +217,7 @@ def row_problems(manifest: Manifest, rows: list[Key], expected: Expected) -> Ite
             yield f"row {index} of {manifest.shard} has several ids"
 
 
-def _failures_problems(manifest: Manifest, rows: list[Key]) -> Iterator[str]:
+def _failures_problems(manifest: Manifest, rows: list[CheckedRow]) -> Iterator[str]:
     """Whether the manifest counts failures as they stand in quarantine/."""
     failed = [one.made_by.split("\n") for one in rows if not one.ok]
     if others := sorted({unit for unit, _, _ in failed if unit != manifest.unit}):

@@ -23,7 +23,7 @@ from pipeline.writing.run_record import RunRecord, input_differences, run_input
 from pipeline.writing.summary import EXIT_CODES, STRICT_EXIT_CODE, SUMMARY_FILE, Summary
 
 REPORT_FILE = "report.html"
-# What the command that wrote it adds to what the manifests say, and what depends on its budget.
+# What the command adds to the manifests' numbers, and what depends on its error budget.
 OF_THE_COMMAND = {"units_now", "outcome", "exit_code", "generation"}
 
 

@@ -23,7 +23,7 @@ class Finding:
 
 
 @dataclass(slots=True, kw_only=True)
-class RunVerdict:
+class Inspection:
     """What was looked at and found."""
 
     units: int = 0

@@ -28,7 +28,7 @@ from pipeline.records import ReadRow, Sample
 from pipeline.running.preflight import check_captions, todo_of_plan
 from pipeline.settings.sections import RunConfig, WorkerRange
 
-COUNTED_SHARDS = 64  # shards whose rows are counted; the others are taken to be like them, by their bytes
+COUNTED_SHARDS = 64  # shards whose rows are counted; those of others are estimated from their bytes
 READ_ROWS = 256  # rows that are read for their own edits
 READ_BYTES = 256 * 2**20  # shards larger than this in all are not read beyond `READ_ROWS`
 PROBE_IMAGES = 3  # the first warms up, the others are timed
@@ -131,7 +131,7 @@ def seconds_for(network_rows: int, images: int, probe: Probe, workers: int) -> f
 
 
 def probe_note(probe: Probe | None, why: Sequence[str] = ()) -> str:
-    """What an estimate of time rests on, and why some rows could not be edited."""
+    """What an estimate of time is based on, and why some rows could not be edited."""
     reasons = ", ".join(f"{text} ({count})" for text, count in Counter(map(_in_short, why)).most_common(SHOWN_REASONS))
     if probe is None:
         return "time: unknown, none of the first rows can be edited" + (f": {reasons}" if reasons else "")
@@ -197,7 +197,7 @@ class Looked:
 
 
 def look_at_rows(shards: Sequence[Shard], recipe: Recipe, images: int) -> Looked:
-    """Look at all rows of a small source, at the first ones of a large one. Memory: one unit's rows."""
+    """Look at all rows of a small source, or at the first ones of a large one. Memory: one unit's rows."""
     read_all = images <= READ_ROWS and sum(shard.size for shard in shards) <= READ_BYTES
     looked = Looked()
     counter = RowCounter(recipe)

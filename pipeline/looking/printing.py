@@ -1,11 +1,14 @@
-"""What the commands print of what they found: summaries, states, verdicts, plans, as a person reads them.
+"""What the commands print, as a person reads it: summaries, states, inspections, plans, methods.
 
 Torch and Ray take seconds to import: what needs them is imported in the functions that do.
 """
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,9 +20,10 @@ from pipeline.common.showing import printable, without_credentials
 
 if TYPE_CHECKING:
     from pipeline.looking.planning import Plan
+    from pipeline.looking.regenerate import Comparison
     from pipeline.looking.runs import Run
     from pipeline.looking.status import Status
-    from pipeline.looking.verify import RunVerdict
+    from pipeline.looking.verify import Inspection
     from pipeline.recipe import Recipe
     from pipeline.writing.summary import Summary
 
@@ -29,12 +33,12 @@ class PlainConsole(Console):
 
     @override
     def render_str(self, text: str, **options: Any) -> Text:
-        """A text as it is to be shown."""
+        """A text as it is shown."""
         return super().render_str(printable(text), **options)
 
     @override
     def on_broken_pipe(self) -> None:
-        """Called where whoever reads has gone: for the command to end by, and not with rich's own code."""
+        """Called when the reader has gone. The error passes: the command ends by it, not with rich's own code."""
         raise
 
 
@@ -43,7 +47,7 @@ class PlainFormatter(logging.Formatter):
 
     @override
     def format(self, record: logging.LogRecord) -> str:
-        """A record as it is to be shown."""
+        """A record as it is shown."""
         return printable(without_credentials(super().format(record)))
 
 
@@ -121,37 +125,37 @@ def first_words(message: str) -> str:
     return " ".join(message.split())[:160]
 
 
-def show_verdict(verdict: RunVerdict, run: Run) -> None:
+def show_inspection(inspection: Inspection, run: Run) -> None:
     """What is wrong, where, and what puts it right."""
     from pipeline.common.wording import count, size_text
 
-    for finding in verdict.findings:
+    for finding in inspection.findings:
         out.print(f"{finding.kind}: {finding.path}: {finding.text}", markup=False)
-    if verdict.wrong > len(verdict.findings):
-        out.print(f"... and {verdict.wrong - len(verdict.findings):,} more: {counted(verdict.by_kind)}")
+    if inspection.wrong > len(inspection.findings):
+        out.print(f"... and {inspection.wrong - len(inspection.findings):,} more: {counted(inspection.by_kind)}")
     looked = (
-        f"{count(verdict.units, 'unit')}, {count(verdict.files, 'file')}, {size_text(verdict.bytes)}; "
-        f"{verdict.done:,} results in data/, {verdict.failed:,} in quarantine/"
+        f"{count(inspection.units, 'unit')}, {count(inspection.files, 'file')}, {size_text(inspection.bytes)}; "
+        f"{inspection.done:,} results in data/, {inspection.failed:,} in quarantine/"
     )
-    if verdict.temporary:
-        found = count(verdict.temporary, "temporary file")
+    if inspection.temporary:
+        found = count(inspection.temporary, "temporary file")
         out.print(f"Note: a killed run left {found}, which nothing reads; `shardedit edit` removes what is a day old.")
-    if verdict.left_out:
-        out.print(f"Note: of the source {verdict.left_out}.", markup=False)
-    if verdict.clean:
-        out.print(f"{'Whole' if verdict.source_was_listed else 'Whole as far as run.json tells'}: {looked}.")
+    if inspection.left_out:
+        out.print(f"Note: of the source {inspection.left_out}.", markup=False)
+    if inspection.clean:
+        out.print(f"{'Whole' if inspection.source_was_listed else 'Whole as far as run.json tells'}: {looked}.")
     else:
-        out.print(f"{count(verdict.wrong, 'problem')} in {looked}.")
-    if not verdict.source_was_listed:
-        why = verdict.source_unreachable or "it was not listed. Give the recipe, which says how to open it"
+        out.print(f"{count(inspection.wrong, 'problem')} in {looked}.")
+    if not inspection.source_was_listed:
+        why = inspection.source_unreachable or "it was not listed. Give the recipe, which says how to open it"
         out.print(f"Not checked against the source: {why}", markup=False)
-    if verdict.repairs:
-        does = "Repaired" if verdict.repaired else "--repair would"
-        out.print(f"{does}: {', '.join(verdict.repairs)}.", markup=False)
-    if verdict.clean or not verdict.edit_repairs:
+    if inspection.repairs:
+        does = "Repaired" if inspection.repaired else "--repair would"
+        out.print(f"{does}: {', '.join(inspection.repairs)}.", markup=False)
+    if inspection.clean or not inspection.edit_repairs:
         return
     # Not "&&": a repair ends with 1 as well, for what it found.
-    steps = [f"shardedit verify {run.where} --repair; "] if verdict.needs_repair and not verdict.repaired else []
+    steps = [f"shardedit verify {run.where} --repair; "] if inspection.needs_repair and not inspection.repaired else []
     out.print(f"To repair: {''.join(steps)}shardedit edit {run.config}", markup=False)
 
 
@@ -177,6 +181,60 @@ def show_plan(made: Plan, config: str) -> None:
     out.print(f"Nothing was written. To run it: shardedit edit {config}", markup=False)
 
 
+def show_comparison(made: Comparison) -> None:
+    """A result that was made again beside the stored one."""
+    out.print(f"{made.id}, {made.edit}, {made.method} in {made.file}, row {made.row}", markup=False)
+    for line in made.did:
+        out.print(f"  {line}", markup=False)
+    for line in made.changed:
+        out.print(f"  changed since: {line}", markup=False)
+    for line in made.differences:
+        out.print(f"  differs: {line}", markup=False)
+    out.print("  equal in every byte" if made.equal else "  not equal")
+
+
+def show_methods() -> None:
+    """All inversions and editors as tables."""
+    from pipeline.editing import EDITORS
+    from pipeline.inversion import INVERSIONS
+
+    inversions = method_table("inversion.method")
+    for name, inversion in INVERSIONS.items():
+        about = f"replays {inversion.exact}\n{inversion.paper}"
+        inversions.add_row(name, defaults_of(inversion), about)
+    editors = method_table("editing.method")
+    for name, editor in EDITORS.items():
+        fitting = [key for key, inversion in INVERSIONS.items() if editor.fits(inversion)]
+        about = f"goes with {', '.join(fitting)}\n{editor.paper}"
+        editors.add_row(name, defaults_of(editor), about)
+    for table in (inversions, editors):
+        Console(highlight=False).print(table)
+    out.print(
+        "All of them work with the bundled model (model.name: demo), which knows drawn faces only, and with any Stable "
+        "Diffusion 1.x or 2.x checkpoint. Settings for parity with published code are left out: `shardedit schema "
+        "--markdown` ends with them.",
+        markup=False,
+    )
+
+
+def method_table(title: str) -> Table:
+    """An empty table of methods."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_lines=True)
+    table.add_column("method", no_wrap=True)
+    table.add_column("settings and defaults", overflow="fold", width=30)
+    table.add_column("about", overflow="fold")
+    return table
+
+
+def defaults_of(method: Any) -> str:
+    """A method's settings with their defaults, one to a line; those for parity with published code are left out."""
+    from pipeline.compat import SETTINGS
+
+    fields = dict(method.model_fields)
+    left_out = ("method", *SETTINGS.get(fields["method"].default, ()))
+    return "\n".join(f"{name}: {field.default}" for name, field in fields.items() if name not in left_out)
+
+
 def show_rows(rows: dict[str, str]) -> None:
     """Names and values, aligned."""
     width = max(map(len, rows))
@@ -196,3 +254,22 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def whole_streams() -> None:
+    """See that the standard streams are open, and that what is printed on them can be.
+
+    A file that is opened while one of them is closed would take its number, and what native code prints would land in
+    it. And a terminal of an older encoding lacks most languages' letters: these are shown as escapes.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  it lives as long as we do
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -23,7 +23,7 @@ from pipeline.writing.parquet import render_parquet
 from pipeline.writing.restoring import outcome_of
 from pipeline.writing.rows import as_written, encode_outcome, schema
 
-PROBE_SECONDS = 60.0  # a probe that takes longer is cut off, and what it has seen by then has to do
+PROBE_SECONDS = 60.0  # a longer probe is cut off, and estimates use what it has seen by then
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,7 @@ def _bytes_per_result(outcomes: Sequence[Outcome], recipe: Recipe, backbone: Bac
 
 
 class TimeIsUp(BaseException):
-    """Ends a probe. No `Exception`: the engine turns those into failed rows, and goes on."""
+    """Ends a probe. Not an `Exception`: the engine turns these into failed rows, and goes on."""
 
 
 class TimedBackbone:

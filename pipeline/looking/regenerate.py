@@ -40,7 +40,7 @@ from pipeline.writing.run_record import RunRecord, run_record, versions_that_dif
 from pipeline.writing.spans import samples_of, table_of, tar_samples
 from pipeline.writing.webdataset import render_tar
 
-SHOWN = 8  # results that a key which names several is told of
+SHOWN = 8  # results that an error lists where a key names several
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class Comparison:
     row: int  # in that file, from 0
     did: tuple[str, ...]  # what was read, edited and compared, in words
     differences: tuple[str, ...]  # none: equal in every byte
-    changed: tuple[str, ...]  # what is other than when it was made: source, model, versions
+    changed: tuple[str, ...]  # what has changed since it was made: source, model, versions
 
     @property
     def equal(self) -> bool:
@@ -63,7 +63,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stored:
+class _StoredRow:
     manifest: Manifest
     span: Span
     row: int  # of the span, from 0
@@ -144,11 +144,11 @@ def _name_of(result: Decoded | Rejected) -> tuple[str, str]:
     return result.edit, result.method
 
 
-def _find(run: Run, key: str, edit: str | None, method: str | None) -> _Stored:
+def _find(run: Run, key: str, edit: str | None, method: str | None) -> _StoredRow:
     fs, root = open_fs(run.sink.folder, run.sink.storage_options)
     # An id begins with its shard's path; a bare key is looked for everywhere.
     shards = {path for path, _, _ in run.record.input if key.startswith(f"{path}/")}
-    found: list[_Stored] = []
+    found: list[_StoredRow] = []
     failed = ""
     merged = Merged(fs, root)
     for manifest in committed_units(run.sink):
@@ -161,7 +161,7 @@ def _find(run: Run, key: str, edit: str | None, method: str | None) -> _Stored:
                 if span.kind == "quarantine":
                     failed = f"; it failed in stage {about['stage']}: {about['error_class']}: {about['message']}"
                 else:
-                    found.append(_Stored(manifest, span, at, about, parts))
+                    found.append(_StoredRow(manifest, span, at, about, parts))
     where = public_url(run.sink.folder)
     if not found:
         raise SinkError(f"{where} has no result '{key}'{failed}")
@@ -195,7 +195,7 @@ def _recipe_of(run: Run) -> Recipe:
     return recipe_from(data, "run.json")
 
 
-def _read_again(stored: _Stored, recipe: Recipe) -> tuple[Shard, ReadRow]:
+def _read_again(stored: _StoredRow, recipe: Recipe) -> tuple[Shard, ReadRow]:
     manifest = stored.manifest
     shards = [shard for shard in list_shards(recipe.source) if shard.path == manifest.shard]
 
@@ -230,7 +230,7 @@ def _changes(before: RunRecord, now: RunRecord) -> Iterator[str]:
     yield from (f"version of {line}" for line in versions_that_differ(before, now))
 
 
-def _compared(stored: _Stored, made: OutputRow | Rejected, recipe: Recipe, labels: Labels) -> tuple[list[str], str]:
+def _compared(stored: _StoredRow, made: OutputRow | Rejected, recipe: Recipe, labels: Labels) -> tuple[list[str], str]:
     """What differs, and what was compared, in words."""
     if isinstance(made, Rejected):
         return [f"it fails now, in stage {made.stage}: {made.error_class}: {made.message}"], "nothing"

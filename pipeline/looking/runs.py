@@ -27,7 +27,7 @@ class Run:
     source: SourceConfig | None
     by_recipe: bool  # the recipe was given
     where: str  # how to name the run on a command line, quoted
-    config: str  # the same of its recipe
+    config: str  # how to name its recipe there
 
 
 def find_run(where: str, overrides: Sequence[str] = ()) -> Run:

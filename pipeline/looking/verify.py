@@ -1,8 +1,8 @@
 """Is a run's output whole? Every file is read, hashed and opened, every row counted, against manifests and run.json;
 and these against what derives from them, and against the source's listing (consistency.py).
 
-Held at a time: the files of `CHECKERS` units, the names of all files, and what the rows of a few merged files answer.
-Those files themselves are read piece by piece, an object store's from a copy in this machine's temporary folder.
+Memory: the files of `CHECKERS` units, the names of all files, and which results the rows of a few merged files are.
+Merged files are read piece by piece, an object store's from a copy in this machine's temporary folder.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from itertools import islice
 from threading import Lock
 
 from pipeline.common import stopping
-from pipeline.looking.checking import BrokenError, Expected, Key, manifest_problems, read_keys, row_problems
+from pipeline.looking.checking import BrokenError, CheckedRow, Expected, checked_rows, manifest_problems, row_problems
 from pipeline.looking.consistency import REPORT_FILE, FromSource, look_at_source, summary_problem
-from pipeline.looking.findings import SEEN_BY_EDIT, STRAY, Finding, RunVerdict
+from pipeline.looking.findings import SEEN_BY_EDIT, STRAY, Finding, Inspection
 from pipeline.reading.shards import shard_slug
 from pipeline.reading.storage import FileSystem, is_local, open_fs, retrying
 from pipeline.recipe import SinkConfig, SourceConfig
@@ -51,7 +51,7 @@ def verify(
     repair: bool = False,
     source: SourceConfig | None = None,
     source_is_needed: bool = True,
-) -> RunVerdict:
+) -> Inspection:
     """Check a run that is not at work: what it is writing meanwhile would look like strays.
 
     Args:
@@ -69,28 +69,28 @@ def verify(
         refuse_links(sink)
         with stopping.orderly() as stop, DriverLock(sink, log.warning) as lock:
             stop.when_ended = partial(lock.__exit__, None, None, None)
-            verdict, ends = _verify(sink, record, lock.claim)
+            inspection, ends = _verify(sink, record, lock.claim)
     else:
-        verdict, ends = _verify(sink, record, None)
+        inspection, ends = _verify(sink, record, None)
     if source is not None:
-        _note_source(verdict, look_at_source(record, source), ends, source_is_needed)
-    verdict.repaired = repair and bool(verdict.repairs)
-    return verdict
+        _note_source(inspection, look_at_source(record, source), ends, source_is_needed)
+    inspection.repaired = repair and bool(inspection.repairs)
+    return inspection
 
 
-def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> tuple[RunVerdict, dict[str, int]]:
-    """The verdict, and the row after the last of every shard that is done."""
+def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> tuple[Inspection, dict[str, int]]:
+    """The inspection; and of every shard that is done, the row after the last."""
     fs, root = open_fs(sink.folder, sink.storage_options)
     fs.invalidate_cache()
     # Listed first: what is committed in the meantime is then no stray.
     there = {folder: _names(fs, root, folder) for folder in FOLDERS}
     expected = Expected.of(record)
-    verdict, done, counted = RunVerdict(), Committed(), Counted()
+    inspection, done, counted = Inspection(), Committed(), Counted()
     broken: set[str] = set()  # files of damaged units, and those of nobody
     baselines = Baselines(fs, root).all
     known = {baseline_path(baseline.generation) for baseline in baselines}
     for text in record.problems():
-        verdict.note(Finding(kind="run record", path=RUN_FILE, text=text))
+        inspection.note(Finding(kind="run record", path=RUN_FILE, text=text))
     shards = {shard_slug(path): path for path, _, _ in record.input}
     ends: dict[str, int] = {}
     bad = 0  # units
@@ -99,17 +99,17 @@ def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> tup
         known.add(merged.index_path)
         for shard, manifest, findings in _checked(fs, root, sink, expected, merged):
             stopping.check()
-            verdict.units += 1
+            inspection.units += 1
             known.update(shard.used)
             known.update(file.path for file in manifest.files)
             alone = [file for file in manifest.files if not merged.holds(file, manifest.unit)]
-            verdict.files += len(alone)
-            verdict.bytes += sum(file.size for file in alone)
-            verdict.loose += len(alone)
-            verdict.done += manifest.counts.ok
-            verdict.failed += manifest.counts.failed
+            inspection.files += len(alone)
+            inspection.bytes += sum(file.size for file in alone)
+            inspection.loose += len(alone)
+            inspection.done += manifest.counts.ok
+            inspection.failed += manifest.counts.failed
             for finding in findings:
-                verdict.note(finding)
+                inspection.note(finding)
             done.add(manifest)
             merged.totals.add(manifest)
             if manifest.is_last:
@@ -121,33 +121,33 @@ def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> tup
             own = (manifest_path(manifest.unit, manifest.generation), *(file.path for file in manifest.files))
             broken.update(path for path in own if any(path in names for names in there.values()))
             if not SEEN_BY_EDIT & {finding.kind for finding in findings}:
-                verdict.needs_repair = True
-        _note_merged(verdict, merged, known)
+                inspection.needs_repair = True
+        _note_merged(inspection, merged, known)
     missing = {slug: text for slug in shards if (text := _uncommitted(done, slug))}
     for slug, text in missing.items():
-        verdict.note(Finding(kind="missing unit", path=shards[slug], text=text))
-    if verdict.loose and not missing and record.recipe["sink"].get("shard_size"):
-        text = f"{verdict.loose} file(s) of units stand in {PARTS}/ and are not merged yet"
-        verdict.note(Finding(kind="not merged", path="data", text=text))
+        inspection.note(Finding(kind="missing unit", path=shards[slug], text=text))
+    if inspection.loose and not missing and record.recipe["sink"].get("shard_size"):
+        text = f"{inspection.loose} file(s) of units stand in {PARTS}/ and are not merged yet"
+        inspection.note(Finding(kind="not merged", path="data", text=text))
     left = sorted(name for names in there.values() for name in names if name not in known)
     strays = [name for name in left if not is_temporary(name)]
-    verdict.temporary = len(left) - len(strays)  # left to `shardedit edit`, which removes those that are old enough
+    inspection.temporary = len(left) - len(strays)  # left to `shardedit edit`, which removes those that are old enough
     for name in strays:
-        verdict.note(Finding(kind=STRAY, path=name, text=_about_stray(name)))
-        verdict.needs_repair = True
+        inspection.note(Finding(kind=STRAY, path=name, text=_about_stray(name)))
+        inspection.needs_repair = True
         broken.add(name.rstrip("/"))
-    if verdict.needs_repair:
+    if inspection.needs_repair:
         for number, text in (
             (bad, "take back {} damaged unit(s)"),
             (len(merged.damaged), "take back {} damaged merged file(s)"),
             (len(strays), "remove {} stray file(s)"),
         ):
-            verdict.repairs += [text.format(number)] if number else []
+            inspection.repairs += [text.format(number)] if number else []
         if repairing:  # what is in a folder goes before the folder
             take_back(counted, merged.damaged, sorted(broken, reverse=True), sink, repairing)
-    if not verdict.edit_repairs:
-        _note_derived(verdict, sink, record, merged.totals, baselines, repairing)
-    return verdict, ends
+    if not inspection.edit_repairs:
+        _note_derived(inspection, sink, record, merged.totals, baselines, repairing)
+    return inspection, ends
 
 
 def _about_stray(name: str) -> str:
@@ -167,7 +167,7 @@ _STRAYS = {
 
 
 def _note_derived(
-    verdict: RunVerdict,
+    inspection: Inspection,
     sink: SinkConfig,
     record: RunRecord,
     totals: Totals,
@@ -181,45 +181,45 @@ def _note_derived(
     now = totals.summary(complete=True, units_now=0, max_failed_fraction=budget, generation=latest)
     kind, text = summary_problem(fs, root, now)
     if text:
-        verdict.note(Finding(kind=kind, path=SUMMARY_FILE, text=text))
-        verdict.repairs.append(f"write {SUMMARY_FILE}")
+        inspection.note(Finding(kind=kind, path=SUMMARY_FILE, text=text))
+        inspection.repairs.append(f"write {SUMMARY_FILE}")
         if repairing:
             write_summary(replace(now, generation=repairing.generation), sink)
     if size_of(fs, f"{root}/{REPORT_FILE}") is None:
-        verdict.note(Finding(kind="report", path=REPORT_FILE, text="is missing"))
-        verdict.repairs.append(f"write {REPORT_FILE}")
+        inspection.note(Finding(kind="report", path=REPORT_FILE, text="is missing"))
+        inspection.repairs.append(f"write {REPORT_FILE}")
         if repairing:
             from pipeline.looking.report.page import write_report  # which takes time to import
 
             write_report(sink)
 
 
-def _note_source(verdict: RunVerdict, found: FromSource, ends: Mapping[str, int], is_needed: bool) -> None:
+def _note_source(inspection: Inspection, found: FromSource, ends: Mapping[str, int], is_needed: bool) -> None:
     """Add what the source's listing says of the run."""
-    verdict.source_was_listed, verdict.source_unreachable = not found.unreachable, found.unreachable
-    verdict.left_out = found.left_out
+    inspection.source_was_listed, inspection.source_unreachable = not found.unreachable, found.unreachable
+    inspection.left_out = found.left_out
     if found.unreachable and is_needed:
         text = "cannot be listed: nothing tells whether it holds more than was edited. Without it: verify --no-source"
-        verdict.note(Finding(kind="source", path="source.shards", text=text))
+        inspection.note(Finding(kind="source", path="source.shards", text=text))
     for shard, problem in found.problems:
-        verdict.note(Finding(kind="source", path=shard, text=f"{problem} since the run began"))
+        inspection.note(Finding(kind="source", path=shard, text=f"{problem} since the run began"))
     for shard, rows in found.rows.items():
         if ends.get(shard, rows) != rows:
             text = f"has {rows} row(s), its units end after {ends[shard]}"
-            verdict.note(Finding(kind="source", path=shard, text=text))
+            inspection.note(Finding(kind="source", path=shard, text=text))
 
 
-def _note_merged(verdict: RunVerdict, merged: _MergedFiles, known: set[str]) -> None:
+def _note_merged(inspection: Inspection, merged: _MergedFiles, known: set[str]) -> None:
     """Add what was found in merged files."""
     for slot, findings in merged.all_findings():
         known.add(slot.contents)
         if slot.file is not None:
             known.add(slot.file.path)
-            verdict.files += 1
-            verdict.bytes += slot.file.size
+            inspection.files += 1
+            inspection.bytes += slot.file.size
         for finding in findings:
-            verdict.note(finding)
-            verdict.needs_repair |= finding.kind not in SEEN_BY_EDIT
+            inspection.note(finding)
+            inspection.needs_repair |= finding.kind not in SEEN_BY_EDIT
 
 
 def _names(fs: FileSystem, root: str, folder: str) -> set[str]:
@@ -259,7 +259,7 @@ class _MergedFiles:
         self.totals = Totals(self._merged)  # of the units, whose files may be merged
         self._lock = Lock()
         self._findings: dict[str, list[Finding]] = {}  # by path of the contents; of every slot that was read
-        self._rows: dict[str, dict[str, list[Key]] | None] = {}  # of the last few: rows by unit; None: unreadable
+        self._rows: dict[str, dict[str, list[CheckedRow]] | None] = {}  # of the last few, by unit; None: unreadable
         self.damaged: set[str] = set()  # paths of contents
 
     @property
@@ -271,7 +271,7 @@ class _MergedFiles:
         """Whether a merged file holds what a unit's manifest lists."""
         return self._merged.find(file, unit) is not None
 
-    def rows(self, file: FileRecord, unit: str) -> list[Key] | None:
+    def rows(self, file: FileRecord, unit: str) -> list[CheckedRow] | None:
         """A unit's rows; None where the merged file cannot be read, which is a finding of its own."""
         slot = self._merged.slot_of(kind_of(file.path), unit)
         assert slot is not None, "holds() comes first"
@@ -284,7 +284,7 @@ class _MergedFiles:
         return None if rows is None else rows.get(unit, [])
 
     def blame(self, file: FileRecord, unit: str) -> None:
-        """A unit's rows are not those that it was asked for: the file that holds them is no good."""
+        """Note that a unit's rows are not those that it was asked for: the file that holds them is damaged."""
         slot = self._merged.slot_of(kind_of(file.path), unit)
         if slot is not None:
             self.damaged.add(slot.contents)
@@ -310,7 +310,7 @@ class _MergedFiles:
                     sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
                     findings += _byte_problems(slot.file, opened.tell(), sha256)
                     opened.seek(0)
-                    rows = read_keys(slot.file.path, opened, self._expected, self._pool)
+                    rows = checked_rows(slot.file.path, opened, self._expected, self._pool)
                 if len(rows) != slot.file.rows:
                     text = f"has {len(rows)} row(s), the index says {slot.file.rows}"
                     findings.append(Finding(kind="rows", path=slot.file.path, text=text))
@@ -351,7 +351,7 @@ def _check_unit(
         problems.append("it says that it is the last of its shard, and later ones are committed")
     stands = manifest_path(manifest.unit, manifest.generation)
     findings = [Finding(kind="manifest", path=stands, text=text) for text in problems]
-    rows: list[Key] = []
+    rows: list[CheckedRow] = []
     readable = True
     for file in manifest.files:
         if merged.holds(file, manifest.unit):
@@ -373,7 +373,7 @@ def _check_unit(
             continue
         findings += _byte_problems(file, len(data), hashlib.sha256(data).hexdigest())
         try:
-            found = read_keys(file.path, io.BytesIO(data), expected)
+            found = checked_rows(file.path, io.BytesIO(data), expected)
             rows += found
             if len(found) != file.rows:
                 text = f"has {len(found)} row(s), unit {manifest.unit} lists {file.rows}"

@@ -17,6 +17,9 @@ from typing import Any
 MAX_HEAD = 64 << 20  # bytes; a row's columns stand in a head
 Buffer = bytes | bytearray | memoryview
 Message = tuple[dict[str, Any], list[bytearray]]
+"""As received: head and blobs."""
+Answer = tuple[dict[str, Any], Sequence[Buffer]]
+"""What a guarded process is about to send: head and blobs."""
 
 
 class ClosedError(Exception):

@@ -15,12 +15,11 @@ from pathlib import Path
 from PIL import AvifImagePlugin
 
 from pipeline.errors import DecodeError
-from pipeline.reading.channel import Buffer, Channel, ClosedError, LateError, Message
+from pipeline.reading.channel import Answer, Channel, ClosedError, LateError, Message
 from pipeline.reading.decode import decode, decode_mask
 
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 MAX_QUESTION = 8 << 30  # bytes; the parent is trusted
-Answer = tuple[dict[str, object], list[Buffer]]
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from pipeline.reading import parquet
 from pipeline.reading.folder import group_files
 from pipeline.reading.local import find_local, glob_local, oddity
 from pipeline.reading.rows import IMAGE_EXTENSIONS, extension, listed, readable
-from pipeline.reading.shards import UNIT_BYTES, Format, Shard
+from pipeline.reading.shards import UNIT_BYTES, DamagedFileError, Format, NoImageColumnError, Shard
 from pipeline.reading.storage import open_fs, retrying, storage_errors
 from pipeline.reading.versions import tag_of, versions
 from pipeline.recipe import SourceConfig
@@ -43,7 +43,7 @@ class _File:
     url: str  # openable
     size: int
     etag: str
-    leads_nowhere: str = ""  # of a link to nothing: what it should lead to
+    leads_nowhere: str = ""  # of a broken link: where it leads
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class _Listing:
     base: str  # URL of the folder that relative paths start from
     files: tuple[_File, ...]
     whole: bool  # whether everything below `base` is meant, not only what a wildcard or a name picks
-    left_out: Mapping[str, int]  # what for: how many
+    left_out: Mapping[str, int]  # number of files by reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +108,7 @@ def list_source(source: SourceConfig) -> Listed:
 
 
 def _that_are_there(named: list[tuple[str, _File]]) -> list[tuple[str, _File]]:
-    """The same, if no shard is missing. A missing image fails its own row alone; a missing shard would lose all of its
-    rows.
+    """The same files, none a broken link: a missing image fails its own row alone, a missing shard all of its rows.
 
     Raises:
         SourceError: a shard is a link that leads nowhere.
@@ -141,7 +140,7 @@ def _list_url(url: str, source: SourceConfig) -> _Listing:
     bases: list[str] = []
     infos: dict[str, Any] = {}
     whole = True
-    fs.invalidate_cache()  # s3fs keeps listings, and this one must be of now
+    fs.invalidate_cache()  # s3fs caches listings, and this one must be fresh
     for path in paths:
         with storage_errors(fs.unstrip_protocol(path)):
             base, found, is_whole = _list_path(fs, path, literal)
@@ -175,7 +174,7 @@ def expanded(url: str) -> list[str]:
     """
     if "{" not in url:
         return [url]
-    count = 1  # before anything is expanded: that alone may take for ever
+    count = 1  # first, since expanding alone may take for ever
     for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}", url):
         count *= abs(int(last[:20]) - int(first[:20])) + 1
     for names in re.findall(r"\{([^{}]*,[^{}]*)\}", url):
@@ -200,7 +199,7 @@ def _list_path(fs: Any, path: str, literal: bool) -> tuple[str, dict[str, Any], 
                 base = path[: wildcard.start()].rpartition("/")[0]
                 found = glob_local(path) if is_local else fs.glob(path, detail=True)
                 if not found:
-                    fs.info(base)  # tells a folder that does not exist, or may not be read, from one without matches
+                    fs.info(base)  # raises where the folder does not exist or may not be read
                 return base, found, False
             info = fs.info(path)
             if is_local and (odd := oddity(path)):
@@ -213,7 +212,7 @@ def _list_path(fs: Any, path: str, literal: bool) -> tuple[str, dict[str, Any], 
 
 def _file(fs: Any, base: str, path: str, info: Mapping[str, Any]) -> _File:
     etag = tag_of(info)
-    if not etag and "mtime" in info and not isinstance(fs, LocalFileSystem):  # all that is told, of SFTP for example
+    if not etag and "mtime" in info and not isinstance(fs, LocalFileSystem):  # all that SFTP, for example, tells
         etag = f"mtime {float(info['mtime']):.6f}"
     # A signature in a web address is a credential, and no part of a shard's name.
     relative = (path.partition("?")[0] if _is_web(fs) else path).removeprefix(base).lstrip("/")
@@ -263,23 +262,23 @@ def _format_of(listings: list[_Listing], source: SourceConfig) -> Format:
 
 def _named(listings: list[_Listing], suffixes: tuple[str, ...]) -> list[tuple[str, _File]]:
     """Every shard once, with a path that is unique in the source."""
-    labels = _labels([listing.base for listing in listings])
+    prefixes = _prefixes([listing.base for listing in listings])
     distinct: dict[str, tuple[str, _File]] = {}
-    for listing, label in zip(listings, labels, strict=True):
+    for listing, prefix in zip(listings, prefixes, strict=True):
         for file in listing.files:
             if _matches(file, suffixes):
-                distinct.setdefault(file.url, (label, file))
+                distinct.setdefault(file.url, (prefix, file))
     relatives = Counter(file.relative for _, file in distinct.values())
     if max(relatives.values()) == 1:
         return [(file.relative, file) for _, file in distinct.values()]
-    named = [(posixpath.join(label, file.relative), file) for label, file in distinct.values()]
+    named = [(posixpath.join(prefix, file.relative), file) for prefix, file in distinct.values()]
     path, count = Counter(path for path, _ in named).most_common(1)[0]
     if count > 1:  # web addresses that differ in their queries alone
         raise SourceError(f"{count} addresses in source.shards have the name {path}. Name each file once")
     return named
 
 
-def _labels(bases: list[str]) -> list[str]:
+def _prefixes(bases: list[str]) -> list[str]:
     """What tells base folders apart: their URLs without the leading parts that all have in common."""
     parts = [[part for part in re.split(r"[:/]+", base) if part] for base in bases]
     common = 0
@@ -301,7 +300,7 @@ def _folder_shards(listings: list[_Listing], source: SourceConfig) -> tuple[list
             around[listing.base].update({file.relative: file for file in beside.files})
     shards = []
     left_out = Counter[str]()
-    for base, label in zip(picked, _labels(list(picked)), strict=True):
+    for base, prefix in zip(picked, _prefixes(list(picked)), strict=True):
         known = around[base]
         rows = [row for row in group_files(known, source) if row.image in picked[base]]
         names = [[name for name in (row.image, row.caption, row.edit, row.mask) if name] for row in rows]
@@ -318,7 +317,7 @@ def _folder_shards(listings: list[_Listing], source: SourceConfig) -> tuple[list
         if rows:
             shards.append(
                 Shard(
-                    path=readable(label) or ".",
+                    path=readable(prefix) or ".",
                     url=base,
                     format="folder",
                     size=sum(file.size for file in used),
@@ -341,7 +340,7 @@ def _with_footers(shards: list[Shard], source: SourceConfig) -> list[Shard]:
     """
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
         read = list(pool.map(lambda shard: _with_footer(shard, source), shards))
-    problems = [(shard, problem) for shard, problem in read if isinstance(problem, parquet.NoImageColumnError)]
+    problems = [(shard, problem) for shard, problem in read if isinstance(problem, NoImageColumnError)]
     if problems and all(shard.rows is None for shard, _ in read):
         shard, problem = problems[0]
         raise SourceError(f"{public_url(shard.url)} cannot be used: {problem}")
@@ -354,7 +353,7 @@ def _with_footer(shard: Shard, source: SourceConfig) -> tuple[Shard, Exception |
         for attempt in retrying():
             with attempt, fs.open(path, "rb", block_size=1 << 20) as file:
                 try:
-                    extent = parquet.read_extent(file, source)
-                except parquet.DamagedFileError as error:
+                    footer = parquet.read_footer(file, source)
+                except DamagedFileError as error:
                     return shard, error
-    return replace(shard, rows=sum(extent.row_groups), row_groups=extent.row_groups, row_bytes=extent.row_bytes), None
+    return replace(shard, rows=sum(footer.row_groups), row_groups=footer.row_groups, row_bytes=footer.row_bytes), None

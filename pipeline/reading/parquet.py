@@ -1,4 +1,4 @@
-"""Parquet files, read in a process that may be killed: footers, dictionaries and pages claim what they like.
+"""Parquet files, read in a process that may be killed: their footers, dictionaries and pages may claim anything.
 
 That process (reading/parquet_rows.py) gets a file that asks this one for its bytes, piece by piece: it knows neither
 the store nor its credentials. Rows come back as JSON and bytes.
@@ -17,8 +17,9 @@ from typing import Any, BinaryIO
 
 from pipeline.reading.channel import ClosedError, LateError
 from pipeline.reading.guarded import BreachError, Guarded, Limits, borrowed
-from pipeline.reading.packing import Labels, unpack_row
 from pipeline.reading.rows import damaged_row
+from pipeline.reading.rows_as_json import Labels, unpack_row
+from pipeline.reading.shards import DamagedFileError, NoImageColumnError
 from pipeline.recipe import SourceConfig
 from pipeline.records import ReadRow
 
@@ -31,27 +32,19 @@ PARSERS = 2  # footers that are parsed side by side
 _parsers = threading.Semaphore(PARSERS)
 
 
-class DamagedFileError(Exception):
-    """The file is no Parquet, is cut, or holds no image column."""
-
-
-class NoImageColumnError(DamagedFileError):
-    """The file is sound, but nothing in it can be an image."""
-
-
 class _DamagedGroupError(Exception):
     """A part of the file cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
-class Extent:
+class Footer:
     """What a footer says of a file's size."""
 
     row_groups: tuple[int, ...]  # rows of each
     row_bytes: int  # of a row on average, unpacked, in the row group where that is most
 
 
-def read_extent(file: BinaryIO, source: SourceConfig) -> Extent:
+def read_footer(file: BinaryIO, source: SourceConfig) -> Footer:
     """What the footer of a file says.
 
     Raises:
@@ -64,7 +57,7 @@ def read_extent(file: BinaryIO, source: SourceConfig) -> Extent:
     try:
         with _parsers, borrowed(Limits.for_parquet(source)) as guarded:
             conversation = _Conversation(guarded, file, size)
-            conversation.ask({"job": "extent", **_question(source, size, tail)}, tail)
+            conversation.ask({"job": "footer", **_question(source, size, tail)}, tail)
             head, _ = conversation.answer()
     except BreachError as breach:
         raise DamagedFileError(f"reading its footer {breach}") from None
@@ -72,7 +65,7 @@ def read_extent(file: BinaryIO, source: SourceConfig) -> Extent:
         raise NoImageColumnError(head["no_image"])
     if "damaged" in head:
         raise DamagedFileError(head["damaged"])
-    return Extent(tuple(head["row_groups"]), head["row_bytes"])
+    return Footer(tuple(head["row_groups"]), head["row_bytes"])
 
 
 def read_rows(
@@ -86,9 +79,8 @@ def read_rows(
 ) -> Iterator[ReadRow | None]:
     """Rows [start, stop) in order; None for a row whose index nobody `wants`.
 
-    A file that cannot be read at all gives one Unreadable; a damaged page, or one that takes too much to read, one for
-    every row that is lost by it. What seems damaged is read a second time from a fresh open before it is believed, and
-    what takes too much row by row.
+    A file that cannot be read at all gives one Unreadable. A page that is damaged, or takes too much to read, gives one
+    for every row that it costs: but first the damaged one is read again from a fresh open, the other one row by row.
 
     Raises:
         OSError: the store broke off; another attempt may succeed.
@@ -100,9 +92,9 @@ def read_rows(
             position += 1
         if position == stop and position > start:
             return
-        reading = _Reading(shard, source, position, stop, batch)
+        reader = _FileReader(shard, source, position, stop, batch)
         try:
-            for row in reading.rows(open_file):
+            for row in reader.rows(open_file):
                 yield row if wants(position) else None
                 position += 1
             return
@@ -112,23 +104,23 @@ def read_rows(
                 batch = 1 if isinstance(error, BreachError) else batch
                 continue
             problem = f"it {error}" if isinstance(error, BreachError) else f"{error}"
-            if not reading.row_groups:
+            if not reader.row_groups:
                 lost, message = position + 1 if stop is None else stop, f"the shard cannot be read: {problem}"
             else:
-                group, first, lost = _group_at(reading.row_groups, position)
+                group, first, lost = _group_at(reader.row_groups, position)
                 part = f"row group {group} of the shard (rows {first} to {lost - 1})"
-                verdict = f"{error}" if isinstance(error, BreachError) else f"is damaged: {error}"
-                message = f"{part} {verdict}"
+                what = f"{error}" if isinstance(error, BreachError) else f"is damaged: {error}"
+                message = f"{part} {what}"
             while position < (lost if stop is None else min(lost, stop)):
                 row = damaged_row(shard, f"@{position}", f"@{position}", position, message)
                 yield row if wants(position) else None
                 position += 1
-            if not reading.row_groups or position == sum(reading.row_groups):
+            if not reader.row_groups or position == sum(reader.row_groups):
                 return
             batch = BATCH_ROWS
 
 
-class _Reading:
+class _FileReader:
     """One attempt to read rows from a position on."""
 
     def __init__(self, shard: str, source: SourceConfig, start: int, stop: int | None, batch: int) -> None:
@@ -159,7 +151,7 @@ class _Reading:
 
 
 class _Conversation:
-    """With a process that reads a file of ours."""
+    """Questions to, and answers from, a process that reads a file for us."""
 
     def __init__(self, guarded: Guarded, file: BinaryIO, size: int) -> None:
         self._guarded, self._file, self._size = guarded, file, size
@@ -195,7 +187,7 @@ class _Conversation:
 
     @contextmanager
     def _breaches(self) -> Iterator[None]:
-        """Turn the end of the process into what it broke."""
+        """Turn the end of the process into an error that names the limit it broke."""
         try:
             yield
         except (ClosedError, LateError, MemoryError) as error:
@@ -211,12 +203,12 @@ def _tail_of(file: BinaryIO, size: int) -> bytes:
     """The end of a file, with its footer.
 
     Raises:
-        DamagedFileError: the footer claims to be longer than any that is real.
+        DamagedFileError: the footer claims to be longer than any real one.
     """
     tail = _read_exactly(file, max(0, size - TAIL), min(size, TAIL))
     length = int.from_bytes(tail[-8:-4], "little") + 8
     if tail[-4:] != b"PAR1" or not len(tail) < length <= size:
-        return tail  # whole, or none, as the reader will say
+        return tail  # holds the whole footer; or it is damaged, as the reader will say
     if length > MAX_FOOTER:
         raise DamagedFileError(f"its footer claims {length} bytes, more than the {MAX_FOOTER} that are read")
     return _read_exactly(file, size - length, length)

@@ -10,12 +10,9 @@ import pyarrow as pa
 from typing_extensions import override
 
 from pipeline.common.showing import describe
-from pipeline.reading.channel import Channel
-from pipeline.reading.packing import pack_row
+from pipeline.reading.channel import Answer, Channel
 from pipeline.reading.parquet_rows import (
     Builder,
-    DamagedFileError,
-    NoImageColumnError,
     is_damage,
     layout_of,
     names_of_repeated_keys,
@@ -23,12 +20,13 @@ from pipeline.reading.parquet_rows import (
     rows_of,
 )
 from pipeline.reading.rows import damaged_row
+from pipeline.reading.rows_as_json import pack_row
+from pipeline.reading.shards import DamagedFileError, NoImageColumnError
 from pipeline.records import ReadRow, Unreadable
 from pipeline.settings.sections import SourceConfig
 
 MAX_TEXT = 16 << 20  # bytes of JSON that all but a row's pictures and members may become
 KEYS_TIMES = 10  # the CPU time of some rows that all keys of a file may take
-Answer = tuple[dict[str, Any], list[Any]]
 
 
 class Allow(Protocol):
@@ -47,7 +45,7 @@ def answer(channel: Channel, head: dict[str, Any], tail: bytes, allow: Allow) ->
     try:
         opened = open_parquet(cast(BinaryIO, file), head["size"])
         layout = layout_of(opened, source)
-        if head["job"] == "extent":
+        if head["job"] == "footer":
             return {"row_groups": layout.row_groups, "row_bytes": layout.row_bytes}, []
         allow(KEYS_TIMES)
         names = names_of_repeated_keys(opened, layout)

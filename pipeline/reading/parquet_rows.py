@@ -9,7 +9,7 @@ Columns without a setting:
     key        the first of KEY_COLUMNS that holds text or integers, else the row's index, zero-padded
 
 Other binary columns become members, all others columns (as JSON: times and decimals as text, NaN as null).
-Stands beside Ray's and Hugging Face's readers since these fail, or drop whole blocks, on one damaged page.
+Used instead of Ray's and Hugging Face's readers, which fail, or drop whole blocks, on one damaged page.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import datetime
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -29,19 +29,13 @@ import pyarrow.parquet as pq
 
 from pipeline.common.showing import describe
 from pipeline.reading.rows import Names, RowProblemError, listed, split_edits, unreadable
+from pipeline.reading.rows_as_json import Labels
+from pipeline.reading.shards import DamagedFileError, NoImageColumnError
 from pipeline.records import ReadRow, Sample
 from pipeline.settings.sections import SourceConfig
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "img", "image_bytes", "input_image", "input")
 KEY_COLUMNS = ("__key__", "id", "key")
-
-
-class DamagedFileError(Exception):
-    """The file is no Parquet, is cut, or holds no image column."""
-
-
-class NoImageColumnError(DamagedFileError):
-    """The file is sound, but nothing in it can be an image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +48,12 @@ class Layout:
     key: str
     row_groups: tuple[int, ...]  # rows of each
     row_bytes: int  # of a row on average, unpacked, in the row group where that is most
-    labels: Mapping[str, tuple[str, ...]]  # columns of numbers that `datasets` declares as classes: their names
+    labels: Labels
 
 
 def is_damage(error: BaseException) -> bool:
-    """Whether pyarrow complains about the data. It does so as an OSError without errno, too, unlike any storage."""
-    if isinstance(error, MemoryError):  # pyarrow's own is one of its other errors as well
+    """Whether pyarrow complains about the data; also by an OSError without errno, which no storage raises."""
+    if isinstance(error, MemoryError):  # pyarrow's own is an `ArrowException` as well
         return False
     known = (DamagedFileError, pa.ArrowException, UnicodeDecodeError)
     return isinstance(error, known) or (type(error) is OSError and error.errno is None)
@@ -130,7 +124,7 @@ def layout_of(file: pq.ParquetFile, source: SourceConfig) -> Layout:
     )
 
 
-def _labels_of(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
+def _labels_of(schema: pa.Schema) -> Labels:
     """What the metadata of `datasets` says of columns that hold numbers of classes."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
@@ -148,11 +142,11 @@ def _labels_of(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
 
 
 def names_of_repeated_keys(file: pq.ParquetFile, layout: Layout) -> dict[int, str]:
-    """The id's part after the shard, by row index, of rows whose key is blank or was there before."""
+    """What follows the shard in the id, for rows whose key is blank or repeated, by row index."""
     if not layout.key:
         return {}
     column = file.read(columns=[layout.key], use_threads=False).column(0)
-    # Python is only asked where keys are doubled or blank: this runs once per task, for all rows of the file.
+    # Only blank or repeated keys reach Python: this runs once per task, over all rows of the file.
     is_blank = not pa.types.is_integer(column.type) and pc.any(pc.equal(column.cast(pa.string()), "")).as_py()
     if column.null_count == 0 and not is_blank and len(column.unique()) == len(column):
         return {}
@@ -167,7 +161,7 @@ def names_of_repeated_keys(file: pq.ParquetFile, layout: Layout) -> dict[int, st
 
 
 def rows_of(file: pq.ParquetFile, layout: Layout, rows: range, builder: Builder, batch_rows: int) -> Iterator[ReadRow]:
-    """Rows in order, so many decoded at a time.
+    """Rows in order, `batch_rows` decoded at a time.
 
     Raises:
         DamagedFileError: a row group ends early.
@@ -265,13 +259,13 @@ def _key(value: Any, index: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _TooLarge:
-    """Stands for a binary value that is not looked at."""
+    """In place of a binary value that is too large to look at."""
 
     size: int
 
 
 def _held(scalar: pa.Scalar, most: int) -> Any:
-    """A scalar as Python has it, but for binary values, also those of image structs, of more than `most` bytes."""
+    """A scalar as a Python value; `_TooLarge` for more than `most` bytes, alone or in an image struct."""
     if pa.types.is_struct(scalar.type) and is_image_type(scalar.type) and scalar.is_valid:
         return {name: _held(value, most) for name, value in scalar.items()}
     if _is_binary(scalar.type) and scalar.is_valid and (size := scalar.as_buffer().size) > most:
@@ -280,7 +274,7 @@ def _held(scalar: pa.Scalar, most: int) -> Any:
 
 
 def _python(scalar: pa.Scalar) -> Any:
-    """A scalar as Python has it; text that is not UTF-8 and times that Python has not come as text."""
+    """A scalar as a Python value; as text where it is not UTF-8, or a time that Python cannot hold."""
     try:
         return scalar.as_py()
     except MemoryError:
@@ -295,7 +289,7 @@ def _python(scalar: pa.Scalar) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """The same as JSON has it: NaN as null, times and decimals as text, bytes as base64."""
+    """The value as JSON can hold it: NaN as null, times and decimals as text, bytes as base64."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

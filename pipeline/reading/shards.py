@@ -14,6 +14,14 @@ Format = Literal["webdataset", "parquet", "folder"]
 UNIT_BYTES = 64 << 20  # of a unit's rows together, about; at least a quarter of the largest member that is allowed
 
 
+class DamagedFileError(Exception):
+    """The file is no Parquet, is cut, or holds no image column."""
+
+
+class NoImageColumnError(DamagedFileError):
+    """The file is sound, but nothing in it can be an image."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderRow:
     """One image of a folder and its sidecars, as paths relative to the folder; "" where there is none."""

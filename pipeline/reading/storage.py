@@ -1,4 +1,4 @@
-"""Open storage by URL, retry what may pass, and say what a store's error means to the user."""
+"""Open storage by URL, retry errors that may pass, and say what a store's error means to the user."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ WITH_PASSWORD = ("ftp://", "sftp://", "ssh://", "http://", "https://", "smb://",
 # No second attempt changes these: nothing is there, access is refused, or the disk is full.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 _FINAL_ERRNOS = {28, 30, 36, 40, 122}  # no space, read-only, name too long, a link to itself, quota
-# Libraries whose connection and timeout errors are no OSError. Known by name: which of them is installed depends on
-# the stores in use. Wrong or absent credentials are botocore errors as well, and final.
+# Connection and timeout errors that are no OSError; by name, since not all of these libraries are installed. None: all
+# errors of a library. Wrong or absent credentials are errors of botocore, too, and final.
 _PASSING = {
     "aiohttp": None,
     "botocore": {
@@ -50,7 +50,7 @@ def is_local(fs: FileSystem) -> bool:
 
 
 def open_fs(url: str, storage_options: Mapping[str, Any]) -> tuple[FileSystem, str]:
-    """The file system of a URL and the path in it. Called where it is used: an opened file system never travels.
+    """The file system of a URL and the path in it. Called where it is used: an open file system is sent nowhere.
 
     Args:
         url: any fsspec URL, `file://` or a bare local path.
@@ -88,7 +88,7 @@ def open_fs(url: str, storage_options: Mapping[str, Any]) -> tuple[FileSystem, s
 
 @contextmanager
 def _opening(url: str) -> Iterator[None]:
-    """What the storage libraries make of an address and options that they cannot use: errors of every class."""
+    """Turn what storage libraries raise on an address or options that they cannot use: errors of every class."""
     try:
         yield
     except Exception as error:
@@ -103,7 +103,7 @@ def local_path(path: str) -> str:
     """A path of this machine, absolute and without an end slash; "~" stands for a home.
 
     Raises:
-        ValueError: no system takes it, or its "~" names no home.
+        ValueError: no path may be like this, or its "~" names no home.
     """
     expanded = os.path.expanduser(path)
     if path.startswith("~") and expanded == path:
@@ -129,7 +129,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def retrying() -> Retrying:
-    """Attempts from a fresh open, with exponential waits and jitter; the last error comes out as it is."""
+    """Attempts, each from a fresh open, with exponential waits and jitter; the last error is raised unchanged."""
     return Retrying(
         stop=stop_after_attempt(ATTEMPTS),
         wait=wait_exponential_jitter(initial=FIRST_WAIT, max=LONGEST_WAIT, jitter=FIRST_WAIT),
@@ -170,7 +170,7 @@ def storage_errors(url: str) -> Iterator[None]:
 
 
 def _comes_from_a_library(error: BaseException) -> bool:
-    """Whether it was raised beyond our own code: libraries check options and patterns when they are used first."""
+    """Whether a library raised it: some check options and patterns only when these are first used."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,7 +1,7 @@
 """Walk a tar front to back over a stream: every member's header, and every place where the archive is damaged.
 
-Stands beside `tarfile` and webdataset's reader because in stream mode these take a damaged header for the end of the
-archive: the rest is lost without a word. Header blocks are still parsed by `tarfile`.
+Used instead of `tarfile` and webdataset's reader: in stream mode both take a damaged header for the end of the archive
+and lose the rest silently. Header blocks are still parsed by `tarfile`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A member as its header tells it."""
+    """A member as its header describes it."""
 
     name: str  # a label only: nothing is ever extracted to it
     offset: int  # byte of its (first) header in the unpacked archive
@@ -105,7 +105,7 @@ class Stream:
 
 
 class TarWalk:
-    """Iterates over a stream's entries and damages; `content` reads the entry that came last."""
+    """Iterates over a stream's entries and damages; `content` reads the latest entry."""
 
     def __init__(self, stream: Stream) -> None:
         """Walk `stream` from where it stands, which must be the start of an archive."""
@@ -159,7 +159,7 @@ class TarWalk:
         return at, self._stream.read(BLOCK)
 
     def _next(self) -> Entry | Damage | None:
-        """The next entry or damage; None at a proper end. A damage that leaves a pushed block can be read on."""
+        """The next entry or damage; None at a proper end. After a damage with a pushed-back block, reading goes on."""
         start, block = self._block()
         name, size, is_sparse = None, None, False
         at = start
@@ -194,7 +194,7 @@ class TarWalk:
                 name, size = records.name or name, size if records.size is None else records.size
                 is_sparse = is_sparse or records.is_sparse
             at, block = self._block()
-        if is_sparse:  # its content is a map and what lies between the holes; how, three formats tell in three ways
+        if is_sparse:  # its content is a map and the data between the holes, stored in one of three ways
             header.type = tarfile.GNUTYPE_SPARSE
         return self._entry(start, header, name, size)
 
@@ -296,6 +296,6 @@ def _pax(content: bytes) -> _Records:
             size = int(value[:-1])
         elif key.startswith(b"GNU.sparse."):
             is_sparse = True
-            if key == b"GNU.sparse.name":  # the path is then one made up for readers that know no sparse files
+            if key == b"GNU.sparse.name":  # the path is then made up, for readers without sparse files
                 whole_name = value[:-1].decode("utf-8", "backslashreplace")
     return _Records(whole_name or name, size, is_sparse)

@@ -3,8 +3,8 @@
 A tar has no index: one task reads it whole and passes over what is committed. Parquet is cut at row groups: one task
 reads the units that begin in a row group, since a group can only be decoded from its start. A folder is cut by files.
 
-A unit ends early where its rows are large (`Shard.unit_bytes`): with the row that brings a tar's or a folder's to that
-many bytes; in Parquet, where no row can be seen before it is read, by the average that the footer announces.
+A unit of large rows ends early, at `Shard.unit_bytes`: in a tar or a folder with the row that reaches it; in Parquet,
+where a row's size is unknown until it is read, by the average in the footer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.records import ReadRow, Sample, UnitInput
 
 BUFFER = 4 << 20  # bytes fetched from an object store at a time
 COUNT_BUFFER = 256 << 10  # the same while only headers are read
-MOST_OF_A_UNIT = 4  # times its bytes that a unit of Parquet may hold: rows are seldom all alike
+MOST_OF_A_UNIT = 4  # times `unit_bytes` that a unit of Parquet may hold: rows vary
 
 __all__ = ["ReadTask", "Shard", "count_rows", "list_shards", "plan_reads", "read_units", "shard_slug", "unit_id"]
 
@@ -46,7 +46,7 @@ def plan_reads(
         unit_size: rows of a unit.
         is_committed: whether a unit, by its id, needs no reading.
         last_unit_known_committed: whether every unit of a shard, by its path, is committed up to the one whose manifest
-            says that it is the last. Asked where nothing else tells how many units a shard has.
+            says that it is the last. Asked where the number of units is not known otherwise.
     """
     tasks: list[ReadTask] = []
     for shard in shards:
@@ -68,7 +68,7 @@ def read_units(
 ) -> Iterator[UnitInput]:
     """Read a task's units in order, without those that are committed. Lazy: one unit is held, and one row ahead.
 
-    A stream that breaks is opened again, up to five times per unit; what was handed out is passed over then.
+    A stream that breaks is opened again, up to five times per unit; units handed out before are skipped.
 
     Raises:
         SourceError: the shard vanished, changed since it was listed, or cannot be read after all attempts.
@@ -126,7 +126,7 @@ def _chunks(shard: Shard, unit_size: int) -> int:
 
 
 def _chunks_of(task: ReadTask, unit_size: int, cuts: Cuts) -> Callable[[int], int]:
-    """Which chunk a row belongs to, by its index. Of a tar the `cuts` tell, as it is read."""
+    """Which chunk a row belongs to, by its index. For a tar the `cuts` know, as it is read."""
     if task.shard.format == "webdataset":
         return cuts.chunk_of
     if task.shard.format == "folder":
@@ -170,7 +170,7 @@ def _run_task(shard: Shard, unit_size: int, run: list[int]) -> ReadTask:
 def _rows(
     task: ReadTask, source: SourceConfig, wants: Callable[[int], bool], cuts: Cuts, buffer: int = BUFFER
 ) -> Iterator[ReadRow | None]:
-    """Every row of a task in order; None for a row whose index nobody wants. The `cuts` of a tar are told its rows."""
+    """Every row of a task in order; None for a row whose index nobody wants. Adds a tar's rows to its `cuts`."""
     shard = task.shard
     if shard.format == "folder":
         yield from folder.read_rows(task, source, wants)
@@ -230,7 +230,7 @@ def _cut(
 
 
 def _within(shard: Shard, row: ReadRow | None, taken: int) -> ReadRow | None:
-    """A row, unless those before it hold far more bytes than their file's footer announces: then what is wrong."""
+    """The row; or, where its unit already holds far more bytes than the footer announces, an error in its place."""
     most = MOST_OF_A_UNIT * shard.unit_bytes
     if shard.format != "parquet" or not isinstance(row, Sample) or taken < most:
         return row

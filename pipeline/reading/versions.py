@@ -1,9 +1,8 @@
-"""Which version of a file is it? What a later start compares, to see that a shard is still what the run began with.
+"""The version of a file: what a later start compares, to see that a shard is still what the run began with.
 
-A store's entity tag is taken as it is. A local file has none, and its time of change is no version: `touch`, a copy or
-a backup that was restored change it, and a file can be changed and its time set back. So its bytes are looked at: all
-of a small file; of a larger one `PIECES` pieces, spread from its begin to its end, and its size. With `source.check:
-content` it is the SHA-256 of all bytes, wherever the file is.
+A store's entity tag is taken as it is. A local file has none, and its modification time will not do: `touch`, a copy or
+a restored backup change it, and it can be set back. So its bytes are hashed: all of a small file; of a larger one its
+size and `PIECES` pieces spread over it. With `source.check: content` it is the SHA-256 of all bytes, wherever they are.
 
 Cost: at most 64 kB of a local file at every start; with `content` the whole source.
 """
@@ -23,13 +22,13 @@ from pipeline.recipe import SourceConfig
 
 PIECES = 16
 PIECE = 4096  # bytes
-LOOKERS = 16  # files that are looked at side by side
+LOOKERS = 16  # files that are read side by side
 BLOCK = 1 << 20
 UNREADABLE = "unreadable"
 
 
 def tag_of(info: Mapping[str, Any]) -> str:
-    """What a store tells of a file's version by itself; "" where it tells none."""
+    """The version that a store gives for a file; "" where it gives none."""
     return str(info.get("ETag") or info.get("etag") or "").strip('"')
 
 
@@ -37,11 +36,11 @@ def versions(files: Iterable[tuple[str, str]], source: SourceConfig) -> dict[str
     """The versions of files, by URL.
 
     Args:
-        files: (URL, entity tag or another sign that the store tells).
+        files: (URL, entity tag or another version that the store gives).
         source: decides what is looked at, and opens it.
 
     Returns:
-        Of a file that cannot be read: `UNREADABLE`, since reading it says so better.
+        `UNREADABLE` for a file that cannot be read: reading its rows gives the better error.
     """
     with ThreadPoolExecutor(LOOKERS) as pool:
         return dict(pool.map(lambda file: (file[0], _version(file[0], file[1], source)), files))

@@ -1,7 +1,7 @@
 """Rows of a WebDataset tar: consecutive members with one key are a sample, the key ends at the first dot.
 
-Our own walk stands below it (see tar.py). Every member ends in a sample, in a reported row, or is no sample's by
-WebDataset's rules: directories, hidden files and `__meta__` names. Memory: one sample (beside a damage three), each at
+Members come from our own walk (tar.py). Each ends up in a sample or in a reported row, but for those that WebDataset's
+rules leave out: directories, hidden files and `__meta__` names. Memory: one sample (three beside a damage), each of at
 most `source.max_member_bytes`.
 """
 
@@ -53,7 +53,7 @@ class _PendingSample:
     names: list[str] = field(default_factory=list)  # extensions of its members, also of those that are not kept
     parts: dict[str, bytes] = field(default_factory=dict)  # content by extension
     size: int = 0  # bytes of its members
-    held: int = 0  # of those that are kept where the sample is wanted: what it counts in its unit
+    held: int = 0  # bytes of those that a wanted sample keeps: what it adds to its unit
     problem: str = ""
     damages: list[Damage] = field(default_factory=list)  # seen since its last member
 
@@ -64,13 +64,13 @@ class _PendingSample:
 
     @property
     def is_undecided(self) -> bool:
-        """Whether only a comparison with its neighbours tells if it is whole."""
+        """Whether only a comparison with its neighbours can tell if it is whole."""
         return self.touched is not None and not self.problem
 
 
 @dataclass
-class _Place:
-    """A row whose place is fixed: a sample, or a message where there is none."""
+class _NumberedRow:
+    """A row whose index and key are decided: a sample, or a message in place of one."""
 
     index: int
     key: str
@@ -95,7 +95,7 @@ class _Grouping:
         self.usual: set[str] | None = None  # extensions of the last sample far from any damage
         self.pending: _PendingSample | None = None
         self.last_damage: Damage | None = None  # directly before what comes next
-        self.places: list[_Place] = []  # not handed out yet
+        self.numbered: list[_NumberedRow] = []  # not handed out yet
 
     def entry(self, entry: Entry, walk: TarWalk) -> Iterator[ReadRow | None]:
         """Take one member; yields the rows that are complete by now."""
@@ -114,10 +114,10 @@ class _Grouping:
         self._add(self.pending, name, entry, walk)
 
     def damage(self, damage: Damage) -> Iterator[ReadRow | None]:
-        """Take a damage. It is reported behind the sample it follows, which may go on after it."""
+        """Take a damage. It is reported after the sample before it, which may go on behind it."""
         self.last_damage = damage
         if self.pending is None:
-            self._place_damage(damage)
+            self._number_damage(damage)
             yield from self.rows()
             return
         self.pending.damages.append(damage)
@@ -131,12 +131,12 @@ class _Grouping:
 
     def rows(self, at_end: bool = False) -> Iterator[ReadRow | None]:
         """Hand out what is complete. A sample at the edge of a damage waits for a neighbour to be compared with."""
-        undecided = [place for place in self.places if place.pending and place.pending.is_undecided]
+        undecided = [row for row in self.numbered if row.pending and row.pending.is_undecided]
         if self.usual is None and undecided and len(undecided) <= LOOKAHEAD and not at_end:
             return
-        places, self.places = self.places, []
-        for place in places:
-            yield self._row(place) if self.wants(place.index) else None
+        numbered, self.numbered = self.numbered, []
+        for row in numbered:
+            yield self._row(row) if self.wants(row.index) else None
 
     def _add(self, pending: _PendingSample, name: str, entry: Entry, walk: TarWalk) -> None:
         if len(pending.names) == MAX_MEMBERS:
@@ -168,7 +168,7 @@ class _Grouping:
             pending.names.append(name)
 
     def _close(self) -> None:
-        """Give the pending sample, and the damages seen since, their places."""
+        """Number the pending sample, and the damages seen since."""
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
@@ -178,49 +178,49 @@ class _Grouping:
         if len(images) > 1 and choose_image(pending.names, self.source) is None:
             # Several images that were meant as samples of their own share a key: a row for each, none of them edited.
             for image in images:
-                self._place(
+                self._number(
                     pending.key,
                     message=f"file {pending.key}.{image}: a key ends at the first dot, so this file shares the key "
                     f"'{pending.key}' with {len(images) - 1} other(s): {no_image(images, self.source)}, or name files "
                     "without further dots",
                 )
         else:
-            self._place(pending.key, pending=pending)
+            self._number(pending.key, pending=pending)
         for damage in pending.damages:
-            self._place_damage(damage)
+            self._number_damage(damage)
 
-    def _place(self, key: str, pending: _PendingSample | None = None, message: str = "") -> None:
+    def _number(self, key: str, pending: _PendingSample | None = None, message: str = "") -> None:
         name, repeated = self.names.take(key, self.index)
-        self.places.append(_Place(self.index, key, name, repeated, pending, message))
+        self.numbered.append(_NumberedRow(self.index, key, name, repeated, pending, message))
         self.index += 1
         self.sized(0 if pending is None else pending.held)
 
-    def _place_damage(self, damage: Damage) -> None:
+    def _number_damage(self, damage: Damage) -> None:
         span = f"bytes {damage.start} to {damage.stop} could not be read" if damage.stop > damage.start else "it ends"
         message = f"the shard is damaged at byte {damage.start}: {damage.reason}; {span}"
-        self._place(f"@{damage.start}", message=message)
+        self._number(f"@{damage.start}", message=message)
 
-    def _row(self, place: _Place) -> ReadRow:
-        pending = place.pending
+    def _row(self, row: _NumberedRow) -> ReadRow:
+        pending = row.pending
         if pending is None:
-            return damaged_row(self.shard, place.key, place.name, place.index, place.message)
+            return damaged_row(self.shard, row.key, row.name, row.index, row.message)
         problem = pending.problem
         touched = pending.touched
         # A sample at the edge of a damage may have lost members in it, such as its edit request.
         if touched and not problem and (lost := sorted((self.usual or set()) - set(pending.names))):
             edge = f"it stands beside the damage at byte {touched.start}"
             problem = f"{edge} and lacks what its neighbours have: {listed(lost)}"
-        if place.repeated and not problem:
+        if row.repeated and not problem:
             problem = "its key was there before: a sample's members must follow each other. Sort the archive by name"
         if problem and not pending.parts:
-            return damaged_row(self.shard, place.key, place.name, place.index, problem)
+            return damaged_row(self.shard, row.key, row.name, row.index, problem)
         return build_sample(
             pending.parts,
             self.source,
             shard=self.shard,
-            key=place.key,
-            name=place.name,
-            index=place.index,
+            key=row.key,
+            name=row.name,
+            index=row.index,
             problem=problem,
         )
 

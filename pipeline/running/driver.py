@@ -1,6 +1,6 @@
 """A whole run: find what is left to do, edit it here or on Ray, add up what is committed.
 
-That nothing is lost or done twice rests on the units' names and manifests (writing/commit.py), never on the executor.
+That nothing is lost or done twice depends on the units' names and manifests (writing/commit.py), never on the executor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.errors import ClusterError, HeldError, RecipeError, RunAborted, Si
 from pipeline.reading.shards import shard_slug
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import Recipe
-from pipeline.running.local import Executor, LocalExecutor
+from pipeline.running.in_process import Executor, LocalExecutor
 from pipeline.running.preflight import check_captions, refuse_what_the_model_lacks, rows_to_look_at
 from pipeline.running.progress import Display, Watch
 from pipeline.running.tally import Seen, over_budget
@@ -104,7 +104,7 @@ def run(
         try:
             with hold(partition) as lock:
                 todo, summary = _run(recipe, executor, lock, progress, retry_failed, strict, partition)
-        except HeldError:  # maybe by the one that finishes, while there is nothing left to do here
+        except HeldError:  # perhaps by the driver that finishes the run, with nothing left to do here
             todo, summary = find_todo(recipe, retry_failed=retry_failed, partition=partition), None
             if partition == WHOLE or todo.tasks:
                 raise
@@ -117,7 +117,7 @@ def run(
 
 @contextmanager
 def _held(driver: DriverLock, stop: stopping.Orderly) -> Iterator[DriverLock]:
-    """The lock, held; given back by a stop as well."""
+    """The lock, held; a stop gives it back as well."""
     try:
         with driver as lock:
             stop.when_ended = partial(lock.__exit__, None, None, None)
@@ -194,7 +194,7 @@ def _run(
         with Watch(executor.seen, display=progress):
             try:
                 lock.check()
-                # Not before: attempts come now, and where run.json is not yet there, a note would stand for a lost run.
+                # Not earlier: attempts begin now, and a note without a run.json would look like a lost run.
                 stopping.at_work(when_told=partial(note_stop, recipe.sink, lock.claim.generation))
                 executor.edit(todo, lock.claim)
                 lock.check()
@@ -217,7 +217,7 @@ def _say(text: str, progress: Display) -> None:
 
 
 def _begin(recipe: Recipe, todo: Todo, lock: DriverLock) -> None:
-    """Say what this driver goes on from, and remove what earlier ones left that does not count."""
+    """Record what this driver goes on from, and remove what earlier ones left that does not count."""
     begin(recipe.sink, lock.claim, todo.counted, todo.committed, todo.only)
     remove_leftovers(
         recipe.sink, lock.claim, Baseline.of(todo.counted, lock.claim.generation, only=todo.only), todo.noise
@@ -261,7 +261,7 @@ def _open_in_turn(recipe: Recipe, todo: Todo, executor: Executor, claim: Claim, 
 def _end(
     recipe: Recipe, todo: Todo, executor: Executor, lock: DriverLock, progress: Display, strict: bool
 ) -> Summary | None:
-    """Finish the run; of a partition, which may not be the last, fold its shards."""
+    """Finish the run; for a partition, which may not be the last, fold its shards."""
     if todo.only is None:
         return _finish(recipe, todo, executor, lock, progress, strict)
     fold_finished_shards(recipe.sink, lock.claim, todo.only)
@@ -310,7 +310,7 @@ def _finish_as_last(
 def _finish(
     recipe: Recipe, todo: Todo, executor: Executor, lock: DriverLock, progress: Display, strict: bool
 ) -> Summary:
-    """What is left once every unit has been edited: to merge their files, to add up, and to say what is there."""
+    """Once every unit has been edited: merge their files, add up, and say what is there."""
     stopping.at_work()
     committed, counted = Committed(), Counted()
     noise: list[str] = []

@@ -10,11 +10,11 @@ from pipeline.errors import ClusterError
 from pipeline.recipe import RunConfig
 from pipeline.settings.sections import WorkerRange
 
-# CPUs of a read or write task. So little that workers always leave room for some: at Ray's default of 1, or at a share
-# that workers can use up, nothing is read or committed on a cluster that has lost nodes. It is not 0, or they would
-# also run on a head node that offers no CPU in order to be left alone. Another bound limits their number.
+# CPUs of a read or write task: so few that workers always leave room for some. At Ray's default of 1, or a share that
+# workers can use up, nothing would be read or committed on a cluster that has lost nodes. Not 0, or tasks would also
+# run on a head node that offers no CPU, to be left alone. Their number is limited elsewhere.
 IO_CPUS = 0.001
-RAYS_DIGITS = 10_000  # Ray counts resources in parts of this
+RAYS_DIGITS = 10_000  # parts of a resource in which Ray counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +41,8 @@ class Pool:
     """Workers, and what each of them reserves."""
 
     workers: int  # at the start
-    fewest: int  # Ray keeps so many asked for, whether or not there is room
-    most: int  # as room comes; the same in a pool that does not change
+    fewest: int  # that Ray keeps asking for, whether or not there is room
+    most: int  # as room comes; equals `fewest` in a pool of fixed size
     gpus_per_worker: float
     cpus_per_worker: float
     threads: int
@@ -94,8 +94,8 @@ def _wish(workers: int | str | WorkerRange, auto: int) -> tuple[int, int]:
     return (workers, workers) if isinstance(workers, int) else (auto, auto)
 
 
-# Of a CPU that a worker reserves, whatever its threads use: the workers of an aborted run may live on for a while, and
-# the next run in the same process needs room beside them.
+# What a worker of a fixed pool reserves of a CPU, at most and whatever its threads use: the workers of an aborted run
+# may live on for a while, and the next run in the same process needs room beside them.
 LARGEST_SHARE = 0.5
 
 
@@ -116,7 +116,7 @@ def _cpu_pool(fewest: int, most: int, have: Resources) -> Pool:
 
 
 def _share(cpus: float) -> float:
-    """A little less than so many CPUs, so that no number of workers fills a node: what is left may all be on one."""
+    """A little less than so many CPUs: workers never fill a node, as the last one may have to do for all else."""
     return max(IO_CPUS, math.floor((cpus - 2 * IO_CPUS) * RAYS_DIGITS) / RAYS_DIGITS)
 
 

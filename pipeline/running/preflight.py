@@ -1,4 +1,4 @@
-"""What is checked before a run begins, without a write: by `edit`, and by `plan` too."""
+"""What `edit`, and `plan` too, check before a run begins, without writing anything."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.writing.lock import DriverLock
 from pipeline.writing.sink_place import refuse_sink_over_source, refuse_unusable_sink
 
 TASKS_LOOKED_AT = 4
-ROWS_LOOKED_AT = 8  # of each
+ROWS_LOOKED_AT = 8  # of each shard
 MOST_TEXT = 16_384  # bytes of a member that may be a caption
 SIDECARS = ("txt", "caption", "text", "cap", "prompt")  # what captions beside images are called
 SIDECARS_LOOKED_FOR = 3  # images

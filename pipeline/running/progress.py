@@ -36,7 +36,7 @@ class Watch:
         self._console = console or Console(stderr=True)
         self._display = _resolved(display, self._console)
         self._started = time.monotonic()
-        self._first: tuple[float, int] | None = None  # when images were first seen, and how many: models take time
+        self._first: tuple[float, int] | None = None  # when images were first seen, and how many: loading comes before
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._bar if self._display == "bar" else self._lines, daemon=True)
 
@@ -83,7 +83,7 @@ class Watch:
 
     def _lines(self) -> None:
         while not self._stop.wait(SECONDS_BETWEEN_LINES):
-            # Not through the console, whose width is no business of a log's.
+            # Not through the console, whose width does not apply to a log.
             print(self.line(self._read()), file=self._console.file, flush=True)
 
     def _bar(self) -> None:

@@ -1,6 +1,6 @@
 """What a run has done so far: counted from what workers report as results finish, and from units as they are committed.
 
-From it come the progress that is shown, the time that is left, and the verdict on the error budgets.
+From it come the progress that is shown, the time that is left, and whether an error budget is spent.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class InFlight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """A run at a moment: units that are committed, and images of those at work."""
+    """A run at one moment: its committed units, and the images of those at work."""
 
     units: int = 0  # committed since the run was started, as are the next three
     images: int = 0  # finished, not all of them committed yet
@@ -52,15 +52,15 @@ class Seen:
     shards: int = 0  # of which every unit is committed, by whichever run
     of_shards: int = 0
     estimated: bool = True  # whether `images_left` is
-    verdict: str = ""  # why the run has to stop; "" as long as it may go on
+    stop_reason: str = ""  # why the run has to stop; "" as long as it may go on
     load_error: str = ""  # why a worker could not load its model; "" where every one could
 
 
 class Tally:
     """Adds up units, in the order of their commits, and judges the error budgets.
 
-    The share of failed results is judged once as many units are in as may fail in a row: one bad unit at the start is
-    no verdict on a dataset.
+    The share of failed results is judged once as many units are in as may fail in a row: one bad unit at the start says
+    nothing about a dataset.
     """
 
     def __init__(self, run: RunConfig) -> None:
@@ -69,13 +69,13 @@ class Tally:
         self._units = self._images = self._asked = self._failed = self._in_a_row = 0
         self._images_before = 0
         self._living = 1
-        self._verdict = self._load_error = ""
+        self._stop_reason = self._load_error = ""
         self._in_flight: dict[str, InFlight] = {}
         self._sampled_rows = self._sampled_bytes = 0  # what units took of their shards
         self._lock = threading.Lock()
 
     def begin(self, extent: Extent) -> None:
-        """Say what the run is about. Before the first unit."""
+        """Say how large the run is. Before the first unit."""
         with self._lock:
             self._extent = extent
             self._images_before = extent.whole_images + extent.images.total()
@@ -96,13 +96,13 @@ class Tally:
         """Count a committed unit. Returns why the run has to stop, or ""."""
         with self._lock:
             if self._extent.committed.has(manifest.unit):  # written twice, after a node was lost
-                return self._verdict
+                return self._stop_reason
             if (report := self._in_flight.pop(manifest.unit, None)) is not None:
                 self._sampled_rows += report.rows
                 self._sampled_bytes += report.bytes
             self._count(manifest)
-            self._verdict = self._verdict or self._judge()
-            return self._verdict
+            self._stop_reason = self._stop_reason or self._judge()
+            return self._stop_reason
 
     def _count(self, manifest: Manifest) -> None:
         counts = manifest.counts
@@ -137,14 +137,14 @@ class Tally:
             return max(1, self._living)
 
     def cannot_load(self, why: str) -> None:
-        """Note that a worker could not load its model. Of an actor that fails to start Ray passes on text alone."""
+        """Note that a worker could not load its model: Ray passes on only text of an actor that fails to start."""
         with self._lock:
             self._load_error = self._load_error or why
 
     def stop(self, reason: str) -> None:
         """Let the next commit end the run."""
         with self._lock:
-            self._verdict = self._verdict or reason
+            self._stop_reason = self._stop_reason or reason
 
     def _judge(self) -> str:
         run = self._run
@@ -171,7 +171,7 @@ class Tally:
                 estimated=self._extent.rows is None,
                 shards=self._extent.whole_shards,
                 of_shards=self._extent.shards,
-                verdict=self._verdict,
+                stop_reason=self._stop_reason,
                 load_error=self._load_error,
             )
 

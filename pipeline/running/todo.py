@@ -1,4 +1,4 @@
-"""What is left to do: the sink's record against the recipe, the input's listing against the committed units."""
+"""What is left to do: compares the sink's record with the recipe, and the input's listing with the committed units."""
 
 from __future__ import annotations
 

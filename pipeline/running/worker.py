@@ -127,13 +127,13 @@ class Worker:
                 self._attempts.discard(attempt)
 
     def take_back(self) -> None:
-        """The process is about to end by nobody's fault: no unit has it as a death. From whatever thread."""
+        """The process is about to end, by no row's fault: no unit counts it as a death. From any thread."""
         self._is_ending = True
         for attempt in list(self._attempts):
             attempt.take_back()
 
     def close(self) -> None:
-        """Let the encoder threads go."""
+        """End the encoder threads."""
         self._encoders.close()
 
 
@@ -181,7 +181,7 @@ def size_in_shard(sample: Sample) -> int:
 
 
 class _Gate:
-    """Units share a process, but for one that may kill it: whoever is inside with it would be blamed for its death."""
+    """Units share a process, except with one that may kill it: they would be blamed for the death."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

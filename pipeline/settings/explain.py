@@ -20,7 +20,7 @@ SHOWN_TEXT = 40  # characters of a value that are shown
 SHOWN_METHODS = 4  # of those that have a lost key
 SECRET = "storage_options"
 NAME = "is no name. Use letters, digits, '_', '+' and '-', 64 at most; a letter or digit comes first"
-# What pydantic says of a value that is not of the field's kind or out of its bounds: the field says it better.
+# Pydantic's errors about a value's type or bounds. The text comes from the field instead, which says it better.
 _KIND = {"is_instance_of", "none_required", "literal_error"}
 _PLAIN = {"int_type", "literal_error"}
 _KIND_ENDS = ("_type", "_parsing", "_from_float", "greater_than", "greater_than_equal", "less_than", "less_than_equal")
@@ -35,17 +35,17 @@ def problems_in_words(error: ValidationError, root: type[BaseModel]) -> list[tup
     """
     found: dict[str, str] = {}
     for item in error.errors():
-        place = _walk(root, item["loc"])
-        if isinstance(item["input"], Mapping) and item["type"] in _PLAIN and _model_branch(place.kind):
+        faulty = _walk(root, item["loc"])
+        if isinstance(item["input"], Mapping) and item["type"] in _PLAIN and _model_branch(faulty.kind):
             continue  # a mapping where plain values fit, too: the branch for mappings says what is wrong
         # Of a union pydantic reports every branch: the field's own words name them all at once.
-        found.setdefault(place.path or "recipe", _text(item, place, root))
+        found.setdefault(faulty.path or "recipe", _text(item, faulty, root))
     return list(found.items())
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a finding stands."""
+class _FaultyKey:
+    """The key that a finding is about."""
 
     path: str  # as the user wrote it: pydantic also names the branches of unions
     kind: Any  # annotation of what is expected there; None where nothing is
@@ -54,7 +54,7 @@ class _Place:
     label: str  # the owner, in the words of `_homes`
 
 
-def _walk(root: type[BaseModel], location: tuple[int | str, ...]) -> _Place:
+def _walk(root: type[BaseModel], location: tuple[int | str, ...]) -> _FaultyKey:
     parts: list[str] = []
     kind: Any = root
     metadata: tuple[Any, ...] = ()
@@ -90,7 +90,7 @@ def _walk(root: type[BaseModel], location: tuple[int | str, ...]) -> _Place:
         else:
             kind, metadata = None, ()
     kind, metadata = _bare(kind, metadata)
-    return _Place(".".join(parts), kind, metadata, owner, label)
+    return _FaultyKey(".".join(parts), kind, metadata, owner, label)
 
 
 def _bare(kind: Any, metadata: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
@@ -102,11 +102,11 @@ def _bare(kind: Any, metadata: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
     return kind, metadata
 
 
-def _text(item: Any, place: _Place, root: type[BaseModel]) -> str:
+def _text(item: Any, faulty: _FaultyKey, root: type[BaseModel]) -> str:
     context, value, secret = item.get("ctx", {}), item["input"], SECRET in item["loc"]
     kind = item["type"]
     if kind == "extra_forbidden":
-        return _unknown_key(place, root)
+        return _unknown_key(faulty, root)
     if kind == "missing":
         return "is required"
     if kind == "union_tag_invalid":
@@ -114,7 +114,7 @@ def _text(item: Any, place: _Place, root: type[BaseModel]) -> str:
         tag = str(context["tag"])
         return f"method is '{tag}', known are: {', '.join(known)}{_closest(tag, known)}"
     if kind == "union_tag_not_found":
-        return f"method is missing, known are: {', '.join(filter(None, map(_tag, get_args(place.kind))))}"
+        return f"method is missing, known are: {', '.join(filter(None, map(_tag, get_args(faulty.kind))))}"
     if kind == "string_pattern_mismatch":
         return NAME
     if item["loc"][-1:] == ("[key]",):
@@ -129,8 +129,8 @@ def _text(item: Any, place: _Place, root: type[BaseModel]) -> str:
     if kind == "too_long":
         return f"has {len(value)} entries; at most {context['max_length']} are allowed"
     if kind in _KIND or kind.endswith(_KIND_ENDS):
-        wanted = _wanted(place.kind, place.metadata)
-        near = _closest(value, _choices(place.kind)) if isinstance(value, str) and not secret else ""
+        wanted = _wanted(faulty.kind, faulty.metadata)
+        near = _closest(value, _choices(faulty.kind)) if isinstance(value, str) and not secret else ""
         return f"should be {wanted}, is {_shown(value, secret)}{near}"
     return str(item["msg"]).removeprefix("Value error, ")
 
@@ -200,15 +200,15 @@ def _closest(word: str, known: list[str]) -> str:
     return f". Did you mean '{near[0]}'?" if near else ""
 
 
-def _unknown_key(place: _Place, root: type[BaseModel]) -> str:
+def _unknown_key(faulty: _FaultyKey, root: type[BaseModel]) -> str:
     """Where a key that is unknown here belongs, or how it may be spelt."""
-    key = place.path.rpartition(".")[2]
-    ours = [name for name in place.owner.model_fields if name != "method"]
+    key = faulty.path.rpartition(".")[2]
+    ours = [name for name in faulty.owner.model_fields if name != "method"]
     homes = _homes(root)
     near = difflib.get_close_matches(key, ours, n=1)
     if exact := [home for home, names in homes.items() if key in names]:
-        here = f" of {place.label}" if place.label else ""
-        section = place.label.partition(".method '")[0].rpartition(".")[2]  # also of one of several methods
+        here = f" of {faulty.label}" if faulty.label else ""
+        section = faulty.label.partition(".method '")[0].rpartition(".")[2]  # also of one of several methods
         exact.sort(key=lambda home: not home.startswith(f"{section}.method"))  # the section's other methods come first
         ways = ["choose such a method"] if exact[0].startswith(f"{section}.method") else []
         ways += ["move it there"] if not exact[-1].startswith(f"{section}.method") else []
@@ -224,7 +224,7 @@ def _unknown_key(place: _Place, root: type[BaseModel]) -> str:
 
 
 def _listed(found: list[str], homes: Mapping[str, frozenset[str]]) -> str:
-    """Places in a few words: all methods of a section that has the key in each are the section."""
+    """Places in a few words: a section stands for its methods where all of them have the key."""
     words = []
     for section in dict.fromkeys(home.partition(".method '")[0] for home in found):
         tags, ours = (

@@ -17,7 +17,7 @@ def _that_a_system_takes(path: str) -> str:
     """A path or URL as given.
 
     Raises:
-        ValueError: it is empty, or holds what no system takes.
+        ValueError: it is empty, or holds what no path may.
     """
     if not path.strip():
         raise ValueError("is empty. Give a path or URL")
@@ -110,7 +110,7 @@ class ModelConfig(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub id; none: its main branch."""
     variant: str | None = None
-    """Of the weight files, such as fp16; none: the plain ones."""
+    """Variant of the weight files, such as fp16; none: the plain ones."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the networks; auto: bfloat16 on a GPU, float32 elsewhere."""
     size: int | None = Field(default=None, ge=32, le=4096)
@@ -215,15 +215,15 @@ class RunConfig(Section):
     engine: Literal["ray", "local"] = "ray"
     """Where the work runs; local: one process, for small runs and debugging, with the same bytes."""
     workers: Count | Literal["auto"] | WorkerRange = "auto"
-    """Engines with a model each; auto: one per GPU, one on CPU. With min and max, on Ray, as many as there is room for
+    """Processes, a model in each; auto: one per GPU, one on CPU. With min and max, on Ray, as many as there is room for
     at the time: nodes may come and go. Results do not depend on it."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """GPUs that a worker reserves, or a share of one; auto: 1 where the cluster has GPUs, else 0."""
     max_failed_fraction: float = Field(default=0.5, ge=0, le=1)
-    """Share of the results asked for that may fail; more ends the run, or fails it where it is over by then."""
+    """Share of the results asked for that may fail; more ends the run early, or fails it at its end."""
     max_consecutive_failed_units: int = Field(default=5, ge=1)
-    """Units in a row without a single result that end the run; before so many, max_failed_fraction is judged in the end
-    alone."""
+    """Units in a row without a single result that end the run; max_failed_fraction is judged from so many units on,
+    and at the end."""
 
     @field_validator("call_size", "images_in_flight", "workers", mode="before")
     @classmethod

@@ -68,7 +68,7 @@ def parse_yaml(text: str) -> Any:
     """The data of a YAML text.
 
     Raises:
-        UnusableFileError: it is none, or none that is taken; says where.
+        UnusableFileError: it is no YAML, or none that is taken; says where.
     """
     try:
         loader = yaml.SafeLoader(text)
@@ -106,7 +106,7 @@ def _check(root: yaml.Node) -> None:
     Raises:
         UnusableFileError: it is not so.
     """
-    sizes: dict[int, int] = {}  # of nodes that are done; 0: at work, so that meeting it again is a circle
+    sizes: dict[int, int] = {}  # of nodes that are done; 0: begun, so that meeting it again is a circle
 
     def size_of(node: yaml.Node, level: int) -> int:
         at = f" (line {node.start_mark.line + 1})"

@@ -1,17 +1,16 @@
-"""Who killed the process? A unit's attempts, noted before its rows meet the model, outlive a process that dies there.
+"""Which row killed the process? A unit's attempts are noted before its rows reach the model: notes outlive a process.
 
     _attempts/UNIT-GENERATION.json     there while a unit is at work, and after its process died
     _attempts/GENERATION.stopped       that driver was told to stop, or ended by itself
 
-A driver takes the notes of earlier ones over as it begins (writing/cleaning.py). What their workers may still note,
-should they live, has names of its own.
+A driver takes over the notes of earlier ones as it begins (writing/cleaning.py). Workers of theirs that still live
+write notes under names of their own.
 
-A unit whose process has died twice is done alone in its process, one row after the other, each noted before it begins.
-A row that is found noted after yet another death is not touched again: it goes to quarantine, its unit mates are kept.
-Deaths are counted whatever their cause, since a process that is killed cannot say why: a machine that is lost three
-times with one and the same unit at work counts as well. An exception is no death, and takes its attempt back. Nor is
-the end of a driver that still could say so: its workers end with it, wherever they are, and what they had at work
-counts as not begun (`note_stop`). A worker that is told to end, with its node, says so of its own attempts.
+After two deaths a unit is done alone in its process, row by row, each row noted before it begins. A row that is noted
+at a third death goes to quarantine and is not tried again; the other rows of the unit are kept. Every death counts,
+since a killed process cannot say why it died: also the loss of a machine, three times with the same unit at work. An
+exception is no death: it takes its attempt back. Nor is the orderly end of a driver: what its workers had at work
+counts as not begun (`note_stop`). A worker that is told to end takes its own attempts back.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ class Attempt:
             self.take_back()
 
     def take_back(self) -> None:
-        """Let the attempt count as not begun, from whatever thread: its process is about to end, and by no row's fault.
+        """Count the attempt as not begun: its process is about to end, and by no row's fault. From any thread.
 
         Raises:
             SinkError: the sink cannot be written.
@@ -123,7 +122,7 @@ class Attempt:
         self._note(index)
 
     def _note(self, row: int | None) -> None:
-        # As it is to be found after a death: nobody is left to count it then.
+        # As it shall read after a death, when nobody is left to count it.
         noted = _Noted(self.number, row, self._before.killers, self._generation)
         with self._lock:
             if not self._taken_back:
@@ -138,18 +137,18 @@ class Note(NamedTuple):
 
 
 def notes_there(fs: AbstractFileSystem, root: str) -> list[Note]:
-    """All of a run's folder.
+    """All notes in a run's folder.
 
     Raises:
         SinkError: they cannot be listed.
     """
     named = (split_generation(path) for path in list_folder(fs, f"{root}/{FOLDER}"))
-    # Named like a unit's, or it is none of ours.
+    # What is not named like a unit's is not ours.
     return sorted(Note(*name) for name in named if name is not None and split_unit_id(name[0])[1].isdecimal())
 
 
 def take_over(notes: Iterable[Note], sink: SinkConfig, generation: int) -> None:
-    """Let deaths that were noted under earlier drivers count under another one, from the last of each unit's notes.
+    """Carry deaths that were noted under earlier drivers over to this one, from the latest note of each unit.
 
     Raises:
         SinkError: a note cannot be read or written.
@@ -162,7 +161,7 @@ def take_over(notes: Iterable[Note], sink: SinkConfig, generation: int) -> None:
 
 
 def note_stop(sink: SinkConfig, generation: int) -> None:
-    """Say that a driver ends: from now on no attempt of its workers that is under way counts as a death.
+    """Note that a driver ends: attempts that its workers have under way no longer count as deaths.
 
     Raises:
         SinkError: the sink cannot be written.
@@ -172,7 +171,7 @@ def note_stop(sink: SinkConfig, generation: int) -> None:
 
 
 def forget_stops(sink: SinkConfig) -> None:
-    """Remove what `note_stop` wrote of drivers under which no attempt is left.
+    """Remove the notes that `note_stop` wrote, of drivers without attempts.
 
     Raises:
         SinkError: the sink cannot be read, or something cannot be removed.

@@ -2,15 +2,16 @@
 
     _baseline/GENERATION.json        every unit that was committed then, and by which generation; a bit for each
 
-A driver that was stopped may wake up long after another has taken its folder over (writing/lock.py), in the middle of
-any write. No store refuses that write. So a driver says what it goes on from, before it writes anything else: of an
-earlier generation that counts, and nothing that comes later. Of several commits of one unit the highest generation's
-counts; where that one's files are damaged, no older one takes its place, and the unit is done again.
+A driver that was paused may wake up in the middle of a write, long after another has taken over its folder
+(writing/lock.py), and no store refuses that write. So before a driver writes anything else, it records the commits
+that it goes on from: of earlier generations these count, and nothing that is written later. Where a unit has several
+commits, that of the highest generation counts; where its files are damaged, no older one replaces it, and the unit is
+done again.
 
-What does not count is never counted again, so anybody may remove it at any time. Where a driver removes what might
-have counted, it first puts what makes it noise (a baseline, a folded manifest, an index), *then* looks at the lock, and
-then removes what it had listed before. Either it sees there that it was taken over, or the one that takes over later
-sees what it has put, and does not rely on what it removes.
+What does not count never will, so anybody may remove it at any time. Before a driver removes what might have counted,
+it writes what makes that noise (a baseline, a folded manifest, an index), *then* looks at the lock, then removes what
+it had listed before. Either it finds that it was taken over, or a later driver finds what it wrote, and does not rely
+on what it removes.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from pydantic import ValidationError
 from pipeline.common.showing import public_url
 from pipeline.errors import SinkError
 from pipeline.writing.files import NotAFileError, get, list_folder
-from pipeline.writing.manifest import Manifest, Part, split_unit_id
+from pipeline.writing.manifest import Manifest, Stored, split_unit_id
 from pipeline.writing.paths import Bits, Generation, first_problem
 
 log = logging.getLogger(__name__)
 
 FOLDER = "_baseline"
-LOOKS = 5  # at what is removed while it is read, each time because a newer one stands beside it
+LOOKS = 5  # attempts to read what is removed meanwhile, each time for a newer one
 
 
 @dataclass(slots=True)
@@ -58,8 +59,8 @@ class Counted:
         return bool(self.shards.get(slug, {}).get(generation, 0) >> chunk & 1)
 
 
-class Baseline(Part):
-    """One driver's."""
+class Baseline(Stored):
+    """What counted when one driver began."""
 
     generation: Generation
     whole: bool  # shards that are not listed have no unit that counts; else nothing is said of them
@@ -70,7 +71,7 @@ class Baseline(Part):
         """Of what counts.
 
         Args:
-            counted: that.
+            counted: every unit that does.
             generation: of the driver.
             only: slugs of the shards that are the driver's, empty ones too; None where all are.
         """
@@ -99,14 +100,14 @@ class Baseline(Part):
         return {generation: int(bits, 16) for generation, bits in self.shards.get(slug, {}).items()}
 
     def replaces(self, other: Baseline) -> bool:
-        """Whether this one makes the other one needless."""
+        """Whether the other one says nothing more."""
         return other.generation < self.generation and (
             self.whole or (not other.whole and other.shards.keys() <= self.shards.keys())
         )
 
 
 class Baselines:
-    """Those of a run's folder, highest first.
+    """The baselines in a run's folder, highest generation first.
 
     Raises:
         SinkError: they cannot be read.

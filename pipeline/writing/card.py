@@ -87,8 +87,8 @@ def card(
 
 
 def _paths(kind: str, sink: SinkConfig, files: Sequence[str]) -> str | list[str]:
-    # By name, since beside them may stand what a driver wrote that was taken over; where that would be too long for a
-    # card, by pattern.
+    # By name, since files of a driver that was taken over may stand beside them; by pattern where the list would be too
+    # long for a card.
     if len(files) <= NAMED:
         return list(files)
     return f"{kind}/{'train' if sink.shard_size else 'part'}-*.{SUFFIXES[sink.format]}"
@@ -140,7 +140,7 @@ def _edits(recipe: Mapping[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text of others in one line of Markdown: as text, whatever stands in it."""
+    """Untrusted text in one line of Markdown, shown as text whatever it holds."""
     kept = " ".join(text.split())
     return "".join(f"\\{sign}" if sign in "\\`*_{}[]<>|#!" else sign for sign in kept)
 

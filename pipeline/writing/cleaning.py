@@ -1,6 +1,6 @@
-"""What earlier drivers left is removed, at the start and at the end, by the driver of a folder or of a part of it.
+"""Removes what earlier drivers left, when the driver of a run or of a partition begins and ends.
 
-What may go and in which order, writing/baseline.py says.
+writing/baseline.py says what may go, and in which order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.writing.files import is_temporary, list_folder, put, remove
 from pipeline.writing.lock import Claim
 from pipeline.writing.manifest import KINDS, PART_NAME, split_unit_id
 
-# No put takes as long: a younger temporary file may be one that a worker is about to rename. The process id in its name
+# Longer than any put: a younger temporary file may be one that a worker is about to rename. The process id in its name
 # proves nothing, since that worker may be on another machine, of a driver that has died.
 OLD_S = 24 * 3600.0
 
@@ -32,7 +32,7 @@ OLD_S = 24 * 3600.0
 def begin(
     sink: SinkConfig, claim: Claim, counted: Counted, committed: Committed, only: Iterable[str] | None = None
 ) -> None:
-    """Say what counts, before anything else is written; take earlier drivers' notes over.
+    """Record what counts, before anything else is written, and take over the notes of earlier drivers.
 
     Args:
         sink: where the run stands.
@@ -70,7 +70,7 @@ def _goes_on(note: Note, before: Baselines, committed: Committed) -> bool:
 
 
 def put_baseline(sink: SinkConfig, baseline: Baseline, claim: Claim) -> None:
-    """Say what counts. The lock is looked at afterwards: what had been listed before, and is noise now, may go.
+    """Record what counts, then check the lock: from then on, what was listed before and is noise now may go.
 
     Raises:
         RunAborted: another driver has taken the folder over.
@@ -86,7 +86,7 @@ def put_baseline(sink: SinkConfig, baseline: Baseline, claim: Claim) -> None:
 
 
 def remove_leftovers(sink: SinkConfig, claim: Claim, baseline: Baseline, noise: Iterable[str]) -> None:
-    """Remove what does not count: other commits of units that are committed, and files of none.
+    """Remove what does not count: other commits of committed units, and files of no commit.
 
     Raises:
         RunAborted: another driver has taken the folder over; nothing is removed.

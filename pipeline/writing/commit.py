@@ -1,4 +1,4 @@
-"""How files come to stand in the run's folder, and what of them counts.
+"""How files get into the run's folder, and which of them count.
 
 A unit's files have names that derive from its input and its driver's generation; its manifest is written last and is
 the commit. A data file without a manifest that counts is noise, which the next driver removes. So a run may die
@@ -70,8 +70,8 @@ def commit(finished: FinishedUnit, sink: SinkConfig, check: Callable[[], None]) 
     Args:
         finished: the unit.
         sink: where the run stands.
-        check: raises where another driver has taken the folder over. A driver that is stopped after that, and wakes up
-            too late, harms nothing: its files have names of their own, and its manifest counts for nothing
+        check: raises where another driver has taken the folder over. A driver that is paused after it, and wakes up too
+            late, harms nothing: its files have names of their own, and its manifest counts for nothing
             (writing/baseline.py).
 
     Raises:
@@ -81,8 +81,8 @@ def commit(finished: FinishedUnit, sink: SinkConfig, check: Callable[[], None]) 
     fs, root = open_fs(sink.folder, sink.storage_options)
     unit, generation = finished.manifest.unit, finished.manifest.generation
     if not sink.shard_size:
-        # An attempt that died before its manifest may have written a kind of file that this one has not: its rows may
-        # since have been found to kill their process. Where units are merged, all that they have left goes then.
+        # An attempt that died before its manifest may have left a kind of file that this one does not write: its rows
+        # may be refused by now. Where units are merged, such files go after the merging.
         of_unit = {data_path(unit, generation, sink), quarantine_path(unit, generation, sink)}
         for path in of_unit - {path for path, _ in finished.files}:
             remove(fs, f"{root}/{path}")
@@ -96,7 +96,7 @@ def commit(finished: FinishedUnit, sink: SinkConfig, check: Callable[[], None]) 
 class Committed:
     """Which units are committed, at one bit each: a million units take less than a megabyte beside their shards' names.
 
-    It travels to the read tasks, hence `of_shard`.
+    Sent to the read tasks, hence `of_shard`.
     """
 
     chunks: dict[str, int] = field(default_factory=dict)  # by shard slug: bit i stands for chunk i
@@ -133,7 +133,7 @@ class CommittedShard:
     slug: str
     manifests: tuple[Manifest, ...]  # of the units that count, by chunk
     paths: tuple[str, ...]  # of its manifests, single and folded, that were there
-    used: tuple[str, ...]  # of these, where those that count stand
+    used: tuple[str, ...]  # of these, those that hold what counts
 
     @property
     def noise(self) -> list[str]:
@@ -161,9 +161,9 @@ def committed_shards(
 ) -> Iterator[CommittedShard]:
     """The commits that count, each unit once, shard by shard; nothing is held but one window of shards.
 
-    Of a unit's commits the one of the highest generation counts that writing/baseline.py admits. Where it does not
-    parse, or its files are missing or of another size than listed, the unit is not committed, and done again.
-    With `trusted=False` the files are not looked at. `only`: slugs of shards beside which none is read; None: all are.
+    Of a unit's commits that writing/baseline.py admits, the one of the highest generation counts. Where that does not
+    parse, or its files are missing or of another size than listed, the unit is not committed, and is done again. With
+    `trusted=False` the files are not looked at. `only`: slugs of the shards that are read; None: all.
 
     Raises:
         SinkError: the folder cannot be read.
@@ -180,7 +180,7 @@ class Commits:
 
     Args:
         sink: where the run stands.
-        trusted: whether units whose files are not there count for nothing.
+        trusted: whether units whose files are missing are left out.
 
     Raises:
         SinkError: the folder cannot be read.

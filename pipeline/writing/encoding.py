@@ -13,7 +13,7 @@ from pipeline.records import Decoded, Rejected
 from pipeline.writing.rows import OutputRow
 
 ENCODERS = 2  # threads
-LARGE_BYTES = 64 << 20  # pixels of an image of which one at a time is encoded
+LARGE_BYTES = 64 << 20  # of pixels, from which on images are encoded one at a time
 
 Encode = Callable[[Decoded | Rejected], OutputRow | Rejected]
 
@@ -26,7 +26,7 @@ class Encoders:
         self._one_large = threading.Lock()
 
     def map(self, encode: Encode, results: Iterable[Decoded | Rejected]) -> list[OutputRow | Rejected]:
-        """Encode results as they come. A result waits as pixels until it is encoded: only so many may."""
+        """Encode results as they come. Until then they wait as pixels, so only a bounded number does."""
         encoded: list[OutputRow | Rejected] = []
         pending: deque[Future[OutputRow | Rejected]] = deque()
         waiting: deque[int] = deque()  # bytes of their images
@@ -45,5 +45,5 @@ class Encoders:
             return encode(result)
 
     def close(self) -> None:
-        """Let the threads go."""
+        """End the threads."""
         self._pool.shutdown(cancel_futures=True)

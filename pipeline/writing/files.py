@@ -30,7 +30,7 @@ T = TypeVar("T")
 class Made(Generic[T]):
     """A file that was written piece by piece."""
 
-    by: T  # what the function returned that wrote it
+    by: T  # what the function that wrote it returned
     size: int  # bytes
     sha256: str
 
@@ -39,7 +39,7 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 class NotAFileError(SinkError):
-    """In the place of a file of ours stands a folder, or a pipe, to which nobody may ever write."""
+    """Where a file of ours should be there is a folder, or a pipe to which nobody may ever write."""
 
 
 def put(fs: AbstractFileSystem, path: str, data: bytes, *, durable: bool = True) -> None:
@@ -62,7 +62,7 @@ def put(fs: AbstractFileSystem, path: str, data: bytes, *, durable: bool = True)
             # goes up in parts, which are no object before the last call completes them: what a killed upload leaves
             # is never listed or read, so nothing here cleans it; a lifecycle rule of the bucket frees its space.
             retrying()(fs.pipe_file, path, data)
-    except Exception as error:  # those of botocore and aiohttp share no other base
+    except Exception as error:  # what botocore and aiohttp raise shares no other base
         raise SinkError(
             f"{public_url(path)} cannot be written: {describe(error)}. Check sink.folder, its permissions and its space"
         ) from error
@@ -83,7 +83,7 @@ def put_made(
         fs: where to.
         path: in it, with the beginning of the name.
         make: writes the content.
-        name: the file's name in that folder, found when it is made.
+        name: gives the file's name in that folder, once it is written.
 
     Raises:
         SinkError: says which file, and why not.
@@ -96,7 +96,7 @@ def put_made(
             file.flush()
             retrying()(fs.put_file, file.name, f"{posixpath.dirname(path)}/{name(made)}")
             return made
-    except SinkError:  # of what `make` reads
+    except SinkError:  # raised by what `make` reads
         raise
     except Exception as error:  # see `put`
         raise SinkError(
@@ -141,7 +141,7 @@ def _made_locally(
 
 
 def _opened_in_new_folders(path: Path) -> BinaryIO:
-    """A new file; of its folders, a run that was refused may remove an empty one at any moment."""
+    """A new file, its folders made again where a run that was refused has just removed an empty one."""
     for _ in range(3):
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
@@ -227,13 +227,13 @@ def from_json(data: bytes) -> Any:
 
 
 def is_temporary(path: str) -> bool:
-    """Whether a file is one that a local `put` began: a kill leaves it behind, and no reader takes it."""
+    """Whether a file is one that a local `put` began: a kill leaves it behind, and readers pass over it."""
     name = posixpath.basename(path)
     return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
 
 
 def see_that_it_is_a_file(fs: AbstractFileSystem, path: str) -> None:
-    """See that nothing else stands in a file's place: a named pipe without a writer is never read to its end.
+    """Refuse what is no file: reading a named pipe without a writer never ends.
 
     Raises:
         NotAFileError: something else does.
@@ -260,7 +260,7 @@ def get(fs: AbstractFileSystem, path: str) -> bytes | None:
 
     Raises:
         NotAFileError: something else stands there.
-        SinkError: it can neither be read nor be said to be missing.
+        SinkError: it cannot be read, and may be there.
     """
     try:
         see_that_it_is_a_file(fs, path)
@@ -302,7 +302,7 @@ def remove(fs: AbstractFileSystem, path: str) -> None:
     """Remove a file that may be there.
 
     Raises:
-        SinkError: it can neither be removed nor be said to be missing.
+        SinkError: it cannot be removed, and may be there.
     """
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):

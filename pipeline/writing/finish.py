@@ -40,8 +40,8 @@ def finish_unit(
         call_size: rows of a network call.
     """
     unit = unit_input.unit
-    rows = sorted((one for one in encoded if not isinstance(one, Rejected)), key=_place_of_row)
-    failed = sorted((one for one in encoded if isinstance(one, Rejected)), key=_place_of_rejected)
+    rows = sorted((one for one in encoded if not isinstance(one, Rejected)), key=_order_of_row)
+    failed = sorted((one for one in encoded if isinstance(one, Rejected)), key=_order_of_rejected)
     _check_once_each(unit_input, rows, failed)
     files: list[tuple[str, bytes, int]] = []
     if rows:
@@ -94,17 +94,17 @@ def labels_of(rows: Sequence[ReadRow]) -> Labels:
     return next((sample.labels for sample in samples if sample.labels), {})
 
 
-def _place_of_row(row: OutputRow) -> tuple[int, str, str]:
-    # By name, and not as the recipe lists them: one that lists them in another order is the same recipe.
+def _order_of_row(row: OutputRow) -> tuple[int, str, str]:
+    # By name, not in the order of the recipe: one that lists them in another order is the same recipe.
     return row["index"], row["edit"], row["method"]
 
 
-def _place_of_rejected(rejected: Rejected) -> tuple[int, str, str]:
+def _order_of_rejected(rejected: Rejected) -> tuple[int, str, str]:
     return rejected.sample.index, rejected.edit, rejected.method
 
 
 def _check_once_each(unit_input: UnitInput, rows: Sequence[OutputRow], failed: Sequence[Rejected]) -> None:
-    """What is asked ends in data or in quarantine, once: a fault here is ours, and must not be committed."""
+    """See that every result asked for is in data or quarantine, once; else the fault is ours, and is not committed."""
     results = [(row["index"], row["edit"], row["method"]) for row in rows]
     results += [(one.sample.index, one.edit, one.method) for one in failed]
     twice = [result for result, count in Counter(results).items() if count > 1]

@@ -35,7 +35,7 @@ class Flag:
     state: State
     host: str
     pid: int
-    started: str  # of the process, in ticks since boot: a pid may be given out again
+    started: str  # of the process, in ticks since boot: a pid may be reused
     beat: int = 0
     beat_at: float = 0.0  # seconds since 1970 by the holder's clock; for people only
 
@@ -45,7 +45,7 @@ class Flag:
 
 
 def parsed(data: bytes | None) -> Flag | None:
-    """A flag as stored; None where it is absent or none."""
+    """A flag as stored; None where it is absent or damaged."""
     try:
         return Flag(**from_json(data or b""))
     except (ValueError, TypeError):
@@ -53,7 +53,7 @@ def parsed(data: bytes | None) -> Flag | None:
 
 
 def flag_name(generation: int, partition: Partition, owner: str) -> str:
-    """Of a driver's flag. It alone tells which flags exclude each other: those of others need not be read."""
+    """Name of a driver's flag. Names alone tell which flags exclude each other, so that the others need not be read."""
     part = "" if partition == WHOLE else f"{partition.index}of{partition.count}-"
     return f"{generation:08d}-{part}{owner}.json"
 

@@ -27,7 +27,7 @@ from pipeline.writing.files import put, remove
 from pipeline.writing.lock import Claim
 from pipeline.writing.manifest import Manifest, shard_path
 
-FOLD_FROM = 16  # units; of fewer the requests are few as well, and a small run's folder is easier to look into
+FOLD_FROM = 16  # units; fewer cost few requests, and single manifests are easier to look into
 
 
 def fold_finished_shards(sink: SinkConfig, claim: Claim, only: Iterable[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def fold_finished_shards(sink: SinkConfig, claim: Claim, only: Iterable[str] | N
             shards = [shard for shard in pool.map(commits.shard, window) if _is_to_fold(shard)]
             list(pool.map(partial(_fold, fs, root, claim.generation), shards))
             if shards:
-                claim.check()  # after what now counts is there, and before anything goes: see baseline.py
+                claim.check()  # after what counts is written, before anything is removed: see baseline.py
             list(pool.map(partial(_remove_single, fs, root, claim.generation), shards))
             folded += len(shards)
     return folded

@@ -1,8 +1,8 @@
-"""One index of merged files takes another's place, and what the new one does not name goes.
+"""Replaces the index of merged files by another, and removes what the new one does not name.
 
-A driver that is stopped and taken over in the middle of it (writing/baseline.py) may still write its index, which is
-not the highest then, and remove what it replaced. Its index says beforehand what it removes, so that no later driver
-counts on these names.
+A driver that is paused and taken over meanwhile (writing/baseline.py) may still write its index, which is no longer the
+highest, and remove what it replaced. So an index names beforehand what will be removed, and no later driver uses these
+names.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def replace_index(sink: SinkConfig, before: Merged, index: Index, claim: Claim, 
     named = {path for slot in slots if slot.file for path in (slot.file.path, slot.contents)}
     going = [path for path in left_by_merging(fs, root) if path not in named]
     older = [path for path in index_paths(fs, root) if path < index_path(index.generation)]
-    # A driver that was taken over while it removed may go on doing so for ever: what it named stays named.
+    # A driver that was taken over while it removed files may go on at any time: what it named stays named.
     others = before.index.dying if before.index else ()
     mine = index.model_copy(update={"dying": tuple(sorted({*others, *going}))})
     put(fs, f"{root}/{index_path(index.generation)}", mine.to_bytes())
-    claim.check()  # after it is said what goes, and before anything does: see baseline.py
+    claim.check()  # after the index names what goes, before anything goes: see baseline.py
     with ThreadPoolExecutor(LISTERS) as pool:
         list(pool.map(lambda path: remove(fs, f"{root}/{path}"), [*going, *unneeded, *older]))
     for folder in sorted({posixpath.dirname(path) for path in unneeded}):
@@ -67,10 +67,10 @@ def left_by_merging(fs: AbstractFileSystem, root: str) -> list[str]:
     """Merged files and their contents, whether or not an index names them, relative to the run's folder."""
     folders = (*KINDS, *(f"{OUTPUT}/{kind}" for kind in KINDS))
     names = {folder: sorted(map(posixpath.basename, list_folder(fs, f"{root}/{folder}"))) for folder in folders}
-    return [path for folder in folders for name in names[folder] if is_merged(path := f"{folder}/{name}")]
+    return [path for folder in folders for name in names[folder] if belongs_to_merged(path := f"{folder}/{name}")]
 
 
-def is_merged(path: str) -> bool:
+def belongs_to_merged(path: str) -> bool:
     """Whether a path, relative to the run's folder, is that of a merged file or of its contents."""
     folder, _, name = path.rpartition("/")
     return folder.removeprefix(f"{OUTPUT}/") in KINDS and OUTPUT_NAME.fullmatch(name) is not None

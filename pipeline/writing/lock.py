@@ -13,7 +13,7 @@ needed, and no clock.
 Generations grow: a flag that was ever held is only removed by the holder of a higher one that covers its partition. So
 for every driver that ever held a part, a flag at least as high and as wide stays up: nobody takes a generation that a
 part has seen, and a driver that was paused, taken over, and wakes up finds a higher flag over its part, and stops. Nor
-do drivers of disjoint partitions ever have the same one: that of partition I of N leaves the remainder I by N.
+do drivers of disjoint partitions ever share one: modulo N, those of partition I of N are I.
 
 A dead holder is known at once on its own machine, elsewhere by a heart that has not beaten for `EXPIRY_S`. That is
 watched, not computed from timestamps: clocks of two machines may differ. A driver that is stopped for longer than that,
@@ -91,7 +91,7 @@ class DriverLock:
         self._heart = threading.Thread(target=self._beat_until_stopped, name="driver-lock", daemon=True)
 
     def look(self) -> None:
-        """See whether a driver is at work, without a wait and without a write. Of another machine its clock is trusted.
+        """See whether a driver is at work, without waiting or writing. The clock of another machine is trusted.
 
         Raises:
             HeldError: one is.
@@ -128,7 +128,7 @@ class DriverLock:
 
     @property
     def claim(self) -> Claim:
-        """For workers, who cannot hear the heartbeat's thread."""
+        """For workers, which do not see the heartbeat's thread."""
         return Claim(self._sink, self._name)
 
     @property
@@ -170,7 +170,7 @@ class DriverLock:
         return False
 
     def _outranked_when_alone(self) -> list[str] | None:
-        """With our flag up, what it makes needless, once nobody beside us is alive; None where another goes first."""
+        """With our flag up and no other driver alive: the flags that ours outranks. None where another goes first."""
         mine = generation(self._name)
         for _ in range(LOOKS):
             time.sleep(self._settle_s)
@@ -195,7 +195,7 @@ class DriverLock:
         return {name: data for name, data in read.items() if data is not None}
 
     def _state(self, name: str, data: bytes) -> Literal["trying", "holding", "over"]:
-        """Of a flag at this moment. One of another machine is over where it is released, or has been watched."""
+        """Of a flag, now. One of another machine is over where it was released, or watched until it seemed dead."""
         flag = parsed(data)
         if self._dead.get(name) == data or flag is None or flag.state == "released":
             return "over"
@@ -314,7 +314,7 @@ class Claim:
         return True
 
     def check(self) -> None:
-        """See that it is, now and not as of the last heartbeat.
+        """See that the lock is held: now, not as of the last heartbeat.
 
         Raises:
             RunAborted: another driver has taken over.

@@ -20,54 +20,54 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.recipe import SinkConfig
-from pipeline.writing.paths import Chunk, Count, FilePath, Generation, Sha256, UnitId, is_of_unit
+from pipeline.writing.paths import Chunk, FilePath, Generation, NonNegative, Sha256, UnitId, is_of_unit
 
 SUFFIXES = {"parquet": "parquet", "webdataset": "tar"}
 KINDS = ("data", "quarantine")  # of files: results, and what failed
 PARTS = "_parts"  # folder of units' files until they are merged
-# Of the files that are never merged: the unit, and the generation.
+# Name of a file that is never merged: unit and generation.
 PART_NAME = re.compile(r"part-(.+-\d{5,})-(\d{8,})\.(?:parquet|tar)")
 
 
-class Part(BaseModel):
+class Stored(BaseModel):
     """Base of what is written as JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class FileRecord(Part):
+class FileRecord(Stored):
     """One written file."""
 
     path: FilePath
-    size: Count  # bytes
+    size: NonNegative  # bytes
     sha256: Sha256
-    rows: Count
+    rows: NonNegative
 
 
-class Counts(Part):
+class Counts(Stored):
     """How a unit went. `asked` counts results, one per (image, edit, method); every one is ok or failed."""
 
-    images: Count
-    asked: Count
-    ok: Count
-    failed: Count
-    failed_by_stage: dict[str, Count]
-    failed_by_class: dict[str, Count]
+    images: NonNegative
+    asked: NonNegative
+    ok: NonNegative
+    failed: NonNegative
+    failed_by_stage: dict[str, NonNegative]
+    failed_by_class: dict[str, NonNegative]
 
 
-class Measured(Part):
+class Measured(Stored):
     """What may differ from run to run."""
 
     # The worker's share of time; the sum over a worker's units is the time it was busy.
     worker_seconds: float = Field(ge=0)
     workers: int = Field(ge=1)  # that lived when the unit was made
-    network_rows: Count  # asked for in that time; units that overlap in a worker share theirs, the sum is exact
+    network_rows: NonNegative  # asked for in that time; units that overlap in a worker share theirs, the sum is exact
 
 
 NOT_MEASURED = Measured(worker_seconds=0, workers=1, network_rows=0)
 
 
-class Manifest(Part):
+class Manifest(Stored):
     """What was read, what was written and how it went, of one unit."""
 
     schema_version: Literal[3] = 3
@@ -75,10 +75,10 @@ class Manifest(Part):
     generation: Generation  # of the driver whose run made it
     shard: str  # path relative to the source
     chunk: Chunk
-    start: Count  # index of the first row in the shard
-    stop: Count  # index after the last
+    start: NonNegative  # index of the first row in the shard
+    stop: NonNegative  # index after the last
     is_last: bool  # of its shard
-    shard_size: Count
+    shard_size: NonNegative
     shard_etag: str
     recipe_hash: str
     code_version: str

@@ -25,8 +25,17 @@ from pipeline.common.showing import public_url
 from pipeline.errors import SinkError
 from pipeline.writing.baseline import LOOKS
 from pipeline.writing.files import NotAFileError, get, list_folder
-from pipeline.writing.manifest import KINDS, FileRecord, Manifest, Part, kind_of, split_unit_id
-from pipeline.writing.paths import ContentsPath, Count, Generation, MergedPath, Sha256, UnitId, first_problem, is_merged
+from pipeline.writing.manifest import KINDS, FileRecord, Manifest, Stored, kind_of, split_unit_id
+from pipeline.writing.paths import (
+    ContentsPath,
+    Generation,
+    MergedPath,
+    NonNegative,
+    Sha256,
+    UnitId,
+    first_problem,
+    is_merged,
+)
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +44,15 @@ INDEX = re.compile(r"index-(\d{8,})\.json")
 CACHED = 32  # contents held at a time; units come in the order of the files
 
 
-class MergedUnit(Part):
+class MergedUnit(Stored):
     """Where one unit's rows are."""
 
     unit: UnitId
     sha256: Sha256  # of the unit's own file, as its manifest lists it
-    rows: Count
-    start: Count  # first row in the merged file
-    begin: Count = 0  # of a tar: its first byte in the merged file
-    end: Count = 0  # of a tar: the byte after its last
+    rows: NonNegative
+    start: NonNegative  # first row in the merged file
+    begin: NonNegative = 0  # of a tar: its first byte in the merged file
+    end: NonNegative = 0  # of a tar: the byte after its last
 
 
 def contents_path(path: str) -> str:
@@ -51,7 +60,7 @@ def contents_path(path: str) -> str:
     return f"{OUTPUT}/{posixpath.splitext(path)[0]}.json"
 
 
-class Contents(Part):
+class Contents(Stored):
     """What one merged file holds, in its order."""
 
     file: FileRecord
@@ -69,7 +78,7 @@ class Contents(Part):
         return self
 
 
-class Slot(Part):
+class Slot(Stored):
     """One merged file of the index. Its units are those from `first` up to the next slot's; the first slot has all
     before, too."""
 
@@ -84,13 +93,13 @@ class Slot(Part):
         return self
 
 
-class Index(Part):
+class Index(Stored):
     """Every merged file that counts, by kind."""
 
     schema_version: Literal[2] = 2
     generation: Generation  # of the driver that wrote it
     slots: dict[str, tuple[Slot, ...]]
-    # Of files that its driver, or an earlier one, is about to remove, unless it has ended: no later one uses the names.
+    # Files that its driver, or an earlier one, may still be removing: no later driver uses these names.
     dying: tuple[MergedPath, ...] = ()
 
     @model_validator(mode="after")
@@ -178,7 +187,7 @@ class Merged:
         return sum(slot.file.size for slot in slots if slot.file and self.counts(slot))
 
     def slot_of(self, kind: str, unit: str) -> Slot | None:
-        """The slot to whose units one belongs, whether or not it holds it."""
+        """The slot in whose range a unit is, whether or not its file holds the unit."""
         slots = self.slots(kind)
         return slots[max(0, bisect_right(self._firsts[kind], order(unit)) - 1)] if slots else None
 

@@ -12,7 +12,7 @@ that are written already are kept.
 The first merging decides where files begin. Later ones, after `--retry-failed` or `verify --repair`, write only those
 anew whose units have changed.
 
-A file that comes out as one that another driver may still be about to remove (writing/indexing.py) takes more digits.
+Where another driver may still remove a file of that name (writing/indexing.py), the name takes more digits.
 
 Memory: one unit's file, and one row group. Disk: an object store gets each file from a temporary one of this machine.
 """
@@ -59,10 +59,10 @@ from pipeline.writing.quarantine import SHARED as SHARED_IN_QUARANTINE
 from pipeline.writing.rows import shared_columns, with_features
 from pipeline.writing.spans import END_OF_TAR, end_of_members, table_of, tar_of
 
-TAR_RECORD = 10240  # bytes; a tar is filled up to whole ones
+TAR_RECORD = 10240  # bytes; tars are padded to whole records
 BATCH_ROWS = 16  # rows of a unit's file that are read at a time
 
-Unit = tuple[str, FileRecord]
+UnitFile = tuple[str, FileRecord]
 """A unit and its file of one kind."""
 
 
@@ -113,12 +113,12 @@ def merge_units(sink: SinkConfig, write: Build, claim: Claim) -> bool:
 
     def jobs() -> Iterator[Job]:
         for kind, number, units in _groups(committed_units(sink), firsts):
-            place = _Place(fs, root, sink, merged, left, kind, number, len(firsts[kind]))
-            if (there := place.kept(units)) is not None:
+            planned = _PlannedFile(fs, root, sink, merged, left, kind, number, len(firsts[kind]))
+            if (there := planned.kept(units)) is not None:
                 slots[kind][number] = there
             else:
                 asked.append((kind, number, units[0][0]))
-                yield place.job(units)
+                yield planned.job(units)
 
     written = 0
     for contents in write(sink, jobs()):
@@ -159,9 +159,9 @@ def _firsts(manifests: Iterable[Manifest], merged: Merged, shard_size: int) -> d
     }
 
 
-def _groups(manifests: Iterable[Manifest], firsts: dict[str, list[str]]) -> Iterator[tuple[str, int, list[Unit]]]:
+def _groups(manifests: Iterable[Manifest], firsts: dict[str, list[str]]) -> Iterator[tuple[str, int, list[UnitFile]]]:
     """(kind, number, units) of every file, of each kind in order."""
-    units: dict[str, list[Unit]] = {kind: [] for kind in KINDS}
+    units: dict[str, list[UnitFile]] = {kind: [] for kind in KINDS}
     numbers = dict.fromkeys(KINDS, 0)
     starts = {kind: [order(first) for first in firsts[kind][1:]] for kind in KINDS}
     for manifest in manifests:
@@ -178,8 +178,8 @@ def _groups(manifests: Iterable[Manifest], firsts: dict[str, list[str]]) -> Iter
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """One file of the plan."""
+class _PlannedFile:
+    """One merged file as planned."""
 
     fs: AbstractFileSystem
     root: str
@@ -190,7 +190,7 @@ class _Place:
     number: int
     total: int
 
-    def kept(self, units: Sequence[Unit]) -> Slot | None:
+    def kept(self, units: Sequence[UnitFile]) -> Slot | None:
         """The slot of a file that is there already and holds these units."""
         slots = self.merged.slots(self.kind)
         if self.number < len(slots) and len(slots) == self.total:
@@ -210,7 +210,7 @@ class _Place:
                 return Slot(first=units[0][0], file=contents.file, contents=path)
         return None
 
-    def job(self, units: Sequence[Unit]) -> Job:
+    def job(self, units: Sequence[UnitFile]) -> Job:
         """What is to be written."""
         sources = [(file, self.merged.find(file, unit) or Span(file.path, unit, file.rows)) for unit, file in units]
         return Job(self.stem, SUFFIXES[self.sink.format], self.avoid, tuple(sources))
@@ -227,7 +227,7 @@ class _Place:
         return frozenset(path for path in dying if self.stem in path)
 
 
-def _holds(contents: Contents, units: Sequence[Unit]) -> bool:
+def _holds(contents: Contents, units: Sequence[UnitFile]) -> bool:
     return [(one.unit, one.sha256) for one in contents.units] == [(unit, file.sha256) for unit, file in units]
 
 
@@ -250,7 +250,7 @@ def build(sink: SinkConfig, job: Job) -> Contents:
 
 
 def _name(job: Job, made: Made[list[MergedUnit]]) -> str:
-    """Of a merged file and of its contents: another one for other bytes, and for other units with the same bytes."""
+    """Name of a merged file and of its contents: differs with the bytes, and with the units that equal bytes are of."""
     text = "\n".join([made.sha256, *(f"{unit.unit} {unit.sha256}" for unit in made.by)])
     digest = hashlib.sha256(text.encode()).hexdigest()
     for digits in range(8, len(digest) + 1, 8):
@@ -341,7 +341,7 @@ def _batches(fs: AbstractFileSystem, root: str, file: FileRecord, span: Span) ->
 
 
 def _check(file: FileRecord, data: bytes) -> None:
-    """Damage that came after the commit must not be taken into a file whose own hash would then hide it."""
+    """See that a file is undamaged since its commit: in a merged file, whose hash is new, damage would be hidden."""
     if hashlib.sha256(data).hexdigest() != file.sha256:
         raise SinkError(
             f"{file.path} has other bytes than were committed. Run: shardedit verify --repair, then the same command"

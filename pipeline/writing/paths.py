@@ -38,7 +38,7 @@ MergedPath = Annotated[
 ]
 """A merged file, or its contents."""
 Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 Chunk = Annotated[int, Field(ge=0, lt=10**8)]
 Generation = Annotated[int, Field(ge=0, lt=10**15)]  # of a driver
 Bits = Annotated[str, StringConstraints(pattern="^[0-9a-f]+$", max_length=10**8 // 4)]

@@ -1,4 +1,4 @@
-"""Which process of which machine is this, and is it alive? What a lock's holder is known by."""
+"""Which process of which machine holds a lock, and is it alive?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged units and merged files are taken back, for the next run to make them again: `verify --repair`."""
+"""Takes back damaged units and merged files, for the next run to make them again: `verify --repair`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.recipe import SinkConfig
 from pipeline.writing.baseline import Baseline, Counted
 from pipeline.writing.cleaning import put_baseline
 from pipeline.writing.files import remove
-from pipeline.writing.indexing import is_merged, left_by_merging, replace_index
+from pipeline.writing.indexing import belongs_to_merged, left_by_merging, replace_index
 from pipeline.writing.lock import Claim
 from pipeline.writing.manifest import KINDS
 from pipeline.writing.merged import Index, Merged, Slot
@@ -18,7 +18,7 @@ from pipeline.writing.merged import Index, Merged, Slot
 def take_back(
     counted: Counted, damaged: Collection[str], broken: Sequence[str], sink: SinkConfig, claim: Claim
 ) -> None:
-    """Let only some units count from now on, and remove the files of the others and of nobody.
+    """Let only these units count from now on; remove the files of all others, and those of no unit.
 
     Args:
         counted: the units that go on counting.
@@ -38,7 +38,7 @@ def take_back(
         replace_index(sink, merged, Index(generation=claim.generation, slots=slots), claim)
     put_baseline(sink, Baseline.of(counted, claim.generation), claim)
     for path in broken:
-        if not is_merged(path):  # those have gone with the index
+        if not belongs_to_merged(path):  # those have gone with the index
             remove(fs, f"{root}/{path}")
 
 

@@ -52,7 +52,7 @@ def regions(decoded: Decoded) -> tuple[tuple[np.ndarray | None, ...], np.ndarray
     prepared = decoded.prepared
     allowed = prepared.allowed
     found = decoded.masks
-    if found is None:  # it acted wherever it was let: inside the user's mask, or everywhere, which is no region
+    if found is None:  # it acted wherever it may: inside the user's mask; or everywhere, which is no region
         found = () if allowed is None else (np.ones(prepared.placement.canvas, dtype=bool),)
     at_original = [restore_mask(mask, prepared.placement) for mask in found]
     inside = at_original if allowed is None else [mask & allowed for mask in at_original]

@@ -22,6 +22,7 @@ import pipeline
 from pipeline.engine.backbone import ModelRecord
 from pipeline.errors import EncodeError
 from pipeline.evaluation.metrics import NAMES as FIGURES
+from pipeline.reading.rows_as_json import Labels
 from pipeline.recipe import Recipe, SinkConfig
 from pipeline.records import Edited, Outcome, Rejected, Sample
 from pipeline.writing.instructions import instruction_of
@@ -42,10 +43,6 @@ _FEATURES: dict[Any, Any] = {  # how Hugging Face `datasets` spells these types
     _IMAGE: {"_type": "Image"},
     _MEMBER: {"name": {"dtype": "string", "_type": "Value"}, "bytes": {"dtype": "binary", "_type": "Value"}},
 }
-
-
-Labels = Mapping[str, tuple[str, ...]]
-"""Columns of the source that hold numbers of classes, and the classes' names."""
 
 
 def schema(sink: SinkConfig, labels: Labels | None = None) -> pa.Schema:

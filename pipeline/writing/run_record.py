@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pipeline.reading.units import Shard
 
 RUN_FILE = "run.json"
-# Of all that stands in a run's folder. 2: results without a region have no mask; other figures. 3: names of files carry
+# Of all files in a run's folder. 2: results without a region have no mask; other figures. 3: names of files carry
 # the generation of the driver that wrote them, or digits of their contents. 4: a manifest counts `network_rows`.
 SCHEMA_VERSION: Literal[4] = 4
 # What a run writes below its folder after the record; README.md has a mark of its own (writing/card.py).
@@ -51,35 +51,35 @@ class _Named(BaseModel):
     method: str
 
 
-class _Method(BaseModel):
+class _StoredMethod(BaseModel):
     inversion: _Named
     editing: _Named
 
 
-class _Source(BaseModel):
+class _StoredSource(BaseModel):
     shards: list[str]
 
 
-class _Sink(BaseModel):
+class _StoredSink(BaseModel):
     columns: Literal[*COLUMN_NAMES]  # type: ignore[valid-type]
     format: Literal["parquet", "webdataset"]
     shard_size: Annotated[int, Field(ge=0)]
 
 
-class _Run(BaseModel):
+class _StoredRun(BaseModel):
     seed: int
     unit_size: Annotated[int, Field(ge=1)]
     max_failed_fraction: float
 
 
-class _Recipe(_Method):
+class _StoredRecipe(_StoredMethod):
     """Those parts of a recipe that readers of run.json rely on."""
 
-    source: _Source
+    source: _StoredSource
     edits: dict[str, dict[str, Any]]
-    methods: dict[str, _Method]
-    sink: _Sink
-    run: _Run
+    methods: dict[str, _StoredMethod]
+    sink: _StoredSink
+    run: _StoredRun
 
 
 class RunRecord(BaseModel):
@@ -102,7 +102,7 @@ class RunRecord(BaseModel):
     @field_validator("recipe")
     @classmethod
     def _has_what_readers_need(cls, recipe: dict[str, Any]) -> dict[str, Any]:
-        _Recipe.model_validate(recipe)
+        _StoredRecipe.model_validate(recipe)
         return recipe
 
     @field_validator("model")
@@ -119,7 +119,7 @@ class RunRecord(BaseModel):
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def problems(self) -> list[str]:
-        """What was changed since it was written, as far as it can tell by itself."""
+        """What was changed since it was written, as far as the record alone tells."""
         found = []
         if self.sha256 != self.digest:
             found.append("was changed since it was written: its own SHA-256 is another")
@@ -289,7 +289,7 @@ def _differences(prefix: str, before: Any, now: Any) -> list[str]:
 
 
 def _misfits(prefix: str, part: Any, whole: Any) -> list[str]:
-    """Where `whole` has not all that `part` has."""
+    """Where `whole` lacks what `part` has."""
     if isinstance(part, dict) and isinstance(whole, dict):
         inner = [_misfits(f"{prefix}{key}.", part[key], whole.get(key, _MISSING)) for key in part]
         return [line for lines in inner for line in lines]

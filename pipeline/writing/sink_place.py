@@ -22,8 +22,8 @@ def refuse_sink_over_source(recipe: Recipe) -> None:
     """See that no result would be read as input: by the next start of this run, or by any other.
 
     Raises:
-        SinkError: the sink's folder is one that the source means with all that is below it, or lies in it, under
-            whatever name; or a pattern of the source picks files as the sink will have them.
+        SinkError: the sink's folder is one whose files the source reads, or lies in one, under whatever name; or a
+            pattern of the source matches files that the sink will have.
     """
     sink_fs, sink = open_fs(recipe.sink.folder, recipe.sink.storage_options)
     for url in recipe.source.shards:
@@ -82,7 +82,7 @@ def _is_in(fs: FileSystem, path: str, folder: str) -> bool:
 def _is_one_place(path: Path, folder: str) -> bool:
     try:
         return os.path.samefile(path, folder)
-    except OSError:  # one of them is not there, and the other may come to be in its place
+    except OSError:  # one of them is not there yet
         return str(path) == os.path.realpath(folder)
 
 

@@ -17,8 +17,10 @@ from pipeline.writing.manifest import FileRecord, Manifest
 from pipeline.writing.merged import Merged
 
 SUMMARY_FILE = "summary.json"
-Outcome = Literal["complete", "complete with failures", "over the error budget", "stopped early", "partition complete"]
-EXIT_CODES: dict[Outcome, int] = {
+RunOutcome = Literal[
+    "complete", "complete with failures", "over the error budget", "stopped early", "partition complete"
+]
+EXIT_CODES: dict[RunOutcome, int] = {
     "complete": 0,
     "complete with failures": 0,  # within the budget: schedulers call a job with any other code a failed one
     "over the error budget": 1,
@@ -45,15 +47,15 @@ class Summary:
     images: int
     rows: int  # in data/; what `done` counts
     images_per_second: float  # of all workers together, while they worked
-    seconds: float  # that this takes at that rate: workers' time, over the number of workers
+    seconds: float  # workers' time, over the number of workers
     worker_seconds: float
     network_rows: int
     output_bytes: int  # of data and quarantine
     failed_by_stage: dict[str, int]
     failed_by_class: dict[str, int]
-    outcome: Outcome
+    outcome: RunOutcome
     exit_code: int  # of the command
-    generation: int  # of the driver that added it up; one of an earlier driver than the last is stale
+    generation: int  # of the driver that added it up; an earlier driver's summary is stale
 
 
 def summarise(
@@ -142,7 +144,7 @@ class Totals:
     ) -> Summary:
         """What was added, as a summary. `part_complete`: the shards that are left are those of other partitions."""
         sums, seconds = self._sums, self._seconds
-        outcome: Outcome = "complete with failures" if sums["failed"] else "complete"
+        outcome: RunOutcome = "complete with failures" if sums["failed"] else "complete"
         if sums["failed"] > max_failed_fraction * sums["asked"]:
             outcome = "over the error budget"
         if not complete:

@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.corpus.making import MAX_MEMBER, PNG, Case, Outcome, encoded, picture, row_case
+from tests.corpus.making import MAX_MEMBER, PNG, Case, Fate, encoded, picture, row_case
 from tests.corpus.pictures import CODECS
 
 
-def folder_files() -> Iterator[tuple[str, str, str, bytes, Outcome]]:
+def folder_files() -> Iterator[tuple[str, str, str, bytes, Fate]]:
     """(kind, name, path, bytes, outcome) of files in a folder of images."""
     names = {
         "composed": "\u00e9.png",
@@ -57,7 +57,7 @@ def make_folder(root: Path) -> Iterator[Case]:
         write(path, data)
         key = path.rpartition(".")[0]
         yield row_case(kind, name, ".", key, outcome)
-    sidecars: dict[str, tuple[str, bytes, Outcome]] = {
+    sidecars: dict[str, tuple[str, bytes, Fate]] = {
         "caption not UTF-8": ("txt", b"\xff", "edited"),
         "json cut": ("json", b"{", "rejected"),
         "json deep": ("json", b"[" * 100_000, "rejected"),

@@ -12,7 +12,7 @@ from PIL import Image
 
 FORMATS = ("webdataset", "parquet", "folder")
 MAX_MEMBER = 1 << 20  # source.max_member_bytes of the runs
-Outcome = Literal["edited", "rejected", "either"]
+Fate = Literal["edited", "rejected", "either"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def offsets(data: bytes) -> dict[str, int]:
         return {member.name: member.offset for member in archive}
 
 
-def row_case(kind: str, name: str, shard: str, key: str, outcome: Outcome) -> Case:
+def row_case(kind: str, name: str, shard: str, key: str, outcome: Fate) -> Case:
     """A case that is one row of a shard."""
     edited = (key,) if outcome == "edited" else ()
     rejected = (key,) if outcome == "rejected" else ()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from PIL import PngImagePlugin
 
-from tests.corpus.making import MAX_MEMBER, PNG, Outcome, encoded, over, picture
+from tests.corpus.making import MAX_MEMBER, PNG, Fate, encoded, over, picture
 
 CODECS = {
     "JPEG": "jpg",
@@ -58,7 +58,7 @@ def huge_headers() -> dict[str, bytes]:
     }
 
 
-def picture_cases() -> Iterator[tuple[str, str, str, bytes, Outcome]]:
+def picture_cases() -> Iterator[tuple[str, str, str, bytes, Fate]]:
     """(kind, name, extension, bytes, outcome), each of which is one row."""
     for format, ext in CODECS.items():
         data = encoded(picture(), format)
@@ -133,7 +133,7 @@ def picture_cases() -> Iterator[tuple[str, str, str, bytes, Outcome]]:
     yield "image metadata", "JPEG profile noise", "jpg", encoded(picture(), "JPEG", icc_profile=b"x" * 300), "edited"
 
 
-def text_cases() -> Iterator[tuple[str, str, dict[str, bytes], Outcome]]:
+def text_cases() -> Iterator[tuple[str, str, dict[str, bytes], Fate]]:
     """(kind, name, members beside the image, outcome), each of which is one row."""
     captions = {
         "not UTF-8": b"\xff\xfe\xfa",
@@ -151,7 +151,7 @@ def text_cases() -> Iterator[tuple[str, str, dict[str, bytes], Outcome]]:
     for name, data in captions.items():
         yield "caption", name, {"txt": data}, "edited"
     concept = {"prompt": "hat"}
-    documents: dict[str, tuple[bytes, Outcome]] = {
+    documents: dict[str, tuple[bytes, Fate]] = {
         "empty": (b"", "rejected"),
         "cut": (b'{"a": ', "rejected"),
         "deep lists": (b"[" * 100_000, "rejected"),
@@ -187,7 +187,7 @@ def text_cases() -> Iterator[tuple[str, str, dict[str, bytes], Outcome]]:
     }
     for name, (data, outcome) in documents.items():
         yield "json", name, {"json": data}, outcome
-    masks: dict[str, tuple[bytes, Outcome]] = {
+    masks: dict[str, tuple[bytes, Fate]] = {
         "no image": (b"x", "rejected"),
         "nothing": (b"", "rejected"),
         "other shape": (encoded(picture(size=(90, 10))), "rejected"),

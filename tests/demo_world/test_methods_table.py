@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from demo_world import methods
-from demo_world.methods import EDITS, Outcome, Pair, Task, description, judge, tasks_of
+from demo_world import methods, methods_pictures
+from demo_world.methods import EDITS, EditedScene, Pair, SceneEdit, description, judge, tasks_of
 from pipeline.editor import Editor
 from pipeline.models.demo.networks import IMAGE_SIZE, LATENT_SIZE
 from pipeline.models.demo.world import VOCABULARY, Scene, changed_region, draw, edited
@@ -19,16 +19,16 @@ from pipeline.records import EditedLatents
 PAIRS = [("direct", "prompt_to_prompt"), ("ddpm", "ledits_pp"), ("direct", "reconstruct")]
 
 
-def task(name: str = "sunglasses") -> Task:
+def task(name: str = "sunglasses") -> SceneEdit:
     edit = EDITS[name]
     before = edited(Scene(hat="red", beard=True), **edit.before)
     pixels = draw(before, IMAGE_SIZE)
-    return Task(name, edit, before, edited(before, **edit.after), pixels, pixels)
+    return SceneEdit(name, edit, before, edited(before, **edit.after), pixels, pixels)
 
 
-def outcome(pixels: np.ndarray, masks: torch.Tensor) -> Outcome:
+def outcome(pixels: np.ndarray, masks: torch.Tensor) -> EditedScene:
     latents = EditedLatents(latents=torch.zeros((4, LATENT_SIZE, LATENT_SIZE)), masks=masks)
-    return Outcome(pixels=pixels, latents=latents, network_rows=10)
+    return EditedScene(pixels=pixels, latents=latents, network_rows=10)
 
 
 def test_a_perfect_edit_has_perfect_figures_and_no_edit_has_none() -> None:
@@ -81,8 +81,8 @@ def test_the_table_is_measured_and_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lacks the lines"):
         methods.write_between_marks(page, "")
 
-    picture = methods.picture(tasks, made)
-    assert picture.height > 3 * methods.CELL  # the inputs, and the three pairs in two blocks
+    picture = methods_pictures.picture(tasks, made)
+    assert picture.height > 3 * methods_pictures.CELL  # the inputs, and the three pairs in two blocks
 
 
 def test_every_pair_that_a_recipe_accepts_has_settings_that_it_accepts() -> None:

@@ -35,7 +35,7 @@ from pipeline.engine.controls import (
 from pipeline.engine.engine import Engine
 from pipeline.errors import EditError
 from pipeline.models.analytic import AnalyticBackbone
-from tests.methods import analytic, levels, source, tiny_sd
+from tests.methods import analytic, levels, network_calls, source, tiny_sd
 
 NOTHING = Control(())
 EVERY_LAYER = Layers()
@@ -66,16 +66,18 @@ def asks(
 
 def test_groups_share_a_call_and_none_is_cut() -> None:
     engine = Engine(analytic(), call_size=8)
+    calls = network_calls(engine)
     results = list(engine.run(asks(analytic(), rows=3, number=n) for n in range(4)))
     assert [result.error for result in results] == [None] * 4
-    assert (engine.stats.network_calls, engine.stats.network_rows, engine.stats.padded_rows) == (2, 12, 0)
+    assert (len(calls), engine.stats.network_rows, engine.stats.padded_rows) == (2, 12, 0)
 
 
 def test_groups_of_different_sizes_and_rows_without_control_go_separate_ways() -> None:
     engine = Engine(analytic(), call_size=8)
+    calls = network_calls(engine)
     generators = [asks(analytic(), rows=3), asks(analytic(), rows=2), asks(analytic(), rows=5, control=None)]
     assert sum(len(result.value.predictions.noise) for result in engine.run(generators)) == 10
-    assert engine.stats.network_calls == 3
+    assert len(calls) == 3
 
 
 def test_a_group_that_is_larger_than_a_call_is_an_error_that_names_both() -> None:
@@ -91,6 +93,7 @@ def test_every_control_gets_what_it_watched() -> None:
         return Control((Watch(1, weights),))
 
     engine = Engine(analytic(), call_size=8)
+    calls = network_calls(engine)
     generators = [asks(analytic(), control=watching(n), prompts=("a dog",)) for n in range(1, 5)]
     watched = {one.index: one.value.seen.watched for one in engine.run(generators)}
     one_token = watched[0][1, 1]
@@ -100,14 +103,15 @@ def test_every_control_gets_what_it_watched() -> None:
         assert torch.equal(watched[number][1, 1], (number + 1) * one_token)
         assert not watched[number][0].any()
         assert not watched[number][1, [0, 2, 3]].any()
-    assert engine.stats.network_calls == 1
+    assert len(calls) == 1
 
 
 def test_a_control_that_does_not_watch_is_told_so_beside_one_that_does() -> None:
     engine = Engine(tiny_sd(), call_size=8)
+    calls = network_calls(engine)
     generators = [asks(tiny_sd()), asks(tiny_sd(), control=Control((Watch(0, torch.ones((1, 77))),)))]
     seen = {one.index: one.value.seen for one in engine.run(generators)}
-    assert engine.stats.network_calls == 1
+    assert len(calls) == 1
     assert seen[0].watched is None
     torch.testing.assert_close(seen[1].watched[0, 0], torch.ones((3, 3)))
 
@@ -117,9 +121,10 @@ def test_what_is_recorded_goes_to_its_control_in_the_order_in_which_it_was_asked
     plan = Plan(records=(Records(where=up, slots=2), Records(where=mid, slots=1)))
     control = Control((Record(1, up), Record(0, mid), Record(0, up)), plan)
     engine = Engine(tiny_sd(), call_size=8)
+    calls = network_calls(engine)
     runs = [asks(tiny_sd(), control=control, number=1), asks(tiny_sd(), control=control, number=2)]
     both = {one.index: one.value.seen.recorded for one in engine.run(runs)}
-    assert engine.stats.network_calls == 1
+    assert len(calls) == 1
     assert [tuple(tensor.shape) for tensor in both[0]] == [(32, 3, 3), (32, 2, 2), (32, 3, 3)]
     swapped = Control((Record(0, up), Record(1, up)), plan)
     other = Engine(tiny_sd(), call_size=8).run_one(asks(tiny_sd(), control=swapped, number=1)).seen.recorded
@@ -184,9 +189,10 @@ REFUSED: dict[str, tuple[Any, Plan, str]] = {
 def test_what_cannot_be_done_is_refused_before_any_network_call(what: str) -> None:
     parts, plan, match = REFUSED[what]
     engine = Engine(tiny_sd(), call_size=8)
+    calls = network_calls(engine)
     with pytest.raises((ValueError, EditError), match=match):
         engine.run_one(asks(tiny_sd(), control=Control(tuple(parts), plan)))
-    assert engine.stats.network_calls == 0
+    assert len(calls) == 0
 
 
 def test_parts_that_meet_in_no_layer_may_be_of_one_row() -> None:
@@ -250,7 +256,7 @@ def test_out_of_memory_halves_calls_of_groups_and_keeps_them_whole_and_in_order(
     results = list(engine.run(asks(analytic(), rows=3, number=n) for n in range(5)))
     assert [result.error for result in results] == [None] * 5
     assert engine.call_size == 4
-    assert engine.stats.network_calls == 5
+    assert len(backbone.made) == 5
     for latents in backbone.made:
         torch.testing.assert_close(latents, torch.stack([latents[0] * (1 + 0.1 * row) for row in range(3)]))
 

@@ -23,7 +23,16 @@ from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.models.analytic import AnalyticBackbone
 from pipeline.records import Concept, EditRequest
-from tests.methods import BACKBONES, analytic, invert_and_edit, levels, source, sunglasses_and_hat, tiny_sd
+from tests.methods import (
+    BACKBONES,
+    analytic,
+    invert_and_edit,
+    levels,
+    network_calls,
+    source,
+    sunglasses_and_hat,
+    tiny_sd,
+)
 
 CALL_SIZE = 8
 ROOT = Path(__file__).parents[2]
@@ -139,6 +148,7 @@ def asks_for(rows: int) -> Steps[int]:
 
 def test_calls_are_full_while_there_are_rows_and_only_the_last_is_padded() -> None:
     engine = Engine(analytic(), call_size=4, images_in_flight=16)
+    calls = network_calls(engine)
     assert sorted(finished.value for finished in engine.run(asks_for(rows) for rows in (3, 5, 1, 4, 1))) == [
         1,
         1,
@@ -146,13 +156,14 @@ def test_calls_are_full_while_there_are_rows_and_only_the_last_is_padded() -> No
         4,
         5,
     ]
-    assert (engine.stats.network_rows, engine.stats.network_calls, engine.stats.padded_rows) == (14, 4, 2)
+    assert (engine.stats.network_rows, len(calls), engine.stats.padded_rows) == (14, 4, 2)
 
 
 def test_a_call_with_more_rows_than_a_unet_call_is_split() -> None:
     engine = Engine(analytic(), call_size=4)
+    calls = network_calls(engine)
     assert engine.run_one(asks_for(11)) == 11
-    assert engine.stats.network_calls == 3
+    assert len(calls) == 3
 
 
 def test_without_padding_no_row_is_computed_that_nobody_asked_for() -> None:
@@ -184,9 +195,10 @@ def test_a_row_that_several_ask_for_is_computed_once_and_has_the_bits_of_each_al
         return [asks_of(latents, words, watch) for words, watch in asked]
 
     together = Engine(backbone, call_size=CALL_SIZE)
+    calls = network_calls(together)
     found = {finished.index: finished.value for finished in together.run(all_asked())}
     assert (together.stats.network_rows, together.stats.shared_rows) == (10, 5)
-    assert together.stats.network_calls == 1
+    assert len(calls) == 1
     for place, generator in enumerate(all_asked()):
         alone: Denoised = Engine(backbone, call_size=CALL_SIZE).run_one(generator)
         assert torch.equal(found[place].predictions.noise, alone.predictions.noise)
@@ -279,6 +291,22 @@ def test_a_session_that_comes_later_gets_its_share_of_the_places() -> None:
     assert [finished.value for finished in engine.run(asks_for(1) for _ in range(3))] == [1] * 3
     assert begun <= 20  # of 40: the later session does not wait for the end of the first
     assert sum(finished.value for finished in first) == 39
+
+
+def test_with_one_place_two_sessions_take_turns() -> None:
+    begun: list[str] = []
+
+    def noting(name: str, images: int) -> Iterator[Steps[int]]:
+        for _ in range(images):
+            begun.append(name)
+            yield asks_for(1)
+
+    engine = Engine(analytic(), images_in_flight=1)
+    first, second = engine.run(noting("a", 6)), engine.run(noting("b", 3))
+    next(first)
+    assert sum(finished.value for finished in second) == 3
+    assert "".join(begun) == "aaabababa"  # the second came when the first had begun two
+    assert sum(finished.value for finished in first) == 5
 
 
 def test_rows_of_a_session_that_was_left_are_not_computed() -> None:

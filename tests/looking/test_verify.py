@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from pipeline import cli
 from pipeline.looking.runs import find_run
-from pipeline.looking.verify import RunVerdict, verify
+from pipeline.looking.verify import Inspection, verify
 from pipeline.recipe import recipe_from
 from pipeline.running import driver
 from pipeline.writing import folding
@@ -55,7 +55,7 @@ def run(pristine: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def verdict_on(folder: Path, *, repair: bool = False) -> RunVerdict:
+def inspected(folder: Path, *, repair: bool = False) -> Inspection:
     found = find_run(str(folder))
     return verify(found.sink, found.record, repair=repair)
 
@@ -182,9 +182,9 @@ def edit_manifest(run: Path, **values: Any) -> None:
 
 
 def test_a_whole_run_is_clean(run: Path) -> None:
-    verdict = verdict_on(run)
-    assert verdict.clean, verdict.findings
-    assert (verdict.units, verdict.done, verdict.failed) == (6, 18, 2)
+    inspection = inspected(run)
+    assert inspection.clean, inspection.findings
+    assert (inspection.units, inspection.done, inspection.failed) == (6, 18, 2)
     done = shardedit("verify", run)
     assert done.exit_code == 0
     assert "18 results in data/, 2 in quarantine/" in done.stdout
@@ -196,7 +196,7 @@ def test_what_a_kill_left_of_a_write_is_a_note_and_no_error_and_repair_leaves_it
     left = run / folder / ".part-s0.parquet.4711-0a1b2c3d.tmp"
     left.write_bytes(b"half of it")
     (run / "data" / "part.tmp").write_bytes(b"not hidden, so a reader of data/* would take it")
-    assert verdict_on(run).by_kind == {"stray file": 1}
+    assert inspected(run).by_kind == {"stray file": 1}
     assert shardedit("verify", run, "--repair").exit_code == 1
     assert left.exists(), "a worker elsewhere may be about to rename it"
     said = shardedit("verify", run)
@@ -204,13 +204,8 @@ def test_what_a_kill_left_of_a_write_is_a_note_and_no_error_and_repair_leaves_it
     assert json.loads(shardedit("verify", run, "--json").stdout)["temporary"] == 1
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_named_and_the_printed_command_repairs_it(damage: str, run: Path, pristine: Path) -> None:
-    do, kind, text = DAMAGE[damage]
-    do(run)
-    config = run.parent / "recipe.yaml"
-    found = verdict_on(run)
-    assert any(one.kind == kind and text in one.text for one in found.findings), found.findings
+def repair_as_printed(config: Path) -> None:
+    """Do what the last line of `shardedit verify` says."""
     said = shardedit("verify", config)
     assert said.exit_code == 1
     command = said.stdout.strip().splitlines()[-1]
@@ -218,7 +213,17 @@ def test_damage_is_named_and_the_printed_command_repairs_it(damage: str, run: Pa
     if "--repair" in command:
         assert shardedit("verify", config, "--repair").exit_code == 1
     assert shardedit("edit", config).exit_code == 0
-    assert verdict_on(run).clean
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named_and_the_printed_command_repairs_it(damage: str, run: Path, pristine: Path) -> None:
+    do, kind, text = DAMAGE[damage]
+    do(run)
+    config = run.parent / "recipe.yaml"
+    found = inspected(run)
+    assert any(one.kind == kind and text in one.text for one in found.findings), found.findings
+    repair_as_printed(config)
+    assert inspected(run).clean
     assert contents(run) == contents(pristine / "out")
 
 
@@ -228,25 +233,25 @@ def test_a_damaged_unit_of_a_folded_shard_is_taken_back_alone(
     monkeypatch.setattr(folding, "FOLD_FROM", 1)
     fold(run)
     assert len(list((run / "_shards").iterdir())) == 2
-    assert verdict_on(run).clean
+    assert inspected(run).clean
     flip_a_byte(run)
-    assert not verdict_on(run, repair=True).clean
-    left = verdict_on(run)
+    assert not inspected(run, repair=True).clean
+    left = inspected(run)
     assert left.by_kind == {"missing unit": 1}
     assert shardedit("edit", run.parent / "recipe.yaml").exit_code == 0
-    assert verdict_on(run).clean
+    assert inspected(run).clean
     assert results(run) == asked(shards=2, rows=5)
 
 
 def test_a_webdataset_run_is_checked_to_the_last_member(pristine: Path, tmp_path: Path) -> None:
     data = recipe_data(pristine / "in", tmp_path / "out", sink={"format": "webdataset", **UNMERGED}, engine="local")
     driver.run(recipe_from(data), progress="off")
-    assert verdict_on(tmp_path / "out").clean
+    assert inspected(tmp_path / "out").clean
     tar = first_data(tmp_path / "out")
     broken = tar.read_bytes().replace(b"\x89PNG", b"\x89GNP", 1)
     tar.write_bytes(broken)
-    verdict = verdict_on(tmp_path / "out")
-    assert verdict.by_kind == {"changed bytes": 1, "does not open": 1}
+    inspection = inspected(tmp_path / "out")
+    assert inspection.by_kind == {"changed bytes": 1, "does not open": 1}
 
 
 def test_a_run_on_s3_is_verified(s3_server: Any, pristine: Path) -> None:
@@ -294,10 +299,10 @@ def merged(merged_once: Path, tmp_path: Path) -> Path:
 
 
 def test_a_merged_run_is_clean_and_counts_its_files(merged: Path) -> None:
-    verdict = verdict_on(merged)
-    assert verdict.clean, verdict.findings
-    assert (verdict.units, verdict.done, verdict.failed) == (6, 18, 2)
-    assert verdict.files == len(list(merged.glob("data/*"))) + len(list(merged.glob("quarantine/*")))
+    inspection = inspected(merged)
+    assert inspection.clean, inspection.findings
+    assert (inspection.units, inspection.done, inspection.failed) == (6, 18, 2)
+    assert inspection.files == len(list(merged.glob("data/*"))) + len(list(merged.glob("quarantine/*")))
 
 
 def copy_the_first(run: Path) -> None:
@@ -331,14 +336,10 @@ def test_damage_of_merged_files_is_named_and_the_printed_command_repairs_it(
 ) -> None:
     do, kind = MERGED_DAMAGE[damage]
     do(merged)
-    found = verdict_on(merged)
+    found = inspected(merged)
     assert kind in found.by_kind, found.findings
     config = merged.parent / "recipe.yaml"
-    command = shardedit("verify", config).stdout.strip().splitlines()[-1]
-    assert command.endswith(f"shardedit edit {config}")
-    if "--repair" in command:
-        assert shardedit("verify", config, "--repair").exit_code == 1
-    assert shardedit("edit", config).exit_code == 0
-    assert verdict_on(merged).clean
+    repair_as_printed(config)
+    assert inspected(merged).clean
     assert contents(merged) == contents(merged_once / "out")
     assert results(merged) == asked(shards=2, rows=5)

@@ -21,7 +21,9 @@ from demo_world.aiming import (
     named_attributes,
     record_attention,
 )
-from demo_world.train import PRESETS, draw_pool, refine_decoder, standardize_latents, train_unet, train_vae
+from demo_world.train_autoencoder import refine_decoder, standardize_latents, train_vae
+from demo_world.train_unet import draw_pool, train_unet
+from demo_world.training import PRESETS
 from pipeline.models.demo.networks import (
     LATENT_SIZE,
     Sizes,

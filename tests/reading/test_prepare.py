@@ -82,16 +82,18 @@ def test_photographs_go_to_the_canvas_and_back_at_their_own_size(photographs, ma
     assert {"RGB", "L"} <= modes
 
 
-@pytest.mark.parametrize("fit", FITS)
-@pytest.mark.parametrize("shape", [(64, 64), (64, 48), (40, 64), (100, 37), (1, 1), (3, 200), (640, 480)])
+@pytest.mark.parametrize(
+    ("fit", "shape"),
+    [
+        (fit, shape)
+        for fit in FITS
+        for shape in [(64, 64), (64, 48), (40, 64), (100, 37), (1, 1), (3, 200), (640, 480)]
+        if fit != "bucket" or max(shape) <= 16 * min(shape)  # no bucket is so narrow
+    ],
+)
 def test_the_way_back_undoes_the_way_there(fit, shape):
     original = smooth(*shape)
-    try:
-        placement = place(shape, fit, size=64, multiple=8)
-    except PrepareError:
-        assert fit == "bucket"
-        assert max(shape) > 16 * min(shape)
-        return
+    placement = place(shape, fit, size=64, multiple=8)
     canvas = apply(original, placement)
     assert canvas.shape == (*placement.canvas, 3)
     back = restore(canvas, placement, original)

@@ -120,7 +120,7 @@ def test_one_bad_unit_at_the_start_is_no_verdict(source: Path, tmp_path: Path) -
         bad = unit.counts.model_copy(update={"ok": 0, "failed": unit.counts.asked})
         assert not tally.add(unit.model_copy(update={"counts": bad}))
     assert tally.add(units[2])  # judged from the third on
-    assert "max_failed_fraction" in tally.seen().verdict
+    assert "max_failed_fraction" in tally.seen().stop_reason
 
 
 def test_no_secret_of_the_storage_is_written_anywhere(source: Path, tmp_path: Path) -> None:

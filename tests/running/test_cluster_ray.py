@@ -1,9 +1,7 @@
-"""The same run on Ray Data: equal bytes, early commits, lost workers and nodes, too few GPUs, and a submitted job.
+"""The same run on Ray Data: equal bytes, early commits, lost workers, too few GPUs. On local files and on S3 where the
+output matters.
 
-Where the output matters, on local files and on S3. Who may submit a job has nothing to do with where its files are.
-
-One local cluster of two logical CPUs for the module, and one of a submitted job's own. Both are ended by their own
-processes; `ray stop` would end every Ray of the machine's user.
+One local cluster of two logical CPUs for the module.
 """
 
 from __future__ import annotations
@@ -13,13 +11,8 @@ import json
 import logging
 import os
 import random
-import secrets
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 import urllib.error
@@ -43,12 +36,12 @@ from pipeline.running import driver
 from pipeline.running.on_ray.executor import UNITS_AT_ONCE, RayExecutor
 from pipeline.writing.attempts import ALONE_FROM
 from pipeline.writing.summary import Summary
-from tests.places import SETTLE_QUICKLY, Place, local_place, s3_place
-from tests.processes import end_with_children
+from tests.clusters import free_port
+from tests.places import Place
 from tests.runs import asked, contents, recipe_data, results, write_shards
 
 pytestmark = pytest.mark.timeout(400)
-SHARDS, ROWS = 4, 5
+SHARDS, ROWS = 4, 5  # of `four_shards`
 
 
 def witness(notes: Path) -> Callable[[], None]:
@@ -172,22 +165,9 @@ def two_cpus(notes: Path, metrics_port: int) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("source") / "in", shards=SHARDS, rows=ROWS)
-
-
-@pytest.fixture(scope="module")
-def calm(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the plain loop writes."""
-    out = tmp_path_factory.mktemp("calm")
-    driver.run(recipe_from(recipe_data(source, out, engine="local")), progress="off")
-    return contents(out)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(place: Place, source: Path) -> dict[str, Any]:
+def undisturbed(place: Place, four_shards: Path) -> dict[str, Any]:
     """What the plain loop writes in the place, from the same shards."""
-    shutil.copytree(source, place.root / "in")
+    shutil.copytree(four_shards, place.root / "in")
     recipe = place.recipe("in", "undisturbed")
     driver.run(recipe, progress="off")
     return contents(place.folder(recipe))
@@ -272,14 +252,14 @@ def test_two_units_are_in_flight_on_one_worker(on_ray: Run) -> None:
 
 @pytest.mark.usefixtures("two_cpus")
 def test_a_spent_error_budget_ends_a_run_on_ray_and_a_retry_there_goes_on_from_it(
-    source: Path,
-    calm: dict[str, Any],
+    four_shards: Path,
+    four_edited: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def recipe(**run: Any) -> Recipe:
-        return recipe_from(recipe_data(source, tmp_path / "out", **run))
+        return recipe_from(recipe_data(four_shards, tmp_path / "out", **run))
 
     def hindered(_: Any) -> Any:
         raise EncodeError("out of memory")
@@ -303,7 +283,7 @@ def test_a_spent_error_budget_ends_a_run_on_ray_and_a_retry_there_goes_on_from_i
     assert (summary.complete, summary.failed, summary.exit_code) == (True, 2, 0)
     assert results(tmp_path / "out") == asked(shards=SHARDS, rows=ROWS)
     data = {name: content for name, content in contents(tmp_path / "out").items() if name.startswith("data/")}
-    assert set(data.values()) == {content for name, content in calm.items() if name.startswith("data/")}
+    assert set(data.values()) == {content for name, content in four_edited.items() if name.startswith("data/")}
 
 
 def rows_of_data(written: dict[str, Any]) -> list[dict[str, Any]]:
@@ -312,10 +292,10 @@ def rows_of_data(written: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_a_row_that_kills_its_worker_is_quarantined_in_one_run_and_its_neighbours_are_kept(
-    two_cpus: Path, source: Path, notes: Path, calm: dict[str, Any], tmp_path: Path
+    two_cpus: Path, four_shards: Path, notes: Path, four_edited: dict[str, Any], tmp_path: Path
 ) -> None:
     (notes / "poison").write_text("im07")  # in a unit with im06
-    recipe = recipe_from(recipe_data(source, tmp_path, engine="ray"))
+    recipe = recipe_from(recipe_data(four_shards, tmp_path, engine="ray"))
     try:
         summary = driver.run(recipe, progress="off")
     finally:
@@ -324,15 +304,15 @@ def test_a_row_that_kills_its_worker_is_quarantined_in_one_run_and_its_neighbour
     assert summary.failed_by_class == {"DecodeError": 2, "ProcessKilled": 2}
     assert results(tmp_path) == asked(shards=SHARDS, rows=ROWS)
     assert len([event for event in events(notes) if event.kind == "died"]) == ALONE_FROM
-    before = rows_of_data(calm)
+    before = rows_of_data(four_edited)
     assert rows_of_data(contents(tmp_path)) == [row for row in before if row["key"] != "im07"]
     assert not list((tmp_path / "_attempts").iterdir())
 
 
 @pytest.mark.slow  # each of four workers has to start
 @pytest.mark.usefixtures("two_cpus")
-def test_workers_that_go_with_their_nodes_blame_no_row(source: Path, notes: Path, tmp_path: Path) -> None:
-    recipe = recipe_from(recipe_data(source / "s1.tar", tmp_path, engine="ray"))
+def test_workers_that_go_with_their_nodes_blame_no_row(four_shards: Path, notes: Path, tmp_path: Path) -> None:
+    recipe = recipe_from(recipe_data(four_shards / "s1.tar", tmp_path, engine="ray"))
     (notes / "preempted").touch()
     try:
         summary = driver.run(recipe, progress="off")
@@ -345,9 +325,9 @@ def test_workers_that_go_with_their_nodes_blame_no_row(source: Path, notes: Path
 
 @pytest.mark.usefixtures("two_cpus")
 def test_a_unit_that_is_stopped_ever_again_on_ray_is_whole_in_the_end_and_no_row_is_blamed(
-    source: Path, tmp_path: Path
+    four_shards: Path, tmp_path: Path
 ) -> None:
-    recipe = recipe_from(recipe_data(source / "s0.tar", tmp_path, engine="ray"))
+    recipe = recipe_from(recipe_data(four_shards / "s0.tar", tmp_path, engine="ray"))
 
     def noted_since(begun: float) -> bool:
         """Whether a unit is at work: notes of earlier runs may still stand there."""
@@ -376,12 +356,12 @@ def test_a_unit_that_is_stopped_ever_again_on_ray_is_whole_in_the_end_and_no_row
 
 @pytest.mark.parametrize("how", ["an error", "a death"])
 def test_a_worker_that_cannot_load_its_model_ends_the_run_by_name_and_blames_no_row(
-    two_cpus: Path, source: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+    two_cpus: Path, four_shards: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """The model is there for the driver: a bad disk of a node, say."""
     monkeypatch.setattr("pipeline.running.on_ray.executor.RESTARTS", 1)
     (notes / "bad").write_text(how)
-    recipe = recipe_from(recipe_data(source, tmp_path, engine="ray"))
+    recipe = recipe_from(recipe_data(four_shards, tmp_path, engine="ray"))
     named = {
         "an error": (ModelError, "a worker cannot load its model: ModelError: weights are cut off .on the node "),
         "a death": (ClusterError, "the job failed on Ray .ActorDiedError"),
@@ -428,10 +408,10 @@ def test_rays_metrics_tell_an_operator_what_is_committed_and_how_busy_workers_ar
         close(place)
 
     monkeypatch.setattr(RayExecutor, "close", look_and_close)
-    source = write_shards(tmp_path / "in", shards=3, rows=5)
+    recipe = recipe_data(write_shards(tmp_path / "in", shards=3, rows=5), tmp_path / "measured", engine="ray")
     threading.Thread(target=watch).start()
     try:
-        summary = driver.run(recipe_from(recipe_data(source, tmp_path / "measured", engine="ray")), progress="off")
+        summary = driver.run(recipe_from(recipe), progress="off")
     finally:
         over.set()
     assert total("units_total") == summary.units == 9
@@ -448,206 +428,11 @@ def test_rays_metrics_tell_an_operator_what_is_committed_and_how_busy_workers_ar
 
 
 def test_a_gpu_that_is_not_there_is_refused_at_once_and_nothing_is_written(
-    two_cpus: Path, source: Path, tmp_path: Path
+    two_cpus: Path, four_shards: Path, tmp_path: Path
 ) -> None:
-    recipe = recipe_from(recipe_data(source, tmp_path / "out", engine="ray", workers=3, gpus_per_worker=1))
+    recipe = recipe_from(recipe_data(four_shards, tmp_path / "out", engine="ray", workers=3, gpus_per_worker=1))
     started = time.monotonic()
     with pytest.raises(ClusterError, match=r"3 x run\.gpus_per_worker 1 asks for 3 GPU\(s\); there are 0"):
         driver.run(recipe, progress="off")
     assert time.monotonic() - started < 10
     assert not (tmp_path / "out").exists()
-
-
-NODE_LOSS = textwrap.dedent("""
-    import json, sys, time
-    import ray
-    from concurrent.futures import ThreadPoolExecutor
-    from pathlib import Path
-    from ray.cluster_utils import Cluster
-    from pipeline.running import driver
-    from pipeline.recipe import recipe_from
-
-    recipes, begun, told = json.load(sys.stdin), *sys.argv[1:]
-
-    def witness():
-        import json, time
-        import ray
-        import pipeline.running.on_ray.executor
-        edit = pipeline.running.on_ray.executor.EditWorker.__call__
-
-        def slow(self, batch):
-            unit = json.loads(batch["unit"][0].as_py())["unit"]["id"]
-            with open(begun, "a") as file:
-                file.write(f"{unit} {ray.get_runtime_context().get_node_id()}\\n")
-            time.sleep(0.5)
-            return edit(self, batch)
-
-        pipeline.running.on_ray.executor.EditWorker.__call__ = slow
-
-    # Loopback, but not 127.0.0.1, for which Ray would put the machine's outer address.
-    common = {"num_gpus": 0, "node_ip_address": "127.0.0.2", "include_dashboard": False}
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **common})
-    victim = nodes.add_node(num_cpus=2, **common)
-    ray.init(address=nodes.address, log_to_driver=False, runtime_env={"worker_process_setup_hook": witness})
-    head = ray.get_runtime_context().get_node_id()
-
-    for kind, recipe in recipes.items():
-        Path(begun).write_text("")
-        with ThreadPoolExecutor(1) as pool:  # nodes can only be added from the main thread
-            summary = pool.submit(driver.run, recipe_from(recipe), progress="off")
-            while not summary.done() and all(line.endswith(head) for line in Path(begun).read_text().splitlines()):
-                time.sleep(0.02)
-            time.sleep(0.2)
-            nodes.remove_node(victim, allow_graceful=False)
-            victim = nodes.add_node(num_cpus=2, **common)
-        units = [line.split()[0] for line in Path(begun).read_text().splitlines()]
-        with open(told, "a") as file:  # Ray prints as well
-            file.write(json.dumps([kind, summary.result().exit_code, units]) + "\\n")
-    ray.shutdown()
-    for node in nodes.list_all_nodes():
-        nodes.remove_node(node, allow_graceful=False)
-""")
-
-
-@dataclass(frozen=True)
-class Survived:
-    """A run in which a node was lost."""
-
-    out: Path
-    undisturbed: dict[str, Any]
-    exit_code: int
-    units: list[str]  # as they were begun
-
-
-@pytest.fixture(scope="module")
-def survived(source: Path, s3_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Survived]]:
-    """By kind of place: a run each, one after the other on one cluster of two nodes, since that takes long to start."""
-    folder = tmp_path_factory.mktemp("nodes")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    temporary = Path(os.environ.get("TMPDIR", "/tmp")) / f"shardedit-{secrets.token_hex(4)}"  # short: holds sockets
-    environment |= {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(temporary)}
-    with s3_place(s3_server) as bucket:
-        places = {place.kind: place for place in (local_place(folder), bucket)}
-        undisturbed = {}
-        for kind, place in places.items():
-            shutil.copytree(source, place.root / "in")
-            recipe = place.recipe("in", "undisturbed")
-            driver.run(recipe, progress="off")
-            undisturbed[kind] = contents(place.folder(recipe))
-        recipes = {kind: place.recipe_data("in", "out", engine="ray", workers=2) for kind, place in places.items()}
-        temporary.mkdir()
-        process = subprocess.Popen(
-            [sys.executable, "-c", SETTLE_QUICKLY + NODE_LOSS, str(folder / "begun"), str(folder / "told")],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            _, said = process.communicate(json.dumps(recipes), timeout=500)
-        finally:
-            end_with_children(process)
-            shutil.rmtree(temporary, ignore_errors=True)
-        assert process.returncode == 0, said
-        yield {
-            kind: Survived(places[kind].root / "out", undisturbed[kind], code, units)
-            for kind, code, units in map(json.loads, (folder / "told").read_text().splitlines())
-        }
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("kind", ["local", "s3"])
-def test_a_node_that_is_lost_with_units_at_work_costs_no_row_and_no_byte(
-    survived: dict[str, Survived], kind: str
-) -> None:
-    run = survived[kind]
-    assert run.exit_code == 0
-    assert len(set(run.units)) == 12
-    assert len(run.units) > 12, "no unit was at work on the lost node"
-    assert contents(run.out) == run.undisturbed
-    assert results(run.out) == asked(shards=SHARDS, rows=ROWS)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def ports_below_rays() -> list[int]:
-    """Three free ports outside 10002-19999, which a head node keeps for its workers."""
-    found: list[int] = []
-    while len(found) < 3:
-        if (port := free_port()) not in found and not 10002 <= port <= 19999:
-            found.append(port)
-    return found
-
-
-@dataclass(frozen=True)
-class Head:
-    address: str
-    environment: dict[str, str]
-
-
-@pytest.fixture
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """A head node with a job port, on loopback, with a random token of its own."""
-    port, dashboard, agent = ports_below_rays()
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_NUM_THREADS": "1",
-    }
-    temporary = Path(os.environ.get("TMPDIR", "/tmp")) / f"shardedit-{secrets.token_hex(4)}"  # short: holds sockets
-    command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
-    command += [f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
-    command += [f"--dashboard-agent-listen-port={agent}", "--num-cpus=2", f"--temp-dir={temporary}"]
-    process = subprocess.Popen([str(part) for part in command], env=environment, stdout=subprocess.DEVNULL)
-    try:
-        wait_until_it_answers(f"http://127.0.0.1:{dashboard}", process)
-        yield Head(f"http://127.0.0.1:{dashboard}", environment)
-    finally:
-        end_with_children(process)  # a polite end would drain the node for half a minute
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def wait_until_it_answers(address: str, process: subprocess.Popen[bytes]) -> None:
-    until = time.monotonic() + 120
-    while time.monotonic() < until:
-        assert process.poll() is None, "the head node did not start"
-        try:
-            urllib.request.urlopen(f"{address}/api/version", timeout=5)
-            return
-        except urllib.error.HTTPError:
-            return  # it answers; who has no token is turned away
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError("the head node does not answer")
-
-
-def submit(head: Head, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", head.address]
-    command += ["--working-dir", str(folder), "--", sys.executable, "-m", "jobs.edit", "recipe.json"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-
-
-def test_a_submitted_job_edits_on_the_cluster_it_runs_in_and_needs_the_token(
-    head: Head, source: Path, calm: dict[str, Any], tmp_path: Path
-) -> None:
-    (tmp_path / "job").mkdir()
-    recipe = recipe_data(source, tmp_path / "out", engine="ray")
-    (tmp_path / "job" / "recipe.json").write_text(json.dumps(recipe))
-    with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=60)
-    stranger = {name: value for name, value in head.environment.items() if not name.startswith("RAY_AUTH")}
-    refused = submit(head, tmp_path / "job", {**stranger, "HOME": str(tmp_path)})  # no token of the user's either
-    assert refused.returncode != 0
-    assert "token authentication is enabled" in refused.stdout + refused.stderr
-    assert not (tmp_path / "out").exists()
-    done = submit(head, tmp_path / "job", head.environment)
-    assert contents(tmp_path / "out") == calm, done.stdout + done.stderr
-    assert done.returncode == 0  # though one image could not be decoded
-    assert "succeeded" in done.stdout + done.stderr
-    assert head.environment["RAY_AUTH_TOKEN"] not in done.stdout + done.stderr

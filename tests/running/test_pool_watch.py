@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,32 +46,44 @@ class Executor:
 ALIVE, BUSY, DEAD_WITH_UNITS = (False, 0), (False, 1), (True, 3)
 
 
-@pytest.mark.parametrize(
-    ("workers", "ends"),
-    [
-        ([ALIVE, DEAD_WITH_UNITS], True),
-        ([ALIVE, (True, 0)], True),  # a finished unit went with its node: only its worker can make it again
-        ([BUSY, DEAD_WITH_UNITS], False),
-        ([DEAD_WITH_UNITS], False),  # nobody is left to go on: a node must come
-        ([ALIVE, ALIVE], False),
-    ],
-)
-def test_a_pass_ends_where_only_dead_workers_have_anything_left_to_do(workers: list[Any], ends: bool) -> None:
+def steps(workers: list[Any]) -> Iterator[list[int]]:
+    """Steps of a pool in which nothing moves, the last after the time that makes it stranded. Gives the sizes told."""
     now, executor, sizes = [0.0], Executor(), []
     watch = PoolWatch(sizes.append, clock=lambda: now[0])
     executor.has(*workers)
-    watch.on_execution_step(executor)
-    watch.on_execution_step(executor)
-    now[0] = STRANDED_AFTER_S - 1
-    watch.on_execution_step(executor)
-    now[0] += 2
-    if not ends:
+    for at in (0.0, 0.0, STRANDED_AFTER_S - 1, STRANDED_AFTER_S + 1):
+        now[0] = at
         watch.on_execution_step(executor)
-        return
+        yield sizes
+
+
+@pytest.mark.parametrize(
+    "workers",
+    [
+        [ALIVE, DEAD_WITH_UNITS],
+        [ALIVE, (True, 0)],  # a finished unit went with its node: only its worker can make it again
+    ],
+)
+def test_a_pass_ends_where_only_dead_workers_have_anything_left_to_do(workers: list[Any]) -> None:
+    taken = steps(workers)
+    assert [next(taken) for _ in range(3)] == [[1]] * 3
     with pytest.raises(StrandedError) as caught:
-        watch.on_execution_step(executor)
+        next(taken)
     assert caught.value.workers == 1
-    assert sizes == [1]
+
+
+@pytest.mark.parametrize(
+    ("workers", "told"),
+    [
+        ([BUSY, DEAD_WITH_UNITS], [1]),
+        ([DEAD_WITH_UNITS], []),  # nobody is left to go on: a node must come
+        ([ALIVE, ALIVE], [2]),
+    ],
+)
+def test_a_pass_goes_on_where_a_living_worker_is_busy_or_none_is_dead_or_none_lives(
+    workers: list[Any], told: list[int]
+) -> None:
+    assert list(steps(workers)) == [told] * 4
 
 
 def test_whatever_moves_puts_the_end_off_and_a_worker_that_is_back_calls_it_off() -> None:

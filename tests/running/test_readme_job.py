@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import secrets
 import shutil
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
-import psutil
 import pytest
 
 from pipeline.running.demo import draw_input
-from tests.running.test_cluster_ray import ports_below_rays
+from tests.clusters import ports_below_rays, socket_folder, wait_until_it_answers
+from tests.processes import end_with_children
 from tests.runs import write_shards
 
 ROOT = Path(__file__).parents[2]
@@ -58,51 +53,27 @@ def test_the_job_that_the_readme_submits_succeeds_though_an_image_is_damaged(tmp
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
     }
-    temporary = Path(os.environ.get("TMPDIR", "/tmp")) / f"shardedit-{secrets.token_hex(4)}"  # short: holds sockets
     own = f"--block --node-ip-address=127.0.0.1 --port={port} --dashboard-port={dashboard} --num-cpus=2"
-    own += f" --dashboard-agent-listen-port={agent} --temp-dir={temporary}"
-    head = subprocess.Popen(["bash", "-c", f"{token}\n{head_line} {own}"], cwd=checkout, env=environment)
-    try:
-        wait_for(environment["RAY_API_SERVER_ADDRESS"], head)
-        done = subprocess.run(
-            ["bash", "-c", f"{token}\n{submit_line}"],
-            cwd=checkout,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-    finally:
-        end(head)
-        shutil.rmtree(temporary, ignore_errors=True)
+    own += f" --dashboard-agent-listen-port={agent}"
+    with socket_folder() as folder:
+        head_line += f" {own} --temp-dir={folder}"
+        head = subprocess.Popen(["bash", "-c", f"{token}\n{head_line}"], cwd=checkout, env=environment)
+        try:
+            wait_until_it_answers(environment["RAY_API_SERVER_ADDRESS"], head)
+            done = subprocess.run(
+                ["bash", "-c", f"{token}\n{submit_line}"],
+                cwd=checkout,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=240,
+                check=False,
+            )
+        finally:
+            end_with_children(head)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     assert "succeeded" in said
     assert "max_restarts" not in said
     summary = json.loads((checkout / "edited-on-ray" / "summary.json").read_text())
     assert (summary["done"], summary["failed"], summary["outcome"]) == (4, 2, "complete with failures")
-
-
-def wait_for(address: str, head: subprocess.Popen[bytes]) -> None:
-    """Until the head answers, were it with a refusal."""
-    until = time.monotonic() + 120
-    while time.monotonic() < until:
-        assert head.poll() is None, "the head did not start"
-        try:
-            urllib.request.urlopen(f"{address}/api/version", timeout=5)
-            return
-        except urllib.error.HTTPError:
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError("the head does not answer")
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and what it started, by their ids."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-    process.wait(30)

@@ -39,12 +39,12 @@ KILLER = SETTLE_QUICKLY + textwrap.dedent("""
     import json, os, signal, sys, time
     from pathlib import Path
     from pipeline.running import driver
-    from pipeline.running import local
+    from pipeline.running import in_process
     from pipeline.recipe import recipe_from
 
     asked = json.load(sys.stdin)
     recipe, units = recipe_from(asked["recipe"]), Path(asked["units"])
-    commit = local.commit
+    commit = in_process.commit
 
     def slow(*args):
         time.sleep(0.15)  # so that a kill between two commits is likely
@@ -53,7 +53,7 @@ KILLER = SETTLE_QUICKLY + textwrap.dedent("""
     def committed():
         return len(list(units.glob("*/*.json")))
 
-    local.commit = slow
+    in_process.commit = slow
     for wanted, pause in asked["kills"]:
         child = os.fork()
         if child == 0:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import EncodeError
-from pipeline.looking.verify import RunVerdict, verify
+from pipeline.looking.verify import Inspection, verify
 from pipeline.recipe import Recipe
 from pipeline.running import driver
 from pipeline.writing import cleaning, commit, folding, restoring
@@ -73,7 +73,7 @@ def fold(recipe: Recipe) -> None:
         folding.fold_finished_shards(recipe.sink, driver.claim)
 
 
-def verdict_on(recipe: Recipe) -> RunVerdict:
+def inspected(recipe: Recipe) -> Inspection:
     record = read_run_record(recipe.sink)
     assert record is not None
     return verify(recipe.sink, record)
@@ -92,7 +92,7 @@ def test_what_failed_is_made_and_the_rest_of_its_unit_keeps_its_bytes(
     assert after == rows(place.folder(calm))
     assert results(out) == asked(shards=2, rows=5)
     assert {name: data for name, data in contents(out).items() if "s0-" not in name} == others
-    assert verdict_on(failed).clean
+    assert inspected(failed).clean
 
 
 def test_without_the_flag_failed_rows_are_left_alone(place: Place, failed: Recipe) -> None:
@@ -136,13 +136,13 @@ def test_a_kill_at_any_step_leaves_the_old_commit_or_the_new_one(
             patch.setattr(module, name, counted(getattr(module, name)))
         with pytest.raises(KilledError):
             driver.run(failed, progress="off", retry_failed=True)
-    found = verdict_on(failed)
+    found = inspected(failed)
     assert set(found.by_kind) <= {"stray file"}, found.findings
     assert (found.done, found.failed) in {(16, 4), (18, 2)}
     # The plain command cleans up, the next retry ends it.
     driver.run(failed, progress="off")
     assert rows(out).items() >= before.items()
-    assert verdict_on(failed).clean
+    assert inspected(failed).clean
     assert results(out) == asked(shards=2, rows=5)
     driver.run(failed, progress="off", retry_failed=True)
     assert rows(out) == rows(place.folder(calm))
@@ -156,4 +156,4 @@ def test_a_unit_of_a_folded_shard_is_replaced(
     driver.run(failed, progress="off", retry_failed=True)
     assert rows(place.folder(failed)) == rows(place.folder(calm))
     assert results(place.folder(failed)) == asked(shards=2, rows=5)
-    assert verdict_on(failed).clean
+    assert inspected(failed).clean

@@ -341,12 +341,12 @@ DRIVER = SETTLE_QUICKLY + textwrap.dedent("""
     from pathlib import Path
     from pipeline.writing import restoring
     from pipeline.running import driver
-    from pipeline.running import local
+    from pipeline.running import in_process
     from pipeline.errors import EncodeError, ShardeditError
     from pipeline.recipe import recipe_from
 
     asked = json.load(sys.stdin)
-    restored, commit = restoring.restored, local.commit
+    restored, commit = restoring.restored, in_process.commit
 
     def hindered(decoded):
         if decoded.prepared.sample.key in asked["failing"]:
@@ -358,7 +358,7 @@ DRIVER = SETTLE_QUICKLY + textwrap.dedent("""
         time.sleep(asked["pause"])
         return commit(*args)
 
-    restoring.restored, local.commit = hindered, noted
+    restoring.restored, in_process.commit = hindered, noted
     try:
         driver.run(recipe_from(asked["recipe"]), progress="off", retry_failed=asked["retry"])
     except ShardeditError as error:

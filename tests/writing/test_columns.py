@@ -81,8 +81,8 @@ def run(source: Path, out: Path, **sink: Any) -> Recipe:
     recipe = recipe_from(data)
     assert driver.run(recipe, progress="off").complete
     found = find_run(str(out))
-    verdict = verify(found.sink, found.record)
-    assert verdict.clean, verdict.findings
+    inspection = verify(found.sink, found.record)
+    assert inspection.clean, inspection.findings
     return recipe
 
 

@@ -72,7 +72,9 @@ def test_changed_weights_and_a_changed_input_are_refused_by_name(recipe_for: Rec
 def test_what_decides_no_result_may_change(recipe_for: RecipeFor) -> None:
     recipe = recipe_for()
     other = changed(recipe, "run", workers=4, engine="local", max_failed_fraction=0.1, images_in_flight=3)
-    check_same_run(record_of(recipe), record_of(other), recipe.sink)
+    before, now = record_of(recipe), record_of(other)
+    assert before.recipe != now.recipe
+    check_same_run(before, now, recipe.sink)  # raises where anything is refused
 
 
 def test_a_folder_with_results_of_nobody_is_refused(recipe_for: RecipeFor, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 from pipeline.evaluation.verdict import Verdict
-from pipeline.looking.report.selection import ImageRow, Key, key_of
+from pipeline.looking.report.selection import Gains, ImageRow, ResultKey, Verdicts, key_of
 from pipeline.looking.report.thumbnails import data_uri, load_mask, load_rgb, mask_uri, thumbnail
 from pipeline.looking.results import StoredResult
 
@@ -21,7 +21,10 @@ MAX_CAPTION = 400  # characters of a caption or prompt that a page shows
 
 
 def image_card(
-    row: ImageRow, results: Mapping[Key, StoredResult], verdicts: Mapping[Key, Verdict], gains: Mapping[Key, float]
+    row: ImageRow,
+    results: Mapping[ResultKey, StoredResult],
+    verdicts: Verdicts,
+    gains: Gains,
 ) -> dict[str, Any]:
     """One image with all that was made of it. Results stand in the order of edits and methods, as everywhere."""
     first = results[key_of(row.refs[0])] if row.refs else None

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.common.wording import count, size_text
 from pipeline.evaluation.metrics import NAMES
 from pipeline.evaluation.verdict import HAPPENED, LOST, Verdict
-from pipeline.looking.report.selection import Key, key_of, spread
+from pipeline.looking.report.selection import Gains, Verdicts, key_of, spread
 from pipeline.looking.results import ResultRef, RunFolder
 
 MAX_LINES = 24  # of a table
@@ -115,7 +115,7 @@ def method_lines(scored: Sequence[Scored], failures: Sequence[Mapping[str, str]]
         failed[pair] = failed.get(pair, 0) + 1
         groups.setdefault(pair, [])
     lines = [method_line(pair, members, failed.get(pair, 0)) for pair, members in groups.items()]
-    # Where nothing was scored the line comes last.
+    # A line without any score comes last.
     return sorted(
         lines, key=lambda line: (line["score"] is None, -(line["score"] or 0.0), line["method"], line["edit"])
     )
@@ -208,7 +208,7 @@ def failures_note(counts: RunCounts, read: int, reasons: int) -> str:
 
 
 def lines_note(read: int, done: int, lines: int) -> str:
-    """What the table of methods rests on."""
+    """How many results the table of methods covers."""
     note = "Means over all results." if read == done else f"Means over {read:,} of {count(done, 'result')}."
     return note + (f" The first {MAX_LINES} of {lines} lines." if lines > MAX_LINES else "")
 
@@ -244,6 +244,6 @@ def settings(section: dict[str, Any]) -> str:
     return f"{section.get('method', '')}: {', '.join(rest)}" if rest else str(section.get("method", ""))
 
 
-def scored_of(refs: Sequence[ResultRef], verdicts: Mapping[Key, Verdict], gains: Mapping[Key, float]) -> list[Scored]:
+def scored_of(refs: Sequence[ResultRef], verdicts: Verdicts, gains: Gains) -> list[Scored]:
     """Results with what is said of them."""
     return [(ref, verdicts[key_of(ref)], gains.get(key_of(ref))) for ref in refs]

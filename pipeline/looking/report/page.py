@@ -25,10 +25,21 @@ import pipeline
 from pipeline.common.wording import breakable, count, shown
 from pipeline.evaluation import verdict
 from pipeline.evaluation.metrics import MAX_PSNR
-from pipeline.evaluation.verdict import Verdict, judge
+from pipeline.evaluation.verdict import judge
 from pipeline.looking.report import overview
 from pipeline.looking.report.cards import image_card
-from pipeline.looking.report.selection import ImageRow, Key, choose, images_of, key_of, pages_of, spread, worst_first
+from pipeline.looking.report.selection import (
+    Gains,
+    ImageRow,
+    ResultKey,
+    Verdicts,
+    choose,
+    images_of,
+    key_of,
+    pages_of,
+    spread,
+    worst_first,
+)
 from pipeline.looking.report.text_gain import text_gain
 from pipeline.looking.results import READERS, ResultRef, RunFolder
 from pipeline.recipe import SinkConfig
@@ -41,7 +52,7 @@ if TYPE_CHECKING:
 PAGE_RESULTS = 500  # of one page: 10 MB where each is the one edit of a photograph, less where edits share an input
 MAX_RESULTS = 1000  # with pictures, unless more is asked for
 MAX_UNITS = 256  # whose results, and whose failures, are read unless all is asked for; spread over longer runs
-MAX_SORTED = 10_000  # results; longer reports follow the data, or every page would open every file
+MAX_SORTED = 10_000  # results; longer reports follow the data: sorted, every page would open every file
 INDEX_PATH = "report/index.js"
 MARKS = {".html": b"shardedit report</title>", ".js": b"shardeditIndex = "}  # of files of ours
 MAX_INDEXED = 20_000  # results that can be searched from every page: the index takes about 200 bytes for each
@@ -82,18 +93,18 @@ def _remove_others(run: RunFolder, written: Iterable[str]) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Contents:
-    """What a report is made of, before any picture is read."""
+class Chosen:
+    """What a report shows, before any picture is read."""
 
     refs: Sequence[ResultRef]
     failures: Sequence[Mapping[str, str]]
     rows: Sequence[ImageRow]  # those that are shown, in their order
-    verdicts: Mapping[Key, Verdict]
-    gains: Mapping[Key, float]
+    verdicts: Verdicts
+    gains: Gains
     sorted: bool  # worst first; else as in the data
 
     @classmethod
-    def of(cls, run: RunFolder, results: int | None, model: ImageTextModel | None) -> Contents:
+    def of(cls, run: RunFolder, results: int | None, model: ImageTextModel | None) -> Chosen:
         """Read figures and failures, choose, score, sort."""
         most = None if results is None else max(MAX_UNITS, results)
         spans = {kind: run.spans(kind) for kind in ("data", "quarantine")}
@@ -103,7 +114,7 @@ class Contents:
         rows = images_of(refs, failures)
         if results is not None:
             rows = choose(rows, verdicts, results)
-        gains: dict[Key, float] = {}
+        gains: dict[ResultKey, float] = {}
         if model is not None:
             gains = model_gains(run, [ref for row in rows for ref in row.refs], model)
             verdicts |= {key_of(ref): judge(ref.figures, gains.get(key_of(ref))) for ref in refs}
@@ -118,7 +129,7 @@ class Contents:
         )
 
 
-def model_gains(run: RunFolder, refs: Sequence[ResultRef], model: ImageTextModel) -> dict[Key, float]:
+def model_gains(run: RunFolder, refs: Sequence[ResultRef], model: ImageTextModel) -> dict[ResultKey, float]:
     """How much nearer each edit is to its request than its input was, in points."""
     found = {}
     for start in range(0, len(refs), 64):  # a few pictures in memory at a time
@@ -133,12 +144,12 @@ def render_report(
     run: RunFolder, results: int | None = MAX_RESULTS, model: ImageTextModel | None = None
 ) -> Iterator[tuple[str, str]]:
     """The report's files, one after the other: (path relative to the run's folder, text)."""
-    contents = Contents.of(run, results, model)
-    pages = pages_of(contents.rows, PAGE_RESULTS)
-    common = common_values(run, contents, pages, model)
+    chosen = Chosen.of(run, results, model)
+    pages = pages_of(chosen.rows, PAGE_RESULTS)
+    common = common_values(run, chosen, pages, model)
     entries: list[list[Any]] = []
     for number, rows in enumerate(pages, 1):
-        cards = cards_of(run, rows, contents)
+        cards = cards_of(run, rows, chosen)
         if common["indexed"]:
             entries += index_entries(number, cards)
         values = common | {
@@ -149,7 +160,7 @@ def render_report(
             "indexed": common["indexed"] and path_from(number, INDEX_PATH),
         }
         if number == 1:
-            values |= overview_values(run, contents)
+            values |= overview_values(run, chosen)
         yield page_path(number), _template().render(values)
     if common["indexed"]:
         yield INDEX_PATH, index_script(entries)
@@ -181,17 +192,17 @@ def _template() -> jinja2.Template:
 
 
 def common_values(
-    run: RunFolder, contents: Contents, pages: Sequence[Sequence[ImageRow]], model: ImageTextModel | None
+    run: RunFolder, chosen: Chosen, pages: Sequence[Sequence[ImageRow]], model: ImageTextModel | None
 ) -> dict[str, Any]:
     """What every page says."""
-    size, asked = sum(row.size for row in contents.rows), run.totals.done + run.totals.failed
-    refs = [ref for row in contents.rows for ref in row.refs]
+    size, asked = sum(row.size for row in chosen.rows), run.totals.done + run.totals.failed
+    refs = [ref for row in chosen.rows for ref in row.refs]
     return {
         "title": run.name,
         "version": pipeline.__version__,
         "max_psnr": int(MAX_PSNR),
         "limits": verdict,
-        "results_note": results_note(contents, size, asked),
+        "results_note": results_note(chosen, size, asked),
         "complete": size >= asked,
         "methods": sorted({ref.method for ref in refs}),
         "edits": sorted({ref.edit for ref in refs}),
@@ -202,28 +213,28 @@ def common_values(
     }
 
 
-def overview_values(run: RunFolder, contents: Contents) -> dict[str, Any]:
+def overview_values(run: RunFolder, chosen: Chosen) -> dict[str, Any]:
     """What the first page alone says."""
     counts = overview.RunCounts.of(run)
-    scored = overview.scored_of(contents.refs, contents.verdicts, contents.gains)
-    reasons = overview.failure_table(contents.failures)
-    lines = overview.method_lines(scored, contents.failures)
+    scored = overview.scored_of(chosen.refs, chosen.verdicts, chosen.gains)
+    reasons = overview.failure_table(chosen.failures)
+    lines = overview.method_lines(scored, chosen.failures)
     return {
         "lead": counts.sentence(),
         "bar": overview.bar(counts, scored),
         "tiles": overview.tiles(counts, scored),
         "failures": reasons[: overview.MAX_LINES],
-        "failures_note": overview.failures_note(counts, len(contents.failures), len(reasons)),
+        "failures_note": overview.failures_note(counts, len(chosen.failures), len(reasons)),
         "lines": lines[: overview.MAX_LINES],
-        "lines_note": overview.lines_note(len(contents.refs), counts.done, len(lines)),
+        "lines_note": overview.lines_note(len(chosen.refs), counts.done, len(lines)),
         "drawing": overview.drawing(scored),
         "facts": overview.facts(run),
     }
 
 
-def results_note(contents: Contents, size: int, asked: int) -> str:
+def results_note(chosen: Chosen, size: int, asked: int) -> str:
     """Which results are shown, in which order, and how to see the others."""
-    order = "Worst first." if contents.sorted else "In the order of the data, on each page the worst first."
+    order = "Worst first." if chosen.sorted else "In the order of the data, on each page the worst first."
     if size >= asked:
         return f"All {count(size, 'result')}. {order}"
     return (
@@ -232,12 +243,12 @@ def results_note(contents: Contents, size: int, asked: int) -> str:
     )
 
 
-def cards_of(run: RunFolder, rows: Sequence[ImageRow], contents: Contents) -> list[dict[str, Any]]:
+def cards_of(run: RunFolder, rows: Sequence[ImageRow], chosen: Chosen) -> list[dict[str, Any]]:
     """The pictures of a page. A long report follows the data from page to page; inside one the worst come first."""
-    here = rows if contents.sorted else worst_first(rows, contents.verdicts)
+    here = rows if chosen.sorted else worst_first(rows, chosen.verdicts)
     loaded = {key_of(result.ref): result for result in run.load([ref for row in here for ref in row.refs])}
     with ThreadPoolExecutor(READERS) as pool:  # decoding and encoding run outside of Python's lock
-        return list(pool.map(lambda row: image_card(row, loaded, contents.verdicts, contents.gains), here))
+        return list(pool.map(lambda row: image_card(row, loaded, chosen.verdicts, chosen.gains), here))
 
 
 def part_links(pages: Sequence[Sequence[ImageRow]], number: int) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Which results a report shows, in which order, on which page.
 
-What is chosen, sorted and counted is whole images: all edits of one, by all methods, stand in one row.
+Whole images are chosen, sorted and counted: all edits of one, by all methods, stand in one row.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from pipeline.evaluation.verdict import Verdict
 from pipeline.looking.results import ResultRef
 
 T = TypeVar("T")
-Key = tuple[str, int]
+ResultKey = tuple[str, int]
 """A result by its file and its row in that file."""
+Verdicts = Mapping[ResultKey, Verdict]
+Gains = Mapping[ResultKey, float]
+"""Text gains, in points (text_gain.py)."""
 
 
-def key_of(ref: ResultRef) -> Key:
+def key_of(ref: ResultRef) -> ResultKey:
     """What tells a result from all others of its run."""
     return ref.file, ref.row_in_file
 
@@ -46,7 +49,7 @@ def images_of(refs: Iterable[ResultRef], failures: Iterable[Mapping[str, str]]) 
     return list(rows.values())
 
 
-def worst_first(rows: Iterable[ImageRow], verdicts: Mapping[Key, Verdict]) -> list[ImageRow]:
+def worst_first(rows: Iterable[ImageRow], verdicts: Verdicts) -> list[ImageRow]:
     """Sorted by each image's worst score, then by its mean; images without any score come last. As page.js does."""
 
     def place(row: ImageRow) -> tuple[bool, float, float, str]:
@@ -56,7 +59,7 @@ def worst_first(rows: Iterable[ImageRow], verdicts: Mapping[Key, Verdict]) -> li
     return sorted(rows, key=place)
 
 
-def choose(rows: Sequence[ImageRow], verdicts: Mapping[Key, Verdict], limit: int) -> list[ImageRow]:
+def choose(rows: Sequence[ImageRow], verdicts: Verdicts, limit: int) -> list[ImageRow]:
     """Images with about `limit` results together: of every method and edit the worst, and as many spread over the rest.
 
     Whole images are taken, so that a row is never cut; at least one. Images that failed altogether fill what is left.
@@ -76,8 +79,8 @@ def choose(rows: Sequence[ImageRow], verdicts: Mapping[Key, Verdict], limit: int
     return [row for row in rows if row.id in chosen]
 
 
-def by_turns(refs: Iterable[ResultRef], verdicts: Mapping[Key, Verdict]) -> Iterator[ResultRef]:
-    """Results so ordered that any beginning holds every method and edit: of each its worst, and others between."""
+def by_turns(refs: Iterable[ResultRef], verdicts: Verdicts) -> Iterator[ResultRef]:
+    """Results in such an order that any beginning holds every method and edit: the worst of each, others between."""
     groups: dict[tuple[str, str], list[ResultRef]] = {}
     for ref in refs:
         groups.setdefault((ref.method, ref.edit), []).append(ref)

@@ -16,8 +16,8 @@ from pipeline.models.image_text import ImageTextModel
 def text_gain(result: StoredResult, model: ImageTextModel) -> float | None:
     """How much more an edit is like the words of its request than its input is, in points (100 times the cosine).
 
-    The words are the target prompt or, where there is none, the concepts: the mean over these, the other way round for
-    a concept that was to be removed. None for a request without either.
+    The words are the target prompt or, where there is none, the concepts: the mean over these, with the sign reversed
+    for a concept that was to be removed. None for a request without either.
 
     The edit is looked at in the size in which the run kept its input: a thumbnail is judged beside a thumbnail.
     """

@@ -20,7 +20,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image, ImageDraw
 
 RGB = tuple[int, int, int]
-Outline = list[tuple[float, float]]  # corners of a polygon, (x, y) as shares of the image's side
+Polygon = list[tuple[float, float]]  # corners of a polygon, (x, y) as shares of the image's side
 
 FaceShape = Literal["round", "square", "oval"]
 Mouth = Literal["smile", "frown", "straight", "open"]
@@ -96,7 +96,7 @@ class Patch:
 
     attribute: Attribute
     color: RGB
-    outline: Outline
+    outline: Polygon
 
 
 def edited(scene: Scene, **changes: str | bool | None) -> Scene:
@@ -320,7 +320,7 @@ def mouth_patches(mouth: Mouth, x: float, y: float, r: float) -> list[Patch]:
             Patch("mouth", INK, ellipse(x, y, 0.24 * r, 0.22 * r)),
             Patch("mouth", TONGUE, ellipse(x, y + 0.09 * r, 0.14 * r, 0.10 * r)),
         ]
-    # Both curves are crescents; the lower lip of a smile hangs deeper than the upper one, a frown stands on its head.
+    # Both curves are crescents: a smile's lower lip is deeper than its upper one; a frown is a smile upside down.
     bend = 1 if mouth == "smile" else -1
     angles = np.linspace(0, np.pi, 24)
     top, bottom = 0.10, 0.30
@@ -329,12 +329,12 @@ def mouth_patches(mouth: Mouth, x: float, y: float, r: float) -> list[Patch]:
     return [Patch("mouth", INK, lower + upper)]
 
 
-def ellipse(x: float, y: float, half_width: float, half_height: float) -> Outline:
+def ellipse(x: float, y: float, half_width: float, half_height: float) -> Polygon:
     """An ellipse around (x, y)."""
     return superellipse(x, y, half_width, half_height, 2.0)
 
 
-def superellipse(x: float, y: float, half_width: float, half_height: float, roundness: float) -> Outline:
+def superellipse(x: float, y: float, half_width: float, half_height: float, roundness: float) -> Polygon:
     """The curve |u|^n + |v|^n = 1 around (x, y): an ellipse for n = 2, closer to a rectangle the larger n."""
     angles = np.linspace(0, 2 * np.pi, 72, endpoint=False)
     return superellipse_points(x, y, half_width, half_height, roundness, angles)
@@ -342,7 +342,7 @@ def superellipse(x: float, y: float, half_width: float, half_height: float, roun
 
 def superellipse_points(
     x: float, y: float, half_width: float, half_height: float, roundness: float, angles: np.ndarray
-) -> Outline:
+) -> Polygon:
     """The points of a superellipse at the given angles (downwards is positive, as in images)."""
     cos, sin = np.cos(angles), np.sin(angles)
     u = np.sign(cos) * np.abs(cos) ** (2 / roundness)
@@ -350,7 +350,7 @@ def superellipse_points(
     return list(zip((x + half_width * u).tolist(), (y + half_height * v).tolist(), strict=True))
 
 
-def box(left: float, top: float, right: float, bottom: float) -> Outline:
+def box(left: float, top: float, right: float, bottom: float) -> Polygon:
     """An upright rectangle."""
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 

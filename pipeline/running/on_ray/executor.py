@@ -2,7 +2,7 @@
 
     read task > pool of workers, one model each > datasink
 
-Ray carries units (blocks.py) and restarts what dies. Where workers are lost for good, a second pass does what they had.
+Ray carries units (blocks.py) and restarts what dies. Where workers are lost for good, a second pass does their units.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from pipeline.errors import ClusterError, ModelError, RunAborted, ShardeditError
 from pipeline.reading.shards import ReadTask, shard_slug
 from pipeline.reading.units import read_units
 from pipeline.recipe import Recipe, SinkConfig, SourceConfig
-from pipeline.running.local import Executor
+from pipeline.running.in_process import Executor
 from pipeline.running.on_ray.blocks import pack_finished, pack_input, unpack_finished, unpack_input
+from pipeline.running.on_ray.data_context import data_context
 from pipeline.running.on_ray.metering import MeteredTally, WorkerMeter, run_name
 from pipeline.running.on_ray.pool_watch import stranded
-from pipeline.running.on_ray.settings import data_context
 from pipeline.running.pool import IO_CPUS, Pool, Resources, WorkerSettings, plan_pool
 from pipeline.running.tally import InFlight, Seen
 from pipeline.running.todo import Todo
@@ -71,7 +71,7 @@ MERGE_CPUS = 0.5  # of a task that merges the files of units: it copies more tha
 RAYS_WARNING = "has constructor arguments in the object store and max_restarts > 0"
 # Its core says this, again and again, where a signal reached the processes of a local Ray as well.
 RAYS_COMPLAINT = "Failed to push error to driver for task"
-SECONDS_TO_ANSWER = 5.0  # a tally whose cluster has died never does
+SECONDS_TO_ANSWER = 5.0  # of a tally; one whose cluster has died never does
 SECONDS_BETWEEN_CHECKS = 0.2  # for a signal, while a task is waited for
 SECONDS_BETWEEN_REPORTS = 0.5  # of a worker, about what it has finished
 
@@ -93,7 +93,7 @@ def resources_of_cluster() -> Resources:
 
 
 class RayExecutor(Executor):
-    """Ray Data, on a cluster of its own on this machine or on the one that RAY_ADDRESS names. A `Executor`."""
+    """Ray Data, on a cluster of its own on this machine or on the one that RAY_ADDRESS names."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
@@ -141,8 +141,8 @@ class RayExecutor(Executor):
                 return
             except Exception as error:
                 left = stranded(error)
-                if left is None or self.seen().verdict:
-                    reason = self._verdict_on(error)
+                if left is None or self.seen().stop_reason:
+                    reason = self._reason_of(error)
                     if not isinstance(reason, ClusterError):  # no worker's death: those that live end with the job
                         with suppress(SinkError):
                             note_stop(self._recipe.sink, claim.generation)
@@ -152,10 +152,10 @@ class RayExecutor(Executor):
             pool = replace(pool, workers=left.workers, fewest=left.workers)  # more where a node comes after all
             log.warning("units waited for workers that are lost for good: going on with %d worker(s)", pool.workers)
 
-    def _verdict_on(self, error: Exception) -> ShardeditError:
+    def _reason_of(self, error: Exception) -> ShardeditError:
         seen, ours = self.seen(), named(error)
-        if seen.verdict:
-            return RunAborted(seen.verdict)
+        if seen.stop_reason:
+            return RunAborted(seen.stop_reason)
         if seen.load_error and isinstance(ours, ClusterError):
             return ModelError(f"a worker cannot load its model: {seen.load_error}")
         return ours
@@ -185,7 +185,7 @@ class RayExecutor(Executor):
             num_gpus=pool.gpus_per_worker or None,
             num_cpus=pool.cpus_per_worker,  # said also where it is 0: Ray gives workers on GPUs a CPU each otherwise
             max_restarts=RESTARTS,
-            max_task_retries=-1,  # while a node does not answer they are used up within seconds; restarts are the limit
+            max_task_retries=-1,  # a node that does not answer uses them up within seconds; restarts are the limit
         )
         with stopping.interruptible():  # Ray Data takes its job down when it is left
             finished.write_datasink(
@@ -374,8 +374,8 @@ class UnitSink(Datasink[None]):
         for block in blocks:
             for finished in unpack_finished(block):
                 manifest = commit(finished, self._claim.sink, self._claim.check)
-                if verdict := ray.get(self._tally.add.remote(manifest)):
-                    raise RunAborted(verdict)
+                if reason := ray.get(self._tally.add.remote(manifest)):
+                    raise RunAborted(reason)
 
 
 def named(error: BaseException) -> ShardeditError:

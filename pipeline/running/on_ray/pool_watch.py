@@ -1,11 +1,11 @@
 """Watches a pool of Ray Data's while it works: how many workers live, and whether units wait for dead ones.
 
-Ray restarts a worker that died, and keeps its units for it. Where its node is gone for good and no other has room, that
-is for ever: the other workers finish what is left, and then nothing moves. The driver is told then, and begins another
-pass over what is not committed with the workers that are left (executor.py).
+Ray restarts a worker that died, and keeps its units for it. Where its node is gone for good and no other has room,
+they wait for ever: the other workers finish what is left, and then nothing moves. Then the driver is told, and begins
+another pass over what is not committed, with the workers that are left (executor.py).
 
 Ray Data calls a watch at each step of its executor (`DataContext.custom_execution_callback_classes`). Its pools tell
-publicly how many workers restart, but not which of them have units in hand: that is read from the pool's own notes.
+publicly how many workers restart, but not which of them have units in hand: that is read from a private attribute.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# Nothing moves for so long: a restarted worker may have to load its model first, or a new node to come for it.
+# of standstill: a restarted worker may first have to load its model, or a new node to come for it
 STRANDED_AFTER_S = 120.0
 
 

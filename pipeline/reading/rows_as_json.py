@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.records import ReadRow, Sample, Unreadable
 
 Labels = Mapping[str, tuple[str, ...]]
+"""Columns of the source that hold numbers of classes, and the classes' names."""
 
 
 def pack_row(row: ReadRow, blobs: list[bytes]) -> dict[str, Any]:

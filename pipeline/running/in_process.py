@@ -1,4 +1,4 @@
-"""Where units are edited: what a place offers, and the plain one, a loop in this process."""
+"""Executors, which edit units: what each offers, and the plain one, a loop in this process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Executor(Protocol):
-    """Where units are edited."""
+    """Edits units, in this process or elsewhere."""
 
     model: ModelRecord
     settings: WorkerSettings
@@ -50,7 +50,7 @@ class Executor(Protocol):
         """Let `edit` raise `RunAborted` with the next commit. Called from another thread."""
 
     def close(self) -> None:
-        """Let go of everything."""
+        """End the workers; free the model."""
 
 
 class LocalExecutor(Executor):
@@ -88,8 +88,8 @@ class LocalExecutor(Executor):
                 stopping.check()
                 finished = self._worker.finish(unit_input, claim.generation)
                 manifest = commit(finished, self._recipe.sink, claim.check)
-                if verdict := self._tally.add(manifest):
-                    raise RunAborted(verdict)
+                if reason := self._tally.add(manifest):
+                    raise RunAborted(reason)
 
     @override
     def merge(self, sink: SinkConfig, jobs: Iterable[Job]) -> Iterator[Contents]:

@@ -14,7 +14,7 @@ from ray.data.context import AutoscalingConfig
 
 from pipeline.running.on_ray.pool_watch import PoolWatch
 
-STALLED_AFTER_S = 2 * 3600.0  # nothing moved: GPU nodes may take long to come, and a first model to download
+STALLED_AFTER_S = 2 * 3600.0  # of standstill: GPU nodes may take long to come, and a first model to download
 
 
 def _watch(tally: Any) -> PoolWatch:
@@ -36,7 +36,7 @@ def data_context(tally: Any, growing_at: float) -> Iterator[None]:
         # durable. At the default of 128 MiB a whole run may be one block.
         "target_max_block_size": 1,
         "max_errored_blocks": 0,  # more would drop whole units silently
-        "enable_progress_bars": False,  # ours counts what is committed
+        "enable_progress_bars": False,  # our own counts what is committed
         "print_on_execution_start": False,
         "execution_no_progress_timeout_s": STALLED_AFTER_S,
         "actor_init_retry_on_errors": False,
