@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from pipeline.diffusion.levels import Prediction
 from pipeline.editing.masactrl import Keys, MutualEdit, MutualSelfAttention
-from pipeline.editing.proxedit import Prox, by_noise, direction_problem, proximal, threshold_of
+from pipeline.editing.proxedit import Prox, direction_problem, threshold_of, thresholded
 from pipeline.editing.two_branch import Branches, BranchPrediction, two_branch
 from pipeline.engine.calls import EncodeText, Steps
 from pipeline.inversion.base import Inversion
@@ -117,5 +117,5 @@ class ProxMasaCtrlEdit(MutualEdit):
         if settings.prox == "none" or step < settings.prox_step or target.uncond is None or level.signal == 0.0:
             return super().guide(step, source, target)
         threshold = threshold_of(target.delta.noise[None], settings.quantile, self.trajectory.source.of_image)
-        delta = by_noise(proximal(target.delta.noise, threshold, settings.prox), level)
+        delta = thresholded(target.delta, threshold, settings.prox)
         return None if source is None else source.cond, target.uncond + self.guidance_scale * delta

@@ -22,7 +22,7 @@ from torch.nn.functional import max_pool2d
 from typing_extensions import override
 
 from pipeline import compat
-from pipeline.diffusion.levels import Level, Prediction
+from pipeline.diffusion.levels import Prediction, stacked
 from pipeline.diffusion.masks import OfImage, everything
 from pipeline.editing.prompt_to_prompt import PromptToPrompt, PromptToPromptEdit
 from pipeline.editing.two_branch import BRANCHES, Branch, BranchEdit, Branches, BranchPrediction
@@ -52,9 +52,11 @@ def threshold_of(deltas: Float[Tensor, "B C h w"], quantile: float, of_image: Of
     return -quantile if quantile <= 0 else float(torch.quantile(of_image(deltas).abs().flatten(), quantile))
 
 
-def by_noise(delta: Float[Tensor, "C h w"], level: Level) -> Prediction:
-    """The direction whose noise half is this one, at a level with signal."""
-    return Prediction(delta, delta * (-level.noise / level.signal))
+def thresholded(direction: Prediction, threshold: float, prox: Prox) -> Prediction:
+    """A direction whose noise is thresholded; its data keeps the same share at each place."""
+    kept = proximal(direction.noise, threshold, prox)
+    share = torch.where(direction.noise == 0, 1.0, kept / direction.noise)
+    return Prediction(kept, direction.data * share)
 
 
 class ProxEdit(PromptToPrompt):
@@ -140,21 +142,20 @@ class ProxEditEdit(PromptToPromptEdit):
         settings, level = self.proximal_settings, self.trajectory.levels[step]
         if settings.prox == "none" or level.signal == 0.0:
             return super().guide(step, source, target)
-        of_target = target.delta.noise
-        deltas = torch.stack([torch.zeros_like(of_target) if source is None else source.delta.noise, of_target])
-        threshold = threshold_of(deltas, settings.quantile, self.trajectory.source.of_image)
-        deltas = proximal(deltas, threshold, settings.prox)
-        left = deltas.abs() > threshold  # of what is left: for soft, twice the threshold before
+        nothing = target.delta * 0.0
+        deltas = stacked([nothing if source is None else source.delta, target.delta])
+        threshold = threshold_of(deltas.noise, settings.quantile, self.trajectory.source.of_image)
+        deltas = thresholded(deltas, threshold, settings.prox)
+        left = deltas.noise.abs() > threshold  # of what is left: for soft, twice the threshold before
         if settings.dilate_mask > 0:
             radius = settings.dilate_mask
-            left = max_pool2d(left.to(deltas), 2 * radius + 1, stride=1, padding=radius) > 0
+            left = max_pool2d(left.to(deltas.noise), 2 * radius + 1, stride=1, padding=radius) > 0
         self.edit_mask, self.threshold = left, threshold
         guided = [
             None
             if branch is None
-            else (branch.cond if branch.uncond is None else branch.uncond)
-            + self.guidance_scale * by_noise(delta, level)
-            for branch, delta in zip((source, target), deltas, strict=True)
+            else (branch.cond if branch.uncond is None else branch.uncond) + self.guidance_scale * deltas[row]
+            for row, branch in enumerate((source, target))
         ]
         assert guided[1] is not None
         return guided[0], guided[1]

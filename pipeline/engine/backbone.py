@@ -50,7 +50,8 @@ class Offers:
         """
         if self.watches and not height % WATCHED_FACTOR and not width % WATCHED_FACTOR:
             return
-        grids = sorted({layer.grid(height, width) for layer in self.openings.layers if layer.place != "mid"})
+        layers = sorted(self.openings.layers, key=lambda layer: layer.factor)
+        grids = dict.fromkeys(layer.grid(height, width) for layer in layers if layer.place != "mid")
         raise EditError(
             f"attention masks are read from maps of a quarter of the latents' side, {height / WATCHED_FACTOR:g}x"
             f"{width / WATCHED_FACTOR:g} here, and this model has attention at "

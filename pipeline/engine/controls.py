@@ -71,7 +71,7 @@ class Transformer:
     channels: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Openings:
     """Where a network lets controls in, in order of execution. One per model."""
 

@@ -58,10 +58,33 @@ sentences = st.lists(words, min_size=1, max_size=8).map(" ".join)
 def test_refinement_keeps_order_and_pairs_equal_tokens_only(source: str, target: str) -> None:
     old, new = prompt(source), prompt(target)
     index, keep = refinement_mapper(old, new)
-    kept = [at for at in range(len(new.token_ids)) if keep[at]]
+    (old_ids,), (new_ids,) = ([span.token_ids for span in one.spans] for one in (old, new))
+    kept = [at for at in range(len(new_ids)) if keep[at]]
     pairs = [int(index[at]) for at in kept]
     assert pairs == sorted(set(pairs))
-    assert [old.token_ids[at] for at in pairs] == [new.token_ids[at] for at in kept]
+    assert [old_ids[at] for at in pairs] == [new_ids[at] for at in kept]
+
+
+def test_each_tokenizers_span_is_aligned_with_the_same_one_of_the_other_prompt() -> None:
+    """Two tokenizers whose keys follow each other, the second without a start token, as Stable Diffusion 3 has them."""
+    start = 10
+
+    def twice(text: str) -> Conditioning:
+        (first,) = prompt(text).spans
+        own = first.token_ids[1:]
+        second = Span(start, own, range(len(own) - 1), first.words)
+        return Conditioning(text, {"embedding": torch.zeros((2 * start, 1))}, (first, second))
+
+    old, new = twice("a red cat"), twice("a big red dog")
+    index, keep = refinement_mapper(old, new)
+    assert [int(index[at]) for at in (1, 3, 10, 12)] == [1, 2, 10, 11]
+    assert keep[[1, 3, 10, 12]].all()
+    assert not keep[[2, 4, 11, 13]].any()
+    assert word_positions(new, "red", "word") == [3, 12]
+    swapped = replacement_mapper(twice("a red cat"), twice("a red dog"))
+    assert torch.equal(swapped, torch.eye(2 * start))
+    longer = replacement_mapper(twice("cat"), twice("dog"))
+    assert not longer[:start, start:].any()
 
 
 @given(sentences)

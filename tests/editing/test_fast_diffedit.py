@@ -121,8 +121,7 @@ def test_an_inpainting_unet_is_given_mask_and_masked_image(
     )
     assert len(calls) == 1 + N
     everything = np.full((96, 96, 3), GREY, dtype=np.uint8)
-    of_mask = calls[0].inpaint
-    assert of_mask is not None
+    of_mask = calls[0].beside["inpaint"]
     assert of_mask.shape == (4, 5, 12, 12)
     assert bool((of_mask[:, 0] == 1).all())
     assert torch.equal(of_mask[0, 1:], inpainting.encode_image(everything))
@@ -130,9 +129,9 @@ def test_an_inpainting_unet_is_given_mask_and_masked_image(
     assert 0 < mask.mean() < 1
     greyed = np.where(mask[..., None], np.uint8(GREY), photograph())
     for call in calls[1:]:
-        assert call.inpaint is not None
-        assert torch.equal(call.inpaint[0, 0], torch.tensor(mask[::8, ::8], dtype=torch.float32))
-        assert torch.equal(call.inpaint[1, 1:], inpainting.encode_image(greyed))
+        assert call.beside["inpaint"] is not None
+        assert torch.equal(call.beside["inpaint"][0, 0], torch.tensor(mask[::8, ::8], dtype=torch.float32))
+        assert torch.equal(call.beside["inpaint"][1, 1:], inpainting.encode_image(greyed))
 
 
 def test_the_inpainting_unet_hears_what_it_is_given(inpainting: Backbone) -> None:
@@ -153,9 +152,9 @@ def test_the_inpainting_unet_hears_what_it_is_given(inpainting: Backbone) -> Non
 def test_checkpoint_and_backend_must_fit(inpainting: Backbone) -> None:
     asked = {"source_prompt": DOG.source_prompt, "target_prompt": DOG.target_prompt, "size": 96}
     noise = {"method": "noise", "num_steps": 2}
-    with pytest.raises(EditError, match="is no inpainting model"):
+    with pytest.raises(RecipeError, match="the model is a plain one"):
         Editor(tiny_sd()).edit(photograph(), inversion=noise, editing=INPAINT, **asked)
-    with pytest.raises(EditError, match="is an inpainting model"):
+    with pytest.raises(RecipeError, match="the model is an inpainting checkpoint"):
         Editor(inpainting).edit(photograph(), inversion=noise, editing={"method": "fast_diffedit"}, **asked)
     with pytest.raises(RecipeError, match=r"'ddim' cannot run on\. Set inversion\.method: noise"):
         recipe_from(sections({"method": "ddim"}, INPAINT))

@@ -130,11 +130,11 @@ def test_reconstruction_guidance_pulls_the_predicted_image_and_not_the_direction
     trajectory, edited, _ = edit(editor, backbone)
     assert isinstance(trajectory.solver, DDIM)
     prompt, latents = backbone.encode_text(CAT), trajectory.latents[0]
-    for start, end in trajectory.solver.steps:
+    for step, (start, end) in enumerate(trajectory.solver.steps):
         noise_pred = backbone.denoise(NetworkCall(latents[None], [start], [prompt])).predictions.noise[0]
         a, b = start.signal**2, end.signal**2
         image = (latents - math.sqrt(1 - a) * noise_pred) / math.sqrt(a)
-        if timestep < 600:
+        if start.timestep < 600:
             image = image - 0.2 * (image - trajectory.latents[-1])
         latents = math.sqrt(b) * image + math.sqrt(1 - b) * noise_pred
         torch.testing.assert_close(edited.history[step].latents, latents)

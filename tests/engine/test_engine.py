@@ -254,10 +254,24 @@ def test_the_prompt_that_was_not_used_for_longest_is_forgotten_first(monkeypatch
     monkeypatch.setattr("pipeline.engine.engine.CACHED_PROMPTS", 2)
 
     def words(*prompts: str) -> Steps[None]:
-        yield EncodeText(prompts)
+        for prompt in prompts:
+            yield EncodeText((prompt,))  # and forget it
 
     Engine(backbone).run_one(words("hat", "dog", "hat", "snow", "hat", "dog"))
     assert encoded == ["hat", "dog", "snow", "dog"]
+
+
+def test_a_prompt_that_somebody_holds_is_never_encoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods tell prompts by identity."""
+    monkeypatch.setattr("pipeline.engine.engine.CACHED_PROMPTS", 1)
+
+    def holding() -> Steps[tuple[bool, bool]]:
+        (hat,) = yield EncodeText(("hat",))
+        yield EncodeText(("dog", "snow", "sea"))
+        (again,) = yield EncodeText(("hat",))
+        return hat is again, hat.embedding is again.embedding
+
+    assert Engine(analytic()).run_one(holding()) == (True, True)
 
 
 def test_images_in_flight_bound_how_many_are_drawn_from_the_source() -> None:
@@ -374,7 +388,9 @@ def test_a_shared_row_that_breaks_its_call_fails_all_who_asked_and_nobody_else()
 
     def both() -> Steps[int]:
         (prompt,) = yield EncodeText(("hat",))
-        return len((yield Denoise(latents.expand(2, -1, -1, -1), [5, 6], [prompt] * 2)).predictions.noise)
+        return len(
+            (yield Denoise(latents.expand(2, -1, -1, -1), levels(analytic(), [5, 6]), [prompt] * 2)).predictions.noise
+        )
 
     def asked() -> list[Steps[Any]]:
         return [both(), asks_of(latents, ["hat"], timestep=5), asks_of(latents, ["hat"], timestep=6), both()]

@@ -29,6 +29,7 @@ from pipeline.running.todo import Todo, find_todo
 from pipeline.writing.folding import folded_bytes
 from pipeline.writing.manifest import Counts, Manifest, Measured, manifest_path, shard_path
 from pipeline.writing.run_record import run_record, write_run_record
+from tests.methods import levels
 from tests.places import Place
 from tests.writing.making import MODEL
 

@@ -1,0 +1,75 @@
+"""A model on another device than the methods: what lies on which is never mixed, and little is copied.
+
+The device is torch's meta device, which computes nothing, refuses tensors of others and cannot be read; a copy from it
+is answered with small random numbers instead.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline.engine.backbone import Backbone
+from pipeline.engine.engine import Engine
+from pipeline.models.loading import load_backbone
+from pipeline.recipe import ModelConfig
+from tests.golden.replay import TINY_SD, TINY_SDXL
+from tests.methods import network_calls
+from tests.test_every_pair import PAIRS, whole
+
+MODELS = {"tiny_sd": TINY_SD, "tiny_sdxl": TINY_SDXL}
+
+
+class OtherDevice(TorchDispatchMode):
+    """Counts copies to the device, and makes up what comes back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies = 0
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        to = named.get("device")
+        if func is torch.ops.aten._to_copy.default and args[0].is_meta and to is not None and to.type == "cpu":
+            made = torch.empty(args[0].shape, dtype=named.get("dtype") or args[0].dtype)
+            return made.normal_(generator=self.generator).mul_(0.01) if made.is_floating_point() else made.zero_()
+        made = func(*args, **named)
+        if func is torch.ops.aten._to_copy.default:
+            self.copies += made.is_meta and not args[0].is_meta
+        elif func is torch.ops.aten.copy_.default:
+            self.copies += args[0].is_meta and not args[1].is_meta
+        return made
+
+
+@cache
+def on_meta(name: str) -> Backbone:
+    return load_backbone(ModelConfig(name=str(MODELS[name])), device="meta")
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+def test_every_pair_runs_without_a_tensor_on_the_wrong_device(name: str, pair: tuple[str, str]) -> None:
+    engine = Engine(on_meta(name), call_size=8)
+    calls = network_calls(engine)
+    with OtherDevice() as device:
+        trajectory, edited = engine.run_one(whole(engine.backbone, *pair))
+    assert calls
+    assert trajectory.latents.device.type == edited.latents.device.type == "cpu"
+    print(f"{name}, {'+'.join(pair)}: {device.copies / len(calls):.1f} copies to the device per call")
+
+
+def test_copies_to_the_device_do_not_grow_with_rows() -> None:
+    counts = {}
+    for call_size in (4, 16, 64):
+        engine = Engine(on_meta("tiny_sd"), call_size=call_size)
+        calls = network_calls(engine)
+        with OtherDevice() as device:
+            engine.run_one(whole(engine.backbone, "ddim", "prompt_to_prompt"))
+        counts[call_size] = device.copies
+        assert {len(call.levels) for call in calls} <= {call_size}
+    assert len(set(counts.values())) == 1, counts
