@@ -6,7 +6,7 @@ aligned with the same span of the other prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +40,26 @@ def token_weights(prompt: Conditioning, words: tuple[str, ...], what: str) -> Te
     weights = torch.zeros(prompt.length)
     for word in words:
         weights[word_positions(prompt, word, what)] = 1.0
+    return weights
+
+
+def positions_or_words(
+    prompt: Conditioning, positions: Sequence[int] | None, words: tuple[str, ...], setting: str
+) -> Tensor:
+    """(L,): 1 at the chosen tokens.
+
+    Raises:
+        PrepareError: a word is not in the prompt, or a position is not among its L.
+    """
+    if positions is None:
+        return token_weights(prompt, words, "blend word")
+    weights = torch.zeros(prompt.length)
+    beyond = [position for position in positions if position >= len(weights)]
+    if beyond:
+        raise PrepareError(
+            f"{setting} names position {beyond[0]}, and a prompt has positions 0 to {len(weights) - 1}. Take it out"
+        )
+    weights[list(positions)] = 1.0
     return weights
 
 

@@ -24,7 +24,7 @@ from torch.nn.functional import interpolate
 from typing_extensions import override
 
 from pipeline.diffusion.masks import OfImage
-from pipeline.editing.alignment import token_weights
+from pipeline.editing.alignment import positions_or_words
 from pipeline.editing.base import EditingMethod
 from pipeline.editing.problems import (
     Problem,
@@ -37,7 +37,7 @@ from pipeline.editing.problems import (
 from pipeline.editing.two_branch import BranchEdit, Branches, BranchRows, two_branch
 from pipeline.editing.walk import inside_of
 from pipeline.engine.backbone import Offers
-from pipeline.engine.calls import Conditioning, Steps
+from pipeline.engine.calls import Steps
 from pipeline.engine.controls import (
     BACKGROUND,
     FOREGROUND,
@@ -56,7 +56,6 @@ from pipeline.engine.controls import (
     resolved,
     watched_grid,
 )
-from pipeline.errors import PrepareError
 from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, Trajectory, WordPair
 
@@ -204,26 +203,6 @@ class MasaCtrl(MutualSelfAttention):
         edit = MasaCtrlEdit(self, trajectory, branches, request, user_mask)
         confines = None if self.mask == "given" else user_mask
         return (yield from two_branch(trajectory, branches, edit, confines))
-
-
-def positions_or_words(
-    prompt: Conditioning, positions: Sequence[int] | None, words: tuple[str, ...], setting: str
-) -> Tensor:
-    """(L,): 1 at the chosen tokens.
-
-    Raises:
-        PrepareError: a word is not in the prompt, or a position is not among its L.
-    """
-    if positions is None:
-        return token_weights(prompt, words, "blend word")
-    weights = torch.zeros(prompt.length)
-    beyond = [position for position in positions if position >= len(weights)]
-    if beyond:
-        raise PrepareError(
-            f"{setting} names position {beyond[0]}, and a prompt has positions 0 to {len(weights) - 1}. Take it out"
-        )
-    weights[list(positions)] = 1.0
-    return weights
 
 
 class MutualEdit(BranchEdit):
