@@ -137,6 +137,7 @@ PARTS: dict[str, tuple[Any, Plan]] = {
     "watched classes": (
         [
             Watch(0, WEIGHTS[:1]),
+            Watch(1, WEIGHTS[:1]),
             Watch(2, WEIGHTS[1:]),
             Read(row=2, sources=(0,), layers=Layers(), classes=watched_classes()),
             Read(row=1, sources=(0,), layers=Layers()),
@@ -166,14 +167,14 @@ PARTS: dict[str, tuple[Any, Plan]] = {
     ),
     "add relative, and record": (
         [
-            Add(row=2, where=BLOCK, directions=rand(2, 32) - 0.5, maps=rand(2, 2, 2), relative=True),
             Add(row=2, where=BLOCK, directions=rand(1, 32) - 0.5, maps=rand(1, 2, 2)),
+            Add(row=2, where=BLOCK, directions=rand(2, 32) - 0.5, maps=rand(2, 2, 2), relative=True),
             Record(2, BLOCK),
             Record(0, BLOCK),
             Record(1, ("mid", 0)),
         ],
         Plan(
-            adds=(Adds(where=BLOCK, slots=2, directions=2),),
+            adds=(Adds(where=BLOCK, slots=1), Adds(where=BLOCK, slots=1, directions=2)),
             records=(Records(where=BLOCK, slots=2), Records(where=("mid", 0), slots=1)),
         ),
     ),
@@ -217,7 +218,7 @@ def run(groups: Groups, plan: Plan, dtype: torch.dtype, *, whole: bool = False) 
 def both_groups(name: str) -> tuple[Groups, Plan]:
     """The first group has all parts of a case, the second the first of them; the third is missing."""
     parts, plan = PARTS[name]
-    second = [part for part in parts if isinstance(part, (Watch, Mix)) or part is parts[0]]
+    second = [part for part in parts if isinstance(part, (Watch, Mix, Record)) or part is parts[0]]
     return [(0, Control(tuple(parts), plan)), (GROUP, Control(tuple(second), plan))], plan
 
 
