@@ -32,7 +32,7 @@ def agreement(subject: Subject) -> Check:
     shape = (backbone.latent_channels, *subject.latent_size)
     sampling = Sampling(
         prompt=subject.request.target_prompt,
-        noise=draw_from(subject.seed, shape)(),
+        noise=draw_from(subject.recipe.run.seed, shape)(),
         num_steps=NUM_STEPS,
         guidance_scale=GUIDANCE,
     )

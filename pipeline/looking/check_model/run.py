@@ -12,16 +12,15 @@ from typing import Any, Literal
 import torch
 
 from pipeline.common.showing import about_path, describe, printable
-from pipeline.engine.engine import Engine
 from pipeline.errors import ModelError, RecipeError, SinkError
 from pipeline.looking.check_model import agreement, editing, model, round_trips
-from pipeline.looking.check_model.drawn import drawn_face
 from pipeline.looking.check_model.page import render
 from pipeline.looking.check_model.records import Check, ModelCheck
-from pipeline.looking.check_model.subject import Subject, prepared_picture, request_of
+from pipeline.looking.check_model.subject import Subject, request_of
 from pipeline.models.loading import checked_device, find_checkpoint, load_backbone
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import Recipe, recipe_with
+from pipeline.records import EditRequest
 from pipeline.settings.sections import ModelConfig
 from pipeline.writing.files import put_over_ours
 
@@ -31,7 +30,6 @@ PAGE, JSON = "check-model.html", "check-model.json"
 MARK = b"shardedit check-model"  # in both
 WHERE = "check-model"  # as errors name the command line
 READ = ("model.", "run.seed=", "run.call_size=")  # beginnings of the overrides that are read
-ENGINE_ROWS = 16  # most rows of a call; calls are as small as what is asked
 
 OnCheck = Callable[[Check], None]
 
@@ -79,15 +77,18 @@ def check_model(
         on_check: told of each answer as it comes.
 
     Raises:
+        RecipeError: the prompt asks for nothing.
         ModelError: there is no such device.
         DecodeError: the image cannot be opened.
         SinkError: the folder cannot be written, or holds a file of that name that is not ours.
     """
     chosen = None if device is None else checked_device(device, config.name)
     recipe = _recipe({"model": config, "run": {"seed": seed, "call_size": call_size}})
+    request = request_of(prompt)
+    _make(folder)
     begun = time.perf_counter()
     checks: list[Check] = []
-    for check in _answers(recipe, image, prompt, num_steps, chosen):
+    for check in _answers(recipe, image, request, num_steps, chosen):
         checks.append(check)
         on_check(check)
     given = "a drawn face, as no image was given" if image is None else "the image that was given"
@@ -99,20 +100,23 @@ def check_model(
         page=folder / PAGE,
         json=folder / JSON,
     )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SinkError(
-            f"{folder} cannot be written: {about_path(error) or describe(error)}. Give another --out"
-        ) from error
     fs, root = open_fs(str(folder), {})
     for name, text in ((PAGE, render(found)), (JSON, json.dumps(found.as_dict(), indent=1) + "\n")):
         put_over_ours(fs, f"{root}/{name}", text.encode("utf-8", "backslashreplace"), MARK)
     return found
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SinkError(
+            f"{folder} cannot be written: {about_path(error) or describe(error)}. Give another --out"
+        ) from error
+
+
 def _answers(
-    recipe: Recipe, image: bytes | None, prompt: str, num_steps: int, device: torch.device | None
+    recipe: Recipe, image: bytes | None, request: EditRequest, num_steps: int, device: torch.device | None
 ) -> Iterator[Check]:
     start = time.perf_counter()
     try:
@@ -122,17 +126,7 @@ def _answers(
     except ModelError as error:
         yield Check(name="loads", status="failed", text=str(error))
         return
-    picture = image or drawn_face(recipe.model.size or backbone.image_size, grain=recipe.model.name != "demo")
-    subject = Subject(
-        backbone=backbone,
-        engine=Engine(backbone, call_size=ENGINE_ROWS, pad=False),
-        recipe=recipe,
-        prepared=prepared_picture(picture, recipe, backbone),
-        request=request_of(prompt),
-        num_steps=num_steps,
-        seed=recipe.run.seed,
-        checkpoint=checkpoint,
-    )
+    subject = Subject.of(recipe, backbone, checkpoint, image=image, request=request, num_steps=num_steps)
     made: dict[str, Check] = {}
     for name, look in (
         ("offers", model.offers),

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.engine import Engine
-from pipeline.errors import EditError
+from pipeline.errors import EditError, RecipeError
 from pipeline.flow import edit_prepared
+from pipeline.looking.check_model.drawn import drawn_face
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.base import Family
 from pipeline.reading.prepare import prepare
 from pipeline.recipe import Method, Recipe
 from pipeline.records import Asked, Concept, Decoded, EditRequest, Prepared, Sample
 
-REMOVE, ADD = "remove ", "add "
+DIRECTIONS: dict[str, Literal["add", "remove"]] = {"add": "add", "remove": "remove"}
 EDIT = "check"  # name of the edit
+ENGINE_ROWS = 16  # most rows of a call; calls are as small as what is asked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +36,37 @@ class Subject:
     prepared: Prepared  # the picture at model size
     request: EditRequest
     num_steps: int
-    seed: int
     checkpoint: tuple[Family, Checkpoint] | None  # None: the closed-form model has none
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        backbone: Backbone,
+        checkpoint: tuple[Family, Checkpoint] | None,
+        *,
+        image: bytes | None,
+        request: EditRequest,
+        num_steps: int,
+    ) -> Subject:
+        """A loaded model, and the picture at its size; a drawn one where `image` is None.
+
+        Raises:
+            DecodeError: the image cannot be opened.
+        """
+        side = recipe.model.size or backbone.image_size
+        picture = image or drawn_face(side, grain=recipe.model.name != "demo")
+        sample = Sample(id="check-model", shard="", key="check-model", index=0, image=picture)
+        asked = Asked(sample=sample, edits=())
+        return cls(
+            backbone=backbone,
+            engine=Engine(backbone, call_size=ENGINE_ROWS, pad=False),
+            recipe=recipe,
+            prepared=prepare(asked, recipe, size=side, multiple=backbone.multiple),
+            request=request,
+            num_steps=num_steps,
+            checkpoint=checkpoint,
+        )
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -53,7 +86,7 @@ class Subject:
             EditError: one of them could not be made; says which and why.
         """
         prepared = replace(self.prepared, requests={EDIT: request})
-        steps = edit_prepared(prepared, dict(methods), self.seed, self.backbone)
+        steps = edit_prepared(prepared, dict(methods), self.recipe.run.seed, self.backbone)
         (finished,) = self.engine.run([steps])
         if finished.error is not None:
             raise finished.error
@@ -65,28 +98,20 @@ class Subject:
         return made, finished.network_rows
 
 
-def prepared_picture(image: bytes, recipe: Recipe, backbone: Backbone) -> Prepared:
-    """The picture at model size.
+def request_of(prompt: str) -> EditRequest:
+    """ "add a hat", "remove the hat" or "a hat": as a concept, and as a target prompt for methods that take none.
 
     Raises:
-        DecodeError: it is no image that may be opened.
+        RecipeError: nothing is named, or too much.
     """
-    sample = Sample(id="check-model", shard="", key="check-model", index=0, image=image)
-    return prepare(
-        Asked(sample=sample, edits=()),
-        recipe,
-        size=recipe.model.size or backbone.image_size,
-        multiple=backbone.multiple,
-    )
-
-
-def request_of(prompt: str) -> EditRequest:
-    """ "add a hat", "remove the hat" or "a hat": as a concept, and as a target prompt for methods that take none."""
-    text = prompt.strip()
-    removes = text.lower().startswith(REMOVE)
-    bare = text[len(REMOVE) :] if removes else text[len(ADD) :] if text.lower().startswith(ADD) else text
-    concept = Concept(prompt=bare, direction="remove" if removes else "add")
-    return EditRequest(concepts=(concept,), target_prompt=bare)
+    verb, _, rest = prompt.strip().partition(" ")
+    what = rest if verb.lower() in DIRECTIONS else prompt
+    try:
+        concept = Concept(prompt=what, direction=DIRECTIONS.get(verb.lower(), "add"))
+        return EditRequest(concepts=(concept,), target_prompt=what)
+    except ValidationError as error:
+        problem = "names nothing, or is too long. Say what to add or to remove: 'add a hat'"
+        raise RecipeError("check-model", [("prompt", problem)]) from error
 
 
 def waited_for(backbone: Backbone) -> None:
