@@ -329,6 +329,40 @@ def demo(
         raise typer.Exit(summary.exit_code)
 
 
+@app.command("check-model")
+def check_model(
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="demo, a folder, or a hub id.")] = "demo",
+    overrides: Overrides = None,
+    image: Annotated[Path | None, typer.Option(help="A photograph of yours; none: a drawn face.")] = None,
+    prompt: Annotated[
+        str, typer.Option(help="What to add or remove: 'add a hat', 'remove the hat'.")
+    ] = "add sunglasses",
+    steps: Annotated[int, typer.Option(min=2, max=500, help="Of inversions and edit.")] = 20,
+    output: Annotated[Path, typer.Option("--out", help="Folder for the page and the JSON.")] = Path("model-check"),
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; none: the GPU where there is one.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="End with exit code 1 for warnings, too.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say whether a model can be used: what it offers, round trips, agreement with diffusers, an edit, speed."""
+    with reported(debug):
+        from pipeline.looking.check_model.show import check_and_show
+
+        raise typer.Exit(
+            check_and_show(
+                name,
+                overrides or [],
+                output,
+                image=image,
+                prompt=prompt,
+                num_steps=steps,
+                device=device,
+                strict=strict,
+                as_json=as_json,
+            )
+        )
+
+
 @app.command()
 def schema(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="As tables for people: docs/recipe.md.")] = False,

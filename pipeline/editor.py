@@ -24,10 +24,10 @@ from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import Steps
 from pipeline.engine.engine import Engine
-from pipeline.errors import ModelError, RecipeError
+from pipeline.errors import RecipeError
 from pipeline.flow import edit_prepared
 from pipeline.looking.counting import RowCounter
-from pipeline.models.loading import load_backbone
+from pipeline.models.loading import checked_device, load_backbone
 from pipeline.reading.pictures import AnyImage, picture
 from pipeline.reading.prepare import Pictures, prepare
 from pipeline.reading.requests import requests_of
@@ -95,7 +95,7 @@ class Editor:
             ModelError: the checkpoint is missing, unsafe or of an unknown kind, or there is no such device.
         """
         config = _recipe({"model": {"name": model, **settings}}).model
-        backbone = load_backbone(config, device=None if device is None else _device(device, model))
+        backbone = load_backbone(config, device=None if device is None else checked_device(device, model))
         return cls(backbone, call_size=call_size or (COMPILED_CALL_SIZE if config.compile else None))
 
     @property
@@ -374,21 +374,6 @@ def _recipe(settings: Mapping[str, Any]) -> Recipe:
     """A recipe around the given sections; source and sink are needed by its form and never read."""
     model = {key: value for key, value in settings.get("model", {}).items() if value is not None}
     return recipe_from({**settings, "model": model, "source": {"shards": "-"}, "sink": {"folder": "-"}}, "edit")
-
-
-def _device(device: str | torch.device, model: str) -> torch.device:
-    """The device, if it is there."""
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # what torch raises of an unknown name, and without that backend
-        reason = next(iter(str(error).splitlines()), "")
-        raise ModelError(
-            f"there is no device {str(device)!r} here ({reason}). Leave device out, or try 'cpu'"
-        ) from error
-    if model == "analytic" and chosen.type != "cpu":
-        raise ModelError(f"the closed-form model computes on the CPU, not on {chosen}. Leave device out")
-    return chosen
 
 
 __all__ = ["AnyImage", "Editor", "Result"]

@@ -299,7 +299,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         data = read_yaml_file(path)
     except UnusableFileError as error:
         raise RecipeError(where, [("recipe", str(error))]) from None
-    data = {} if data is None else data
+    return recipe_with({} if data is None else data, overrides, where)
+
+
+def recipe_with(data: Any, overrides: Sequence[str], where: str) -> Recipe:
+    """Build a recipe from plain data, which overrides such as `inversion.num_steps=20` change first.
+
+    Raises:
+        RecipeError: lists every problem.
+    """
     for number, override in enumerate(overrides, 1):
         _apply(data, override, number, where)
     return recipe_from(data, where)

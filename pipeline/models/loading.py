@@ -16,10 +16,10 @@ import torch
 from pipeline.engine.backbone import Backbone, ModelRecord
 from pipeline.errors import ModelError
 from pipeline.models.analytic import AnalyticBackbone
-from pipeline.models.checkpoint import check_weights, digest, open_checkpoint, read_index
+from pipeline.models.checkpoint import Checkpoint, check_weights, digest, open_checkpoint, read_index
 from pipeline.models.compiling import check_compiler
 from pipeline.models.families import family_of
-from pipeline.models.families.base import Loading
+from pipeline.models.families.base import Family, Loading
 from pipeline.models.hub import fetch
 
 if TYPE_CHECKING:
@@ -58,11 +58,7 @@ def _load_any(config: ModelConfig, dtype: torch.dtype | None, device: str | torc
         return AnalyticBackbone(image_size=config.size or 64)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = dtype or _dtype(config.dtype, place)
-    folder, revision = _locate(config)
-    where = f"'{config.name}'"
-    family = family_of(read_index(folder, where), where)
-    checkpoint = open_checkpoint(folder, family.components, config.variant, where)
-    family.check(checkpoint.configurations, where)
+    family, checkpoint, revision = find_checkpoint(config)
     check_weights(checkpoint)
     if config.compile:
         check_compiler(place)
@@ -83,10 +79,44 @@ def _load_any(config: ModelConfig, dtype: torch.dtype | None, device: str | torc
     return family.load(checkpoint, loading)
 
 
+def find_checkpoint(config: ModelConfig) -> tuple[Family, Checkpoint, str]:
+    """The family, the files and the resolved revision of a model; not of `analytic`, which has none. Weights are
+    fetched where it is a hub id, and not read.
+
+    Raises:
+        ModelError: the checkpoint is missing or of an unknown kind, or lacks a file.
+    """
+    folder, revision = _locate(config)
+    where = f"'{config.name}'"
+    family = family_of(read_index(folder, where), where)
+    checkpoint = open_checkpoint(folder, family.components, config.variant, where)
+    family.check(checkpoint.configurations, where)
+    return family, checkpoint, revision
+
+
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def checked_device(device: str | torch.device, model: str) -> torch.device:
+    """The device, if it is there.
+
+    Raises:
+        ModelError: there is none of that name, or the model cannot use it.
+    """
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # what torch raises of an unknown name, and without that backend
+        reason = next(iter(str(error).splitlines()), "")
+        raise ModelError(
+            f"there is no device {str(device)!r} here ({reason}). Leave device out, or try 'cpu'"
+        ) from error
+    if model == "analytic" and chosen.type != "cpu":
+        raise ModelError(f"the closed-form model computes on the CPU, not on {chosen}. Leave device out")
+    return chosen
 
 
 def is_hub_id(name: str) -> bool:

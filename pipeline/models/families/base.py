@@ -70,6 +70,13 @@ class Family(ABC):
             ModelError: weights are damaged, or the parts do not fit each other.
         """
 
+    def reference(self, backbone: Backbone, configurations: Configurations) -> Any | None:
+        """diffusers' own text-to-image pipeline around the networks of a model that `load` made, sampling by DDIM.
+
+        None: there is none to compare with.
+        """
+        return None
+
 
 def check_components(family: Family, index: Mapping[str, Any], where: str) -> None:
     """See that a checkpoint has the parts of its family, of the libraries' own classes.

@@ -119,6 +119,15 @@ def schedule_of(configurations: Configurations) -> NoiseSchedule:
     return NoiseSchedule.from_config(config)
 
 
+def ddim_of(configurations: Configurations) -> Any:
+    """diffusers' own DDIM on the levels of `schedule_of`. A last level that the file leaves open is timestep 0's."""
+    from diffusers import DDIMScheduler
+
+    config = dict(configurations.parts["scheduler"])
+    fixed = {"steps_offset": 1, "clip_sample": False, "set_alpha_to_one": config.get("set_alpha_to_one", False)}
+    return DDIMScheduler.from_config({**config, **fixed})
+
+
 def offers_of(configurations: Configurations) -> Offers:
     """What a UNet of this configuration offers.
 

@@ -25,6 +25,7 @@ from pipeline.models.families.latent_diffusion import (
     PARTS,
     check_scheduler,
     check_unet,
+    ddim_of,
     load_networks,
     offers_of,
     schedule_of,
@@ -78,6 +79,25 @@ class StableDiffusionFamily(Family):
             record=loading.record,
             device=loading.device,
             compile_unet=loading.compiled,
+        )
+
+    @override
+    def reference(self, backbone: Backbone, configurations: Configurations) -> Any | None:
+        """None for variants: they are sampled otherwise."""
+        if not isinstance(backbone, StableDiffusion) or backbone.offers.inputs or backbone.offers.distilled:
+            return None
+        from diffusers import StableDiffusionPipeline
+
+        assert isinstance(backbone.text, LastState)
+        return StableDiffusionPipeline(
+            vae=backbone.autoencoder.vae,
+            text_encoder=backbone.text.clip.encoder,
+            tokenizer=backbone.text.clip.tokenizer,
+            unet=backbone.unet,
+            scheduler=ddim_of(configurations),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
         )
 
 

@@ -8,7 +8,7 @@ docs/families/stable_diffusion_xl.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from pipeline.models.families.latent_diffusion import (
     TOKENIZERS,
     check_scheduler,
     check_unet,
+    ddim_of,
     load_networks,
     offers_of,
     schedule_of,
@@ -97,6 +98,27 @@ class StableDiffusionXLFamily(Family):
             compile_unet=loading.compiled,
         )
 
+    @override
+    def reference(self, backbone: Backbone, configurations: Configurations) -> Any | None:
+        """None for variants: they are sampled otherwise. Empty prompts are what the recipe makes of them."""
+        if not isinstance(backbone, StableDiffusion) or backbone.offers.inputs or backbone.offers.distilled:
+            return None
+        from diffusers import StableDiffusionXLPipeline
+
+        text = backbone.text
+        assert isinstance(text, XLText)
+        return StableDiffusionXLPipeline(
+            vae=backbone.autoencoder.vae,
+            text_encoder=text.first.encoder,
+            text_encoder_2=text.second.encoder,
+            tokenizer=text.first.tokenizer,
+            tokenizer_2=text.second.tokenizer,
+            unet=backbone.unet,
+            scheduler=ddim_of(configurations),
+            force_zeros_for_empty_prompt=text.zeros_for_empty,
+            add_watermarker=False,
+        )
+
 
 def _check_beside_the_time(configurations: Configurations, where: str) -> None:
     """See that the UNet takes pooled text and six size ids beside the timestep."""
@@ -143,7 +165,7 @@ class XLText(Text):
     ) -> None:
         """`zeros_for_empty`: zeros stand for every empty prompt, as in training; else it is encoded like any other."""
         self.first, self.second, self.size_ids = first, second, SizeIds()
-        self._pixels, self._zeros_for_empty = pixels_per_latent, zeros_for_empty
+        self._pixels, self.zeros_for_empty = pixels_per_latent, zeros_for_empty
 
     @override
     def encode(self, prompt: str) -> Conditioning:
@@ -152,7 +174,7 @@ class XLText(Text):
             "embedding": torch.cat([of_first.hidden_states[-2][0], of_second.hidden_states[-2][0]], dim=-1),
             "pooled": of_second.text_embeds[0],
         }
-        if self._zeros_for_empty and not prompt.strip():
+        if self.zeros_for_empty and not prompt.strip():
             parts = {name: torch.zeros_like(part) for name, part in parts.items()}
         # The published tokenizers differ in their padding alone: one view of the prompt, not two of the same.
         spans = dict.fromkeys((self.first.span(prompt), self.second.span(prompt)))

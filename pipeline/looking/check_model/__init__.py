@@ -1,0 +1,1 @@
+"""`shardedit check-model`: whether a checkpoint can be used, before a million images are; one page, and JSON."""
