@@ -51,8 +51,17 @@ def on_meta(name: str) -> Backbone:
     return load_backbone(ModelConfig(name=str(MODELS[name])), device="meta")
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+# Of the second family one pair for each way that a method treats conditioning and rows.
+OF_XL = [
+    ("ddpm", "ledits_pp"),
+    ("null_text", "prompt_to_prompt"),
+    ("negative_prompt", "prox_masactrl"),
+    ("noise", "cfg"),
+]
+CASES = [*(("tiny_sd", pair) for pair in PAIRS), *(("tiny_sdxl", pair) for pair in OF_XL)]
+
+
+@pytest.mark.parametrize(("name", "pair"), CASES, ids=[f"{name}-{'+'.join(pair)}" for name, pair in CASES])
 def test_every_pair_runs_without_a_tensor_on_the_wrong_device(name: str, pair: tuple[str, str]) -> None:
     engine = Engine(on_meta(name), call_size=8)
     calls = network_calls(engine)
