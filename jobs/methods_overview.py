@@ -22,6 +22,13 @@ from pipeline.recipe import ModelConfig
 FOLDER = Path("docs/methods")
 PAGE = FOLDER / "README.md"
 BEGIN, END = "<!-- made by `make recipe-reference` -->", "<!-- end of what is made -->"
+NEEDS = """## What a method needs
+
+Of its partner, and of the model at default settings. Noise maps: one per step. DDIM steps: the solver is DDIM. Path:
+replayed, it returns the image, at least about. Faithful source: a source branch follows it without guidance. Source
+branch: one that shows the source beside the target. Unconditional prompt: one to guide away from, in whose place an
+inversion's embeddings stand. Distilled models know no guidance and cannot be walked backwards.
+"""
 COLUMNS = {
     "inversion": ("records", "reconstruction", "network rows for N steps"),
     "editor": ("reads", "masks", "network rows after N steps of inversion"),
@@ -47,7 +54,7 @@ def tables(folder: Path) -> Iterator[str]:
     registries: dict[str, Mapping[str, Any]] = {"inversion": INVERSIONS, "editor": EDITORS}
     for kind, registry in registries.items():
         yield from table((kind, *COLUMNS[kind]), ((link(name), line_of(folder, kind, name)) for name in registry))
-    yield from ("## What a method needs", "", "Of the model and of its partner, at default settings.", "")
+    yield NEEDS
     yield from table(
         ("inversion", "has for editors", "wasted on editors without", "needs of the model"),
         ((link(name), *needs_of_inversion(method())) for name, method in INVERSIONS.items()),
