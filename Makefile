@@ -41,8 +41,9 @@ faults: $(STAMP) ## disturb runs in a thousand ways, compare, write build/faults
 methods-table: $(STAMP) ## compare all methods on drawn scenes, write docs/methods/table.md and build/methods.json
 	$(BIN)/python -m demo_world.methods_table
 
-recipe-reference: $(STAMP) ## write the tables of docs/recipe.md from the code
+recipe-reference: $(STAMP) ## write the tables of docs/recipe.md and docs/methods/README.md from the code
 	$(BIN)/python -m jobs.recipe_reference
+	$(BIN)/python -m jobs.methods_overview
 
 clean: ## remove the environment and everything that was made
 	rm -rf $(VENV) build dist demo-output *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

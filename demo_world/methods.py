@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ class SceneEdit:
 
     def request(self, inversion: str, editor: str) -> EditRequest:
         """The edit in the words that a pair understands."""
-        if editor == "ledits_pp":
+        if thinks_in_concepts(editor):
             return EditRequest(concepts=(self.edit.concept,))
         source = "" if without_source_prompt(inversion, editor) else description(self.before)
         request = EditRequest(source_prompt=source, target_prompt=description(self.after))
@@ -148,6 +148,15 @@ class EditedScene:
 def without_source_prompt(inversion: str, editor: str) -> bool:
     """Whether a pair inverts under the empty prompt. Null-text embeddings stand for the source prompt's guidance."""
     return editor in WITHOUT_SOURCE_PROMPT and inversion != "null_text"
+
+
+@cache
+def thinks_in_concepts(editor: str) -> bool:
+    """Whether an editor refuses a request of two prompts."""
+    inversion = next(name for name, one in INVERSIONS.items() if EDITORS[editor].fits(one))
+    method = method_of(inversion, editor, NUM_STEPS)
+    request = EditRequest(source_prompt="a face", target_prompt="a hat")
+    return any(method.editing.problems(request, method.inversion))
 
 
 def description(scene: Scene) -> str:

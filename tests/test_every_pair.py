@@ -1,10 +1,11 @@
-"""What every inversion and every editor promise together. A new method needs no line here but its cost."""
+"""What every inversion and every editor promise together. A new method needs no line here: see tests/facts.py."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -24,10 +25,10 @@ from pipeline.inversion.negative_prompt import NegativePromptInversion
 from pipeline.looking.counting import RowCounter
 from pipeline.recipe import Method, Recipe, recipe_from
 from pipeline.records import Concept, EditedLatents, EditRequest, Trajectory, WordPair
+from tests.facts import editor_facts, inversion_facts
 from tests.methods import BACKBONES, SIDE, analytic, invert_and_edit, source, tiny_sd
 
 S = 3  # steps
-INNER = 2  # updates of null-text optimisation per step
 CALL_SIZE = 8
 SOURCE_PROMPT = "a cat on a mat"
 REQUEST = EditRequest(
@@ -36,43 +37,6 @@ REQUEST = EditRequest(
     concepts=(Concept(prompt="hat", guidance_scale=2.0, threshold=0.7),),
     blend_words=WordPair(source=("cat",), target=("dog",)),
 )
-# So that something happens within three steps.
-INVERSION_SETTINGS: dict[str, dict[str, Any]] = {"null_text": {"num_inner_steps": INNER}}
-EDITOR_SETTINGS: dict[str, dict[str, Any]] = {
-    "masactrl": {"start_step": 1},
-    "prox_masactrl": {"start_step": 1},
-    # At the first step every source branch is the trajectory's start, pinned or not.
-    "prompt_to_prompt": {"cross_replace_steps": (0.0, 1.0)},
-}
-
-# Network rows of one image with a source prompt and one target: of the inversion, and of the edit per step of it (with
-# what it takes once besides). These are the smallest layouts that lose nothing; fewer are welcome.
-INVERSION_ROWS: dict[str, Callable[[], int]] = {
-    "ddim": lambda: S,
-    "ddpm": lambda: 2 * S,
-    "direct": lambda: S,
-    "negative_prompt": lambda: S,
-    "noise": lambda: 0,
-    "null_text": lambda: S + S * (2 + 3 * INNER),
-}
-FREE = {"ddim": 4, "noise": 4, "null_text": 4, "negative_prompt": 3}  # a source branch that is walked, too
-PINNED_TO_ONE_ROW = {"direct": 3, "ddpm": 3}
-PINNED_TO_BOTH_ROWS = {"direct": 4, "ddpm": 4}
-DIFFEDIT_DRAWS = 10
-FAST_DIFFEDIT_DRAWS = 20
-EDIT_ROWS: dict[str, tuple[dict[str, int], int]] = {
-    "cfg": (dict.fromkeys(INVERSIONS, 2), 0),
-    "reconstruct": (dict.fromkeys(INVERSIONS, 1) | {"ddpm": 2, "null_text": 2}, 0),
-    "ledits_pp": ({"ddpm": 2}, 0),
-    "prompt_to_prompt": (FREE | PINNED_TO_ONE_ROW, 0),
-    "proxedit": (FREE | PINNED_TO_BOTH_ROWS, 0),
-    "masactrl": (FREE | PINNED_TO_BOTH_ROWS, 0),
-    "prox_masactrl": (FREE | PINNED_TO_BOTH_ROWS, 0),
-    "plug_and_play": ({"ddim": 4, "direct": 3}, 0),
-    "diffedit": (dict.fromkeys(INVERSIONS, 2), 2 * DIFFEDIT_DRAWS),
-    "fast_diffedit": (dict.fromkeys(INVERSIONS, 2), 2 * FAST_DIFFEDIT_DRAWS),
-}
-
 PAIRS = [
     (inversion, editor) for inversion in INVERSIONS for editor in EDITORS if EDITORS[editor].fits(INVERSIONS[inversion])
 ]
@@ -84,10 +48,21 @@ OTHERS = [
 ]
 REFUSING_MASKS = [pair for pair in PAIRS if not EDITORS[pair[1]].keeps_to_masks]
 KEEPING_TO_MASKS = [pair for pair in PAIRS if pair not in REFUSING_MASKS]
-ONE_BRANCH = {"cfg", "reconstruct", "ledits_pp"}  # editors that read no source while they walk
-PINNED = [
-    (inversion, editor) for inversion, editor in PAIRS if inversion in PINNED_TO_ONE_ROW and editor not in ONE_BRANCH
-]
+
+
+@cache
+def pins(inversion: str) -> bool:
+    """Whether a source branch is put back on its trajectory."""
+    made = INVERSIONS[inversion](method=inversion, num_steps=S, **inversion_facts(inversion).quick)
+    trajectory: Trajectory = Engine(analytic()).run_one(made.invert(source(analytic(), 1, SOURCE_PROMPT)))
+    return trajectory.pinned
+
+
+def has_source_branch(editor: str) -> bool:
+    return "source branch" in EDITORS[editor].takes and editor != "reconstruct"  # which walks a source alone
+
+
+PINNED = [(inversion, editor) for inversion, editor in PAIRS if has_source_branch(editor) and pins(inversion)]
 
 
 def of_each(pairs: list[tuple[str, str]]) -> pytest.MarkDecorator:
@@ -100,8 +75,8 @@ every_backbone = pytest.mark.parametrize("backbone", list(BACKBONES))
 
 def method(inversion: str, editor: str) -> Method:
     """A pair with few steps."""
-    editing = EDITORS[editor](method=editor, **EDITOR_SETTINGS.get(editor, {}))
-    settings = {"num_steps": S, **INVERSION_SETTINGS.get(inversion, {})}
+    editing = EDITORS[editor](method=editor, **editor_facts(editor).quick)
+    settings = {"num_steps": S, **inversion_facts(inversion).quick}
     if "edit_guidance_scale" in INVERSIONS[inversion].model_fields:
         settings["edit_guidance_scale"] = getattr(editing, "guidance_scale", 7.5)
     return Method(inversion=INVERSIONS[inversion](method=inversion, **settings), editing=editing)
@@ -169,13 +144,12 @@ def test_a_pair_gives_the_same_finite_bits_alone_and_beside_all_other_methods(
 def test_rows_are_those_of_the_smallest_lossless_layout_or_fewer_and_planning_counts_them(
     inversion: str, editor: str
 ) -> None:
-    assert editor in EDIT_ROWS, f"{editor} has no line in EDIT_ROWS: say what it costs"
     (finished,) = Engine(analytic(), call_size=CALL_SIZE).run([whole(analytic(), inversion, editor)])
     assert finished.error is None
-    per_step, once = EDIT_ROWS[editor]
     planned = RowCounter(recipe(inversion, editor)).rows({"edit": REQUEST})
-    assert planned <= INVERSION_ROWS[inversion]() + S * per_step[inversion] + once
-    if inversion == "null_text":  # stops early where it has arrived
+    costs = inversion_facts(inversion)
+    assert planned <= S * costs.rows + editor_facts(editor).rows_of(inversion, S)
+    if costs.stops_early:
         assert finished.network_rows <= planned
     else:
         assert finished.network_rows == planned

@@ -21,25 +21,13 @@ from pipeline.models.demo.world import draw
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import Method, ModelConfig
 from pipeline.records import Concept, Decoded, EditRequest, Placement, Prepared, Sample
+from tests.facts import editor_facts, inversion_facts
 
 SIDE = 32  # pixels
 STEPS = 5
 SHOWN = "a round yellow face with a smile on a blue background"
 TOLERANCE_DB = 3.0
 EXACT_DB = 60.0  # above it the difference is rounding
-# What each inversion guides its source by; an editor that shall change nothing guides as much.
-GUIDANCE = {"ddpm": 3.5, "negative_prompt": 7.5, "null_text": 4.0}
-INVERSION_SETTINGS: dict[str, dict[str, Any]] = {
-    "ddpm": {"source_guidance_scale": GUIDANCE["ddpm"]},
-    "null_text": {"edit_guidance_scale": GUIDANCE["null_text"], "num_inner_steps": 1},
-}
-# Without guidance there is no direction to threshold; Plug-and-Play reads the source under the empty prompt.
-UNGUIDED_SETTINGS: dict[str, dict[str, Any]] = {
-    "proxedit": {"prox": "none"},
-    "prox_masactrl": {"prox": "none"},
-    "plug_and_play": {"feature_steps": 0.0, "attention_steps": 0.0},
-}
-STARTS = {"masactrl": {"start_step": 1}, "prox_masactrl": {"start_step": 1}}
 
 PAIRS = [
     (inversion, editor)
@@ -55,15 +43,13 @@ def demo() -> Backbone:
 
 
 def method(inversion: str, editor: str) -> Method:
-    guidance = GUIDANCE.get(inversion, 1.0)
-    settings: dict[str, Any] = {
-        **STARTS.get(editor, {}),
-        **(UNGUIDED_SETTINGS.get(editor, {}) if guidance == 1 else {}),
-    }
+    """A pair that guides the edit as the inversion guides its source."""
+    inverts, edits = inversion_facts(inversion), editor_facts(editor)
+    settings: dict[str, Any] = {**edits.quick, **(edits.unguided if inverts.guidance == 1 else {})}
     if "guidance_scale" in EDITORS[editor].model_fields:
-        settings["guidance_scale"] = guidance
+        settings["guidance_scale"] = inverts.guidance
     return Method(
-        inversion=INVERSIONS[inversion](method=inversion, num_steps=STEPS, **INVERSION_SETTINGS.get(inversion, {})),
+        inversion=INVERSIONS[inversion](method=inversion, num_steps=STEPS, **inverts.quick, **inverts.guided_by),
         editing=EDITORS[editor](method=editor, **settings),
     )
 

@@ -21,12 +21,13 @@ from pipeline.reading.requests import asked_of
 from pipeline.recipe import recipe_from
 from pipeline.records import Edited, Outcome, Rejected, Sample
 from pipeline.writing.restoring import outcome_of
+from tests.facts import editor_facts, inversion_facts
 from tests.methods import BACKBONES, SIDE, invert_and_edit, source
-from tests.test_every_pair import EDITOR_SETTINGS, PAIRS, REQUEST
+from tests.test_every_pair import PAIRS, REQUEST
 
 SHAPE = (83, 110)  # not the model's shape, and no multiple of a latent cell
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
-    editor: (editor, EDITOR_SETTINGS.get(editor, {})) for editor in EDITORS
+    editor: (editor, dict(editor_facts(editor).quick)) for editor in EDITORS
 }
 SETTINGS |= {
     "diffedit": ("diffedit", {"num_maps": 2}),
@@ -36,9 +37,10 @@ SETTINGS |= {
     "ledits_pp_noise": ("ledits_pp", {"mask": "noise"}),
     "ledits_pp_attention": ("ledits_pp", {"mask": "attention"}),
 }
-REFUSES_MASKS = {"cfg"}
-FIND_REGIONS = {"ledits_pp", "prompt_to_prompt", "proxedit", "diffedit", "fast_diffedit"}  # REQUEST has blend words
-REPAINT_EVERYTHING = {"plug_and_play", "masactrl", "prox_masactrl"}
+REFUSES_MASKS = {editor for editor in EDITORS if not EDITORS[editor].keeps_to_masks}
+EDITING = [editor for editor in EDITORS if editor not in {*REFUSES_MASKS, "reconstruct"}]
+FIND_REGIONS = [editor for editor in EDITING if editor_facts(editor).finds_region]
+REPAINT_EVERYTHING = [editor for editor in EDITING if editor not in FIND_REGIONS]
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -67,7 +69,7 @@ def outcomes(backbone: str, kind: str | None, fit: str = "pad") -> dict[str, Out
                     "inversion": {
                         "method": inversion[editor],
                         "num_steps": 3,
-                        **({"num_inner_steps": 1} if inversion[editor] == "null_text" else {}),
+                        **inversion_facts(inversion[editor]).quick,
                     },
                     "editing": {"method": editor, **settings},
                 }
@@ -122,19 +124,19 @@ def test_figures_of_a_background_are_there_where_a_mask_is(method: str, kind: st
         assert figures["mask_share"] == pytest.approx(outcome.mask.mean())
 
 
-@pytest.mark.parametrize("method", sorted(REPAINT_EVERYTHING))
+@pytest.mark.parametrize("method", REPAINT_EVERYTHING)
 def test_a_method_that_finds_no_region_has_the_users_or_none(method: str) -> None:
     for kind, expected in ((None, None), ("part", a_mask("part")), ("black", None)):
         outcome = outcomes("analytic", kind)[method]
         assert isinstance(outcome, Edited)
-        assert outcome.masks == ()
+        assert outcome.masks == (), f"add finds_region=True to FACTS in tests/editing/test_{method}.py"
         if expected is None:
             assert outcome.mask is None
         else:
             np.testing.assert_array_equal(outcome.mask, expected)
 
 
-@pytest.mark.parametrize("method", sorted(FIND_REGIONS))
+@pytest.mark.parametrize("method", FIND_REGIONS)
 def test_a_method_that_finds_a_region_reports_that_part_of_it_which_the_user_allows(method: str) -> None:
     outcome = outcomes("tiny_sd", "part")[method]
     assert isinstance(outcome, Edited)

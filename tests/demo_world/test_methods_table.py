@@ -85,6 +85,11 @@ def test_the_table_is_measured_and_written(tmp_path: Path) -> None:
     assert picture.height > 3 * methods_pictures.CELL  # the inputs, and the three pairs in two blocks
 
 
+def test_an_editor_is_asked_in_the_words_that_it_takes() -> None:
+    assert methods.thinks_in_concepts("ledits_pp")
+    assert not methods.thinks_in_concepts("prompt_to_prompt")
+
+
 def test_every_pair_that_a_recipe_accepts_has_settings_that_it_accepts() -> None:
     for inversion, editor in methods.valid_pairs():
         method = methods.method_of(inversion, editor, methods.NUM_STEPS)

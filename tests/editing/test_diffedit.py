@@ -16,8 +16,11 @@ from pipeline.inversion.ddim import DDIMInversion
 from pipeline.looking.counting import RowCounter
 from pipeline.recipe import recipe_from
 from pipeline.records import EditedLatents, EditRequest, Trajectory, WordPair
+from tests.facts import EditorFacts
 from tests.methods import BACKBONES, analytic, image_latents, invert_and_edit, source, tiny_sd
 
+DRAWS = 10
+FACTS = EditorFacts(rows=2, rows_once=2 * DRAWS, finds_region=True)
 INVERSION = DDIMInversion(num_steps=4, skip_steps=1)
 N = 4
 DOG = EditRequest(source_prompt="a photo of a cat", target_prompt="a photo of a dog")

@@ -24,9 +24,12 @@ from pipeline.looking.counting import RowCounter
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig, recipe_from
 from pipeline.records import EditRequest
+from tests.facts import EditorFacts
 from tests.golden.replay import TINY_SD
 from tests.methods import BACKBONES, analytic, image_latents, invert_and_edit, levels, source, tiny_sd
 
+DRAWS = 20
+FACTS = EditorFacts(rows=2, rows_once=2 * DRAWS, finds_region=True)
 N = 3
 DOG = EditRequest(source_prompt="a photo of a cat", target_prompt="a photo of a dog")
 INPAINT = {"method": "fast_diffedit", "backend": "inpaint", "num_maps": 2}

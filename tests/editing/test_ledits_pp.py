@@ -15,9 +15,11 @@ from pipeline.errors import EditError, PrepareError
 from pipeline.flow import latent_mask
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.records import Concept, EditRequest
+from tests.facts import EditorFacts
 from tests.golden.checks import observed
 from tests.methods import BACKBONES, analytic, image_latents, invert_and_edit, source, sunglasses_and_hat, tiny_sd
 
+FACTS = EditorFacts(rows=2, finds_region=True)
 N = 6
 every_backbone = pytest.mark.parametrize("backbone", [make() for make in BACKBONES.values()], ids=list(BACKBONES))
 every_solver = pytest.mark.parametrize("solver", ["sde-dpmsolver++", "ddim"])

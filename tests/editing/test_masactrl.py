@@ -20,8 +20,10 @@ from pipeline.inversion.noise import NoiseStart
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig
 from pipeline.records import EditedLatents, EditRequest, WordPair
+from tests.facts import EditorFacts
 from tests.methods import analytic, invert_and_edit, rows_of_edit, source, tiny_sd
 
+FACTS = EditorFacts(rows=4, rows_after={"negative_prompt": 3}, quick={"start_step": 1})
 N = 4
 SITTING, STANDING = "a photo of a cat sitting", "a photo of a cat standing up"
 WORDS = EditRequest(target_prompt=STANDING, blend_words=WordPair(source=("cat",), target=("cat",)))

@@ -21,8 +21,14 @@ from pipeline.looking.counting import RowCounter
 from pipeline.models.unet import openings_of
 from pipeline.recipe import recipe_from
 from pipeline.records import EditRequest
+from tests.facts import EditorFacts
 from tests.methods import analytic, invert_and_edit, source, tiny_sd
 
+FACTS = EditorFacts(
+    rows=4,
+    rows_after={"direct": 3},
+    unguided={"feature_steps": 0.0, "attention_steps": 0.0},  # it reads the source under the empty prompt
+)
 N = 5
 DOG = EditRequest(source_prompt="a photo of a cat", target_prompt="a photo of a dog")
 

@@ -26,8 +26,16 @@ from pipeline.looking.planning import plan
 from pipeline.recipe import recipe_from
 from pipeline.records import EditedLatents, EditRequest, Trajectory, WordPair
 from pipeline.running.driver import run
+from tests.facts import EditorFacts
 from tests.methods import BACKBONES, SIDE, analytic, invert_and_edit, rows_of_edit, source, tiny_sd
 
+FACTS = EditorFacts(
+    rows=4,  # with a source branch that is walked, too
+    rows_after={"negative_prompt": 3, "direct": 3, "ddpm": 3},
+    # At the first step every source branch is the trajectory's start, pinned or not.
+    quick={"cross_replace_steps": (0.0, 1.0)},
+    finds_region=True,
+)
 S = 5
 SOURCE, TARGET = "a cat on a mat", "a dog on a mat"
 REQUEST = EditRequest(source_prompt=SOURCE, target_prompt=TARGET)

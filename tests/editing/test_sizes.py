@@ -19,12 +19,11 @@ from pipeline.reading.requests import asked_of
 from pipeline.recipe import recipe_from
 from pipeline.records import Edited, Sample
 from pipeline.writing.restoring import outcome_of
+from tests.facts import editor_facts
 from tests.methods import tiny_sd
-from tests.test_every_pair import EDITOR_SETTINGS, PAIRS, REQUEST
+from tests.test_every_pair import PAIRS, REQUEST
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    editor: {"method": editor, **EDITOR_SETTINGS.get(editor, {})} for editor in EDITORS
-}
+SETTINGS: dict[str, dict[str, Any]] = {editor: {"method": editor, **editor_facts(editor).quick} for editor in EDITORS}
 SETTINGS |= {
     "masactrl_auto": {"method": "masactrl", "start_step": 1, "mask": "auto"},
     "diffedit": {"method": "diffedit", "num_maps": 2},

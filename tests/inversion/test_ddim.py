@@ -14,8 +14,10 @@ from pipeline.inversion.direct import DirectInversion
 from pipeline.inversion.negative_prompt import NegativePromptInversion
 from pipeline.inversion.null_text import NullTextInversion
 from pipeline.records import EditRequest, Source, Trajectory
+from tests.facts import InversionFacts
 from tests.methods import analytic, invert_and_edit, source
 
+FACTS = InversionFacts(rows=1)
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMInversion, {}),
     "direct": (DirectInversion, {}),
@@ -66,3 +68,10 @@ def test_fewer_steps_of_noise_stay_closer_to_the_image() -> None:
 def test_a_schedule_of_too_many_steps_is_refused() -> None:
     with pytest.raises(ValueError, match="make a schedule of 1001 steps"):
         DDIMInversion(num_steps=1000, skip_steps=1)
+
+
+def test_ddim_inversion_of_a_smooth_model_returns_the_image() -> None:
+    given = source(analytic(), 1, "hat")
+    generator = invert_and_edit(given, EditRequest(), DDIMInversion(num_steps=100), Reconstruct())
+    _, rebuilt = Engine(analytic()).run_one(generator)
+    assert (rebuilt.latents - given.latents).abs().max() < 0.1

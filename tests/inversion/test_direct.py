@@ -12,8 +12,10 @@ from pipeline.engine.engine import Engine
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.direct import DirectInversion
 from pipeline.records import EditedLatents, EditRequest, Trajectory, WordPair
+from tests.facts import InversionFacts
 from tests.methods import BACKBONES, invert_and_edit, source, tiny_sd
 
+FACTS = InversionFacts(rows=1)
 S = 5
 SOURCE = "a cat on a mat"
 REQUEST = EditRequest(source_prompt=SOURCE, target_prompt="a dog on a mat")

@@ -13,8 +13,10 @@ from pipeline.engine.engine import Engine
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.negative_prompt import NegativePromptInversion, slerp
 from pipeline.records import EditedLatents, EditRequest, Trajectory
+from tests.facts import InversionFacts
 from tests.methods import BACKBONES, invert_and_edit, source, tiny_sd
 
+FACTS = InversionFacts(rows=1, guidance=7.5)  # any: both prompts are one
 S = 4
 SOURCE = "a cat on a mat"
 REQUEST = EditRequest(source_prompt=SOURCE, target_prompt="a dog on a mat")

@@ -15,9 +15,18 @@ from pipeline.engine.engine import Engine
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.null_text import NullTextInversion, Objective
 from pipeline.records import EditRequest, Trajectory
+from tests.facts import InversionFacts
 from tests.golden.checks import losses_kept, observed
 from tests.methods import BACKBONES, brought, invert_and_edit, source, tiny_sd
 
+UPDATES = 2
+FACTS = InversionFacts(
+    rows=1 + 2 + 3 * UPDATES,
+    stops_early=True,
+    quick={"num_inner_steps": UPDATES},
+    guidance=4.0,
+    guided_by={"edit_guidance_scale": 4.0},
+)
 S, J = 4, 3
 SOURCE = "a cat on a mat"
 REQUEST = EditRequest(source_prompt=SOURCE, target_prompt="a dog on a mat")
