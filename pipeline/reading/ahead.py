@@ -91,8 +91,11 @@ class Ahead:
             self._changed.notify_all()
 
 
-def pixel_bytes(one: Ready) -> int:
-    """What a row takes besides its encoded bytes, about."""
-    if not isinstance(one, Prepared):
+def pixel_bytes(one: Ready | Decoded) -> int:
+    """What a row takes besides its encoded bytes, about. One so large that two would be too much counts as all there is:
+    what comes after it waits."""
+    prepared = one.prepared if isinstance(one, Decoded) else one
+    if not isinstance(prepared, Prepared):
         return 0
-    return one.original.nbytes + (0 if one.allowed is None else one.allowed.nbytes)
+    size = prepared.original.nbytes + (0 if prepared.allowed is None else prepared.allowed.nbytes)
+    return size if size < HELD_BYTES // 2 else HELD_BYTES

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from pipeline.reading.ahead import HELD_BYTES
+from pipeline.reading.ahead import HELD_BYTES, pixel_bytes
 from pipeline.records import Decoded, Rejected
 from pipeline.writing.rows import OutputRow
 
@@ -31,10 +31,10 @@ class Encoders:
         pending: deque[Future[OutputRow | Rejected]] = deque()
         waiting: deque[int] = deque()  # bytes of their images
         for result in results:
-            size = 0 if isinstance(result, Rejected) else result.prepared.original.nbytes
+            size = 0 if isinstance(result, Rejected) else pixel_bytes(result)
             pending.append(self._pool.submit(self._encode, encode, result, size > LARGE_BYTES))
             waiting.append(size)
-            while len(pending) > 2 * ENCODERS or sum(waiting) > HELD_BYTES:
+            while len(pending) > 2 * ENCODERS or sum(waiting) >= HELD_BYTES:
                 encoded.append(pending.popleft().result())
                 waiting.popleft()
         return encoded + [future.result() for future in pending]
