@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from pipeline.reading.ahead import HELD_BYTES, pixel_bytes
+from pipeline.models.allocator import give_freed_memory_back
+from pipeline.reading.ahead import HELD_BYTES, LARGE_BYTES, pixel_bytes
 from pipeline.records import Decoded, Rejected
 from pipeline.writing.rows import OutputRow
 
 ENCODERS = 2  # threads
-LARGE_BYTES = 64 << 20  # pixels of an image of which one at a time is encoded
 
 Encode = Callable[[Decoded | Rejected], OutputRow | Rejected]
 
@@ -40,9 +39,12 @@ class Encoders:
         return encoded + [future.result() for future in pending]
 
     def _encode(self, encode: Encode, result: Decoded | Rejected, is_large: bool) -> OutputRow | Rejected:
-        # Encoding takes several times the memory of the image itself.
-        with self._one_large if is_large else contextlib.nullcontext():
+        if not is_large:
             return encode(result)
+        with self._one_large:  # encoding takes several times the memory of the image itself
+            encoded = encode(result)
+            give_freed_memory_back()
+            return encoded
 
     def close(self) -> None:
         """Let the threads go."""

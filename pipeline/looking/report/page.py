@@ -27,7 +27,7 @@ from pipeline.evaluation import verdict
 from pipeline.evaluation.metrics import MAX_PSNR
 from pipeline.evaluation.verdict import Verdict, judge
 from pipeline.looking.report import overview
-from pipeline.looking.report.cards import image_card
+from pipeline.looking.report.cards import Pictures, image_card, pictures_of
 from pipeline.looking.report.selection import ImageRow, Key, choose, images_of, key_of, pages_of, spread, worst_first
 from pipeline.looking.report.text_gain import text_gain
 from pipeline.looking.results import READERS, ResultRef, RunFolder
@@ -121,8 +121,8 @@ class Contents:
 def model_gains(run: RunFolder, refs: Sequence[ResultRef], model: ImageTextModel) -> dict[Key, float]:
     """How much nearer each edit is to its request than its input was, in points."""
     found = {}
-    for start in range(0, len(refs), 64):  # a few pictures in memory at a time
-        for result in run.load(refs[start : start + 64]):
+    for portion in run.portions(refs):
+        for result in run.load(portion):
             gain = text_gain(result, model)
             if gain is not None:
                 found[key_of(result.ref)] = gain
@@ -235,9 +235,13 @@ def results_note(contents: Contents, size: int, asked: int) -> str:
 def cards_of(run: RunFolder, rows: Sequence[ImageRow], contents: Contents) -> list[dict[str, Any]]:
     """The pictures of a page. A long report follows the data from page to page; inside one the worst come first."""
     here = rows if contents.sorted else worst_first(rows, contents.verdicts)
-    loaded = {key_of(result.ref): result for result in run.load([ref for row in here for ref in row.refs])}
+    firsts = {key_of(row.refs[0]) for row in here if row.refs}  # whose input is shown, for all of the row
+    pictures: dict[Key, Pictures] = {}
     with ThreadPoolExecutor(READERS) as pool:  # decoding and encoding run outside of Python's lock
-        return list(pool.map(lambda row: image_card(row, loaded, contents.verdicts, contents.gains), here))
+        for portion in run.portions([ref for row in here for ref in row.refs]):
+            made = pool.map(lambda result: pictures_of(result, key_of(result.ref) in firsts), run.load(portion))
+            pictures |= zip(map(key_of, portion), made, strict=True)
+    return [image_card(row, pictures, contents.verdicts, contents.gains) for row in here]
 
 
 def part_links(pages: Sequence[Sequence[ImageRow]], number: int) -> list[dict[str, Any]]:
