@@ -170,12 +170,16 @@ def _loses_low_bytes(picture: Picture) -> bool:
 
 
 def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    """Pixels, converted band by band: a picture of 64 megapixels takes hundreds of megabytes in every further mode."""
-    pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
         pixels[:] = to_8_bit(np.asarray(image), f"{image.mode} image")[..., None]
         return pixels
-    convert = _from_cmyk(image) if image.mode == "CMYK" else _flattened
+    return in_bands(image, _from_cmyk(image) if image.mode == "CMYK" else _flattened)
+
+
+def in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> UInt8[np.ndarray, "H W 3"]:
+    """Pixels, converted band by band: a picture of 64 megapixels takes hundreds of megabytes in every further mode."""
+    pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
     rows = max(1, BAND_PIXELS // image.width)
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)
