@@ -57,11 +57,11 @@ def tables(folder: Path) -> Iterator[str]:
     yield NEEDS
     yield from table(
         ("inversion", "has for editors", "wasted on editors without", "needs of the model"),
-        ((link(name), *needs_of_inversion(method())) for name, method in INVERSIONS.items()),
+        ((link(name), *needs_of_inversion(method())) for name, method in registries["inversion"].items()),
     )
     yield from table(
         ("editor", "needs of an inversion", "has for inversions", "keeps to a user's mask", "needs of the model"),
-        ((link(name), *needs_of_editor(method())) for name, method in EDITORS.items()),
+        ((link(name), *needs_of_editor(method())) for name, method in registries["editor"].items()),
     )
 
 

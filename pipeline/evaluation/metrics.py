@@ -63,14 +63,17 @@ def figures(
         rest_change: mean absolute difference to `round_trip` outside the mask, 0..255; without a mask that of the
             middle pixel, which an edit of less than half of the image does not move.
     """
+    of_change = changes(round_trip, edited, mask)
+    reconstruction = None if round_trip is None else psnr(original, round_trip)
+    del round_trip  # at 64 megapixels it counts, where the caller has let it go, too
     background = None if mask is None else ~mask
     return {
-        "reconstruction_psnr": None if round_trip is None else psnr(original, round_trip),
+        "reconstruction_psnr": reconstruction,
         "image_psnr": psnr(original, edited),
         "background_psnr": None if background is None else psnr(original, edited, background),
         "background_ssim": None if background is None else background_ssim(original, edited, background),
         "mask_share": None if mask is None else float(mask.mean()),
-        **changes(round_trip, edited, mask),
+        **of_change,
     }
 
 
@@ -82,24 +85,26 @@ def changes(
     """`edit_change` and `rest_change` of `figures`: against the round trip, so that its error counts as no change."""
     if round_trip is None:
         return {"edit_change": None, "rest_change": None}
-    counts = _counts_of_sums(round_trip, edited, mask)
-    if mask is None:
-        return {"edit_change": mean_of_strongest(counts), "rest_change": _median(counts)}
-    rest = _counts_of_sums(round_trip, edited, ~mask)
-    return {"edit_change": mean_of_strongest(counts), "rest_change": _mean(rest)}
+    inside, rest = _counts_of_sums(round_trip, edited, mask)
+    return {"edit_change": mean_of_strongest(inside), "rest_change": _median(inside) if mask is None else _mean(rest)}
 
 
 def _counts_of_sums(
-    one: UInt8[np.ndarray, "H W 3"], other: UInt8[np.ndarray, "H W 3"], where: Bool[np.ndarray, "H W"] | None
-) -> Int[np.ndarray, "766"]:
-    """How many pixels there are of every sum of the three channels' absolute differences."""
-    counts = np.zeros(3 * 255 + 1, dtype=np.int64)
+    one: UInt8[np.ndarray, "H W 3"], other: UInt8[np.ndarray, "H W 3"], mask: Bool[np.ndarray, "H W"] | None
+) -> tuple[Int[np.ndarray, "766"], Int[np.ndarray, "766"]]:
+    """How many pixels there are of every sum of the three channels' absolute differences: inside the mask, or anywhere
+    without one, and in the rest."""
+    inside, rest = (np.zeros(3 * 255 + 1, dtype=np.int64) for _ in range(2))
     for band in _bands(one):
         # Channel by channel: three planes are summed in half the time of a sum over the last axis.
         planes = [np.abs(one[band, :, c].astype(np.int16) - other[band, :, c]) for c in range(3)]
         sums = planes[0] + planes[1] + planes[2]
-        counts += np.bincount((sums if where is None else sums[where[band]]).ravel(), minlength=len(counts))
-    return counts
+        if mask is None:
+            inside += np.bincount(sums.ravel(), minlength=len(inside))
+            continue
+        inside += np.bincount(sums[mask[band]], minlength=len(inside))
+        rest += np.bincount(sums[~mask[band]], minlength=len(rest))
+    return inside, rest
 
 
 def mean_of_strongest(counts: Int[np.ndarray, "766"]) -> float | None:
@@ -145,8 +150,9 @@ def psnr(
 
 
 def _bands(image: np.ndarray) -> Iterator[slice]:
-    """Rows that are looked at together: an image of 64 megapixels takes a gigabyte in float32."""
-    rows = max(1, BAND_VALUES // max(1, image[:1].size))
+    """Rows that are looked at together: an image of 64 megapixels takes a gigabyte in float32. What is summed over them
+    are whole numbers, so that bands of any size give the same bits."""
+    rows = max(1, BAND_VALUES // 4 // max(1, image[:1].size))
     return (slice(top, top + rows) for top in range(0, len(image), rows))
 
 

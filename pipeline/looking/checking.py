@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import chain, product
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pipeline.common.room import Room
 from pipeline.common.showing import describe
 from pipeline.flow import seed_for
 from pipeline.reading.shards import shard_slug, unit_id
@@ -27,6 +28,9 @@ from pipeline.writing.spans import tar_samples
 from pipeline.writing.webdataset import PICTURES, pictures_of
 
 ROWS_AT_ONCE = 16
+BYTES_AT_ONCE = 64 << 20  # of their pictures, encoded; one row where it has more
+OPENED = Room(256 << 20)  # bytes of units' own files, opened at once: a larger unit is checked alone
+DECODED = Room(32 << 20)  # pixels decoded at once, by however many threads: a larger picture is decoded alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,9 @@ class BrokenError(Exception):
     """A file or one of its pictures does not open."""
 
 
+_Row = tuple[dict[str, Any], dict[str, bytes]]  # its columns, and its pictures
+
+
 def checked_rows(path: str, opened: BinaryIO, expected: Expected, pool: Executor | None = None) -> list[CheckedRow]:
     """Every row of a file, its pictures decoded.
 
@@ -108,7 +115,7 @@ def checked_rows(path: str, opened: BinaryIO, expected: Expected, pool: Executor
     decode = pool.map if pool else map
     try:
         rows = _tar_rows(opened, expected) if path.endswith(".tar") else _parquet_rows(opened, is_data, expected)
-        while some := list(islice(rows, ROWS_AT_ONCE)):
+        for some in _at_once(rows):
             found = [_checked(row, is_data, expected) for row, _ in some]
             has_mask = [row.get("mask_share") is not None for row, _ in some]
             list(decode(_check_pictures, found, [pictures for _, pictures in some], has_mask))
@@ -133,10 +140,23 @@ def _contradiction(row: Mapping[str, Any], expected: Expected) -> str:
     return ""
 
 
-def _parquet_rows(
-    opened: BinaryIO, is_data: bool, expected: Expected
-) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
-    for batch in pq.ParquetFile(opened).iter_batches(batch_size=ROWS_AT_ONCE):
+def _at_once(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
+    some: list[_Row] = []
+    held = 0
+    for row in rows:
+        some.append(row)
+        held += sum(map(len, row[1].values()))
+        if len(some) == ROWS_AT_ONCE or held >= BYTES_AT_ONCE:
+            yield some
+            some, held = [], 0
+    if some:
+        yield some
+
+
+def _parquet_rows(opened: BinaryIO, is_data: bool, expected: Expected) -> Iterator[_Row]:
+    file = pq.ParquetFile(opened)
+    groups = ([group] for group in range(file.num_row_groups))  # small where rows are large: writing/parquet.py
+    for batch in chain.from_iterable(file.iter_batches(ROWS_AT_ONCE, row_groups=group) for group in groups):
         for row in batch.to_pylist():
             columns = {name: expected.names.get(name, name) for name in PICTURES} if is_data else {}
             stored = {name: row[column] for name, column in columns.items() if column in row}
@@ -144,7 +164,7 @@ def _parquet_rows(
             yield row, {name: picture["bytes"] for name, picture in stored.items() if picture is not None}
 
 
-def _tar_rows(opened: BinaryIO, expected: Expected) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
+def _tar_rows(opened: BinaryIO, expected: Expected) -> Iterator[_Row]:
     for sample in tar_samples(opened):
         yield json.loads(sample["json"]), pictures_of(sample, expected.names)
 
@@ -164,7 +184,7 @@ def _check_pictures(row: CheckedRow, pictures: Mapping[str, bytes], has_mask: bo
     sizes = {}
     for name, data in pictures.items():
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data)) as image, DECODED.taken(image.width * image.height):
                 image.load()
                 sizes[name] = image.size
         except Exception as error:  # decoders raise what they like

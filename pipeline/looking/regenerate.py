@@ -22,6 +22,7 @@ from pipeline.evaluation.metrics import psnr
 from pipeline.flow import edit_rows
 from pipeline.looking.runs import Run
 from pipeline.models.loading import load_backbone
+from pipeline.reading.decode import in_bands
 from pipeline.reading.decoder import Decoder
 from pipeline.reading.requests import asked_of
 from pipeline.reading.shards import Shard
@@ -276,7 +277,7 @@ def _picture(value: Any) -> np.ndarray | None:
         return None
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
+            return in_bands(image, lambda band: band.convert("RGB"))
     except OSError:
         return None
 

@@ -34,6 +34,7 @@ from pipeline.writing.webdataset import pictures_of
 log = logging.getLogger(__name__)
 
 READERS = 8  # units read side by side
+PORTION_BYTES = 64 << 20  # of encoded pictures, held at a time
 INPUTS = ("input", "input_thumbnail")  # columns, one of which is there
 TEXTS = ("id", "edit", "method", "caption", "request")
 FAILURE_COLUMNS = ("id", "edit", "method", "stage", "error_class", "message")
@@ -152,13 +153,26 @@ class RunFolder:
         with ThreadPoolExecutor(READERS) as pool:
             return [ref for refs in pool.map(self._figures_of, spans) for ref in refs]
 
+    def portions(self, refs: Sequence[ResultRef]) -> Iterator[list[ResultRef]]:
+        """These results, unit by unit, in parts whose pictures may be held together: `load` one after the other."""
+        portion: list[ResultRef] = []
+        held = 0
+        for span, some in _by_span(refs).items():
+            is_tar = span.path.endswith(".tar")  # which is read whole
+            for part in [some] if is_tar else [[ref] for ref in some]:
+                size = span.size if is_tar else span.size // max(1, span.rows)
+                if portion and held + size > PORTION_BYTES:
+                    yield portion
+                    portion, held = [], 0
+                portion += part
+                held += size
+        if portion:
+            yield portion
+
     def load(self, refs: Sequence[ResultRef]) -> list[StoredResult]:
         """These results with their pictures, in the order given; each unit is read once."""
-        by_span: dict[Span, list[ResultRef]] = {}
-        for ref in refs:
-            by_span.setdefault(ref.span, []).append(ref)
         with ThreadPoolExecutor(READERS) as pool:
-            loaded = [result for results in pool.map(self._load, by_span.values()) for result in results]
+            loaded = [result for results in pool.map(self._load, _by_span(refs).values()) for result in results]
         found = {(result.ref.span, result.ref.row): result for result in loaded}
         return [found[ref.span, ref.row] for ref in refs]
 
@@ -214,3 +228,10 @@ class RunFolder:
             source = next(pictures[name] for name in INPUTS if name in pictures)
             shown = {"input": source, "mask": pictures.get("mask"), "image": pictures["image"]}
             yield at, json.loads(sample["json"]) | shown
+
+
+def _by_span(refs: Sequence[ResultRef]) -> dict[Span, list[ResultRef]]:
+    by_span: dict[Span, list[ResultRef]] = {}
+    for ref in refs:
+        by_span.setdefault(ref.span, []).append(ref)
+    return by_span

@@ -1,8 +1,9 @@
 """Is a run's output whole? Every file is read, hashed and opened, every row counted, against manifests and run.json;
 and these against what derives from them, and against the source's listing (consistency.py).
 
-Memory: the files of `CHECKERS` units, the names of all files, and which results the rows of a few merged files are.
-Merged files are read piece by piece, an object store's from a copy in this machine's temporary folder.
+Memory: the files of `CHECKERS` units (of large ones fewer), the names of all files, and which results the rows of a
+few merged files are. Merged files are read piece by piece, an object store's from a copy in this machine's temporary
+folder.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from itertools import islice
 from threading import Lock
 
 from pipeline.common import stopping
-from pipeline.looking.checking import BrokenError, CheckedRow, Expected, checked_rows, manifest_problems, row_problems
+from pipeline.looking.checking import (
+    OPENED,
+    BrokenError,
+    CheckedRow,
+    Expected,
+    checked_rows,
+    manifest_problems,
+    row_problems,
+)
 from pipeline.looking.consistency import REPORT_FILE, FromSource, look_at_source, summary_problem
 from pipeline.looking.findings import SEEN_BY_EDIT, STRAY, Finding, Inspection
 from pipeline.reading.shards import shard_slug
@@ -42,6 +51,7 @@ log = logging.getLogger(__name__)
 CHECKERS = 4  # units checked side by side
 HELD = 4  # merged files whose rows are known at a time: data and quarantine, at the seam of two of each
 FOLDERS = (*KINDS, PARTS, "_units", "_shards", OUTPUT, BASELINES)
+_Unit = tuple[CommittedShard, Manifest | None, Manifest]  # the second: the one before it, where there is one
 
 
 def verify(
@@ -330,19 +340,18 @@ def _checked(
     shards = committed_shards(sink, trusted=False)
     pairs = ((shard, zip((None, *shard.manifests), shard.manifests, strict=False)) for shard in shards)
     units = ((shard, before, manifest) for shard, some in pairs for before, manifest in some)
+
+    def check(unit: _Unit) -> list[Finding]:
+        with OPENED.taken(sum(file.size for file in unit[2].files)):
+            return _check_unit(fs, root, unit, expected, merged)
+
     with ThreadPoolExecutor(CHECKERS) as pool:
         while window := list(islice(units, CHECKERS)):
-            found = pool.map(lambda unit: _check_unit(fs, root, unit, expected, merged), window)
+            found = pool.map(check, window)
             yield from ((shard, one, findings) for (shard, _, one), findings in zip(window, found, strict=True))
 
 
-def _check_unit(
-    fs: FileSystem,
-    root: str,
-    unit: tuple[CommittedShard, Manifest | None, Manifest],  # the second: the one before it, where there is one
-    expected: Expected,
-    merged: _MergedFiles,
-) -> list[Finding]:
+def _check_unit(fs: FileSystem, root: str, unit: _Unit, expected: Expected, merged: _MergedFiles) -> list[Finding]:
     shard, before, manifest = unit
     problems = [*manifest_problems(manifest, expected)]
     if before is not None and before.chunk == manifest.chunk - 1 and before.stop != manifest.start:

@@ -6,10 +6,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
+from pipeline.models.allocator import give_freed_memory_back
 from pipeline.records import Asked, Decoded, Prepared, Rejected
 
 PREPARED_AHEAD = 4  # rows
 HELD_BYTES = 256 << 20  # of pixels, ready and at work: with so many or more, no further row is begun
+LARGE_BYTES = 64 << 20  # of an image's pixels: what was needed for more is given back at once
 
 Ready = Prepared | list[Decoded | Rejected]
 
@@ -43,6 +45,8 @@ class Ahead:
                     if self._over:
                         return
                 one = self._prepare_one(row)
+                if pixel_bytes(one) > LARGE_BYTES:
+                    give_freed_memory_back()
                 with self._changed:
                     self._ready.append(one)
                     self._held += pixel_bytes(one)
@@ -91,8 +95,11 @@ class Ahead:
             self._changed.notify_all()
 
 
-def pixel_bytes(one: Ready) -> int:
-    """What a row takes besides its encoded bytes, about."""
-    if not isinstance(one, Prepared):
+def pixel_bytes(one: Ready | Decoded) -> int:
+    """What a row takes besides its encoded bytes, about. Half of `HELD_BYTES` or more counts as all of it: what comes
+    after such a row waits."""
+    prepared = one.prepared if isinstance(one, Decoded) else one
+    if not isinstance(prepared, Prepared):
         return 0
-    return one.original.nbytes + (0 if one.allowed is None else one.allowed.nbytes)
+    size = prepared.original.nbytes + (0 if prepared.allowed is None else prepared.allowed.nbytes)
+    return size if size < HELD_BYTES // 2 else HELD_BYTES

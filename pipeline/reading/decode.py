@@ -51,6 +51,15 @@ def decode(picture: Picture, max_pixels: int) -> tuple[np.ndarray, int]:
     return _guard("image", lambda: _to_rgb(image)), orientation
 
 
+def decode_small(data: bytes, max_pixels: int, side: int) -> Image.Image:
+    """As `decode`, for showing: a Pillow image in RGB. A JPEG, which can be decoded smaller, comes about as large as
+    `side` pixels on its longer side need."""
+    image, _ = _open(data, max_pixels, "image", side)
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    return Image.fromarray(_guard("image", lambda: _to_rgb(image)))
+
+
 def decode_mask(picture: Picture, max_pixels: int, image_orientation: int, image_size: tuple[int, int]) -> np.ndarray:
     """Decode a user's mask: white, or 1 of the labels 0 and 1, where the edit may act (`reading/user_masks.py`).
 
@@ -107,8 +116,8 @@ def _cut_files_fail() -> Iterator[None]:
                 ImageFile.LOAD_TRUNCATED_IMAGES = _others_choice
 
 
-def _open(picture: Picture, max_pixels: int, what: str) -> tuple[Image.Image, int]:
-    """A loaded, upright image in its own mode, and its EXIF orientation."""
+def _open(picture: Picture, max_pixels: int, what: str, side: int | None = None) -> tuple[Image.Image, int]:
+    """A loaded, upright image in its own mode, and its EXIF orientation; with `side`, a JPEG may come out smaller."""
     with _cut_files_fail():
         image = picture if isinstance(picture, Image.Image) else _identify(picture, what)
         width, height = image.size
@@ -119,6 +128,9 @@ def _open(picture: Picture, max_pixels: int, what: str) -> tuple[Image.Image, in
                 f"the {what} has {width} x {height} = {width * height} pixels, more than source.max_pixels "
                 f"({max_pixels})"
             )
+        if side is not None:
+            scale = side / max(width, height)
+            image.draft(None, (max(1, round(width * scale)), max(1, round(height * scale))))
         return _guard(what, lambda: _load(image, what))
 
 
@@ -158,12 +170,16 @@ def _loses_low_bytes(picture: Picture) -> bool:
 
 
 def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    """Pixels, converted band by band: a picture of 64 megapixels takes hundreds of megabytes in every further mode."""
-    pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
         pixels[:] = to_8_bit(np.asarray(image), f"{image.mode} image")[..., None]
         return pixels
-    convert = _from_cmyk(image) if image.mode == "CMYK" else _flattened
+    return in_bands(image, _from_cmyk(image) if image.mode == "CMYK" else _flattened)
+
+
+def in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> UInt8[np.ndarray, "H W 3"]:
+    """Pixels, converted band by band: a picture of 64 megapixels takes hundreds of megabytes in every further mode."""
+    pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
     rows = max(1, BAND_PIXELS // image.width)
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)

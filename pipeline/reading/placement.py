@@ -22,6 +22,7 @@ from pipeline.records import Placement
 
 MAX_ASPECT = 16  # a bucket's longer side over its shorter: beyond it, nothing of the image would be left
 BUCKET_AREA = 0.1  # an image that is a bucket already keeps its pixels: by how much its area may differ
+STRIP_PIXELS = 1 << 22  # of a large result, scaled at a time
 
 
 def place(
@@ -77,8 +78,10 @@ def restore(
     _check(edited.shape[:2], placement.canvas, "canvas")
     _check(original.shape[:2], placement.original, "original")
     top, left, height, width = placement.crop
-    result = original.copy()
     inside = resize(_cut(edited, placement), (height, width), Image.Resampling.LANCZOS)
+    if inside.shape == original.shape:
+        return inside
+    result = original.copy()
     result[top : top + height, left : left + width] = inside
     return result
 
@@ -89,7 +92,7 @@ def restore_mask(mask: Bool[np.ndarray, "h w"], placement: Placement) -> Bool[np
     top, left, height, width = placement.crop
     result = np.zeros(placement.original, dtype=np.bool_)
     inside = resize(_cut(mask, placement).astype(np.uint8) * 255, (height, width), Image.Resampling.BOX)
-    result[top : top + height, left : left + width] = inside >= 128
+    np.greater_equal(inside, 128, out=result[top : top + height, left : left + width])
     return result
 
 
@@ -97,6 +100,21 @@ def resize(pixels: np.ndarray, size: tuple[int, int], method: Image.Resampling) 
     """(H, W, ...) uint8 at (height, width); the same pixels where the size is the same."""
     if pixels.shape[:2] == size:
         return pixels
+    height, width = size
+    if height * width <= STRIP_PIXELS or height < len(pixels):
+        return _scaled(pixels, size, method)
+    # Pillow brings what does not become lower to its new width first, row by row, and to its new height then, column by
+    # column: strips of columns give the same bits, and need no second copy of a large result.
+    wide = _scaled(pixels, (len(pixels), width), method) if pixels.shape[1] != width else pixels
+    result = np.empty((height, width, *pixels.shape[2:]), dtype=np.uint8)
+    columns = max(1, STRIP_PIXELS // height)
+    for left in range(0, width, columns):
+        strip = wide[:, left : left + columns]
+        result[:, left : left + columns] = _scaled(strip, (height, strip.shape[1]), method)
+    return result
+
+
+def _scaled(pixels: np.ndarray, size: tuple[int, int], method: Image.Resampling) -> np.ndarray:
     return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize((size[1], size[0]), method))
 
 

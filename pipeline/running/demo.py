@@ -14,12 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 
 from pipeline.common.showing import about_path, describe
 from pipeline.errors import SinkError
 from pipeline.looking.report.cards import concept_chip
-from pipeline.looking.report.thumbnails import SheetEntry, contact_sheet, load_mask, load_rgb
+from pipeline.looking.report.thumbnails import SheetEntry, contact_sheet, small_mask, small_rgb
 from pipeline.looking.results import ResultRef, RunFolder, StoredResult
 from pipeline.models.demo.shards import demo_sample, write_demo_shards
 from pipeline.recipe import Recipe, recipe_from
@@ -110,8 +111,8 @@ def entry_of(result: StoredResult) -> SheetEntry:
     """One result as a row of the contact sheet."""
     chips = [concept_chip(concept) for concept in result.request["concepts"]]
     return SheetEntry(
-        original=load_rgb(result.input),
-        mask=None if result.mask is None else load_mask(result.mask),
-        edited=load_rgb(result.image),
+        original=small_rgb(result.input),
+        mask=None if result.mask is None else np.asarray(small_mask(result.mask)),
+        edited=small_rgb(result.image),
         label=", ".join(f"{'−' if chip['minus'] else '+'} {chip['prompt']}" for chip in chips),
     )

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from pipeline.reading.ahead import HELD_BYTES
+from pipeline.models.allocator import give_freed_memory_back
+from pipeline.reading.ahead import HELD_BYTES, LARGE_BYTES, pixel_bytes
 from pipeline.records import Decoded, Rejected
 from pipeline.writing.rows import OutputRow
 
 ENCODERS = 2  # threads
-LARGE_BYTES = 64 << 20  # of pixels, from which on images are encoded one at a time
 
 Encode = Callable[[Decoded | Rejected], OutputRow | Rejected]
 
@@ -31,18 +30,21 @@ class Encoders:
         pending: deque[Future[OutputRow | Rejected]] = deque()
         waiting: deque[int] = deque()  # bytes of their images
         for result in results:
-            size = 0 if isinstance(result, Rejected) else result.prepared.original.nbytes
+            size = 0 if isinstance(result, Rejected) else pixel_bytes(result)
             pending.append(self._pool.submit(self._encode, encode, result, size > LARGE_BYTES))
             waiting.append(size)
-            while len(pending) > 2 * ENCODERS or sum(waiting) > HELD_BYTES:
+            while len(pending) > 2 * ENCODERS or sum(waiting) >= HELD_BYTES:
                 encoded.append(pending.popleft().result())
                 waiting.popleft()
         return encoded + [future.result() for future in pending]
 
     def _encode(self, encode: Encode, result: Decoded | Rejected, is_large: bool) -> OutputRow | Rejected:
-        # Encoding takes several times the memory of the image itself.
-        with self._one_large if is_large else contextlib.nullcontext():
+        if not is_large:
             return encode(result)
+        with self._one_large:  # encoding takes several times the memory of the image itself
+            encoded = encode(result)
+            give_freed_memory_back()
+            return encoded
 
     def close(self) -> None:
         """End the threads."""

@@ -125,6 +125,7 @@ class Span:
     start: int = 0  # first row in the file
     begin: int = 0  # of a tar: its first byte in the file
     end: int | None = None  # of a tar: the byte after its last; None: the file's end
+    size: int = 0  # bytes of the unit's own file, in which the rows stood first
 
     @property
     def kind(self) -> str:
@@ -205,11 +206,12 @@ class Merged:
         if found is None or (there := found[1].get(unit)) is None or there.sha256 != file.sha256:
             return None
         end = there.end if slot.file.path.endswith(".tar") else None
-        return Span(slot.file.path, unit, there.rows, there.start, there.begin, end)
+        return Span(slot.file.path, unit, there.rows, there.start, there.begin, end, file.size)
 
     def spans(self, manifest: Manifest) -> list[Span]:
         """Where the rows of a committed unit stand: one span per kind that it has."""
-        return [self.find(file, manifest.unit) or Span(file.path, manifest.unit, file.rows) for file in manifest.files]
+        unit = manifest.unit
+        return [self.find(file, unit) or Span(file.path, unit, file.rows, size=file.size) for file in manifest.files]
 
     def _contents(self, slot: Slot) -> tuple[Contents, dict[str, MergedUnit]] | None:
         with self._lock:

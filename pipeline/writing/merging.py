@@ -298,6 +298,8 @@ def _merge_parquet(
         for table in regroup(batches, schema):
             writer.write_table(table)
             written += table.num_rows
+            del table
+            pa.default_memory_pool().release_unused()
     if written != row:
         raise SinkError(f"{job.stem} got {written} rows, its units list {row}. Run: shardedit verify --repair")
     return units

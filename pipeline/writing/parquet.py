@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 ROWS_PER_GROUP = 100  # what viewers of image datasets fetch at a time
-BYTES_PER_GROUP = 256 * 2**20  # far below the 2 GiB that Arrow's 32-bit offsets can address in one column
+BYTES_PER_GROUP = 64 * 2**20  # a writer holds a row group several times over: rows, table, pages
 DICTIONARY_BYTES = 2**30  # a column falls back to plain storage, without sharing, beyond this
 
 
@@ -30,17 +30,20 @@ def render_parquet(rows: Sequence[dict[str, Any]], schema: pa.Schema, shared: Se
     with parquet_writer(buffer, schema, shared) as writer:
         for group in _groups(rows):
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            pa.default_memory_pool().release_unused()  # else large rows leave their pages behind
     return buffer.getvalue()
 
 
 def parquet_writer(file: BinaryIO, schema: pa.Schema, shared: Sequence[str] = ()) -> pq.ParquetWriter:
     """Writes row groups as they come; see `render_parquet`."""
-    codecs = {path: "none" if path.endswith("bytes") or path == "image" else "zstd" for path in _leaves(schema)}
+    leaves = _leaves(schema)
+    plain = [path for path in leaves if not path.endswith("bytes") and path != "image"]
     return pq.ParquetWriter(
         file,
         schema,
-        compression=codecs,
-        use_dictionary=[*shared, *(path for path in codecs if not path.endswith("bytes") and path != "image")],
+        compression={path: "zstd" if path in plain else "none" for path in leaves},
+        use_dictionary=[*shared, *plain],
+        write_statistics=plain,  # the least and the greatest image tell nothing, and take four times its memory
         dictionary_pagesize_limit=DICTIONARY_BYTES,
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import numpy as np
 
 from pipeline.evaluation.metrics import figures
@@ -37,7 +39,7 @@ def restored(decoded: Decoded) -> Edited:
         seed=decoded.seed,
         figures=figures(
             original=prepared.original,
-            round_trip=restore(decoded.round_trip, placement, prepared.original),
+            round_trip=restore(decoded.round_trip, placement, prepared.original),  # held nowhere else
             edited=image,
             mask=union,
         ),
@@ -58,4 +60,4 @@ def regions(decoded: Decoded) -> tuple[tuple[np.ndarray | None, ...], np.ndarray
     inside = at_original if allowed is None else [mask & allowed for mask in at_original]
     masks = tuple(mask if mask.any() else None for mask in inside)
     some = [mask for mask in masks if mask is not None]
-    return masks if decoded.masks is not None else (), np.logical_or.reduce(some) if some else None
+    return masks if decoded.masks is not None else (), reduce(np.logical_or, some) if some else None

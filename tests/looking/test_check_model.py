@@ -106,7 +106,7 @@ def test_every_question_is_answered_of_the_bundled_model(demo: ModelCheck) -> No
     assert (loads["family"], loads["dtype"], loads["device"]) == ("stable_diffusion", "float32", "cpu")
     unet = load_backbone(ModelConfig(), device="cpu").unet  # type: ignore[attr-defined]
     assert loads["parameters"]["unet"] == sum(one.numel() for one in unet.parameters())
-    assert answers["offers"]["cross_attention_grids"] == ["16x16", "8x8"]
+    assert answers["offers"]["attention_grids"] == ["16x16", "8x8"]
     assert answers["offers"]["watched_grid"] == "8x8"
     assert not answers["methods"]["cannot"]
     assert ["ddpm", "ledits_pp"] in answers["methods"]["works"]
@@ -265,7 +265,8 @@ def test_the_worst_answer_decides(statuses: list[Status], verdict: str, codes: t
 def test_methods_that_no_default_helps_are_named_with_the_reason() -> None:
     subject = subject_of("demo")
     backbone: Any = subject.backbone
-    backbone.offers = dataclasses.replace(backbone.offers, watched_factor=None)
+    openings = dataclasses.replace(backbone.offers.openings, watched=frozenset())
+    backbone.offers = dataclasses.replace(backbone.offers, openings=openings)
     found = model.methods(subject)
     assert found.status == "warning"
     reasons = {(inversion, editor): reason for inversion, editor, reason in found.values["cannot"]}

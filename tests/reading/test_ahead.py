@@ -73,23 +73,25 @@ def test_small_rows_are_made_ready_a_few_ahead(filled: Filled) -> None:
 
 
 def test_large_rows_wait_until_others_are_let_go(filled: Filled) -> None:
-    rows, made = filled([60, 60, 60, 60])  # 180 bytes each: two of them are over the limit
-    assert [next(rows) is not None for _ in range(2)] == [True, True]
+    rows, made = filled([40, 40, 40, 40, 40])  # 120 bytes each: three of them are over the limit
+    assert [next(rows) is not None for _ in range(3)] == [True, True, True]
     assert next(rows) is None, "nothing may be begun"
-    assert made == [0, 1]
+    assert made == [0, 1, 2]
     rows.let_go(0)
     assert next(rows) is not None
     assert next(rows) is None
-    rows.let_go(2)
+    rows.let_go(3)
     rows.let_go(1)
     assert next(rows) is not None
-    assert made == [0, 1, 2, 3]
+    assert made == [0, 1, 2, 3, 4]
 
 
-def test_one_row_that_is_larger_than_the_limit_is_made_ready_alone(filled: Filled) -> None:
-    rows, made = filled([1000, 1000])
+@pytest.mark.parametrize("size", [1000, 50])
+def test_rows_of_half_the_limit_or_more_are_made_ready_one_at_a_time(filled: Filled, size: int) -> None:
+    rows, made = filled([size, size])
     assert next(rows) is not None
     assert next(rows) is None
+    assert made == [0]
     rows.let_go(0)
     assert next(rows) is not None
     assert made == [0, 1]

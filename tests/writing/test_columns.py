@@ -136,10 +136,10 @@ def test_the_input_is_kept_in_its_own_bytes_under_its_own_name(source: Path, ful
 
 def test_an_input_that_lies_on_its_side_is_shown_upright(full: Path) -> None:
     folder = RunFolder(str(full))
-    from pipeline.looking.report.thumbnails import load_rgb
+    from pipeline.looking.report.thumbnails import small_rgb
 
     results = folder.load(folder.figures(folder.spans("data")))
-    assert [load_rgb(result.input).size for result in results] == [load_rgb(result.image).size for result in results]
+    assert [small_rgb(result.input).size for result in results] == [small_rgb(result.image).size for result in results]
 
 
 def test_classes_of_the_source_stay_classes_and_other_columns_keep_their_values(full: Path, tmp_path: Path) -> None:

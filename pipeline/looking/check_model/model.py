@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pipeline.common.wording import count
 from pipeline.editing import EDITORS
 from pipeline.engine.backbone import Backbone, Offers
+from pipeline.engine.controls import WATCHED_FACTOR, watched_grid
 from pipeline.inversion import INVERSIONS
 from pipeline.looking.check_model.records import Check, Pair
 from pipeline.looking.check_model.subject import Subject
@@ -69,25 +70,23 @@ def loaded(backbone: Backbone, checkpoint: tuple[Family, Checkpoint] | None, sec
 def offers(subject: Subject) -> Check:
     """What methods can have of the model."""
     found, size = subject.backbone.offers, subject.latent_size
-    watched = found.watched_factor
-    has_maps = found.is_watchable(*size)
-    grids, inputs = list(_grids(found, size, "cross")), sorted(found.inputs)
-    grid = f"{size[0] // watched}x{size[1] // watched}" if watched and has_maps else None
-    layers = sum(one.kind == "self" for one in found.layers)
+    has_maps = found.watches and not any(side % WATCHED_FACTOR for side in size)
+    grids, inputs = list(_grids(found, size)), sorted(found.inputs)
+    grid = "x".join(str(side) for side in watched_grid(*size)) if has_maps else None
+    layers, blocks = len(found.openings.layers), len(found.openings.residuals)
     values = {
-        "cross_attention_grids": grids,
-        "self_attention_layers": layers,
-        "cross_attention_layers": sum(one.kind == "cross" for one in found.layers),
-        "feature_blocks": len(found.blocks),
+        "attention_grids": grids,
+        "transformer_blocks": layers,
+        "feature_blocks": blocks,
         "watched_grid": grid,
         "inputs": inputs,
         "embedding_gradients": found.embedding_gradients,
         "distilled": found.distilled,
     }
     facts = (
-        ("cross-attention at", ", ".join(grids) or "none"),
-        ("self-attention", count(layers, "layer")),
-        ("decoder blocks with features", f"{len(found.blocks)}"),
+        ("attention at", ", ".join(grids) or "none"),
+        ("transformer blocks", f"{layers}"),
+        ("decoder blocks with features", f"{blocks}"),
         ("maps for masks", grid or "none"),
         ("inputs beside latents and text", ", ".join(inputs) or "none"),
         ("gradients of the embedding", "yes" if found.embedding_gradients else "no"),
@@ -103,10 +102,11 @@ def offers(subject: Subject) -> Check:
     return Check(name="offers", status="warning" if wrong else "ok", text=text, values=values, facts=facts)
 
 
-def _grids(found: Offers, size: tuple[int, int], kind: str) -> Iterator[str]:
+def _grids(found: Offers, size: tuple[int, int]) -> Iterator[str]:
     """Of the attention maps outside the middle, finest first."""
-    for factor in sorted({one.factor for one in found.layers if one.kind == kind and one.place != "mid"}):
-        yield f"{-(-size[0] // factor)}x{-(-size[1] // factor)}"
+    layers = sorted(found.openings.layers, key=lambda layer: layer.factor)
+    for rows, columns in dict.fromkeys(layer.grid(*size) for layer in layers if layer.place != "mid"):
+        yield f"{rows}x{columns}"
 
 
 def methods(subject: Subject) -> Check:

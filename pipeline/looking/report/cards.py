@@ -1,6 +1,7 @@
 """What a report's page shows of an image: its input once, every result beside it, and what failed.
 
-Pictures are 256 pixels on their longer side, as WebP inside the page; a mask is one bit per pixel.
+Pictures are 256 pixels on their longer side, as WebP inside the page; a mask is one bit per pixel. They are made small
+as soon as they are read: of a page nothing else is held.
 Cost: 15 ms of one core per result of 300 x 300, about 20 of 512 x 512, most of it decoding.
 """
 
@@ -8,39 +9,64 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
 from pipeline.evaluation.verdict import Verdict
 from pipeline.looking.report.selection import Gains, ImageRow, ResultKey, Verdicts, key_of
-from pipeline.looking.report.thumbnails import data_uri, load_mask, load_rgb, mask_uri, thumbnail
-from pipeline.looking.results import StoredResult
+from pipeline.looking.report.thumbnails import data_uri, mask_uri, small_mask, small_rgb
+from pipeline.looking.results import ResultRef, StoredResult
 
 MAX_CAPTION = 400  # characters of a caption or prompt that a page shows
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pictures:
+    """What is shown of a result: its words, and its pictures as a page holds them."""
+
+    caption: str
+    request: dict[str, Any]
+    input: Markup | None
+    ratio: str  # of the input
+    mask: Markup | None
+    image: Markup
+
+
+def pictures_of(result: StoredResult, with_input: bool) -> Pictures:
+    """Made from what is stored, one picture after the other."""
+    before = small_rgb(result.input) if with_input else None
+    return Pictures(
+        caption=result.caption[:MAX_CAPTION],
+        request=result.request,
+        input=None if before is None else Markup(data_uri(before)),
+        ratio=ratio_of(before.size) if before else "1",
+        mask=None if result.mask is None else Markup(mask_uri(small_mask(result.mask))),
+        image=Markup(data_uri(small_rgb(result.image))),
+    )
+
+
 def image_card(
-    row: ImageRow,
-    results: Mapping[ResultKey, StoredResult],
-    verdicts: Verdicts,
-    gains: Gains,
+    row: ImageRow, pictures: Mapping[ResultKey, Pictures], verdicts: Verdicts, gains: Gains
 ) -> dict[str, Any]:
     """One image with all that was made of it. Results stand in the order of edits and methods, as everywhere."""
-    first = results[key_of(row.refs[0])] if row.refs else None
-    caption = first.caption[:MAX_CAPTION] if first else ""
+    first = row.refs[0] if row.refs else None
+    shown = pictures[key_of(first)] if first else None
+    caption = shown.caption if shown else ""
     name = short_name(row.id)
-    tiles = [result_tile(results[key_of(ref)], verdicts[key_of(ref)], gains.get(key_of(ref)), name) for ref in row.refs]
+    tiles = [
+        result_tile(ref, pictures[key_of(ref)], verdicts[key_of(ref)], gains.get(key_of(ref)), name) for ref in row.refs
+    ]
     tiles += [failed_tile(failure) for failure in row.failures]
     tiles.sort(key=lambda tile: (tile["edit"], tile["method"]))
-    picture = thumbnail(load_rgb(first.input)) if first else None
     return {
         "id": row.id,
         "caption": caption,
         "tiles": tiles,
-        "limit": first and first.ref.figures.get("reconstruction_psnr"),
-        "input": picture and Markup(data_uri(picture)),
-        "ratio": ratio_of(picture.size) if picture else "1",
+        "limit": first and first.figures.get("reconstruction_psnr"),
+        "input": shown and shown.input,
+        "ratio": shown.ratio if shown else "1",
         "input_alt": f"input: {name}" + (f", {caption}" if caption else ""),
     }
 
@@ -55,9 +81,9 @@ def ratio_of(size: tuple[int, int]) -> str:
     return f"{min(max(size[0] / size[1], 0.7), 1.8):.3g}"
 
 
-def result_tile(result: StoredResult, verdict: Verdict, gain: float | None, name: str) -> dict[str, Any]:
+def result_tile(ref: ResultRef, shown: Pictures, verdict: Verdict, gain: float | None, name: str) -> dict[str, Any]:
     """One result."""
-    ref, request = result.ref, result.request
+    request = shown.request
     concepts = [concept_chip(concept) for concept in request.get("concepts") or []]
     target = (request.get("target_prompt") or "")[:MAX_CAPTION]
     share = ref.figures.get("mask_share")
@@ -69,8 +95,8 @@ def result_tile(result: StoredResult, verdict: Verdict, gain: float | None, name
         "names": concept_names(concepts),
         "target_prompt": target,
         "prompts": " ".join(request.get(part) or "" for part in ("source_prompt", "negative_prompt")).strip(),
-        "image": Markup(data_uri(thumbnail(load_rgb(result.image)))),
-        "mask": None if result.mask is None else Markup(mask_uri(load_mask(result.mask))),
+        "image": shown.image,
+        "mask": shown.mask,
         "alt": f"edited: {asked(concepts, target) or ref.edit}, {name}",
         "mask_alt": ""
         if share is None

@@ -27,7 +27,7 @@ from pipeline.evaluation import verdict
 from pipeline.evaluation.metrics import MAX_PSNR
 from pipeline.evaluation.verdict import judge
 from pipeline.looking.report import overview
-from pipeline.looking.report.cards import image_card
+from pipeline.looking.report.cards import Pictures, image_card, pictures_of
 from pipeline.looking.report.selection import (
     Gains,
     ImageRow,
@@ -132,8 +132,8 @@ class Chosen:
 def model_gains(run: RunFolder, refs: Sequence[ResultRef], model: ImageTextModel) -> dict[ResultKey, float]:
     """How much nearer each edit is to its request than its input was, in points."""
     found = {}
-    for start in range(0, len(refs), 64):  # a few pictures in memory at a time
-        for result in run.load(refs[start : start + 64]):
+    for portion in run.portions(refs):
+        for result in run.load(portion):
             gain = text_gain(result, model)
             if gain is not None:
                 found[key_of(result.ref)] = gain
@@ -246,9 +246,13 @@ def results_note(chosen: Chosen, size: int, asked: int) -> str:
 def cards_of(run: RunFolder, rows: Sequence[ImageRow], chosen: Chosen) -> list[dict[str, Any]]:
     """The pictures of a page. A long report follows the data from page to page; inside one the worst come first."""
     here = rows if chosen.sorted else worst_first(rows, chosen.verdicts)
-    loaded = {key_of(result.ref): result for result in run.load([ref for row in here for ref in row.refs])}
+    firsts = {key_of(row.refs[0]) for row in here if row.refs}  # whose input is shown, for all of the row
+    pictures: dict[ResultKey, Pictures] = {}
     with ThreadPoolExecutor(READERS) as pool:  # decoding and encoding run outside of Python's lock
-        return list(pool.map(lambda row: image_card(row, loaded, chosen.verdicts, chosen.gains), here))
+        for portion in run.portions([ref for row in here for ref in row.refs]):
+            made = pool.map(lambda result: pictures_of(result, key_of(result.ref) in firsts), run.load(portion))
+            pictures |= zip(map(key_of, portion), made, strict=True)
+    return [image_card(row, pictures, chosen.verdicts, chosen.gains) for row in here]
 
 
 def part_links(pages: Sequence[Sequence[ImageRow]], number: int) -> list[dict[str, Any]]:

@@ -8,9 +8,11 @@ import numpy as np
 from PIL import Image
 
 from pipeline.looking.report.cards import concept_chip
-from pipeline.looking.report.thumbnails import load_rgb
+from pipeline.looking.report.thumbnails import small_rgb
 from pipeline.looking.results import StoredResult
 from pipeline.models.image_text import ImageTextModel
+
+SIDE = 1024  # pixels; a CLIP looks at about 224
 
 
 def text_gain(result: StoredResult, model: ImageTextModel) -> float | None:
@@ -19,13 +21,14 @@ def text_gain(result: StoredResult, model: ImageTextModel) -> float | None:
     The words are the target prompt or, where there is none, the concepts: the mean over these, with the sign reversed
     for a concept that was to be removed. None for a request without either.
 
-    The edit is looked at in the size in which the run kept its input: a thumbnail is judged beside a thumbnail.
+    The edit is looked at in the size in which the run kept its input, at most `SIDE`: a thumbnail is judged beside a
+    thumbnail.
     """
     wanted = signed_texts(result.request)
     if not wanted:
         return None
-    before = load_rgb(result.input)
-    after = load_rgb(result.image)
+    before = small_rgb(result.input, SIDE)
+    after = small_rgb(result.image, SIDE)
     if after.size != before.size:
         after = after.resize(before.size, Image.Resampling.LANCZOS)
     scores = model.scores([np.asarray(before), np.asarray(after)], [text for text, _ in wanted])

@@ -11,22 +11,38 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.reading.decode import decode
+from pipeline.common.room import Room
+from pipeline.reading.decode import FORMATS, decode_small
 from pipeline.writing.rows import THUMBNAIL_SIDE  # sharp at two to a phone's width
 
 MAX_PIXELS = 2**31  # of what is shown: the run has decoded it before, within its own limit
+AT_WORK = Room(32 << 20)  # pixels decoded at once, by however many threads: a larger picture is decoded alone
+GAP = 2  # times the wanted size that a picture which can be decoded smaller comes in: then no loss is seen
 TINT = (255, 45, 120)  # the mask's colour; the report's accent is the same, so that the two explain each other
 
 
-def load_rgb(data: bytes) -> Image.Image:
-    """Open encoded pixels that this package wrote, or an input as the source holds it: upright, on white."""
-    pixels, _ = decode(data, MAX_PIXELS)
-    return Image.fromarray(pixels)
+def small_rgb(data: bytes, side: int = THUMBNAIL_SIDE) -> Image.Image:
+    """Encoded pixels that this package wrote, or an input as the source holds it: upright, on white, at most `side`
+    pixels on its longer side."""
+    with AT_WORK.taken(pixels_of(data)):
+        return thumbnail(decode_small(data, MAX_PIXELS, GAP * side), side)
 
 
-def load_mask(data: bytes) -> Bool[np.ndarray, "H W"]:
-    """Open a mask that this package wrote."""
-    return np.asarray(Image.open(io.BytesIO(data)).convert("L")) > 127
+def small_mask(data: bytes, side: int = THUMBNAIL_SIDE) -> Image.Image:
+    """A mask that this package wrote, in mode "1", at most `side` pixels on its longer side."""
+    with AT_WORK.taken(pixels_of(data)):
+        mask = Image.open(io.BytesIO(data)).convert("L").point(_is_inside)
+        return thumbnail(mask, side).point(_is_inside, "1")
+
+
+def pixels_of(data: bytes) -> int:
+    """By the header of an encoded picture."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+        return picture.width * picture.height
+
+
+def _is_inside(value: int) -> int:
+    return 255 if value > 127 else 0
 
 
 def thumbnail(image: Image.Image, side: int = THUMBNAIL_SIDE, enlarge: bool = False) -> Image.Image:
@@ -45,10 +61,9 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def mask_uri(mask: Bool[np.ndarray, "H W"], side: int = THUMBNAIL_SIDE) -> str:
-    """The mask inside a page, to be laid over its image: tinted inside, clear outside, one bit per pixel."""
-    small = thumbnail(Image.fromarray(mask).convert("L"), side).point(lambda value: value > 127, "1")
-    tinted = Image.frombytes("P", small.size, small.convert("L").point(lambda value: value > 127).tobytes())
+def mask_uri(mask: Image.Image) -> str:
+    """A mask of mode "1" inside a page, to be laid over its image: tinted inside, clear outside, one bit per pixel."""
+    tinted = Image.frombytes("P", mask.size, mask.convert("L").point(lambda value: value > 127).tobytes())
     tinted.putpalette((*(0, 0, 0), *TINT))
     out = io.BytesIO()
     tinted.save(out, "PNG", bits=1, transparency=bytes((0, 150)), optimize=True)
