@@ -83,17 +83,17 @@ def _decoded(pipeline: Any, latents: Tensor) -> np.ndarray:
 
 @contextmanager
 def own_attention(unet: Any) -> Iterator[None]:
-    """diffusers' own attention in a UNet that `open_attention` has opened; afterwards ours again."""
+    """diffusers' own attention in a UNet that was opened (`unet.py`); afterwards ours again."""
     from diffusers.models.attention_processor import AttnProcessor2_0
 
-    ours: Mapping[str, Any] = unet.attn_processors
-    layers = {name: unet.get_submodule(name.removesuffix(".processor")) for name in ours}
+    before: Mapping[str, Any] = unet.attn_processors
+    layers = {name: unet.get_submodule(name.removesuffix(".processor")) for name in before}
     forwards = {name: vars(layer).pop("forward") for name, layer in layers.items()}
     unet.set_attn_processor(AttnProcessor2_0())
     try:
         yield
     finally:
-        unet.set_attn_processor(dict(ours))
+        unet.set_attn_processor(dict(before))
         for name, layer in layers.items():
             layer.forward = forwards[name]
 
