@@ -90,7 +90,7 @@ def inversions(subject: Subject) -> Check:
     }
     problems = [problem for method in methods.values() for problem in method.model_problems(offers)]
     if problems:
-        return Check(name="inversions", status="not applicable", text=f"{problems[0]}.")
+        return Check(name="inversions", status="not applicable", text=f"{problems[0][:1].upper()}{problems[0][1:]}.")
     start = time.perf_counter()
     made, rows = subject.edited(methods, EditRequest())
     seconds = time.perf_counter() - start
