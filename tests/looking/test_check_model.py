@@ -273,6 +273,17 @@ def test_methods_that_no_default_helps_are_named_with_the_reason() -> None:
     assert method is not None
     assert method.editing.mask == "noise"  # type: ignore[attr-defined]
     assert model.offers(subject).status == "warning"
+    backbone.offers = dataclasses.replace(backbone.offers, inputs=frozenset({"inpaint"}))
+    assert model.methods(subject).values["works"] == []
+    method = editing.method_for(subject)
+    assert method is not None
+    assert method.editing.backend == "inpaint"  # type: ignore[attr-defined]
+
+
+def test_a_model_that_no_method_can_use_is_not_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = subject_of(TINY_SDXL)
+    monkeypatch.setattr(editing, "method_for", lambda _: None)
+    assert editing.edit(subject).status == "failed"
 
 
 def test_a_prompt_says_whether_to_add_or_to_remove() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from PIL import Image
@@ -70,7 +72,7 @@ def agreement(subject: Subject) -> Check:
             "pipeline": theirs.pipeline,
             "num_steps": NUM_STEPS,
             "guidance_scale": GUIDANCE,
-            "relative_difference": differs,
+            "relative_difference": differs if math.isfinite(differs) else None,  # JSON knows no NaN
             "tolerance": tolerance,
             "decoded_difference_levels": levels,
         },

@@ -57,7 +57,9 @@ def edit(subject: Subject) -> Check:
     method = method_for(subject)
     if method is None:
         return Check(
-            name="edit", status="not applicable", text="None of the methods that are tried can use this model."
+            name="edit",
+            status="failed",
+            text="Neither LEDITS++ nor sampling nor inpainting can use this model. Use another checkpoint.",
         )
     start = time.perf_counter()
     made, rows = subject.edited({method.editing.method: method}, subject.request)

@@ -17,6 +17,7 @@ from pipeline.looking.check_model.records import Check, ModelCheck, Pair, Pictur
 from pipeline.looking.report.thumbnails import data_uri, thumbnail
 
 SIDE = 512  # pixels, at most, of a picture on the page
+MOST_NAMED = 8  # pairs of one reason that are named
 TITLES = {
     "loads": "Does it load?",
     "offers": "What does it offer?",
@@ -88,12 +89,15 @@ def _table(pairs: Iterable[Pair]) -> dict[str, Any]:
 
 
 def _reasons(pairs: Iterable[Pair]) -> dict[str, str]:
-    """Why pairs cannot work, each reason once, with the pairs that it keeps back."""
+    """Why pairs cannot work, each reason once, with the pairs that it keeps back: the table has them all."""
     reasons: dict[str, list[str]] = {}
     for pair in pairs:
         if pair.state == "cannot":
             reasons.setdefault(pair.reason, []).append(f"{pair.inversion} + {pair.editor}")
-    return {reason: ", ".join(names) for reason, names in reasons.items()}
+    return {
+        reason: ", ".join(names) if len(names) <= MOST_NAMED else f"{len(names)} pairs"
+        for reason, names in reasons.items()
+    }
 
 
 @cache

@@ -90,12 +90,13 @@ def inversions(subject: Subject) -> Check:
     }
     problems = [problem for method in methods.values() for problem in method.model_problems(offers)]
     if problems:
-        return Check(name="inversions", status="not applicable", text=f"{problems[0]}.")
+        return Check(name="inversions", status="not applicable", text=f"{problems[0][:1].upper()}{problems[0][1:]}.")
     start = time.perf_counter()
     made, rows = subject.edited(methods, EditRequest())
     seconds = time.perf_counter() - start
     loss = {name: _decibels(subject, one.round_trip, one.pixels) for name, one in made.items()}
-    wrong, status = [], "ok"
+    wrong: list[str] = []
+    status: Status = "ok"
     if loss["ddpm"] < EXACT:
         status = "failed"
         wrong.append(
@@ -110,7 +111,7 @@ def inversions(subject: Subject) -> Check:
         )
     return Check(
         name="inversions",
-        status=status,  # type: ignore[arg-type]
+        status=status,
         text=" ".join(wrong) or "Replayed without an edit the picture comes back: exactly by ddpm, about by ddim.",
         values={
             "num_steps": steps,
