@@ -115,10 +115,9 @@ def prediction_of(kind: OutputKind, output: Tensor, latents: Tensor, levels: Seq
     A level of no signal makes the network's noise meaningless: with "epsilon" its data is not finite.
     """
 
-    def amplitudes(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64).to(latents)[:, None, None, None]
-
-    signal, noise = (amplitudes([level[which] for level in levels]) for which in (0, 1))
+    # One tensor, so that a device is sent one.
+    amplitudes = torch.tensor([level[:2] for level in levels], dtype=torch.float64).to(latents)
+    signal, noise = (one[:, None, None, None] for one in amplitudes.unbind(dim=1))
     match kind:
         case "epsilon":
             return Prediction(output, (latents - noise * output) / signal)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pipeline.diffusion.levels import Prediction, prediction_of
+from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import Backbone, ModelRecord, Offers
 from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall
@@ -82,7 +82,8 @@ class StableDiffusion(Backbone):
     def _denoise(self, call: NetworkCall) -> NetworkAnswer:
         dtype = self._dtype
         times = torch.tensor([level.timestep for level in call.levels], device=self.device)
-        inputs = self._with_inpainting(call.latents.to(self.device, dtype), call.beside)
+        latents = call.latents.to(self.device, self._outside)
+        inputs = self._with_inpainting(latents.to(dtype), call.beside)
         embeddings = torch.stack([one.embedding.to(self.device) for one in call.conditioning])
         added = self.text.added(call.conditioning, *inputs.shape[-2:])
         added = {name: tensor.to(self.device) for name, tensor in added.items()}
@@ -90,7 +91,8 @@ class StableDiffusion(Backbone):
             embeddings = embeddings.detach().requires_grad_()
         controls = self._controls(call, embeddings.shape[1])
         output, watched, recorded = self._network.predict(inputs, times, embeddings.to(dtype), controls, added or None)
-        predictions = self._predictions(output, call)
+        kind = self.schedule.prediction_type
+        predictions = prediction_of(kind, output.to(self._outside), latents, call.levels)
         grads = None if call.cotangents is None else gradients(predictions, embeddings, call.cotangents)
         return NetworkAnswer(
             predictions.both(torch.Tensor.detach),
@@ -109,10 +111,6 @@ class StableDiffusion(Backbone):
         openings, whole = self.offers.openings, self._network.compiles
         stacked = stack(call.controls, call.watch, shape, openings, dtype=self._outside, whole=whole)
         return None if stacked is None else stacked.to(self.device)
-
-    def _predictions(self, output: Tensor, call: NetworkCall) -> Prediction:
-        output = output.to(self._outside)
-        return prediction_of(self.schedule.prediction_type, output, call.latents.to(output), call.levels)
 
     def _with_inpainting(self, latents: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
         """The UNet's input: latents alone, or latents, mask and masked image."""
