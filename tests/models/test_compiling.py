@@ -138,7 +138,7 @@ KINDS: dict[str, tuple[Plan, list[list[tuple[Any, ...]]]]] = {
 
 
 @needs_a_compiler
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["grouped", pytest.param("all that is left", marks=pytest.mark.slow)])
 def test_calls_of_a_kind_are_one_graph_and_do_what_plain_ones_do(
     kind: str, compiled: Backbone, plain: Backbone
 ) -> None:

@@ -29,7 +29,7 @@ from pipeline.writing.spans import samples_of, table_of
 from tests.writing.making import MODEL, NOW, claim, make_edited, make_rejected, make_unit, unclaimed
 
 UNITS = 5
-SIZES = {"parquet": 85_000, "webdataset": 55_000}  # bytes: room for two units, not for three
+SIZES = {"parquet": 65_000, "webdataset": 55_000}  # bytes: room for two units, not for three
 Result = tuple[int, str]  # index of a row, and where it is
 
 MakeRecipe = Callable[..., Recipe]
