@@ -200,7 +200,12 @@ def test_parts_that_meet_in_no_layer_may_be_of_one_row() -> None:
     control = Control(
         (below, READ, BLEND), Plan(routes=True, reads=(READS,), blends=(Blends(layers=BLEND.layers, slots=1),))
     )
-    Engine(tiny_sd(), call_size=8).run_one(asks(tiny_sd(), control=control))
+    found, idle = (
+        Engine(tiny_sd(), call_size=8).run_one(asks(tiny_sd(), control=one)).predictions.noise
+        for one in (control, Control((), control.plan))
+    )
+    assert torch.equal(found[0], idle[0])
+    assert not torch.equal(found[1], idle[1])
 
 
 def test_a_call_with_a_control_watches_by_its_parts() -> None:
