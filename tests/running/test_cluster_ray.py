@@ -37,7 +37,7 @@ from pipeline.running.on_ray.executor import UNITS_AT_ONCE, RayExecutor
 from pipeline.writing.attempts import ALONE_FROM
 from pipeline.writing.summary import Summary
 from tests.clusters import free_port
-from tests.places import Place
+from tests.places import Place, slow_on_s3
 from tests.runs import asked, contents, recipe_data, results, write_shards
 
 pytestmark = pytest.mark.timeout(400)
@@ -191,6 +191,7 @@ def on_ray(two_cpus: Path, place: Place, undisturbed: dict[str, Any], notes: Pat
     return Run(summary, place.folder(recipe), events(notes)[earlier:])
 
 
+@slow_on_s3
 def test_ray_writes_the_bytes_of_the_plain_loop(on_ray: Run, undisturbed: dict[str, Any]) -> None:
     assert contents(on_ray.out) == undisturbed
     assert results(on_ray.out) == asked(shards=SHARDS, rows=ROWS)
@@ -198,6 +199,7 @@ def test_ray_writes_the_bytes_of_the_plain_loop(on_ray: Run, undisturbed: dict[s
     assert on_ray.summary.units_now == on_ray.summary.units == 12
 
 
+@slow_on_s3
 def test_the_first_unit_is_committed_before_the_last_one_is_read(on_ray: Run) -> None:
     first_commit = min(path.stat().st_mtime for path in (on_ray.out / "_units").glob("*/*.json"))
     reads = sorted(event.time for event in on_ray.events if event.kind == "read")
@@ -205,6 +207,7 @@ def test_the_first_unit_is_committed_before_the_last_one_is_read(on_ray: Run) ->
     assert first_commit < reads[-1]
 
 
+@slow_on_s3
 def test_two_workers_a_shuffled_plan_and_the_death_of_one_change_no_byte_and_show_no_secret(
     two_cpus: Path,
     place: Place,
@@ -237,6 +240,7 @@ def test_two_workers_a_shuffled_plan_and_the_death_of_one_change_no_byte_and_sho
         assert [path.name for path in files if s3_server.secret.encode() in path.read_bytes()] == []
 
 
+@slow_on_s3
 def test_two_units_are_in_flight_on_one_worker(on_ray: Run) -> None:
     inside: set[str] = set()
     most = 0
@@ -323,6 +327,7 @@ def test_workers_that_go_with_their_nodes_blame_no_row(four_shards: Path, notes:
     assert not list(tmp_path.glob("_attempts/*"))
 
 
+@pytest.mark.slow  # a run for each stop; without Ray, tests/common/test_stopping.py
 @pytest.mark.usefixtures("two_cpus")
 def test_a_unit_that_is_stopped_ever_again_on_ray_is_whole_in_the_end_and_no_row_is_blamed(
     four_shards: Path, tmp_path: Path
