@@ -69,6 +69,7 @@ def edit_unit(
     decoder: Decodes,
     encoders: Encoders,
     generation: int,
+    rank: int = 0,
     turns: Turns = all_at_once,
     on_result: Callable[[Decoded | Rejected], None] = lambda _: None,
 ) -> FinishedUnit:
@@ -84,6 +85,7 @@ def edit_unit(
         decoder: of images and masks.
         encoders: threads that restore and encode.
         generation: of the driver, which the names of the unit's files bear.
+        rank: of the unit among those at work on the engine: the lowest goes first, the others fill its calls up.
         turns: in which its rows are edited.
         on_result: told of each result as it leaves the engine.
     """
@@ -93,7 +95,7 @@ def edit_unit(
 
     def results() -> Iterator[Decoded | Rejected]:
         for rows in turns([asked_of(row, recipe) for row in unit_input.rows]):
-            for result in edit_rows(rows, recipe, engine, decoder):
+            for result in edit_rows(rows, recipe, engine, decoder, rank=rank):
                 on_result(result)
                 yield result
 
@@ -108,7 +110,9 @@ def edit_unit(
     )
 
 
-def edit_rows(rows: Iterable[Asked], recipe: Recipe, engine: Engine, decoder: Decodes) -> Iterator[Decoded | Rejected]:
+def edit_rows(
+    rows: Iterable[Asked], recipe: Recipe, engine: Engine, decoder: Decodes, *, rank: int = 0
+) -> Iterator[Decoded | Rejected]:
     """Edit rows: every (image, edit, method) asked for comes back once, in whatever order, as `Decoded` or `Rejected`.
 
     A few rows are made ready ahead of the engine, so that it never waits for a decoder.
@@ -118,7 +122,7 @@ def edit_rows(rows: Iterable[Asked], recipe: Recipe, engine: Engine, decoder: De
         pool.submit(ready.fill)
         steps = (None if one is None else _edit_ready(one, recipe, engine.backbone) for one in ready)
         try:
-            for finished in engine.run(steps):
+            for finished in engine.run(steps, rank=rank):
                 if finished.error is not None:  # a fault of ours, not of a row: those become outcomes
                     raise finished.error
                 yield from finished.value

@@ -165,6 +165,15 @@ class NetworkAnswer:
     recorded: Mapping[Where, Tensor] = field(default_factory=dict)  # (slots of all groups, C, h', w') by block
     embedding_grads: Tensor | None = None  # (R, L, D)
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> NetworkAnswer:
+        """The same with every tensor changed."""
+        return NetworkAnswer(
+            predictions=self.predictions.both(change),
+            attention=None if self.attention is None else change(self.attention),
+            recorded={where: change(written) for where, written in self.recorded.items()},
+            embedding_grads=None if self.embedding_grads is None else change(self.embedding_grads),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Fork:

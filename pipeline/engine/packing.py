@@ -167,6 +167,10 @@ class Batch:
         size = self.kind.group
         return [self.rows[start : start + size] for start in range(0, len(self.rows), size)]
 
+    def singly(self) -> list[Batch]:
+        """Group by group."""
+        return [Batch(group) for group in self.groups]
+
     def as_call(self, size: int) -> NetworkCall:
         """The call of `size` rows, filled up with copies of its first ones."""
         kind = self.kind
@@ -234,12 +238,12 @@ class Batch:
 
 
 class RowQueue:
-    """Rows that wait for a network call, oldest first, by kind. A row that is asked for again while it waits is
-    computed once."""
+    """Rows that wait for a network call, oldest first, by kind. A row that is asked for again before its answer is
+    there is computed once."""
 
     def __init__(self) -> None:
         self._by_kind: OrderedDict[Kind, deque[CallRow]] = OrderedDict()
-        self._waiting: dict[tuple[Any, ...], CallRow] = {}  # by sameness
+        self._unanswered: dict[tuple[Any, ...], CallRow] = {}  # by sameness; in a call or not yet
 
     def __len__(self) -> int:
         return sum(len(rows) for rows in self._by_kind.values())
@@ -250,7 +254,7 @@ class RowQueue:
         for at in range(len(pending.call.levels)):
             row = CallRow([(pending, at)])
             if (sameness := row.sameness) is not None:
-                waiting = self._waiting.setdefault(sameness, row)
+                waiting = self._unanswered.setdefault(sameness, row)
                 if waiting is not row:
                     waiting.askers += row.askers
                     continue
@@ -261,7 +265,10 @@ class RowQueue:
         return any(len(rows) >= rows_per_call(kind, call_size) for kind, rows in self._by_kind.items())
 
     def pop(self, call_size: int) -> Batch:
-        """The next call: of a kind that fills one if any does, else of the kind that fills most of one."""
+        """The next call: of a kind that fills one if any does, else of the kind that fills most of one.
+
+        Others may still ask for its rows, until `forget`.
+        """
 
         def filled(kind: Kind) -> float:
             return min(len(self._by_kind[kind]) / rows_per_call(kind, call_size), 1.0)
@@ -269,8 +276,6 @@ class RowQueue:
         kind = max(self._by_kind, key=filled)
         rows = self._by_kind[kind]
         batch = Batch([rows.popleft() for _ in range(min(rows_per_call(kind, call_size), len(rows)))])
-        for row in batch.rows:
-            self._forget(row)
         if not rows:
             del self._by_kind[kind]
         return batch
@@ -278,6 +283,11 @@ class RowQueue:
     def put_back(self, batch: Batch) -> None:
         """Return the rows of a call that was not made to the head of their queue, in their order."""
         self._by_kind.setdefault(batch.kind, deque()).extendleft(reversed(batch.rows))
+
+    def forget(self, batch: Batch) -> None:
+        """The rows of a call have their answers: who asks for them from now on asks anew."""
+        for row in batch.rows:
+            self._forget(row)
 
     def calls(self) -> list[PendingCall]:
         """Calls that wait for answers, once each."""
@@ -305,5 +315,5 @@ class RowQueue:
     def _forget(self, row: CallRow) -> None:
         """No later asker may join a row."""
         sameness = row.sameness
-        if sameness is not None and self._waiting.get(sameness) is row:
-            del self._waiting[sameness]
+        if sameness is not None and self._unanswered.get(sameness) is row:
+            del self._unanswered[sameness]

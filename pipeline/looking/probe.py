@@ -73,7 +73,7 @@ def probe_model(
         beside = (time.perf_counter() - start - sum(timed.seconds["denoise"])) / len(measured)
         images = len(measured)
     except TimeIsUp:
-        beside = timed.mean("encode_image") + (1 + results_per_image) * timed.mean("decode_latents")
+        beside = timed.mean("encode_images") + (1 + results_per_image) * timed.mean("decode_latents")
     if not timed.seconds["denoise"]:
         return None
     return Probe(
@@ -129,7 +129,7 @@ class TimedBackbone:
 
     def forget(self) -> None:
         """Begin anew: the first calls paid for kernels and caches."""
-        self.seconds: dict[str, list[float]] = {"denoise": [], "encode_image": [], "decode_latents": []}
+        self.seconds: dict[str, list[float]] = {"denoise": [], "encode_images": [], "decode_latents": []}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backbone, name)
@@ -144,9 +144,9 @@ class TimedBackbone:
         self.seconds[name].append(time.perf_counter() - start)
         return answer
 
-    def encode_image(self, pixels: Any) -> Any:
+    def encode_images(self, pixels: Any) -> Any:
         """The backbone's own, timed."""
-        return self._timed("encode_image", pixels)
+        return self._timed("encode_images", pixels)
 
     def decode_latents(self, latents: Tensor) -> Any:
         """The backbone's own, timed."""

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from pipeline.diffusion.copying import stacked_on, to_device
 from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import Backbone, ModelRecord, Offers
@@ -67,11 +67,11 @@ class StableDiffusion(Backbone):
         return self.text.encode(prompt)
 
     @override
-    def encode_image(self, pixels: np.ndarray) -> Tensor:
+    def encode_images(self, pixels: Tensor) -> Tensor:
         return self.autoencoder.encode(pixels)
 
     @override
-    def decode_latents(self, latents: Tensor) -> np.ndarray:
+    def decode_latents(self, latents: Tensor) -> Tensor:
         return self.autoencoder.decode(latents)
 
     @override
@@ -81,12 +81,12 @@ class StableDiffusion(Backbone):
 
     def _denoise(self, call: NetworkCall) -> NetworkAnswer:
         dtype = self._dtype
-        times = torch.tensor([level.timestep for level in call.levels], device=self.device)
-        latents = call.latents.to(self.device, self._outside)
+        times = to_device(torch.tensor([level.timestep for level in call.levels]), self.device)
+        latents = to_device(call.latents.to(self._outside), self.device)
         inputs = self._with_inpainting(latents.to(dtype), call.beside)
-        embeddings = torch.stack([one.embedding.to(self.device) for one in call.conditioning])
+        embeddings = stacked_on(self.device, [one.embedding for one in call.conditioning])
         added = self.text.added(call.conditioning, *inputs.shape[-2:])
-        added = {name: tensor.to(self.device) for name, tensor in added.items()}
+        added = {name: to_device(tensor, self.device) for name, tensor in added.items()}
         if call.cotangents is not None:
             embeddings = embeddings.detach().requires_grad_()
         controls = self._controls(call, embeddings.shape[1])
@@ -122,4 +122,6 @@ class StableDiffusion(Backbone):
                 else "this checkpoint is no inpainting model (its UNet has no inputs for mask and masked image). Use "
                 "an inpainting checkpoint, or editing.backend: masked"
             )
-        return torch.cat([latents, *(beside[name].to(latents) for name in sorted(beside))], dim=1)
+        return torch.cat(
+            [latents, *(to_device(beside[name].to(latents.dtype), latents.device) for name in sorted(beside))], dim=1
+        )

@@ -5,6 +5,7 @@ Units may come from several threads at once: on the engine, one unit's tail and 
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -80,12 +81,13 @@ class Worker:
             call_size=settings.call_size,
             images_in_flight=in_flight if isinstance(in_flight, int) else None,
         )
-        self._encoders = Encoders()
+        self._encoders = Encoders(settings.encoders)
         self._meter = _Meter(self.engine)
         self._gate = _Gate()
         self._report = report
         self._attempts: set[Attempt] = set()
         self._is_ending = False
+        self._units = itertools.count()  # in the order in which they come: the first goes first
 
     @property
     def model(self) -> ModelRecord:
@@ -100,6 +102,7 @@ class Worker:
             generation: of the driver.
             workers: that share the run at the moment.
         """
+        rank = next(self._units)
         with self._attempt(unit_input.unit.id, generation) as attempt:
             alone = attempt.number >= ALONE_FROM
             with self._gate.alone() if alone else self._gate.shared(), self._meter.measuring() as measured:
@@ -110,6 +113,7 @@ class Worker:
                     decoder=self._decoder,
                     encoders=self._encoders,
                     generation=generation,
+                    rank=rank,
                     turns=partial(one_by_one, attempt) if alone else all_at_once,
                     on_result=_UnitProgress(unit_input, self._report).note,
                 )
@@ -131,6 +135,10 @@ class Worker:
         self._is_ending = True
         for attempt in list(self._attempts):
             attempt.take_back()
+
+    def give_up(self, reason: Exception) -> None:
+        """Let units that are at work raise, soon. From any thread."""
+        self.engine.give_up(reason)
 
     def close(self) -> None:
         """End the encoder threads."""

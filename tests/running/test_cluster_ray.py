@@ -7,6 +7,7 @@ One local cluster of two logical CPUs for the module.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -101,6 +102,19 @@ def witness(notes: Path) -> Callable[[], None]:
                     return prepare(row, *rest)
 
                 flow.prepare_row = deadly
+            broken = notes / "broken"
+            if broken.exists() and not broken.read_text():
+                import torch
+
+                broken.write_text(str(os.getpid()))
+                network, calls = self._worker.backbone.denoise, itertools.count(1)
+
+                def fail(call: Any) -> Any:
+                    if next(calls) >= 20:  # and from then on, as a device does
+                        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+                    return network(call)
+
+                self._worker.backbone.denoise = fail
             time.sleep(0.2)
             finished = edit(self, batch)
             note("end", unit)
@@ -311,6 +325,25 @@ def test_a_row_that_kills_its_worker_is_quarantined_in_one_run_and_its_neighbour
     before = rows_of_data(four_edited)
     assert rows_of_data(contents(tmp_path)) == [row for row in before if row["key"] != "im07"]
     assert not list((tmp_path / "_attempts").iterdir())
+
+
+def test_a_worker_whose_device_fails_is_replaced_and_no_row_is_blamed(
+    two_cpus: Path, four_shards: Path, notes: Path, four_edited: dict[str, Any], tmp_path: Path
+) -> None:
+    earlier = len(events(notes))
+    (notes / "broken").touch()
+    recipe = recipe_from(recipe_data(four_shards, tmp_path, engine="ray"))
+    try:
+        summary = driver.run(recipe, progress="off")
+        broken = int((notes / "broken").read_text())
+    finally:
+        (notes / "broken").unlink()
+    assert (summary.complete, summary.failed_by_class) == (True, {"DecodeError": 2})  # im03 is no image
+    assert contents(tmp_path) == four_edited
+    begun = [event for event in events(notes)[earlier:] if event.kind == "begin"]
+    assert {event.pid for event in begun} > {broken}
+    assert begun[-1].pid != broken
+    assert not list(tmp_path.glob("_attempts/*"))
 
 
 @pytest.mark.slow  # each of four workers has to start
