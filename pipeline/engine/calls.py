@@ -154,6 +154,7 @@ class NetworkCall:
     plan: Plan = PLAIN
     group: int = 1  # rows of a group
     cotangents: Sequence[Callable[[Prediction], Prediction]] | None = None  # R
+    alike: Sequence[int] | None = None  # R: the first row of the same latents at the same level; None: nobody looked
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,7 +182,16 @@ class Batch:
             plan=kind.plan,
             group=kind.group,
             cotangents=self._cotangents(size),
+            alike=self._alike(size),
         )
+
+    def _alike(self, size: int) -> list[int]:
+        """Where latents lie in memory tells which are the same: a method that asks for several prompts at one point
+        gives views of one tensor. Rows that only fill the call up are copies of the first."""
+        first: dict[tuple[Any, ...], int] = {}
+        rows = [(row.pending.call, row.at) for row in self.rows]
+        places = [(*_place_of(call.latents[at]), call.levels[at]) for call, at in rows]
+        return self._padded([first.setdefault(place, number) for number, place in enumerate(places)], size)
 
     def _watch(self, size: int) -> Tensor | None:
         """(size, S, L): the weights of everything that is watched; None where nothing is."""

@@ -15,7 +15,7 @@ from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import Backbone, ModelRecord, Offers
 from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall
-from pipeline.engine.controls import WATCHED_FACTOR
+from pipeline.engine.controls import PLAIN, WATCHED_FACTOR
 from pipeline.engine.stacking import Shape, Stacked, stack
 from pipeline.errors import EditError
 from pipeline.models.autoencoder import Autoencoder
@@ -90,7 +90,9 @@ class StableDiffusion(Backbone):
         if call.cotangents is not None:
             embeddings = embeddings.detach().requires_grad_()
         controls = self._controls(call, embeddings.shape[1])
-        output, watched, recorded = self._network.predict(inputs, times, embeddings.to(dtype), controls, added or None)
+        output, watched, recorded = self._network.predict(
+            inputs, times, embeddings.to(dtype), controls, added or None, self._alike(call)
+        )
         kind = self.schedule.prediction_type
         predictions = prediction_of(kind, output.to(self._outside), latents, call.levels)
         grads = None if call.cotangents is None else gradients(predictions, embeddings, call.cotangents)
@@ -101,6 +103,16 @@ class StableDiffusion(Backbone):
             recorded={where: written.detach() for where, written in recorded.items()},
             embedding_grads=grads,
         )
+
+    def _alike(self, call: NetworkCall) -> Tensor | None:
+        """Rows that are the same until the text is read: the first self-attention, of most places of all, computes them
+        once. On a CPU, where an attention's bits do not depend on the number of rows; on a GPU it would save a fiftieth
+        of Stable Diffusion's arithmetic, and every call would wait for the number. Always told to a compiled graph: in
+        two graphs a row's last bits could differ."""
+        if self.device.type != "cpu" or call.plan != PLAIN or call.cotangents is not None:
+            return None
+        alike = range(len(call.levels)) if call.alike is None else call.alike
+        return torch.tensor(alike)
 
     def _controls(self, call: NetworkCall, length: int) -> Stacked | None:
         """What acts in a call, on the device; None: nothing does."""

@@ -23,7 +23,7 @@ from pipeline.engine.controls import (
 )
 from pipeline.engine.stacking import Stacked
 from pipeline.errors import ModelError
-from pipeline.models.attention import Acting, fused_attention
+from pipeline.models.attention import Acting, attention_of_distinct_rows, fused_attention
 from pipeline.models.compiling import compiled
 
 PLACES: dict[str, NetworkPart] = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}  # as they are executed
@@ -37,6 +37,7 @@ class Now:
     """
 
     acting: Acting | None = None
+    alike: Tensor | None = None  # (R,), the first row that is the same until the text is read
 
 
 class OpenedUNet:
@@ -71,6 +72,7 @@ class OpenedUNet:
         context: Tensor,
         controls: Stacked | None = None,
         added: Mapping[str, Tensor] | None = None,
+        alike: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, dict[Where, Tensor]]:
         """One call of R rows. Everything lies on the network's device.
 
@@ -80,6 +82,8 @@ class OpenedUNet:
             context: (R, L, D) of cross-attention.
             controls: what acts inside.
             added: more conditioning, by the names that the network knows it by.
+            alike: (R,), for each row the first one of the same latents and time, in a call without controls: what
+                they have in common is then attended to once. None: they are taken to differ.
 
         Returns:
             The output (R, C, h, w), what was watched (R, S, h/4, w/4), and what was recorded, (slots, C, h', w') by
@@ -87,9 +91,10 @@ class OpenedUNet:
         """
         run = self._compiled if self._compiled is not None and self.compiles else self._run
         try:
-            output, watched, recorded = run(inputs, times, context, controls, None if added is None else dict(added))
+            more = None if added is None else dict(added)
+            output, watched, recorded = run(inputs, times, context, controls, more, alike)
         finally:
-            self._now.acting = None
+            self._now.acting = self._now.alike = None
         return output, watched, recorded
 
     def _run(
@@ -99,12 +104,13 @@ class OpenedUNet:
         context: Tensor,
         controls: Stacked | None,
         added: dict[str, Tensor] | None,
+        alike: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, dict[Where, Tensor]]:
         """What is compiled: tensors go in and come out, and nothing is decided by what they hold."""
         acting = None if controls is None else Acting(controls)
-        self._now.acting = acting
+        self._now.acting, self._now.alike = acting, alike
         (output,) = self.unet(inputs, times, encoder_hidden_states=context, added_cond_kwargs=added, return_dict=False)
-        self._now.acting = None
+        self._now.acting = self._now.alike = None
         if acting is None:
             return output, None, {}
         rooms = acting.layout.plan.records
@@ -149,7 +155,9 @@ def _attend(
         for states in (attention.to_q(hidden_states), attention.to_k(context), attention.to_v(context))
     )
     acting = now.acting
-    if acting is None:
+    if now.alike is not None and layer.index == 0 and layer.kind == "self":
+        attended = attention_of_distinct_rows(query, key, value, now.alike, attention.scale)
+    elif acting is None:
         attended = fused_attention(query, key, value, None, attention.scale)
     else:
         attended = acting.attend(layer, query, key, value, attention.scale)
