@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -47,8 +46,8 @@ def quantile_of(values: Float[Tensor, "N"], share: float) -> Float[Tensor, ""]:
         return values.new_tensor(math.nan)
     rank = values.new_tensor(share) * (len(values) - 1)
     below, above = int(rank), math.ceil(rank)
-    found = np.partition(values.numpy(), (below, above))
-    return torch.lerp(values.new_tensor(found[below]), values.new_tensor(found[above]), rank - below)
+    first, second = (values.kthvalue(place + 1).values for place in (below, above))
+    return torch.lerp(first, second, rank - below)
 
 
 def smooth_attention(attention: Float[Tensor, "E h w"]) -> Float[Tensor, "E h w"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from typing import TYPE_CHECKING, Protocol
@@ -98,7 +98,7 @@ class LocalExecutor(Executor):
                 if reason := self._tally.add(manifest):
                     raise RunAborted(reason)
 
-    def _finished(self, units: Iterator[UnitInput], generation: int) -> Iterator[FinishedUnit]:
+    def _finished(self, units: Iterator[UnitInput], generation: int) -> Generator[FinishedUnit]:
         """Units edited, in their order. While some are at work the next one is read."""
         assert self._worker is not None, "open() comes first"
         at_work: deque[Future[FinishedUnit]] = deque()
