@@ -287,7 +287,10 @@ class Editor:
         """All edits of an image; raises what keeps it from being read."""
         recipe.refuse_what_lacks(self.backbone.offers, self.backbone.record.name)
         prepared = self._prepared(image, mask, name, recipe)
-        return (yield from edit_prepared(prepared, recipe.all_methods, recipe.run.seed, self.backbone))
+        return (yield from edit_prepared(
+                prepared, recipe.all_methods, recipe.run.seed, self.backbone, round_trip=recipe.sink.round_trip
+            )
+        )
 
     def _prepared(self, image: AnyImage, mask: AnyImage | None, name: str | None, recipe: Recipe) -> Prepared:
         sample = Sample(id=name or "", shard="", key=name or "image", index=0, image=b"")

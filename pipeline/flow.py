@@ -15,7 +15,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,7 +143,8 @@ def _edit_ready(
 ) -> Steps[list[Decoded | Rejected]]:
     if not isinstance(ready, Prepared):
         return ready
-    return (yield from edit_prepared(ready, recipe.all_methods, recipe.run.seed, backbone))
+    methods, seed = recipe.all_methods, recipe.run.seed
+    return (yield from edit_prepared(ready, methods, seed, backbone, round_trip=recipe.sink.round_trip))
 
 
 def prepare_row(
@@ -160,9 +163,12 @@ def prepare_row(
 
 
 def edit_prepared(
-    prepared: Prepared, methods: dict[str, Method], run_seed: int, backbone: Backbone
+    prepared: Prepared, methods: dict[str, Method], run_seed: int, backbone: Backbone, *, round_trip: bool = True
 ) -> Steps[list[Decoded | Rejected]]:
-    """Invert once per inversion and prompts that it runs under, then edit by every request and method, side by side."""
+    """Invert once per inversion and prompts that it runs under, then edit by every request and method, side by side.
+
+    `round_trip`: the input's latents are decoded as they are, too, for `sink.round_trip`.
+    """
     sample = prepared.sample
     groups: dict[tuple[Inversion, InversionPrompts], list[tuple[str, str]]] = {}
     outcomes: list[Decoded | Rejected] = []
@@ -178,11 +184,10 @@ def edit_prepared(
         return outcomes
     try:
         latents = yield EncodeImage(prepared.pixels)
-        round_trip = yield DecodeLatents(latents)
     except Exception as error:
         return outcomes + [rejected(sample, *pair, "invert", error) for pairs in groups.values() for pair in pairs]
 
-    children = []
+    children: list[Steps[Any]] = [_decode(latents)] if round_trip else []
     for (inversion, prompts), pairs in groups.items():
         seed = seed_for(run_seed, sample.id, inversion.method)
         source = Source(
@@ -197,12 +202,26 @@ def edit_prepared(
             pixels=prepared.pixels,
             placement=prepared.placement,
         )
-        children.append(_invert_and_edit(prepared, inversion, source, pairs, methods, seed, round_trip))
-    for result in (yield Fork(tuple(children))):
-        if isinstance(result, Exception):
-            raise result
-        outcomes += result
+        children.append(_invert_and_edit(prepared, inversion, source, pairs, methods, seed))
+    made = yield Fork(tuple(children))
+    back = made.pop(0) if round_trip else None
+    for results in made:
+        if isinstance(results, Exception):
+            raise results
+        outcomes += [_with_round_trip(result, back) for result in results]
     return outcomes
+
+
+def _decode(latents: Tensor) -> Steps[np.ndarray]:
+    return (yield DecodeLatents(latents))
+
+
+def _with_round_trip(result: Decoded | Rejected, back: np.ndarray | Exception | None) -> Decoded | Rejected:
+    if isinstance(result, Rejected):
+        return result
+    if isinstance(back, Exception):
+        return rejected(result.prepared.sample, result.edit, result.method, "invert", back)
+    return replace(result, round_trip=back)
 
 
 def _invert_and_edit(
@@ -212,7 +231,6 @@ def _invert_and_edit(
     pairs: Sequence[tuple[str, str]],
     methods: dict[str, Method],
     seed: int,
-    round_trip: np.ndarray,
 ) -> Steps[list[Decoded | Rejected]]:
     """One trajectory, and every edit that reads it."""
     sample = prepared.sample
@@ -225,9 +243,7 @@ def _invert_and_edit(
     except Exception as error:
         return [rejected(sample, edit, name, "invert", error) for edit, name in pairs]
     mask = latent_mask(prepared.mask, source.latents)
-    edits = tuple(
-        _edit(prepared, methods[name], trajectory, edit, name, seed, mask, round_trip) for edit, name in pairs
-    )
+    edits = tuple(_edit(prepared, methods[name], trajectory, edit, name, seed, mask) for edit, name in pairs)
     results = yield Fork(edits)
     return [
         rejected(sample, edit, name, "edit", result) if isinstance(result, Exception) else result
@@ -243,7 +259,6 @@ def _edit(
     name: str,
     seed: int,
     mask: Tensor | None,
-    round_trip: np.ndarray,
 ) -> Steps[Decoded]:
     """One edit, at model size."""
     edited: EditedLatents = yield from method.editing.edit(trajectory, prepared.requests[edit], mask)
@@ -258,7 +273,7 @@ def _edit(
         edit=edit,
         method=name,
         pixels=pixels,
-        round_trip=round_trip,
+        round_trip=None,  # comes beside
         masks=None if edited.masks is None else tuple(at_image_size(one, pixels) for one in edited.masks),
         seed=seed,
     )

@@ -28,7 +28,7 @@ from pipeline.running.tally import InFlight
 from pipeline.writing.attempts import ALONE_FROM, Attempt
 from pipeline.writing.commit import FinishedUnit
 from pipeline.writing.encoding import Encoders
-from pipeline.writing.manifest import Measured
+from pipeline.writing.manifest import NOT_MEASURED, Measured
 
 # Measured on narrow and wide models: a row of a smaller call takes up to two fifths longer, larger ones gain little.
 CPU_CALL_SIZE = 16
@@ -231,6 +231,7 @@ class _Meter:
         self._lock = threading.Lock()
         self._inside = 0
         self._since = 0.0
+        self._busy = 0.0
         self._rows = 0
 
     @contextmanager
@@ -240,17 +241,23 @@ class _Meter:
             if self._inside == 0:
                 self._since = time.perf_counter()
             self._inside += 1
-        seconds, rows = 0.0, 0
+        took = NOT_MEASURED
         try:
-            yield lambda workers: Measured(worker_seconds=round(seconds, 6), workers=workers, network_rows=rows)
+            yield lambda workers: took.model_copy(update={"workers": workers})
         finally:
-            seconds, rows = self._leave()
+            took = self._leave()
 
-    def _leave(self) -> tuple[float, int]:
-        """Seconds and network rows since anybody last left."""
+    def _leave(self) -> Measured:
+        """What was done since anybody last left."""
         with self._lock:
-            now, rows = time.perf_counter(), self._engine.stats.network_rows
-            seconds, done = now - self._since, rows - self._rows
-            self._since, self._rows = now, rows
+            now, stats = time.perf_counter(), self._engine.stats
+            seconds = now - self._since
+            took = Measured(
+                worker_seconds=round(seconds, 6),
+                workers=1,
+                network_rows=stats.network_rows - self._rows,
+                busy_seconds=round(min(stats.busy_seconds - self._busy, seconds), 6),
+            )
+            self._since, self._busy, self._rows = now, stats.busy_seconds, stats.network_rows
             self._inside -= 1
-            return seconds, done
+            return took

@@ -161,6 +161,9 @@ class SinkConfig(Section):
     """Format of the edited image; masks are always lossless."""
     quality: int = Field(default=95, ge=1, le=100)
     """Quality of jpg and webp; 100: best."""
+    round_trip: bool = True
+    """Measure against the input's own way through the autoencoder and back: `reconstruction_psnr`, `edit_change` and
+    `rest_change`. It takes one decoding more per image; false: these figures are null."""
     shard_size: int = Field(default=500_000_000, ge=0, json_schema_extra=_or_size_text)
     """Bytes of an output file, about; "500MB" may be written. 0: each unit keeps a file of its own."""
     storage_options: StorageOptions = Field(default_factory=dict, repr=False)

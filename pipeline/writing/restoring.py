@@ -39,7 +39,9 @@ def restored(decoded: Decoded) -> Edited:
         seed=decoded.seed,
         figures=figures(
             original=prepared.original,
-            round_trip=restore(decoded.round_trip, placement, prepared.original),  # held nowhere else
+            round_trip=None  # or one that is held nowhere else
+            if decoded.round_trip is None
+            else restore(decoded.round_trip, placement, prepared.original),
             edited=image,
             mask=union,
         ),
