@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 
 
+def copies_by_itself(device: torch.device) -> bool:
+    """Whether a device copies in its own time, in the order of what it was given. Torch's meta device stands for one
+    where there is none, to count what would be waited for."""
+    return device.type in ("cuda", "meta")
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device. To a GPU it goes from page-locked memory, behind what the GPU has been given already:
     from any other memory the host would wait until the GPU gets there."""
-    if device.type != "cuda" or tensor.device.type != "cpu":
+    if not copies_by_itself(device) or tensor.device.type != "cpu":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def stacked_on(device: torch.device, tensors: Sequence[Tensor]) -> Tensor:

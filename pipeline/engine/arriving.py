@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.copying import copies_by_itself
+
 Wait = Callable[[], None]
 """Returns once the device has got to a place that was marked."""
 
@@ -27,8 +29,10 @@ class Arriving:
 
 def begin_copy(tensor: Tensor) -> Tensor:
     """The tensor on the CPU. From a GPU it arrives by and by: mark the place behind, and wait for it."""
-    if tensor.device.type != "cuda":
+    if not copies_by_itself(tensor.device):
         return tensor.cpu()
+    if tensor.device.type != "cuda":
+        return tensor.to("cpu", non_blocking=True)
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return copy.copy_(tensor, non_blocking=True)
 
