@@ -287,7 +287,8 @@ class Editor:
         """All edits of an image; raises what keeps it from being read."""
         recipe.refuse_what_lacks(self.backbone.offers, self.backbone.record.name)
         prepared = self._prepared(image, mask, name, recipe)
-        return (yield from edit_prepared(
+        return (
+            yield from edit_prepared(
                 prepared, recipe.all_methods, recipe.run.seed, self.backbone, round_trip=recipe.sink.round_trip
             )
         )
