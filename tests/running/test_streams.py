@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from pipeline.errors import DeviceError
 from pipeline.models.analytic import AnalyticBackbone
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.running import driver, in_process
-from tests.runs import asked, contents, recipe_data, results, write_shards
+from tests.runs import EDITS, asked, contents, recipe_data, results, write_shards
 
 SHARDS, ROWS = 2, 8
 
@@ -87,3 +89,29 @@ def test_a_device_that_fails_ends_the_run_and_the_same_command_goes_on(
     summary = driver.run(a_recipe(shards, tmp_path / "out"), progress="off")
     assert (summary.complete, summary.failed_by_class) == (True, {"DecodeError": 2})
     assert contents(tmp_path / "out") == contents(tmp_path / "calm")
+
+
+def test_without_the_round_trip_pictures_are_the_same_and_one_decoding_per_image_is_saved(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, decoded = AnalyticBackbone.decode_latents, Counter[str]()
+    rows = {}
+    for name in ("with", "without"):
+        monkeypatch.setattr(
+            AnalyticBackbone,
+            "decode_latents",
+            lambda self, latents, name=name: decoded.update({name: 1}) or decode(self, latents),
+        )
+        data = recipe_data(shards, tmp_path / name, engine="local", sink={"round_trip": name == "with"})
+        driver.run(recipe_from(data), progress="off")
+        rows[name] = [
+            row for file in (tmp_path / name / "data").glob("*.parquet") for row in pq.read_table(file).to_pylist()
+        ]
+    images = SHARDS * ROWS - 1  # one is no image
+    assert decoded == {"with": images * (1 + len(EDITS)), "without": images * len(EDITS)}
+    ours, others = ({(row["id"], row["edit"]): row for row in rows[name]} for name in ("with", "without"))
+    assert ours.keys() == others.keys()
+    for key, row in ours.items():
+        changed = {name for name, value in row.items() if others[key][name] != value}
+        assert changed <= {"reconstruction_psnr", "edit_change", "rest_change", "recipe_hash"}, changed
+        assert others[key]["reconstruction_psnr"] is None
