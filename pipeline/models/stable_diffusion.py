@@ -91,7 +91,7 @@ class StableDiffusion(Backbone):
             embeddings = embeddings.detach().requires_grad_()
         controls = self._controls(call, embeddings.shape[1])
         output, watched, recorded = self._network.predict(
-            inputs, times, embeddings.to(dtype), controls, added or None, self._alike(call)
+            inputs, times, embeddings.to(dtype), controls, added or None, None if added else self._alike(call)
         )
         kind = self.schedule.prediction_type
         predictions = prediction_of(kind, output.to(self._outside), latents, call.levels)
@@ -105,11 +105,14 @@ class StableDiffusion(Backbone):
         )
 
     def _alike(self, call: NetworkCall) -> Tensor | None:
-        """Rows that are the same until the text is read: the first self-attention, of most places of all, computes them
-        once. On a CPU, where an attention's bits do not depend on the number of rows; on a GPU it would save a fiftieth
-        of Stable Diffusion's arithmetic, and every call would wait for the number. Always told to a compiled graph: in
-        two graphs a row's last bits could differ."""
-        if self.device.type != "cpu" or call.plan != PLAIN or call.cotangents is not None:
+        """Rows that are the same until cross-attention reads the text: the first self-attention, of most places of all,
+        computes them once. Not where text comes in beside the timestep, or the network is given more than latents.
+
+        On a CPU, where an attention's bits do not depend on the number of rows; on a GPU it would save a fiftieth of
+        Stable Diffusion's arithmetic, and every call would wait for the number. Always told to a compiled graph: in two
+        graphs a row's last bits could differ.
+        """
+        if self.device.type != "cpu" or call.plan != PLAIN or call.beside or call.cotangents is not None:
             return None
         alike = range(len(call.levels)) if call.alike is None else call.alike
         return torch.tensor(alike)

@@ -210,7 +210,7 @@ class RunConfig(Section):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the run; an image's noise derives from it and from the image's id."""
     unit_size: int = Field(default=32, ge=1, le=4096)
-    """Images that are committed together. A kill loses what is at work: a unit per worker, and the head of the next."""
+    """Images that are committed together. A kill loses what is at work: two units per worker at most."""
     call_size: Count | Literal["auto"] = "auto"
     """Rows of a network call; auto: probed on a GPU, 16 on CPU. Changes how results are rounded."""
     images_in_flight: Count | Literal["auto"] = "auto"

@@ -11,8 +11,8 @@ import pipeline
 from pipeline.editing import EDITORS
 from pipeline.inversion import INVERSIONS
 from pipeline.looking.check_model.records import Check, ModelCheck, Pair, Picture, Status, Verdict
+from pipeline.looking.report.templates import page_template
 from pipeline.looking.report.thumbnails import data_uri, thumbnail
-from pipeline.looking.templates import page_template
 
 SIDE = 512  # pixels, at most, of a picture on the page
 MOST_NAMED = 8  # pairs of one reason that are named

@@ -37,9 +37,9 @@ from pipeline.looking.report.selection import (
     spread,
     worst_first,
 )
+from pipeline.looking.report.templates import page_template
 from pipeline.looking.report.text_gain import text_gain
 from pipeline.looking.results import READERS, ResultRef, RunFolder
-from pipeline.looking.templates import page_template
 from pipeline.recipe import SinkConfig
 from pipeline.writing.files import list_folder, put_over_ours, remove
 from pipeline.writing.paths import refuse_links

@@ -11,7 +11,7 @@ from pipeline.common.wording import breakable, shown
 
 @cache
 def page_template(path: str) -> jinja2.Template:
-    """The template at a path of this folder, which includes others by theirs."""
+    """The template at a path of `looking/`, which includes others by theirs."""
     # Names, captions, prompts and messages come from outside: autoescape is what keeps them text.
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.looking", "."),
