@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,14 @@ def test_the_tail_of_a_unit_and_the_head_of_the_next_share_calls(
         engines.append(self)
         made(self, *args, **options)
 
+    network = AnalyticBackbone.denoise
+
+    def slow(self: AnalyticBackbone, call: NetworkCall) -> NetworkAnswer:
+        time.sleep(0.02)  # as a model takes its time, in which the next unit is read and prepared
+        return network(self, call)
+
     monkeypatch.setattr(Engine, "__init__", noted)
+    monkeypatch.setattr(AnalyticBackbone, "denoise", slow)
     padded = {}
     for at_once in (1, 2):
         monkeypatch.setattr(in_process, "UNITS_AT_ONCE", at_once)
