@@ -1,6 +1,7 @@
 """Does the host keep a GPU busy? Measured without one, on a device that takes the time of a card.
 
     python -m benchmarks.host             about 40 minutes on two quiet cores; writes build/host.json
+    python -m benchmarks.host --clock processor    on a machine where others compute: see `ProcessorClock`
     python -m benchmarks.host --small     seconds, to see that it runs: its figures say nothing
 
 Every kind of job goes through the engine as it is, from pixels to pixels, on a simulated device (`simulated.py`): a row
@@ -26,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -38,7 +39,7 @@ from benchmarks.architectures import SD15, SDXL, TINY_SD, TINY_SDXL, Architectur
 from benchmarks.copies import counts
 from benchmarks.jobs import MAIN, MASACTRL_AUTO, MIXED, Job, others
 from benchmarks.machine import machine, show
-from benchmarks.simulated import RATE, SimulatedGPU, Stream
+from benchmarks.simulated import RATE, ProcessorClock, SimulatedGPU, Stream
 from pipeline.engine.engine import Engine, EngineStats
 from pipeline.records import Prepared
 from pipeline.running import driver, worker
@@ -52,7 +53,7 @@ NO_TIME = 1e9  # TFLOP/s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """How much of everything."""
+    """How much of everything, and by which clock."""
 
     size: int | None = None  # pixels; None: the model's own
     steps: int | None = None  # None: the job's own, and so of images
@@ -60,14 +61,26 @@ class Scale:
     call_sizes: Sequence[int] = CALL_SIZES
     counted_steps: int = 5  # of the jobs whose copies are counted
     unit_size: int = 32
+    clock: Literal["wall", "processor"] = "wall"
 
     def of(self, job: Job) -> Job:
         """A job on this scale."""
         return job if self.steps is None else job.smaller(steps=self.steps, images=self.images)
 
+    def stream(self) -> Stream:
+        """A new device."""
+        if self.clock == "wall":
+            return Stream()
+        clock = ProcessorClock()
+        return Stream(clock=clock.read, sleep=clock.sleep)
+
+    def size_for(self, architecture: Architecture) -> int:
+        """Side of the images, pixels."""
+        return self.size or architecture.image_size
+
 
 FULL = Scale()
-SMALL = Scale(size=128, steps=2, images=3, call_sizes=(4,), counted_steps=2, unit_size=2)
+SMALL = Scale(size=128, steps=2, images=3, call_sizes=(4,), counted_steps=2, unit_size=2, clock="processor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +104,9 @@ class Measured:
         }
 
 
-def edit(job: Job, architecture: Architecture, call_size: int, size: int) -> Measured:
+def edit(job: Job, architecture: Architecture, call_size: int, scale: Scale) -> Measured:
     """All images of a job through one engine; one before, on a device that takes no time, for what is made once."""
-    stream = Stream()
+    stream, size = scale.stream(), scale.size_for(architecture)
     engine = Engine(SimulatedGPU(architecture, stream), call_size=call_size)
     recipe = job.recipe(model={"size": size, "fit": "stretch"})
     inputs = numbered(prepared(photographs(min(job.images, PICTURES), size), recipe, size), job.images)
@@ -107,9 +120,9 @@ def edit(job: Job, architecture: Architecture, call_size: int, size: int) -> Mea
     return Measured(stream, engine.stats, time.process_time() - began)
 
 
-def run(job: Job, architecture: Architecture, call_size: int, size: int, unit_size: int) -> Measured:
+def run(job: Job, architecture: Architecture, call_size: int, scale: Scale) -> Measured:
     """A whole run of a job in this process: read, edited, restored, encoded, committed."""
-    stream, engines = Stream(), []
+    stream, engines = scale.stream(), []
 
     def make_engine(*given: Any, **named: Any) -> Engine:
         engines.append(Engine(*given, **named))
@@ -119,9 +132,9 @@ def run(job: Job, architecture: Architecture, call_size: int, size: int, unit_si
         write_shards(Path(folder) / "in", job.images)
         recipe = job.recipe(
             source={"shards": str(Path(folder) / "in")},
-            model={"name": str(tiny(architecture).folder), "size": size, "fit": "bucket"},
+            model={"name": str(tiny(architecture).folder), "size": scale.size_for(architecture), "fit": "bucket"},
             sink={"folder": str(Path(folder) / "out")},
-            run={"engine": "local", "call_size": call_size, "unit_size": unit_size},
+            run={"engine": "local", "call_size": call_size, "unit_size": scale.unit_size},
         )
         model = SimulatedGPU(architecture, stream)
         began = time.process_time()
@@ -179,16 +192,12 @@ def tiny(architecture: Architecture) -> Architecture:
 def cases(*, every_job: bool = True) -> list[tuple[Job, Architecture]]:
     """What is measured: the main jobs on both models, all others on the faster one, where the host has least time."""
     both = [(job, architecture) for architecture in (SD15, SDXL) for job in MAIN]
-    return [*both, *((job, SD15) for job in ((MASACTRL_AUTO, *others()) if every_job else ())), (MIXED, SD15)]
+    return [*both, (MIXED, SD15), *((job, SD15) for job in ((MASACTRL_AUTO, *others()) if every_job else ()))]
 
 
 def measure_case(job: Job, architecture: Architecture, call_size: int, scale: Scale) -> dict[str, Any]:
     """One row of the table."""
-    size = scale.size or architecture.image_size
-    if job is MIXED:
-        measured = run(scale.of(job), architecture, call_size, size, scale.unit_size)
-    else:
-        measured = edit(scale.of(job), architecture, call_size, size)
+    measured = (run if job is MIXED else edit)(scale.of(job), architecture, call_size, scale)
     counted = counts(job, str(tiny(architecture).folder), call_size, scale.counted_steps)
     return {
         "job": job.name,
@@ -213,12 +222,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a few images and steps: only to see that it runs")
     parser.add_argument("--only", default="", help="jobs whose name holds this")
+    parser.add_argument("--clock", choices=["wall", "processor"], default="wall", help="processor: see above")
     arguments = parser.parse_args()
+    scale = SMALL if arguments.small else replace(FULL, clock=arguments.clock)
     console = Console(width=160)
-    console.print(machine())
+    console.print({**machine(), "clock": scale.clock})
     rows: list[dict[str, Any]] = []
-    for row in measure(SMALL if arguments.small else FULL, every_job=not arguments.small, only=arguments.only):
+    for row in measure(scale, every_job=not arguments.small, only=arguments.only):
         rows.append(row)
+        console.print(f"{row['job']}, {row['model']}, {row['call_size']} rows: busy {row['busy_share']:.1%}")
         BUILD.mkdir(exist_ok=True)
         (BUILD / "host.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     show(console, f"A device of {RATE:g} TFLOP/s, and what the host does beside it", rows)

@@ -38,6 +38,22 @@ ENCODE_TFLOP, DECODE_TFLOP = 1.1, 2.5  # of one picture of 512 x 512 pixels; oth
 BACKWARD = 2  # times what a call takes
 
 
+class ProcessorClock:
+    """The time that this process computed, and the time that it waited for a device: on a machine where others compute
+    as well, what a clock on the wall would show without them. Threads count one after the other."""
+
+    def __init__(self) -> None:
+        self._slept = 0.0
+
+    def read(self) -> float:
+        """Seconds."""
+        return time.process_time() + self._slept
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass on this clock alone."""
+        self._slept += seconds
+
+
 class Stream:
     """What a device has been given, in order.
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.architectures import SD15
-from benchmarks.simulated import META, OnDevice, OnItsWay, SimulatedGPU, Stream
+from benchmarks.simulated import META, OnDevice, OnItsWay, ProcessorClock, SimulatedGPU, Stream
 from pipeline.engine.calls import NetworkCall
 from tests.methods import levels
 
@@ -63,6 +63,15 @@ def test_the_time_before_the_first_call_is_nobodys(clock: Clock, stream: Stream)
     assert stream.busy_share == 1.0
     stream.forget()
     assert (stream.busy, stream.span, stream.busy_share) == (0.0, 0.0, 0.0)
+
+
+def test_on_the_processors_clock_nobody_sleeps() -> None:
+    clock = ProcessorClock()
+    stream = Stream(1.0, clock=clock.read, sleep=clock.sleep)
+    before = clock.read()
+    stream.wait(stream.launch(3600.0))
+    assert clock.read() - before >= 3600.0
+    assert stream.busy_share == 1.0
 
 
 def test_numbers_are_waited_for_by_who_touches_them_and_device_work_waits_for_nothing(
