@@ -52,7 +52,7 @@ BACKENDS = {
 }
 TOKENS = 77
 ROUNDS = 5  # timed calls, after one that is not
-NO_KERNEL = "No available kernel"  # torch, of an attention backend that cannot serve a call
+NO_KERNEL = ("No available kernel", "No viable backend")  # torch, of attention that cannot serve a call: GPU, CPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +192,7 @@ class Network:
             torch.cuda.empty_cache()
             return None
         except RuntimeError as error:
-            if NO_KERNEL in str(error):
+            if str(error).startswith(NO_KERNEL):
                 return None
             raise
 

@@ -49,10 +49,10 @@ def diffusers_pipeline(architecture: Architecture, device: torch.device, dtype: 
     scheduler = DPMSolverMultistepScheduler.from_pretrained(
         folder, subfolder="scheduler", algorithm_type="sde-dpmsolver++", solver_order=2
     )
-    unet, vae = architecture.make_unet(device, dtype), architecture.make_vae(device, dtype).to(dtype)
+    unet, vae = architecture.make_unet(device, dtype), architecture.make_vae(device, dtype)
     encoder, *second = architecture.make_texts(device, dtype)
     given: dict[str, Any] = {
-        "vae": vae,
+        "vae": torch.nn.Module.to(vae, dtype),
         "text_encoder": encoder,
         "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         "unet": unet,
@@ -85,7 +85,9 @@ def seconds_by_batch(
                 edit_with_diffusers(pipe, images, 2, [concepts])  # not counted: kernels, caches
             started = time.perf_counter()
             edit_with_diffusers(pipe, images, scale.steps, [concepts], batch=batch)
-        except torch.OutOfMemoryError:
+        except RuntimeError:  # out of memory; and the pipeline of XL takes no batches of several images
+            if batch == 1:
+                raise
             torch.cuda.empty_cache()
             break
         before = min(found.values(), default=float("inf"))
