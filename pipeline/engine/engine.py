@@ -155,7 +155,8 @@ class Engine:
             # A full call goes first: it lets the oldest images finish before new ones are held in memory.
             if self._has_full() or not self._admit():
                 break
-        if not self._given or (len(self._given) < GIVEN_CALLS and self._has_full()):
+        given = sum(isinstance(batch, Batch) for batch, _ in self._given)  # pictures are over before a call is packed
+        if not self._given or (given < GIVEN_CALLS and self._has_full()):
             self._give_next()
         else:
             self._take(*self._given.popleft())

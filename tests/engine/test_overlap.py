@@ -38,8 +38,10 @@ class Device(AnalyticBackbone):
         return super().denoise(call)
 
     def mark(self) -> Callable[[], None]:
+        marked = {"given": "taken", "pictures": "looked at"}[self.log[-1]]
+
         def wait() -> None:
-            self.log.append("taken")
+            self.log.append(marked)
             if self.log.count("taken") == self.waits:
                 raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
 
@@ -54,6 +56,7 @@ class Device(AnalyticBackbone):
         return super().decode_latents(latents)
 
     def _note(self, batch: Tensor) -> None:
+        self.log.append("pictures")
         self.pictures.append(len(batch))
         if len(batch) > self.most_pictures:
             raise torch.OutOfMemoryError("pretended")
@@ -82,6 +85,20 @@ def test_a_call_is_given_before_the_answer_of_the_one_before_is_waited_for() -> 
     assert waits == [GIVEN_CALLS] * (calls - 1) + [1]  # another one is there whenever one is waited for, to the last
     for number, latents in found.items():
         assert torch.equal(latents, Engine(analytic(), call_size=4).run_one(walks(number)))
+
+
+def test_a_picture_takes_the_place_of_no_call(in_fours: None) -> None:
+    def looks(number: int) -> Steps[Tensor]:
+        latents = yield from walks(number)
+        yield DecodeLatents(latents)
+        return (yield from walks(number))
+
+    device = Device()
+    list(Engine(device, call_size=4, images_in_flight=24).run(looks(n) for n in range(24)))
+    assert len(device.pictures) == 24 // 4
+    waits = [at for at, what in enumerate(device.log) if what == "taken"]
+    others = [device.log[:at].count("given") - device.log[: at + 1].count("taken") for at in waits]
+    assert set(others[: 20 * 2 * STEPS // 4]) == {GIVEN_CALLS - 1}  # until the last four images are left
 
 
 def test_a_short_call_is_given_only_when_nothing_can_fill_it() -> None:
