@@ -96,7 +96,7 @@ class Editor:
         """
         config = _recipe({"model": {"name": model, **settings}}).model
         backbone = load_backbone(config, device=None if device is None else checked_device(device, model))
-        return cls(backbone, call_size=call_size or (COMPILED_CALL_SIZE if config.compile else None))
+        return cls(backbone, call_size=call_size or (COMPILED_CALL_SIZE if config.compile is True else None))
 
     @property
     def engine(self) -> Engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -12,7 +13,8 @@ from pipeline.diffusion.levels import Schedule
 from pipeline.engine.arriving import Wait, mark
 from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall
 from pipeline.engine.controls import WATCHED_FACTOR, Openings
-from pipeline.errors import EditError
+from pipeline.engine.tuning import UNTUNED, Tuning, Ways
+from pipeline.errors import EditError, ModelError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,8 @@ class Backbone(Protocol):
     latent_channels: int
     latent_scale: int  # pixels per latent, along a side
     multiple: int  # sides in pixels are multiples of this
+    tuning: Tuning = UNTUNED  # how it runs at present
+    ways: Ways = MappingProxyType({})  # in which it can run besides, on its device
 
     def encode_text(self, prompt: str) -> Conditioning:
         """Embed one prompt; text beyond the encoder's length is cut."""
@@ -90,6 +94,15 @@ class Backbone(Protocol):
         Raises:
             EditError: the model lacks what a control needs, or rows lack what it takes beside the latents.
         """
+
+    def tune(self, tuning: Tuning) -> None:
+        """Run in another way from now on.
+
+        Raises:
+            ModelError: it cannot.
+        """
+        if tuning != self.tuning:
+            raise ModelError(f"'{self.record.name}' cannot be run {tuning}. Set another sink.folder for a new run")
 
     def mark(self) -> Wait:
         """Mark the end of what the device has been given so far; what is returned waits until it has got there."""

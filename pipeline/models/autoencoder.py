@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.diffusion.copying import to_device
+from pipeline.models.kernels import exact_float32
 
 
 class Autoencoder:
@@ -31,7 +32,8 @@ class Autoencoder:
         image = to_device(pixels, self.vae.device).to(self.vae.dtype)
         # Laid out plane by plane: other strides would choose other kernels, whose last bits differ.
         image = image.permute(0, 3, 1, 2).contiguous() / 127.5 - 1.0
-        latents = self.vae.encode(image).latent_dist.mode()
+        with exact_float32(image):
+            latents = self.vae.encode(image).latent_dist.mode()
         if self._per_channel is not None:
             mean, std = self._per_channel
             latents = (latents - mean) / std
@@ -44,7 +46,8 @@ class Autoencoder:
         if self._per_channel is not None:
             mean, std = self._per_channel
             scaled = scaled * std + mean
-        image = self.vae.decode(scaled).sample.float()
+        with exact_float32(scaled):
+            image = self.vae.decode(scaled).sample.float()
         return ((image.permute(0, 2, 3, 1) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -17,10 +17,19 @@ from pipeline.engine.backbone import Backbone, ModelRecord, Offers
 from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall
 from pipeline.engine.controls import PLAIN, WATCHED_FACTOR
 from pipeline.engine.stacking import Shape, Stacked, stack
+from pipeline.engine.tuning import Tuning, Ways
 from pipeline.errors import EditError
 from pipeline.models.autoencoder import Autoencoder
+from pipeline.models.compiling import check_compiler
 from pipeline.models.gradients import gradients
 from pipeline.models.unet import OpenedUNet
+
+WAYS: Ways = {
+    "attention": ("flash", "cudnn", "efficient"),
+    "layout": ("channels_last",),
+    "projections": ("joined",),
+    "execution": ("compiled", "graphs"),
+}
 
 
 class Text(Protocol):
@@ -46,7 +55,6 @@ class StableDiffusion(Backbone):
         offers: Offers,
         record: ModelRecord,
         device: torch.device,
-        compile_unet: bool = False,
     ) -> None:
         self.unet, self.autoencoder, self.text = unet, autoencoder, text
         self.schedule, self.record, self.device = schedule, record, device
@@ -59,7 +67,7 @@ class StableDiffusion(Backbone):
         # Between model calls everything is float32, or wider where the networks are.
         self._outside = torch.promote_types(self._dtype, torch.float32)
         unet.requires_grad_(False)
-        self._network = OpenedUNet(unet, compile_unet=compile_unet)
+        self._network = OpenedUNet(unet)
         self.offers = dataclasses.replace(offers, openings=self._network.openings)
 
     @override
@@ -73,6 +81,20 @@ class StableDiffusion(Backbone):
     @override
     def decode_latents(self, latents: Tensor) -> Tensor:
         return self.autoencoder.decode(latents)
+
+    @property
+    def ways(self) -> Ways:  # type: ignore[override]  # decided by its device
+        """On a GPU; on CPUs results are the same everywhere."""
+        return WAYS if self.device.type == "cuda" else {}
+
+    @override
+    def tune(self, tuning: Tuning) -> None:
+        if tuning == self.tuning:
+            return
+        if tuning.execution != "eager":
+            check_compiler(self.device)
+        self.tuning = tuning
+        self._network.tune(tuning)
 
     @override
     def denoise(self, call: NetworkCall) -> NetworkAnswer:

@@ -72,20 +72,15 @@ class LocalExecutor(Executor):
     @override
     def open(self, before: RunRecord | None) -> str:
         from pipeline.models.loading import load_backbone
-        from pipeline.running.worker import Worker, call_size_for
+        from pipeline.running.worker import Worker, fit
 
         recipe = self._recipe
         pool = plan_pool(recipe.run.model_copy(update={"workers": 1}), resources_here())
-        threads = before.threads if before else pool.threads
         backbone = load_backbone(recipe.model, device=None if pool.gpus_per_worker else "cpu")
-        self.model = backbone.record
-        self.settings = WorkerSettings(
-            call_size=before.call_size if before else call_size_for(recipe, backbone),
-            threads=threads,
-            encoders=pool.encoders,
-        )
+        self.model, fitted = backbone.record, fit(recipe, backbone, before)
+        self.settings = pool.settings(fitted, before.threads if before else None)
         self._worker = Worker(recipe, self.settings, backbone, report=self._tally.advance)
-        return pool.line(compiles=recipe.model.compile)
+        return pool.line(tuning=fitted.tuned.tuning)
 
     @override
     def edit(self, todo: Todo, claim: Claim) -> None:

@@ -16,8 +16,10 @@ from functools import partial
 import torch
 
 from pipeline.engine.backbone import Backbone, ModelRecord
+from pipeline.engine.calls import NetworkCall
 from pipeline.engine.engine import Engine
 from pipeline.engine.sizing import probe_call_size
+from pipeline.engine.tuning import Fit, Tuned, tune
 from pipeline.flow import all_at_once, edit_unit
 from pipeline.models.loading import load_backbone
 from pipeline.reading.decoder import Decoder
@@ -29,9 +31,11 @@ from pipeline.writing.attempts import ALONE_FROM, Attempt
 from pipeline.writing.commit import FinishedUnit
 from pipeline.writing.encoding import Encoders
 from pipeline.writing.manifest import NOT_MEASURED, Measured
+from pipeline.writing.run_record import RunRecord
 
 # Measured on narrow and wide models: a row of a smaller call takes up to two fifths longer, larger ones gain little.
 CPU_CALL_SIZE = 16
+TRIAL_ROWS = 16  # of the calls by which layouts and kernels are chosen, before the call size is
 KILLED = Refusal(
     stage="edit",
     error_class="ProcessKilled",
@@ -41,6 +45,21 @@ KILLED = Refusal(
 )
 
 
+def fit(recipe: Recipe, backbone: Backbone, before: RunRecord | None = None) -> Fit:
+    """Let a model run as an earlier driver has decided, or else as is fastest on its device."""
+    if before is not None:
+        backbone.tune(before.tuned.tuning)
+        return Fit(call_size=before.call_size, tuned=before.tuned)
+    ways = {} if recipe.model.compile is False else dict(backbone.ways)
+    execution = ways.pop("execution", ())
+    tuned = tune(backbone, trial(recipe, backbone, TRIAL_ROWS), ways) if ways else Tuned(tuning=backbone.tuning)
+    size = call_size_for(recipe, backbone)
+    if execution:  # last, and at one size: every shape and every way is compiled by itself
+        last = tune(backbone, trial(recipe, backbone, size), {"execution": execution})
+        tuned = replace(last, rows_per_second={**tuned.rows_per_second, **last.rows_per_second})
+    return Fit(call_size=size, tuned=tuned)
+
+
 def call_size_for(recipe: Recipe, backbone: Backbone) -> int:
     """Rows of a network call, where no earlier run has decided."""
     if isinstance(recipe.run.call_size, int):
@@ -48,6 +67,16 @@ def call_size_for(recipe: Recipe, backbone: Backbone) -> int:
     if backbone.device.type != "cuda":
         return CPU_CALL_SIZE
     return probe_call_size(backbone, recipe.model.size or backbone.image_size)
+
+
+def trial(recipe: Recipe, backbone: Backbone, rows: int) -> NetworkCall:
+    """A plain call of rows of noise, each its own."""
+    side = (recipe.model.size or backbone.image_size) // backbone.latent_scale
+    generator = torch.Generator().manual_seed(0)
+    prompt = backbone.encode_text("a photo")
+    level = backbone.schedule.steps(2, (side, side))[-1].start
+    latents = torch.randn((rows, backbone.latent_channels, side, side), generator=generator)
+    return NetworkCall(latents, [level] * rows, [prompt] * rows)
 
 
 class Worker:
@@ -74,6 +103,9 @@ class Worker:
             torch.set_num_threads(settings.threads)
         self._decoder = Decoder(recipe.source)  # starts beside the loading of the model
         self.backbone = backbone or load_backbone(recipe.model)
+        if settings.tuned.tuning != self.backbone.tuning:  # an own process: what is compiled is, before the first unit
+            self.backbone.tune(settings.tuned.tuning)
+            self.backbone.denoise(trial(recipe, self.backbone, settings.call_size))
         recipe.refuse_what_lacks(self.backbone.offers, self.backbone.record.name)
         in_flight = recipe.run.images_in_flight
         self.engine = Engine(

@@ -78,7 +78,6 @@ class StableDiffusionFamily(Family):
             offers=self.offers(checkpoint.configurations),
             record=loading.record,
             device=loading.device,
-            compile_unet=loading.compiled,
         )
 
     @override

@@ -95,7 +95,6 @@ class StableDiffusionXLFamily(Family):
             offers=self.offers(configurations),
             record=loading.record,
             device=loading.device,
-            compile_unet=loading.compiled,
         )
 
     @override
