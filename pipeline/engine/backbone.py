@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
@@ -81,6 +82,10 @@ class Backbone(Protocol):
 
     def encode_text(self, prompt: str) -> Conditioning:
         """Embed one prompt; text beyond the encoder's length is cut."""
+
+    def encode_texts(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """Embed several prompts in one call, whose size decides their last bits; these lie on its device."""
+        return [self.encode_text(prompt) for prompt in prompts]
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 to scaled latents (B, C, h, w), float32 or wider, on its device: the posterior's mode."""

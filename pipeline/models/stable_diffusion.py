@@ -35,8 +35,8 @@ WAYS: Ways = {
 class Text(Protocol):
     """How a family tells its UNet of a prompt."""
 
-    def encode(self, prompt: str) -> Conditioning:
-        """Embed one prompt; text beyond the encoder's length is cut."""
+    def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """Embed prompts in one call; text beyond the encoder's length is cut."""
 
     def added(self, conditioning: Sequence[Conditioning], height: int, width: int) -> dict[str, Tensor]:
         """What the UNet takes beside time and text, for R rows of latents (height, width), by its own names."""
@@ -72,7 +72,11 @@ class StableDiffusion(Backbone):
 
     @override
     def encode_text(self, prompt: str) -> Conditioning:
-        return self.text.encode(prompt)
+        return self.text.encode((prompt,))[0]
+
+    @override
+    def encode_texts(self, prompts: Sequence[str]) -> list[Conditioning]:
+        return self.text.encode(prompts)
 
     @override
     def encode_images(self, pixels: Tensor) -> Tensor:
