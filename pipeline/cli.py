@@ -192,6 +192,39 @@ def edit(
 
 
 @app.command()
+def basis(
+    config: Config,
+    overrides: Overrides = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Do units with failed rows again; good rows keep their bytes.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="End with exit code 3 where any row failed, not only too many.")
+    ] = False,
+    partition: PartitionOption = "0/1",
+    debug: Debug = False,
+) -> None:
+    """Find every image's local latent basis: the recipe of a `riemannian` edit, with rows of vectors for images."""
+    edit(config, [*(overrides or []), "job=basis"], retry_failed, strict, partition, debug)
+
+
+@app.command()
+def geometry(
+    config: Config, overrides: Overrides = None, partition: PartitionOption = "0/1", debug: Debug = False
+) -> None:
+    """Compare local bases: distances, spectra, transport, mean directions; as tables and pictures."""
+    part = parsed_partition(partition)
+    with reported(debug):
+        from pipeline.studies.config import load_geometry
+
+        settings = load_geometry(config, overrides or [])
+        from pipeline.studies.geometry import compare
+        from pipeline.studies.show import text_of
+
+        out.print(text_of(compare(settings, partition=part)), markup=False)
+
+
+@app.command()
 def plan(
     config: Config,
     overrides: Overrides = None,

@@ -28,6 +28,7 @@ from pipeline.errors import RecipeError
 from pipeline.flow import edit_prepared
 from pipeline.looking.counting import RowCounter
 from pipeline.models.loading import checked_device, load_backbone
+from pipeline.reading.directions import refuse_other_directions, stored_directions
 from pipeline.reading.pictures import AnyImage, picture
 from pipeline.reading.prepare import Pictures, prepare
 from pipeline.reading.requests import requests_of
@@ -287,7 +288,10 @@ class Editor:
         """All edits of an image; raises what keeps it from being read."""
         recipe.refuse_what_lacks(self.backbone.offers, self.backbone.record.name)
         prepared = self._prepared(image, mask, name, recipe)
-        return (yield from edit_prepared(prepared, recipe.all_methods, recipe.run.seed, self.backbone))
+        refuse_other_directions(recipe, self.backbone)
+        stored = stored_directions(recipe)
+        steps = edit_prepared(prepared, recipe.all_methods, recipe.run.seed, self.backbone, stored=stored)
+        return (yield from steps)
 
     def _prepared(self, image: AnyImage, mask: AnyImage | None, name: str | None, recipe: Recipe) -> Prepared:
         sample = Sample(id=name or "", shard="", key=name or "image", index=0, image=b"")

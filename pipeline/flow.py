@@ -15,20 +15,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from pipeline.editing.riemannian import Riemannian
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import DecodeLatents, EncodeImage, Fork, Steps
 from pipeline.engine.engine import Engine
+from pipeline.engine.pullback import LocalBasis
 from pipeline.errors import BlackImageError, ClusterError, EditError, InvertError, Stage
 from pipeline.inversion.base import Inversion, draw_from
 from pipeline.reading.ahead import Ahead
 from pipeline.reading.decoder import Decodes
+from pipeline.reading.directions import Stored, stored_directions
 from pipeline.reading.prepare import prepare
 from pipeline.reading.requests import asked_of, refusal_by
 from pipeline.recipe import Method, Recipe
@@ -137,7 +142,15 @@ def _edit_ready(
 ) -> Steps[list[Decoded | Rejected]]:
     if not isinstance(ready, Prepared):
         return ready
-    return (yield from edit_prepared(ready, recipe.all_methods, recipe.run.seed, backbone))
+    steps = edit_prepared(
+        ready,
+        recipe.all_methods,
+        recipe.run.seed,
+        backbone,
+        stored=stored_directions(recipe),
+        bases=recipe.writes_bases,
+    )
+    return (yield from steps)
 
 
 def prepare_row(
@@ -156,9 +169,24 @@ def prepare_row(
 
 
 def edit_prepared(
-    prepared: Prepared, methods: dict[str, Method], run_seed: int, backbone: Backbone
+    prepared: Prepared,
+    methods: dict[str, Method],
+    run_seed: int,
+    backbone: Backbone,
+    *,
+    stored: Stored = MappingProxyType({}),
+    bases: bool = False,
 ) -> Steps[list[Decoded | Rejected]]:
-    """Invert once per inversion and prompts that it runs under, then edit by every request and method, side by side."""
+    """Invert once per inversion and prompts that it runs under, then edit by every request and method, side by side.
+
+    Args:
+        prepared: the image and its requests.
+        methods: by name.
+        run_seed: of the run.
+        backbone: the model.
+        stored: directions that methods read.
+        bases: find the local bases that the edits would move along, and edit nothing.
+    """
     sample = prepared.sample
     groups: dict[tuple[Inversion, InversionPrompts], list[tuple[str, str]]] = {}
     outcomes: list[Decoded | Rejected] = []
@@ -174,7 +202,7 @@ def edit_prepared(
         return outcomes
     try:
         latents = yield EncodeImage(prepared.pixels)
-        round_trip = yield DecodeLatents(latents)
+        round_trip = prepared.pixels if bases else (yield DecodeLatents(latents))
     except Exception as error:
         return outcomes + [rejected(sample, *pair, "invert", error) for pairs in groups.values() for pair in pairs]
 
@@ -192,8 +220,10 @@ def edit_prepared(
             ),
             pixels=prepared.pixels,
             placement=prepared.placement,
+            stored=stored,
         )
-        children.append(_invert_and_edit(prepared, inversion, source, pairs, methods, seed, round_trip))
+        layer = backbone.offers.bottleneck.layer if bases and backbone.offers.bottleneck else None
+        children.append(_invert_and_edit(prepared, inversion, source, pairs, methods, seed, round_trip, layer))
     for result in (yield Fork(tuple(children))):
         if isinstance(result, Exception):
             raise result
@@ -209,8 +239,9 @@ def _invert_and_edit(
     methods: dict[str, Method],
     seed: int,
     round_trip: np.ndarray,
+    layer: str | None,
 ) -> Steps[list[Decoded | Rejected]]:
-    """One trajectory, and every edit that reads it."""
+    """One trajectory, and every edit that reads it; or, of a bottleneck's layer, every basis."""
     sample = prepared.sample
     try:
         trajectory: Trajectory = yield from inversion.invert(source)
@@ -221,28 +252,79 @@ def _invert_and_edit(
     except Exception as error:
         return [rejected(sample, edit, name, "invert", error) for edit, name in pairs]
     mask = latent_mask(prepared.mask, source.latents)
-    edits = tuple(
-        _edit(prepared, methods[name], trajectory, edit, name, seed, mask, round_trip) for edit, name in pairs
+    by_method: dict[str, list[str]] = {}
+    for edit, name in pairs:
+        by_method.setdefault(name, []).append(edit)
+    methods_of_it = tuple(
+        _edit_by_one(prepared, methods[name], name, trajectory, edits, seed, mask, round_trip, layer)
+        for name, edits in by_method.items()
     )
-    results = yield Fork(edits)
-    return [
-        rejected(sample, edit, name, "edit", result) if isinstance(result, Exception) else result
-        for (edit, name), result in zip(pairs, results, strict=True)
-    ]
+    outcomes: list[Decoded | Rejected] = []
+    for (name, edits), results in zip(by_method.items(), (yield Fork(methods_of_it)), strict=True):
+        some = [results] * len(edits) if isinstance(results, Exception) else results
+        outcomes += [
+            rejected(sample, edit, name, "edit", result) if isinstance(result, Exception) else result
+            for edit, result in zip(edits, some, strict=True)
+        ]
+    return outcomes
 
 
-def _edit(
+def _edit_by_one(
     prepared: Prepared,
     method: Method,
-    trajectory: Trajectory,
-    edit: str,
     name: str,
+    trajectory: Trajectory,
+    edits: Sequence[str],
     seed: int,
     mask: Tensor | None,
     round_trip: np.ndarray,
+    layer: str | None,
+) -> Steps[list[Decoded | Exception]]:
+    """All edits by one method, which may have work in common."""
+    requests = [prepared.requests[edit] for edit in edits]
+    if layer is not None and isinstance(method.editing, Riemannian):
+        found = yield from method.editing.bases(trajectory, [request.target_prompt for request in requests])
+        return [
+            basis
+            if isinstance(basis, Exception)
+            else _shown_basis(prepared, edit, name, seed, replace(basis, layer=layer))
+            for edit, basis in zip(edits, found, strict=True)
+        ]
+    edited = yield from method.editing.edit_all(trajectory, requests, mask)
+    ends = tuple(_decode(prepared, one, edit, name, seed, round_trip) for edit, one in zip(edits, edited, strict=True))
+    results: list[Decoded | Exception] = yield Fork(ends)
+    return results
+
+
+def _shown_basis(prepared: Prepared, edit: str, name: str, seed: int, basis: LocalBasis) -> Decoded:
+    """A basis, with a picture of where it lies: bright where its vectors are long."""
+    energy = basis.leading.tangents.view(-1, *basis.latent_shape).square().sum(dim=(0, 1)).sqrt()  # (h, w)
+    levels = (255.0 * energy / energy.max().clamp_min(torch.finfo(energy.dtype).tiny)).round().to(torch.uint8)
+    scale = prepared.pixels.shape[0] // levels.shape[0]
+    pixels = levels.numpy().repeat(scale, axis=0).repeat(scale, axis=1)[..., None].repeat(3, axis=2)
+    return Decoded(
+        prepared=prepared,
+        edit=edit,
+        method=name,
+        pixels=pixels,
+        round_trip=prepared.pixels,
+        masks=None,
+        seed=seed,
+        basis=basis,
+    )
+
+
+def _decode(
+    prepared: Prepared,
+    edited: EditedLatents | Exception,
+    edit: str,
+    name: str,
+    seed: int,
+    round_trip: np.ndarray,
 ) -> Steps[Decoded]:
     """One edit, at model size."""
-    edited: EditedLatents = yield from method.editing.edit(trajectory, prepared.requests[edit], mask)
+    if isinstance(edited, Exception):
+        raise edited
     if not bool(torch.isfinite(edited.latents).all()):
         raise EditError("the edit gave values that are not finite. Try lower guidance scales or model.dtype float32")
     pixels = yield DecodeLatents(edited.latents)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.editing.problems import Problem, raise_first
 from pipeline.engine.backbone import Offers
-from pipeline.engine.calls import Steps
+from pipeline.engine.calls import Fork, Steps
 from pipeline.inversion.base import Demand, Inversion, Provision
 from pipeline.records import EditedLatents, EditRequest, InversionPrompts, Trajectory
 
@@ -42,6 +42,11 @@ class EditingMethod(BaseModel, ABC):
     def gives(self) -> frozenset[str]:
         """What it gives the network beside the latents, by name."""
         return frozenset()
+
+    @property
+    def reads(self) -> str:
+        """The file of stored directions that it reads; "": none."""
+        return ""
 
     def model_problems(self, offers: Offers) -> Iterator[str]:
         """Why it cannot work on a model that offers this, and the way out."""
@@ -118,3 +123,15 @@ class EditingMethod(BaseModel, ABC):
             request: what to change.
             user_mask: (h, w) at latent resolution in [0, 1], or None for everywhere.
         """
+
+    def edit_all(
+        self, trajectory: Trajectory, requests: Sequence[EditRequest], user_mask: Tensor | None = None
+    ) -> Steps[list[EditedLatents | Exception]]:
+        """Several edits of one image, side by side: of each what came out, or why nothing did.
+
+        A method whose edits have work in common does that once.
+        """
+        found: list[EditedLatents | Exception] = yield Fork(
+            tuple(self.edit(trajectory, request, user_mask) for request in requests)
+        )
+        return found

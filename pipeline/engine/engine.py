@@ -1,8 +1,8 @@
 """The engine: many generators in flight, one model.
 
-It holds the methods of many images at once, answers their small calls, collects the rows of all their pending
-`Denoise` calls, packs these into network calls of one fixed shape, and hands the results back: continuous batching, as
-language-model servers do it.
+It holds the methods of many images at once, answers their small calls, collects the rows of all their pending `Denoise`
+and `Product` calls, packs these into network calls of one fixed shape, and hands the results back: continuous batching,
+as language-model servers do it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from pipeline.engine.calls import (
     EncodeImage,
     EncodeText,
     Fork,
-    NetworkAnswer,
+    Product,
     Steps,
 )
 from pipeline.engine.control_checks import check
-from pipeline.engine.packing import Batch, CallRow, PendingCall, RowQueue, rows_per_call
+from pipeline.engine.packing import Batch, CallRow, RowQueue
+from pipeline.engine.pending import PendingCall, PendingDenoise, PendingProduct, rows_per_call
 from pipeline.errors import EditError
 
 CACHED_PROMPTS = 1024  # kept per worker beside those in use; of Stable Diffusion 1 that is 240 MB
@@ -217,7 +218,7 @@ class Engine:
             if isinstance(call, Fork) and call.children:
                 self._fork(task, call)
                 return
-            if isinstance(call, Denoise):
+            if isinstance(call, (Denoise, Product)):
                 try:
                     self._enqueue(task, call)
                 except Exception as failure:
@@ -280,9 +281,13 @@ class Engine:
             self._kept.popitem(last=False)
         return conditioning
 
-    def _enqueue(self, task: _Task, call: Denoise) -> None:
-        pending = PendingCall(task, call)
-        self._check(call)
+    def _enqueue(self, task: _Task, call: Denoise | Product) -> None:
+        pending: PendingCall
+        if isinstance(call, Product):
+            pending = PendingProduct(task, call)
+        else:
+            pending = PendingDenoise(task, call)
+            self._check(call)
         if rows_per_call(pending.kind, self.call_size) == 0:
             raise EditError(self._does_not_fit(pending))
         task.network_rows += call.cost
@@ -315,21 +320,15 @@ class Engine:
             return
         self._deliver(batch, answer)
 
-    def _call(self, batch: Batch) -> NetworkAnswer:
+    def _call(self, batch: Batch) -> Any:
         size = rows_per_call(batch.kind, self.call_size) if self.pad else len(batch.rows)
-        answer = self.backbone.denoise(batch.as_call(size))
+        answer = batch.ask(self.backbone, size)
         self.stats.network_rows += batch.asked_for
         self.stats.shared_rows += batch.asked_for - len(batch.rows)
         self.stats.padded_rows += size - len(batch.rows)
-        # Methods compute on the CPU in float32: cheap beside a network call, and the same bits on every kind of GPU.
-        return NetworkAnswer(
-            predictions=answer.predictions.both(torch.Tensor.cpu),
-            attention=None if answer.attention is None else answer.attention.cpu(),
-            recorded={where: written.cpu() for where, written in answer.recorded.items()},
-            embedding_grads=None if answer.embedding_grads is None else answer.embedding_grads.cpu(),
-        )
+        return answer
 
-    def _deliver(self, batch: Batch, answer: NetworkAnswer) -> None:
+    def _deliver(self, batch: Batch, answer: Any) -> None:
         for pending in batch.deliver(answer):
             pending.owner.session.answered_rows += pending.call.cost
             self._ready.append((pending.owner, pending.answer(), None))
@@ -350,7 +349,7 @@ class Engine:
         for group in batch.groups:
             if all(pending.missing < 0 for pending, _ in group[0].askers):
                 continue  # another row of the same call has failed already
-            single = Batch(group)
+            single = Batch.of(group)
             try:
                 answer = self._call(single)
             except Exception as error:

@@ -70,7 +70,8 @@ def probe_model(
         measured = list(samples[1:] or samples)
         outcomes = _edit(measured, recipe, engine, reasons if len(samples) > 1 else [])
         size = _bytes_per_result(outcomes, recipe, backbone, call_size) or size
-        beside = (time.perf_counter() - start - sum(timed.seconds["denoise"])) / len(measured)
+        of_network = sum(timed.seconds["denoise"]) + sum(timed.seconds["product"])
+        beside = (time.perf_counter() - start - of_network) / len(measured)
         images = len(measured)
     except TimeIsUp:
         beside = timed.mean("encode_image") + (1 + results_per_image) * timed.mean("decode_latents")
@@ -107,7 +108,7 @@ def _bytes_per_result(outcomes: Sequence[Outcome], recipe: Recipe, backbone: Bac
     written = [as_written(row, recipe.sink) for row in encoded]
     if not written:
         return None
-    columns = schema(recipe.sink)
+    columns = schema(recipe.sink, bases=recipe.writes_bases)
     return (len(render_parquet(written, columns)) - len(render_parquet([], columns))) / len(written)
 
 
@@ -129,7 +130,7 @@ class TimedBackbone:
 
     def forget(self) -> None:
         """Begin anew: the first calls paid for kernels and caches."""
-        self.seconds: dict[str, list[float]] = {"denoise": [], "encode_image": [], "decode_latents": []}
+        self.seconds: dict[str, list[float]] = {"denoise": [], "encode_image": [], "decode_latents": [], "product": []}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backbone, name)
@@ -160,6 +161,10 @@ class TimedBackbone:
             self.deadline = time.perf_counter() + self.allowed
             return answer
         return self._timed("denoise", *arguments)
+
+    def product(self, *arguments: Any) -> Any:
+        """The backbone's own, timed."""
+        return self._timed("product", *arguments)
 
     def mean(self, name: str) -> float:
         """Mean seconds of a kind of call. The first of several is left out, it may have been slow to start."""

@@ -14,7 +14,7 @@ from typing_extensions import override
 from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import Backbone, ModelRecord, Offers
-from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall
+from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, Product
 from pipeline.engine.controls import WATCHED_FACTOR
 from pipeline.engine.stacking import Shape, Stacked, stack
 from pipeline.errors import EditError
@@ -81,12 +81,9 @@ class StableDiffusion(Backbone):
 
     def _denoise(self, call: NetworkCall) -> NetworkAnswer:
         dtype = self._dtype
-        times = torch.tensor([level.timestep for level in call.levels], device=self.device)
         latents = call.latents.to(self.device, self._outside)
         inputs = self._with_inpainting(latents.to(dtype), call.beside)
-        embeddings = torch.stack([one.embedding.to(self.device) for one in call.conditioning])
-        added = self.text.added(call.conditioning, *inputs.shape[-2:])
-        added = {name: tensor.to(self.device) for name, tensor in added.items()}
+        times, embeddings, added = self._told(call)
         if call.cotangents is not None:
             embeddings = embeddings.detach().requires_grad_()
         controls = self._controls(call, embeddings.shape[1])
@@ -101,6 +98,22 @@ class StableDiffusion(Backbone):
             recorded={where: written.detach() for where, written in recorded.items()},
             embedding_grads=grads,
         )
+
+    def _told(self, call: NetworkCall | Product) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What the network is told beside latents: times (R,), embeddings (R, L, D) and more, on the device."""
+        times = torch.tensor([level.timestep for level in call.levels], device=self.device)
+        embeddings = torch.stack([one.embedding.to(self.device) for one in call.conditioning])
+        added = self.text.added(call.conditioning, *call.latents.shape[-2:])
+        return times, embeddings, {name: tensor.to(self.device) for name, tensor in added.items()}
+
+    @override
+    def product(self, call: Product) -> Tensor:
+        if self.offers.bottleneck is None or self.offers.inputs:
+            return super().product(call)
+        latents, vectors = (one.to(self.device, self._dtype) for one in (call.latents, call.vectors))
+        times, embeddings, added = self._told(call)
+        multiply = self._network.push if call.mode == "push" else self._network.pull
+        return multiply(latents, times, embeddings.to(self._dtype), vectors, added or None).to(self._outside)
 
     def _controls(self, call: NetworkCall, length: int) -> Stacked | None:
         """What acts in a call, on the device; None: nothing does."""

@@ -20,6 +20,7 @@ from pipeline.engine.sizing import probe_call_size
 from pipeline.flow import all_at_once, edit_unit
 from pipeline.models.loading import load_backbone
 from pipeline.reading.decoder import Decoder
+from pipeline.reading.directions import refuse_other_directions
 from pipeline.recipe import Recipe
 from pipeline.records import Asked, Decoded, Refusal, Rejected, Sample, UnitInput, Unreadable
 from pipeline.running.pool import WorkerSettings
@@ -74,6 +75,7 @@ class Worker:
         self._decoder = Decoder(recipe.source)  # starts beside the loading of the model
         self.backbone = backbone or load_backbone(recipe.model)
         recipe.refuse_what_lacks(self.backbone.offers, self.backbone.record.name)
+        refuse_other_directions(recipe, self.backbone)
         in_flight = recipe.run.images_in_flight
         self.engine = Engine(
             self.backbone,
