@@ -208,6 +208,13 @@ class BasisRecipe(Recipe):
     """A run that writes local latent bases: `shardedit basis`. Its edits name the prompts, its methods the levels."""
 
     job: Literal["basis"]
+    """What is written."""
+
+    @field_validator("edits")
+    @classmethod
+    def _one_edit_per_result(cls, value: dict[str, EditRequest]) -> dict[str, EditRequest]:
+        """A basis has all directions: one for each prompt, however many an edit would move along."""
+        return {name: request.model_copy(update={"direction": None}) for name, request in value.items()}
 
     @property
     def writes_bases(self) -> bool:

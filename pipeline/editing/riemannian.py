@@ -300,12 +300,13 @@ def guidance(place: Place, ahead: Tensor, scale: float, moves: int, here: Tensor
     path = [place.latents]
     for number in range(moves):
         latents = path[-1]
-        rows = [latents + ahead] if number == 0 and here is not None else [latents + ahead, latents]
+        known = here if number == 0 else None
+        rows = [latents + ahead] if known is not None else [latents + ahead, latents]
         denoised: Denoised = yield Denoise(
             torch.stack(rows), [place.level] * len(rows), [place.conditioning] * len(rows)
         )
         noises = denoised.predictions.noise
-        path.append(latents + scale * (noises[0] - (noises[1] if len(rows) == 2 else here)))
+        path.append(latents + scale * (noises[0] - (noises[1] if known is None else known)))
     return path
 
 

@@ -12,21 +12,14 @@ import pyarrow as pa
 from pipeline.reading.directions import COLUMNS
 from pipeline.studies.plots import Line, plot
 from pipeline.writing.parquet import render_parquet
-from pipeline.writing.rows import with_features
+from pipeline.writing.rows import feature_of, with_features
 
 RECORD_FILE = "comparison.json"
 BINS = 10  # of prompt similarity, over the range that there is
 
 
 def _schema(columns: Mapping[str, pa.DataType]) -> pa.Schema:
-    return with_features(list(columns.items()), {name: _feature(kind) for name, kind in columns.items()})
-
-
-def _feature(kind: pa.DataType) -> Any:
-    if pa.types.is_list(kind):
-        return [_feature(kind.value_type)]
-    known = {pa.float64(): "float64", pa.float32(): "float32", pa.float16(): "float16", pa.int64(): "int64"}
-    return {"dtype": known.get(kind, "string"), "_type": "Value"}
+    return with_features(list(columns.items()), {name: feature_of(kind) for name, kind in columns.items()})
 
 
 DISTANCES = _schema(

@@ -41,6 +41,8 @@ _FEATURES: dict[Any, Any] = {  # how Hugging Face `datasets` spells these types
     pa.string(): {"dtype": "string", "_type": "Value"},
     pa.int64(): {"dtype": "int64", "_type": "Value"},
     pa.float64(): {"dtype": "float64", "_type": "Value"},
+    pa.float32(): {"dtype": "float32", "_type": "Value"},
+    pa.float16(): {"dtype": "float16", "_type": "Value"},
     _IMAGE: {"_type": "Image"},
     _MEMBER: {"name": {"dtype": "string", "_type": "Value"}, "bytes": {"dtype": "binary", "_type": "Value"}},
 }
@@ -81,7 +83,7 @@ def schema(sink: SinkConfig, labels: Labels | None = None, *, bases: bool = Fals
     columns |= BASIS_COLUMNS if bases else {}
     columns |= {"columns": pa.string(), "members": pa.list_(_MEMBER)}
     columns = {sink.column_names.get(name, name): kind for name, kind in columns.items()}
-    features = {name: _feature(kind) for name, kind in columns.items()}
+    features = {name: feature_of(kind) for name, kind in columns.items()}
     for name, classes in sorted((labels or {}).items()):
         column = label_column(name, features)
         columns[column], features[column] = pa.int64(), {"names": list(classes), "_type": "ClassLabel"}
@@ -113,11 +115,12 @@ def shared_columns(sink: SinkConfig) -> list[str]:
     return [f"{sink.column_names.get(name, name)}.bytes"]
 
 
-def _feature(kind: pa.DataType) -> Any:
+def feature_of(kind: pa.DataType) -> Any:
+    """How `datasets` spells a type of ours."""
     # `[...]` is a list to every version of `datasets`; the spelling "List" is unknown before version 4.
     if pa.types.is_list(kind):
-        return [_feature(kind.value_type)]
-    return _FEATURES.get(kind) or {"dtype": str(kind).replace("halffloat", "float16"), "_type": "Value"}
+        return [feature_of(kind.value_type)]
+    return _FEATURES[kind]
 
 
 def encode_outcome(outcome: Outcome, recipe: Recipe, model: ModelRecord, call_size: int) -> OutputRow | Rejected:
