@@ -61,7 +61,7 @@ def compare(config: GeometryConfig, *, partition: Partition = WHOLE) -> Geometry
         RecipeError: a direction is named that no basis has.
     """
     bases = Bases(config)
-    rows, model = bases.rows, bases.model
+    model, rows = bases.model, bases.rows
     digest = hashlib.sha256((config.hash + model.digest + fingerprint(rows)).encode()).hexdigest()[:16]
     chosen = {name: _row_of(name, config, rows) for name in config.directions}
     fs, root = open_fs(config.sink.folder, config.sink.storage_options)
