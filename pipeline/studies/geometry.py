@@ -138,7 +138,7 @@ def _finish(
     distances.sort(key=lambda row: [row[name] for name in DISTANCES.names[:7]])
     spectra.sort(key=lambda row: (row["id"], row["prompt"], row["timestep"]))
     directions = [*_chosen_directions(config, bases, chosen), *_means(config, bases)]
-    carried = [row for name, row in chosen.items() for row in _carried(name, row, config, bases)]
+    carried = [one for name, row in chosen.items() for one in _carried(name, row, config, bases)]
     for name, rows, schema in (
         ("distances.parquet", distances, DISTANCES),
         ("spectra.parquet", spectra, SPECTRA),
