@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -155,7 +155,7 @@ class Riemannian(EditingMethod):
             for prompt in prompts
         }
         edits = tuple(self._under_one_prompt(trajectory, sampling, prompt, directions[prompt]) for prompt in prompts)
-        answers: list[list[EditedLatents | Exception] | Exception] = yield Fork(edits)
+        answers: list[list[EditedLatents | Exception] | Exception] = yield from side_by_side(edits)
         left = {
             prompt: iter(answer if isinstance(answer, list) else [answer] * len(directions[prompt]))
             for prompt, answer in zip(prompts, answers, strict=True)
@@ -206,7 +206,7 @@ class Riemannian(EditingMethod):
             sign = -1 if direction.strength < 0 else 1
             ways.setdefault((which, sign), []).append(abs(direction.strength))
         moved = yield from self._moved(place, vectors, ways)
-        ends = yield Fork(tuple(sampling.sample(latents) for latents in moved.values()))
+        ends = yield from side_by_side([sampling.sample(latents) for latents in moved.values()])
         results = dict(zip(moved, ends, strict=True))
 
         def result(direction: Direction) -> EditedLatents | Exception:
@@ -268,6 +268,20 @@ class Riemannian(EditingMethod):
                     raise path
                 found[which, sign * moves] = place.latents if not moves or path is None else path[moves]
         return found
+
+
+def side_by_side(children: Sequence[Steps[Any]]) -> Steps[list[Any]]:
+    """What several generators come to, or why one came to nothing.
+
+    One alone runs in place of the caller, so that who looks on at its steps sees them.
+    """
+    if len(children) != 1:
+        found: list[Any] = yield Fork(tuple(children))
+        return found
+    try:
+        return [(yield from children[0])]
+    except Exception as error:
+        return [error]
 
 
 def stored_in(files: Mapping[str, Mapping[str, StoredDirection]], file: str, name: str) -> StoredDirection:
