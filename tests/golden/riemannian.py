@@ -57,12 +57,12 @@ def replay_basis(golden: dict[str, Tensor], settings: dict[str, Any], engine: En
     basis = engine.run_one(local_basis(place, start, keep=keep, max_iterations=100, tolerance=1e-4)).leading
     pushed = engine.run_one(place.push(basis.tangents)).flatten(1)
     rounding = 1e-10 if exact else 1e-4
-    yield Check("settled S", relative(basis.stretches, golden["svd_s"][:keep]), 1e-5)
+    yield Check("settled S", relative(basis.stretches, golden["svd_s"][:keep]), 1e-5 if exact else 1e-4)
     (vectors,) = (golden[name] for name in golden if re.fullmatch(r"svd_v\d+", name))
     yield Check("settled span", largest_sine(basis.tangents, vectors[:keep]), 1e-3)
     yield Check("U is orthonormal", difference(basis.features @ basis.features.mT, torch.eye(keep)), rounding)
     yield Check("J v = s u", relative(pushed, basis.stretches[:, None] * basis.features), rounding)
-    yield Check("products with J", relative(pushed, basis.tangents @ golden["J"].mT), 1e-5)
+    yield Check("products with J", relative(pushed, basis.tangents @ golden["J"].mT), 1e-5 if exact else 1e-4)
 
 
 def replay_geometry(golden: dict[str, Tensor], settings: dict[str, Any]) -> Iterator[Check]:
@@ -119,7 +119,8 @@ def replay_edit(golden: dict[str, Tensor], settings: dict[str, Any], engine: Eng
     yield Check("S", relative(found.stretches, golden["s"]), 1e-7 if exact else 1e-4)
     yield Check("V", relative(found.rows.abs(), golden["vT"].abs()), 1e-7 if exact else 1e-2)
     direction = golden["vk"][0]
-    yield Check("direction", difference((found.rows[0] @ direction.flatten()).abs(), torch.ones(())), 1e-7)
+    turned = difference((found.rows[0] @ direction.flatten()).abs(), torch.ones(()))
+    yield Check("direction", turned, 1e-7 if exact else 1e-5)
 
     ahead = editor.step_size * direction
     if exact:
@@ -138,8 +139,8 @@ def replay_edit(golden: dict[str, Tensor], settings: dict[str, Any], engine: Eng
     predict = guided(whole, GuidedPrompt(prompts["for"], prompts["for"], 1.0))
     down = Sampling(editor=editor, trajectory=whole, first_step=step, predict=predict, residuals=None)
     ends = torch.stack([engine.run_one(down.sample(one)) for one in golden["guided"]])
-    yield Check("finals", relative(ends, golden["finals"]), 1e-7 if exact else 1e-1)
-    yield Check("unedited", relative(ends[:1], golden["rec"]), 1e-7 if exact else 1e-1)
+    yield Check("finals", relative(ends, golden["finals"]), 1e-7 if exact else 1e-5)
+    yield Check("unedited", relative(ends[:1], golden["rec"]), 1e-7 if exact else 1e-5)
 
 
 def after(engine: Engine, place: Place, start: Tensor, count: int) -> Iterated:
