@@ -22,7 +22,7 @@ from pipeline.models.demo.networks import IMAGE_SIZE
 from pipeline.models.demo.world import draw
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig
-from pipeline.records import Source
+from pipeline.records import EditRequest, Source
 
 IMAGES = 64
 ROUNDS = 3
@@ -43,7 +43,7 @@ def basis_of(backbone: Any, pixels: Any, number: int) -> Steps[LocalBasis]:
         editing_noise=lambda: draw_from(number, shape),
     )
     trajectory = yield from INVERSION.invert(source)
-    (found,) = yield from EDITOR.bases(trajectory, [""])
+    (found,) = yield from EDITOR.bases(trajectory, [EditRequest()])
     if isinstance(found, Exception):
         raise found
     return found

@@ -289,9 +289,16 @@ class Editor:
         recipe.refuse_what_lacks(self.backbone.offers, self.backbone.record.name)
         prepared = self._prepared(image, mask, name, recipe)
         refuse_other_directions(recipe, self.backbone)
-        stored = stored_directions(recipe)
-        steps = edit_prepared(prepared, recipe.all_methods, recipe.run.seed, self.backbone, stored=stored)
-        return (yield from steps)
+        return (
+            yield from edit_prepared(
+                prepared,
+                recipe.all_methods,
+                recipe.run.seed,
+                self.backbone,
+                stored=stored_directions(recipe),
+                round_trip=recipe.sink.round_trip,
+            )
+        )
 
     def _prepared(self, image: AnyImage, mask: AnyImage | None, name: str | None, recipe: Recipe) -> Prepared:
         sample = Sample(id=name or "", shard="", key=name or "image", index=0, image=b"")

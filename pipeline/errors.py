@@ -7,6 +7,7 @@
     ├── SinkError          nothing can be written, or the folder belongs to another run
     │   └── HeldError      another driver is writing to the folder
     ├── ClusterError       the cluster lacks what the recipe asks for
+    ├── DeviceError        the GPU of this process failed for good: another process goes on
     ├── RunAborted         an error budget was spent
     └── RowError           one image fails; the run goes on, the image goes to quarantine
         ├── DecodeError    stage "decode"    the bytes are no image that may be opened
@@ -67,6 +68,10 @@ class HeldError(SinkError):
 
 class ClusterError(ShardeditError):
     """The cluster lacks what the recipe asks for."""
+
+
+class DeviceError(ShardeditError):
+    """The device failed, and stays so for this process: no row's fault."""
 
 
 class RunAborted(ShardeditError):  # noqa: N818  a verdict on the run, as KeyboardInterrupt is

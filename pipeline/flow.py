@@ -18,13 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from pipeline.editing.riemannian import Riemannian
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import DecodeLatents, EncodeImage, Fork, Steps
 from pipeline.engine.engine import Engine
@@ -74,6 +74,7 @@ def edit_unit(
     decoder: Decodes,
     encoders: Encoders,
     generation: int,
+    rank: int = 0,
     turns: Turns = all_at_once,
     on_result: Callable[[Decoded | Rejected], None] = lambda _: None,
 ) -> FinishedUnit:
@@ -89,6 +90,7 @@ def edit_unit(
         decoder: of images and masks.
         encoders: threads that restore and encode.
         generation: of the driver, which the names of the unit's files bear.
+        rank: of the unit among those at work on the engine: the lowest goes first, the others fill its calls up.
         turns: in which its rows are edited.
         on_result: told of each result as it leaves the engine.
     """
@@ -98,7 +100,7 @@ def edit_unit(
 
     def results() -> Iterator[Decoded | Rejected]:
         for rows in turns([asked_of(row, recipe) for row in unit_input.rows]):
-            for result in edit_rows(rows, recipe, engine, decoder):
+            for result in edit_rows(rows, recipe, engine, decoder, rank=rank):
                 on_result(result)
                 yield result
 
@@ -113,7 +115,9 @@ def edit_unit(
     )
 
 
-def edit_rows(rows: Iterable[Asked], recipe: Recipe, engine: Engine, decoder: Decodes) -> Iterator[Decoded | Rejected]:
+def edit_rows(
+    rows: Iterable[Asked], recipe: Recipe, engine: Engine, decoder: Decodes, *, rank: int = 0
+) -> Iterator[Decoded | Rejected]:
     """Edit rows: every (image, edit, method) asked for comes back once, in whatever order, as `Decoded` or `Rejected`.
 
     A few rows are made ready ahead of the engine, so that it never waits for a decoder.
@@ -123,7 +127,7 @@ def edit_rows(rows: Iterable[Asked], recipe: Recipe, engine: Engine, decoder: De
         pool.submit(ready.fill)
         steps = (None if one is None else _edit_ready(one, recipe, engine.backbone) for one in ready)
         try:
-            for finished in engine.run(steps):
+            for finished in engine.run(steps, rank=rank):
                 if finished.error is not None:  # a fault of ours, not of a row: those become outcomes
                     raise finished.error
                 yield from finished.value
@@ -147,6 +151,7 @@ def _edit_ready(
         recipe.all_methods,
         recipe.run.seed,
         backbone,
+        round_trip=recipe.sink.round_trip and not recipe.writes_bases,
         stored=stored_directions(recipe),
         bases=recipe.writes_bases,
     )
@@ -174,6 +179,7 @@ def edit_prepared(
     run_seed: int,
     backbone: Backbone,
     *,
+    round_trip: bool = True,
     stored: Stored = MappingProxyType({}),
     bases: bool = False,
 ) -> Steps[list[Decoded | Rejected]]:
@@ -184,6 +190,7 @@ def edit_prepared(
         methods: by name.
         run_seed: of the run.
         backbone: the model.
+        round_trip: the input's latents are decoded as they are, too, for `sink.round_trip`.
         stored: directions that methods read.
         bases: find the local bases that the edits would move along, and edit nothing.
     """
@@ -202,11 +209,10 @@ def edit_prepared(
         return outcomes
     try:
         latents = yield EncodeImage(prepared.pixels)
-        round_trip = prepared.pixels if bases else (yield DecodeLatents(latents))
     except Exception as error:
         return outcomes + [rejected(sample, *pair, "invert", error) for pairs in groups.values() for pair in pairs]
 
-    children = []
+    children: list[Steps[Any]] = [_decode(latents)] if round_trip else []
     for (inversion, prompts), pairs in groups.items():
         seed = seed_for(run_seed, sample.id, inversion.method)
         source = Source(
@@ -223,12 +229,26 @@ def edit_prepared(
             stored=stored,
         )
         layer = backbone.offers.bottleneck.layer if bases and backbone.offers.bottleneck else None
-        children.append(_invert_and_edit(prepared, inversion, source, pairs, methods, seed, round_trip, layer))
-    for result in (yield Fork(tuple(children))):
-        if isinstance(result, Exception):
-            raise result
-        outcomes += result
+        children.append(_invert_and_edit(prepared, inversion, source, pairs, methods, seed, layer))
+    made = yield Fork(tuple(children))
+    back = made.pop(0) if round_trip else None
+    for results in made:
+        if isinstance(results, Exception):
+            raise results
+        outcomes += [_with_round_trip(result, back) for result in results]
     return outcomes
+
+
+def _decode(latents: Tensor) -> Steps[np.ndarray]:
+    return (yield DecodeLatents(latents))
+
+
+def _with_round_trip(result: Decoded | Rejected, back: np.ndarray | Exception | None) -> Decoded | Rejected:
+    if isinstance(result, Rejected):
+        return result
+    if isinstance(back, Exception):
+        return rejected(result.prepared.sample, result.edit, result.method, "invert", back)
+    return replace(result, round_trip=back)
 
 
 def _invert_and_edit(
@@ -238,7 +258,6 @@ def _invert_and_edit(
     pairs: Sequence[tuple[str, str]],
     methods: dict[str, Method],
     seed: int,
-    round_trip: np.ndarray,
     layer: str | None,
 ) -> Steps[list[Decoded | Rejected]]:
     """One trajectory, and every edit that reads it; or, of a bottleneck's layer, every basis."""
@@ -256,7 +275,7 @@ def _invert_and_edit(
     for edit, name in pairs:
         by_method.setdefault(name, []).append(edit)
     methods_of_it = tuple(
-        _edit_by_one(prepared, methods[name], name, trajectory, edits, seed, mask, round_trip, layer)
+        _edit_by_one(prepared, methods[name], name, trajectory, edits, seed, mask, layer)
         for name, edits in by_method.items()
     )
     outcomes: list[Decoded | Rejected] = []
@@ -277,51 +296,37 @@ def _edit_by_one(
     edits: Sequence[str],
     seed: int,
     mask: Tensor | None,
-    round_trip: np.ndarray,
     layer: str | None,
 ) -> Steps[list[Decoded | Exception]]:
     """All edits by one method, which may have work in common."""
     requests = [prepared.requests[edit] for edit in edits]
-    if layer is not None and isinstance(method.editing, Riemannian):
-        found = yield from method.editing.bases(trajectory, [request.target_prompt for request in requests])
+    if layer is not None:
+        found = yield from method.editing.bases(trajectory, requests)
         return [
-            basis
-            if isinstance(basis, Exception)
-            else _shown_basis(prepared, edit, name, seed, replace(basis, layer=layer))
-            for edit, basis in zip(edits, found, strict=True)
+            one if isinstance(one, Exception) else _shown_basis(prepared, replace(one, layer=layer), edit, name, seed)
+            for edit, one in zip(edits, found, strict=True)
         ]
     edited = yield from method.editing.edit_all(trajectory, requests, mask)
-    ends = tuple(_decode(prepared, one, edit, name, seed, round_trip) for edit, one in zip(edits, edited, strict=True))
+    ends = tuple(_shown(prepared, one, edit, name, seed) for edit, one in zip(edits, edited, strict=True))
     results: list[Decoded | Exception] = yield Fork(ends)
     return results
 
 
-def _shown_basis(prepared: Prepared, edit: str, name: str, seed: int, basis: LocalBasis) -> Decoded:
+def _shown_basis(prepared: Prepared, basis: LocalBasis, edit: str, name: str, seed: int) -> Decoded:
     """A basis, with a picture of where it lies: bright where its vectors are long."""
-    energy = basis.leading.tangents.view(-1, *basis.latent_shape).square().sum(dim=(0, 1)).sqrt()  # (h, w)
-    levels = (255.0 * energy / energy.max().clamp_min(torch.finfo(energy.dtype).tiny)).round().to(torch.uint8)
-    scale = prepared.pixels.shape[0] // levels.shape[0]
-    pixels = levels.numpy().repeat(scale, axis=0).repeat(scale, axis=1)[..., None].repeat(3, axis=2)
     return Decoded(
         prepared=prepared,
         edit=edit,
         method=name,
-        pixels=pixels,
-        round_trip=prepared.pixels,
+        pixels=at_image_size(basis.picture, prepared.pixels)[..., None].repeat(3, axis=2),
+        round_trip=None,
         masks=None,
         seed=seed,
         basis=basis,
     )
 
 
-def _decode(
-    prepared: Prepared,
-    edited: EditedLatents | Exception,
-    edit: str,
-    name: str,
-    seed: int,
-    round_trip: np.ndarray,
-) -> Steps[Decoded]:
+def _shown(prepared: Prepared, edited: EditedLatents | Exception, edit: str, name: str, seed: int) -> Steps[Decoded]:
     """One edit, at model size."""
     if isinstance(edited, Exception):
         raise edited
@@ -336,8 +341,8 @@ def _decode(
         edit=edit,
         method=name,
         pixels=pixels,
-        round_trip=round_trip,
-        masks=None if edited.masks is None else tuple(at_image_size(one, pixels) for one in edited.masks),
+        round_trip=None,  # comes beside
+        masks=None if edited.masks is None else tuple(at_image_size(one.bool(), pixels) for one in edited.masks),
         seed=seed,
     )
 
@@ -364,7 +369,7 @@ def latent_mask(mask: np.ndarray | None, latents: Tensor) -> Tensor | None:
     return pooled[0, 0].to(latents.dtype)
 
 
-def at_image_size(mask: Tensor, pixels: np.ndarray) -> np.ndarray:
-    """A mask (h, w) at latent size, repeated up to the (H, W) of the pixels."""
-    scale = pixels.shape[0] // mask.shape[0]
-    return np.asarray(mask.numpy().repeat(scale, axis=0).repeat(scale, axis=1), dtype=bool)
+def at_image_size(latent_map: Tensor, pixels: np.ndarray) -> np.ndarray:
+    """A map (h, w) at latent size, repeated up to the (H, W) of the pixels."""
+    scale = pixels.shape[0] // latent_map.shape[0]
+    return np.asarray(latent_map.numpy().repeat(scale, axis=0).repeat(scale, axis=1))

@@ -34,7 +34,6 @@ from pipeline.directions import one_per_result
 from pipeline.editing import EDITORS
 from pipeline.editing.base import EditingMethod
 from pipeline.editing.ledits_pp import LEditsPP
-from pipeline.editing.riemannian import Riemannian
 from pipeline.engine.backbone import Offers
 from pipeline.errors import PrepareError, RecipeError
 from pipeline.inversion import INVERSIONS
@@ -224,10 +223,11 @@ class BasisRecipe(Recipe):
     def problems(self) -> list[tuple[str, str]]:
         """Also what only edits may ask for."""
         found = super().problems()
+        finding = ", ".join(name for name, editor in EDITORS.items() if editor.finds_bases)
         for name, method in self.all_methods.items():
-            if not isinstance(method.editing, Riemannian):
+            if not method.editing.finds_bases:
                 at = f"methods.{name}.editing" if self.methods else "editing"
-                text = f"a basis is that of editing.method riemannian, and this is '{method.editing.method}'. Set that"
+                text = f"a basis is that of editing.method {finding}, and this is '{method.editing.method}'. Set that"
                 found.append((at, text))
         if self.sink.format != "parquet":
             found.append(("sink.format", "bases are written as Parquet. Leave format out"))

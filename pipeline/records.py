@@ -312,7 +312,7 @@ class Decoded:
     edit: str
     method: str
     pixels: np.ndarray  # (h, w, 3) uint8, edited
-    round_trip: np.ndarray  # (h, w, 3) uint8, the input through the autoencoder and back
+    round_trip: np.ndarray | None  # (h, w, 3) uint8, the input through the autoencoder and back; None: not wanted
     masks: tuple[np.ndarray, ...] | None  # (h, w) bool, as those of `EditedLatents`
     seed: int
     basis: LocalBasis | None = None  # of a run that writes bases; the pixels then show where it lies

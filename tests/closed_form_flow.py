@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
@@ -70,15 +69,15 @@ class ClosedFormFlow(Backbone):
         return Conditioning(prompt, {"embedding": mean[None], "pooled": mean.mean()[None]})
 
     @override
-    def encode_image(self, pixels: np.ndarray) -> Tensor:
-        image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).to(self.dtype) / 127.5 - 1.0
-        grey = torch.zeros_like(image[:1])
-        return pixel_unshuffle(torch.cat([image, grey]), self.latent_scale)
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        image = pixels.permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1.0
+        grey = torch.zeros_like(image[:, :1])
+        return pixel_unshuffle(torch.cat([image, grey], dim=1), self.latent_scale)
 
     @override
-    def decode_latents(self, latents: Tensor) -> np.ndarray:
-        image = pixel_shuffle(latents, self.latent_scale)[:3].permute(1, 2, 0)
-        return ((image + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        image = pixel_shuffle(latents, self.latent_scale)[:, :3].permute(0, 2, 3, 1)
+        return ((image + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
     @override
     def denoise(self, call: NetworkCall) -> NetworkAnswer:

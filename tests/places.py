@@ -30,6 +30,7 @@ DriverLock.__init__.__kwdefaults__.update({SETTLE})
 
 # For a test of what only an S3 server does: its `place` is the one that the module's other tests have on S3.
 only_on_s3 = pytest.mark.parametrize("place", ["s3"], indirect=True)
+slow_on_s3 = pytest.mark.parametrize("place", ["local", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
 
 _numbers = itertools.count()
 

@@ -6,11 +6,14 @@ is answered with small random numbers instead.
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.engine.backbone import Backbone
@@ -91,4 +94,20 @@ def test_copies_to_the_device_do_not_grow_with_rows() -> None:
             engine.run_one(whole(engine.backbone, "ddim", "prompt_to_prompt"))
         counts[call_size] = device.copies
         assert {len(call.levels) for call in calls} <= {call_size}
+    assert len(set(counts.values())) == 1, counts
+
+
+def test_copies_to_the_device_do_not_grow_with_layers(tmp_path: Path) -> None:
+    """Prompt-to-Prompt acts in every layer of cross-attention and, by its blend, in what several of them watch."""
+    counts = {}
+    for layers in (1, 2, 4):
+        folder = tmp_path / f"{layers}"
+        shutil.copytree(TINY_SD, folder)
+        config = UNet2DConditionModel.load_config(folder, subfolder="unet")
+        UNet2DConditionModel.from_config({**config, "layers_per_block": layers}).save_pretrained(folder / "unet")
+        engine = Engine(load_backbone(ModelConfig(name=str(folder)), device="meta"), call_size=8)
+        with OtherDevice() as device:
+            engine.run_one(whole(engine.backbone, "ddim", "prompt_to_prompt"))
+        counts[layers] = device.copies
+        assert len(engine.backbone.offers.openings.layers) == 6 * layers + 4
     assert len(set(counts.values())) == 1, counts

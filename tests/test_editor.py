@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from pipeline import Concept, Editor
@@ -265,7 +266,9 @@ def test_what_went_wrong_is_raised_as_it_was(editor: Editor, error: Exception, m
 
 
 def test_a_black_result_is_raised_as_one(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(editor.backbone), "decode_latents", lambda self, latents: np.zeros((64, 64, 3), np.uint8))
+    monkeypatch.setattr(
+        type(editor.backbone), "decode_latents", lambda self, latents: torch.zeros((1, 64, 64, 3), dtype=torch.uint8)
+    )
     with pytest.raises(BlackImageError):
         editor.edit(PICTURE, "hat", **QUICK)
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline.engine.pictures import decode_picture, encode_picture
 from pipeline.models.loading import load_backbone
 from pipeline.reading.placement import restore
 from pipeline.reading.prepare import prepare
@@ -80,7 +81,7 @@ def test_photographs_through_s3_come_back_as_their_vae_round_trip(
         sample = Sample(id=row["id"], shard="", key=row["key"], index=0, image=path.read_bytes())
         recipe = recipe_from(data)
         prepared = prepare(asked_of(sample, recipe), recipe, size=backbone.image_size, multiple=backbone.multiple)
-        round_trip = backbone.decode_latents(backbone.encode_image(prepared.pixels))
+        round_trip = decode_picture(backbone, encode_picture(backbone, prepared.pixels))
         expected = restore(round_trip, prepared.placement, prepared.original)
         edited = pixels_of(row)
         assert edited.shape == (size[1], size[0], 3)

@@ -126,6 +126,7 @@ def test_a_store_that_is_full_while_units_are_merged_loses_none_and_the_rerun_me
     assert results(out) == asked(shards=2, rows=4)
 
 
+@pytest.mark.slow  # up to ten runs; a report through the same faults is fast
 @only_on_s3
 def test_refused_requests_and_cut_bodies_change_no_byte_and_leave_the_rows_of_local_files(
     place: Place, calm: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -36,7 +36,7 @@ FOREIGN = {
     "diffusers": {"models"},
     "transformers": {"models"},
     "fsspec": {"reading", "writing"},
-    "typer": {"cli"},
+    "typer": {"cli", "looking.ending"},
 }
 PLANTED = "from pipeline.cli import main\n"
 LOWEST = [

@@ -51,9 +51,9 @@ def preload(names: Iterable[str]) -> None:
     """Import what drivers need, once. Nothing of it may have started a thread: processes are forked from this one."""
     for name in names:
         importlib.import_module(name)
-    from pipeline.looking.report import page
+    from pipeline.looking.report.templates import page_template
 
-    page._template()
+    page_template("report/page.html.j2")
     remember_services()
     threads = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
     # jemalloc's own, which it ends and starts again around a fork.

@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.copying import to_device
+
 OutputKind = Literal["epsilon", "v_prediction", "velocity"]
 """What a network puts out: n, v = signal n - noise x0 (arXiv 2202.00512), or flow's n - x0 (arXiv 2209.03003)."""
 
@@ -116,7 +118,7 @@ def prediction_of(kind: OutputKind, output: Tensor, latents: Tensor, levels: Seq
     """
 
     # One tensor, so that a device is sent one.
-    amplitudes = torch.tensor([level[:2] for level in levels], dtype=torch.float64).to(latents)
+    amplitudes = to_device(torch.tensor([level[:2] for level in levels], dtype=latents.dtype), latents.device)
     signal, noise = (one[:, None, None, None] for one in amplitudes.unbind(dim=1))
     match kind:
         case "epsilon":

@@ -31,8 +31,23 @@ def strongest_region(
     The threshold is the linearly interpolated quantile, in the precision of the scores; of all of them, or of `over`.
     """
     flat = (scores if over is None else over).flatten(1)
-    quantiles = torch.quantile(flat, thresholds.to(flat), dim=1).diagonal()  # (E, E): own threshold on own map
+    quantiles = torch.stack(
+        [quantile_of(row, float(share)) for row, share in zip(flat, thresholds.to(flat), strict=True)]
+    )
     return scores >= quantiles[:, None, None]
+
+
+def quantile_of(values: Float[Tensor, "N"], share: float) -> Float[Tensor, ""]:
+    """The linearly interpolated quantile of N numbers, in their precision: `torch.quantile`'s bits, without its sort.
+
+    Two neighbours in order are found by selection, which takes a third of the time for a map of latents.
+    """
+    if values.isnan().any():
+        return values.new_tensor(math.nan)
+    rank = values.new_tensor(share) * (len(values) - 1)
+    below, above = int(rank), math.ceil(rank)
+    first, second = (values.kthvalue(place + 1).values for place in (below, above))
+    return torch.lerp(first, second, rank - below)
 
 
 def smooth_attention(attention: Float[Tensor, "E h w"]) -> Float[Tensor, "E h w"]:

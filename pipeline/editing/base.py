@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.editing.problems import Problem, raise_first
 from pipeline.engine.backbone import Offers
 from pipeline.engine.calls import Fork, Steps
+from pipeline.engine.pullback import LocalBasis
 from pipeline.inversion.base import Demand, Inversion, Provision
 from pipeline.records import EditedLatents, EditRequest, InversionPrompts, Trajectory
 
@@ -27,6 +28,7 @@ class EditingMethod(BaseModel, ABC):
     takes: ClassVar[frozenset[Demand]] = frozenset()  # what it has for inversions that are wasted without
     paper: ClassVar[str]
     keeps_to_masks: ClassVar[bool] = True  # whether it can leave alone what is outside of a user's mask
+    finds_bases: ClassVar[bool] = False  # whether it moves along local latent bases, which a run may write instead
 
     @classmethod
     def fits(cls, inversion: type[Inversion]) -> bool:
@@ -135,3 +137,10 @@ class EditingMethod(BaseModel, ABC):
             tuple(self.edit(trajectory, request, user_mask) for request in requests)
         )
         return found
+
+    def bases(self, trajectory: Trajectory, requests: Sequence[EditRequest]) -> Steps[list[LocalBasis | Exception]]:
+        """Of each request the local basis that its edit would move along, or why there is none; nothing is edited.
+
+        Of methods that say `finds_bases`: a run that writes bases takes no other.
+        """
+        raise NotImplementedError(f"{self.method} moves along no local bases")

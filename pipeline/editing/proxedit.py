@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from pipeline import compat
 from pipeline.diffusion.levels import Prediction, stacked
-from pipeline.diffusion.masks import OfImage, everything
+from pipeline.diffusion.masks import OfImage, everything, quantile_of
 from pipeline.editing.prompt_to_prompt import PromptToPrompt, PromptToPromptEdit
 from pipeline.editing.two_branch import BRANCHES, Branch, BranchEdit, Branches, BranchPrediction
 from pipeline.records import EditRequest, Trajectory
@@ -49,7 +49,7 @@ def proximal(delta: Float[Tensor, "*shape"], threshold: float, prox: Prox) -> Fl
 
 def threshold_of(deltas: Float[Tensor, "B C h w"], quantile: float, of_image: OfImage = everything) -> float:
     """The quantile of all magnitudes of one image's B directions, linearly interpolated; or, up to 0, its negative."""
-    return -quantile if quantile <= 0 else float(torch.quantile(of_image(deltas).abs().flatten(), quantile))
+    return -quantile if quantile <= 0 else float(quantile_of(of_image(deltas).abs().flatten(), quantile))
 
 
 def thresholded(direction: Prediction, threshold: float, prox: Prox) -> Prediction:

@@ -50,6 +50,7 @@ class Riemannian(EditingMethod):
     takes: ClassVar = frozenset({"source branch"})
     paper: ClassVar = "Understanding the Latent Space of Diffusion Models through Riemannian Geometry, arXiv 2307.12868"
     keeps_to_masks: ClassVar = False
+    finds_bases: ClassVar = True
 
     method: Literal["riemannian"] = "riemannian"
     """Moves along directions of the latents that change the network's bottleneck most."""
@@ -162,10 +163,12 @@ class Riemannian(EditingMethod):
         }
         return [next(left[request.target_prompt]) for request in requests]
 
-    def bases(self, trajectory: Trajectory, prompts: Sequence[str]) -> Steps[list[LocalBasis | Exception]]:
-        """The local basis of one image under each of several prompts, and nothing else."""
-        found: list[LocalBasis | Exception] = yield Fork(tuple(self._basis_under(trajectory, one) for one in prompts))
-        return found
+    @override
+    def bases(self, trajectory: Trajectory, requests: Sequence[EditRequest]) -> Steps[list[LocalBasis | Exception]]:
+        prompts = list(dict.fromkeys(request.target_prompt for request in requests))
+        answers: list[LocalBasis | Exception] = yield Fork(tuple(self._basis_under(trajectory, one) for one in prompts))
+        found = dict(zip(prompts, answers, strict=True))
+        return [found[request.target_prompt] for request in requests]
 
     def _basis_under(self, trajectory: Trajectory, prompt: str) -> Steps[LocalBasis]:
         place = yield from self.place(trajectory, prompt)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.diffusion.levels import Schedule
+from pipeline.engine.arriving import Wait, mark
 from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, Product
 from pipeline.engine.controls import WATCHED_FACTOR, Openings
 from pipeline.errors import EditError
@@ -106,11 +106,11 @@ class Backbone(Protocol):
     def encode_text(self, prompt: str) -> Conditioning:
         """Embed one prompt; text beyond the encoder's length is cut."""
 
-    def encode_image(self, pixels: np.ndarray) -> Tensor:
-        """(H, W, 3) uint8 to scaled latents (C, h, w) on the CPU, float32 or wider: the posterior's mode."""
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 to scaled latents (B, C, h, w), float32 or wider, on its device: the posterior's mode."""
 
-    def decode_latents(self, latents: Tensor) -> np.ndarray:
-        """Scaled latents (C, h, w) to (H, W, 3) uint8."""
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) to (B, H, W, 3) uint8, on its device."""
 
     def denoise(self, call: NetworkCall) -> NetworkAnswer:
         """Predict noise and data of R rows in one network call; answers lie on the model's device.
@@ -129,3 +129,7 @@ class Backbone(Protocol):
             "this model gives no Jacobian products of its bottleneck (forward and reverse mode). Use a checkpoint of "
             "Stable Diffusion 1.x, 2.x or XL"
         )
+
+    def mark(self) -> Wait:
+        """Mark the end of what the device has been given so far; what is returned waits until it has got there."""
+        return mark(self.device)

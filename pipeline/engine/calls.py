@@ -180,6 +180,7 @@ class NetworkCall:
     plan: Plan = PLAIN
     group: int = 1  # rows of a group
     cotangents: Sequence[Callable[[Prediction], Prediction]] | None = None  # R
+    alike: Sequence[int] | None = None  # R: the first row of the same latents at the same level; None: nobody looked
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +191,15 @@ class NetworkAnswer:
     attention: Tensor | None = None  # (R, S, h/4, w/4), where watched
     recorded: Mapping[Where, Tensor] = field(default_factory=dict)  # (slots of all groups, C, h', w') by block
     embedding_grads: Tensor | None = None  # (R, L, D)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> NetworkAnswer:
+        """The same with every tensor changed."""
+        return NetworkAnswer(
+            predictions=self.predictions.both(change),
+            attention=None if self.attention is None else change(self.attention),
+            recorded={where: change(written) for where, written in self.recorded.items()},
+            embedding_grads=None if self.embedding_grads is None else change(self.embedding_grads),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,11 @@
 """The engine: many generators in flight, one model.
 
-It holds the methods of many images at once, answers their small calls, collects the rows of all their pending `Denoise`
-and `Product` calls, packs these into network calls of one fixed shape, and hands the results back: continuous batching,
-as language-model servers do it.
+It holds the methods of many images at once, collects the rows of all their pending `Denoise` and `Product` calls, packs
+these into network calls of one fixed shape, and hands the results back: continuous batching, as language-model servers
+do it.
+
+The device never waits for a generator: while it works on one call, the next one has been given to it already. What
+shares a call does not show in a row's bits, so neither does which rows were there when it was packed.
 """
 
 from __future__ import annotations
@@ -10,15 +13,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 
 from pipeline.common import stopping
+from pipeline.common.showing import describe
+from pipeline.engine.arriving import Arriving, begin_copy
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import (
     Call,
@@ -32,59 +35,15 @@ from pipeline.engine.calls import (
     Steps,
 )
 from pipeline.engine.control_checks import check
+from pipeline.engine.faults import is_of_the_device, is_out_of_memory
 from pipeline.engine.packing import Batch, CallRow, RowQueue
-from pipeline.engine.pending import PendingCall, PendingDenoise, PendingProduct, rows_per_call
-from pipeline.errors import EditError
+from pipeline.engine.pending import PendingCall, pending_call, rows_per_call
+from pipeline.engine.pictures import Picture, PictureBatch, PictureQueue, pictures_per_call
+from pipeline.engine.tasks import EngineStats, Finished, Session, Task
+from pipeline.errors import DeviceError, EditError
 
 CACHED_PROMPTS = 1024  # kept per worker beside those in use; of Stable Diffusion 1 that is 240 MB
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """What an engine has done since it was made."""
-
-    network_rows: int = 0  # rows that somebody asked for
-    shared_rows: int = 0  # of these, rows that another row's answer served
-    padded_rows: int = 0  # rows that only filled a call up
-    busy_seconds: float = 0.0  # in which the model computed
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The end of one generator."""
-
-    index: int  # its place in what `run` was given
-    value: Any  # what it returned; None where it failed
-    error: Exception | None
-    network_rows: int  # that it, and what it forked, asked for
-
-
-@dataclass(slots=True, eq=False)
-class _Task:
-    generator: Generator[Call, Any, Any]
-    session: _Session
-    index: int
-    parent: _Task | None = None
-    children: list[Any] = field(default_factory=list)  # results of a fork, by place
-    unfinished_children: int = 0
-    network_rows: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Session:
-    """One call of `run`: where its generators come from and where its results go."""
-
-    source: Iterator[Steps[Any] | None]
-    admitted: int = 0
-    running: int = 0
-    answered_rows: int = 0
-    exhausted: bool = False
-    finished: deque[Finished] = field(default_factory=deque)
-    failure: BaseException | None = None  # raised by the source itself
-
-    @property
-    def is_over(self) -> bool:
-        return self.exhausted and self.running == 0 and not self.finished
+GIVEN_CALLS = 2  # that the device has at a time: the one that it works on, and the one that it finds when that is done
 
 
 class Engine:
@@ -93,7 +52,7 @@ class Engine:
     Args:
         backbone: the model.
         call_size: rows of a network call. Part of a run's record, since bits are equal within one call size.
-        images_in_flight: generators held at once; bounds memory. None: as many as keep calls full.
+        images_in_flight: generators held at once; bounds memory. None: as many as keep calls full, one after the other.
         pad: fill short calls up to `call_size`, so that a row's bits do not depend on what else is in flight. Without
             padding calls are as short as what is pending: less work where a single image is edited.
     """
@@ -105,19 +64,28 @@ class Engine:
             raise ValueError(f"call_size {call_size} and images_in_flight {images_in_flight} should be at least 1")
         self.backbone = backbone
         self.call_size = call_size
-        self.images_in_flight = images_in_flight or max(4, call_size)
+        self.pictures_per_call = pictures_per_call(call_size, backbone.device)
+        self.images_in_flight = images_in_flight or max(4, GIVEN_CALLS * call_size)
         self.pad = pad
         self.stats = EngineStats()
         # A prompt that somebody still holds is never encoded again: methods tell prompts by identity.
         self._prompts: WeakValueDictionary[str, Conditioning] = WeakValueDictionary()
         self._kept: OrderedDict[str, Conditioning] = OrderedDict()
         self._queue = RowQueue()
-        self._ready: deque[tuple[_Task, Any, Exception | None]] = deque()
-        self._sessions: list[_Session] = []
+        self._pictures = PictureQueue()
+        self._given: deque[tuple[Batch | PictureBatch, Arriving]] = deque()  # to the device, oldest first
+        self._given_since = 0.0  # how far `busy_seconds` has counted
+        self._broken: Exception | None = None  # what every `run` raises from now on
+        self._ready: deque[tuple[Task, Any, Exception | None]] = deque()
+        self._sessions: list[Session] = []
         self._lock = threading.Lock()
 
     def run(
-        self, generators: Iterable[Steps[Any] | None], *, on_rows: Callable[[int], None] | None = None
+        self,
+        generators: Iterable[Steps[Any] | None],
+        *,
+        on_rows: Callable[[int], None] | None = None,
+        rank: int = 0,
     ) -> Generator[Finished]:
         """Run generators to their end, and yield each as it finishes, in whatever order.
 
@@ -129,8 +97,12 @@ class Engine:
             generators: of any number.
             on_rows: called after each network call with the number of answered rows, of all that these generators asked
                 for; a row counts as its `Denoise` costs.
+            rank: who of several callers starts generators first: the lowest; equals take turns.
+
+        Raises:
+            DeviceError: the device has failed, for good; no generator is to blame.
         """
-        session = _Session(iter(generators))
+        session = Session(iter(generators), rank)
         told = 0
         with self._lock:
             self._sessions.append(session)
@@ -138,6 +110,8 @@ class Engine:
             while not session.is_over:
                 stopping.check()
                 with self._lock:
+                    if self._broken is not None:
+                        raise self._broken
                     if not session.finished:
                         self._advance()
                 if on_rows is not None and session.answered_rows > told:
@@ -153,6 +127,10 @@ class Engine:
                 if session.running:
                     self._abandon(session)
 
+    def give_up(self, reason: Exception) -> None:
+        """Let every `run` raise, at its next call. From any thread."""
+        self._broken = reason
+
     def run_one(self, generator: Steps[Any], *, on_rows: Callable[[int], None] | None = None) -> Any:
         """Run one generator and return its value, or raise what it raised."""
         (finished,) = self.run([generator], on_rows=on_rows)
@@ -160,29 +138,39 @@ class Engine:
             raise finished.error
         return finished.value
 
-    def _abandon(self, session: _Session) -> None:
+    def _abandon(self, session: Session) -> None:
         """Its caller has gone, by Ctrl-C or an error of its own: what it asked for would only delay the next one."""
+        session.is_left = True
         self._ready = deque(item for item in self._ready if item[0].session is not session)
+        self._pictures.drop(lambda owner: owner.session is session)
         for pending in self._queue.calls():
             if pending.owner.session is session:
                 self._queue.drop(pending)
 
     def _advance(self) -> None:
-        """One unit of progress: resume whoever has an answer, let images in, then make one network call."""
+        """One unit of progress: resume whoever has an answer, let images in, then give the device a call or take one.
+
+        It is given full calls ahead; a short one only where nothing else can come.
+        """
         while True:
             while self._ready:
                 self._resume(*self._ready.popleft())
             # A full call goes first: it lets the oldest images finish before new ones are held in memory.
-            if self._queue.has_full(self.call_size) or not self._admit():
+            if self._has_full() or not self._admit():
                 break
-        if len(self._queue):
-            self._denoise(self._queue.pop(self.call_size))
+        if not self._given or (len(self._given) < GIVEN_CALLS and self._has_full()):
+            self._give_next()
+        else:
+            self._take(*self._given.popleft())
+
+    def _has_full(self) -> bool:
+        return self._queue.has_full(self.call_size) or self._pictures.has_full(self.pictures_per_call)
 
     def _admit(self) -> bool:
-        """Start one more generator, of the session that has fewest running; whether there was one."""
+        """Start one more generator, of the session whose turn it is; whether there was one."""
         if sum(session.running for session in self._sessions) >= self.images_in_flight:
             return False
-        for session in sorted(self._sessions, key=lambda session: session.running):
+        for session in sorted(self._sessions, key=lambda session: (session.rank, session.running)):
             if session.exhausted:
                 continue
             try:
@@ -197,13 +185,13 @@ class Engine:
                 continue
             self._sessions.remove(session)  # to the end: of equals the one that was served longest ago is next
             self._sessions.append(session)
-            self._ready.append((_Task(generator, session, session.admitted), None, None))
+            self._ready.append((Task(generator, session, session.admitted), None, None))
             session.admitted += 1
             session.running += 1
             return True
         return False
 
-    def _resume(self, task: _Task, answer: Any, error: Exception | None) -> None:
+    def _resume(self, task: Task, answer: Any, error: Exception | None) -> None:
         """Give a generator its answer, and answer at once whatever needs no network call."""
         while True:
             try:
@@ -218,26 +206,24 @@ class Engine:
             if isinstance(call, Fork) and call.children:
                 self._fork(task, call)
                 return
-            if isinstance(call, (Denoise, Product)):
-                try:
-                    self._enqueue(task, call)
-                except Exception as failure:
-                    error = failure
-                    continue
+            if isinstance(call, EncodeImage | DecodeLatents):
+                self._pictures.push(Picture.of(task, call))
                 return
             try:
-                with self._busy():
-                    answer = self._answer(call)
+                if isinstance(call, Denoise | Product):
+                    self._enqueue(task, call)
+                    return
+                answer = self._answer(call)
             except Exception as failure:
-                error = failure
+                error = self._no_fault_of_the_device(failure)
 
-    def _fork(self, task: _Task, call: Fork) -> None:
+    def _fork(self, task: Task, call: Fork) -> None:
         task.children = [None] * len(call.children)
         task.unfinished_children = len(call.children)
         for place, child in enumerate(call.children):
-            self._ready.append((_Task(child, task.session, place, parent=task), None, None))
+            self._ready.append((Task(child, task.session, place, parent=task), None, None))
 
-    def _finish(self, task: _Task, value: Any, error: Exception | None) -> None:
+    def _finish(self, task: Task, value: Any, error: Exception | None) -> None:
         parent = task.parent
         if parent is None:
             task.session.running -= 1
@@ -249,22 +235,10 @@ class Engine:
         if parent.unfinished_children == 0:
             self._ready.append((parent, parent.children, None))
 
-    @contextmanager
-    def _busy(self) -> Iterator[None]:
-        since = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stats.busy_seconds += time.perf_counter() - since
-
     def _answer(self, call: Call) -> Any:
         match call:
             case EncodeText(prompts):
                 return [self._encode_text(prompt) for prompt in prompts]
-            case EncodeImage(pixels):
-                return self.backbone.encode_image(pixels)
-            case DecodeLatents(latents):
-                return self.backbone.decode_latents(latents)
             case Fork():
                 return []
             case _:
@@ -281,12 +255,9 @@ class Engine:
             self._kept.popitem(last=False)
         return conditioning
 
-    def _enqueue(self, task: _Task, call: Denoise | Product) -> None:
-        pending: PendingCall
-        if isinstance(call, Product):
-            pending = PendingProduct(task, call)
-        else:
-            pending = PendingDenoise(task, call)
+    def _enqueue(self, task: Task, call: Denoise | Product) -> None:
+        pending = pending_call(task, call)
+        if isinstance(call, Denoise):
             self._check(call)
         if rows_per_call(pending.kind, self.call_size) == 0:
             raise EditError(self._does_not_fit(pending))
@@ -308,34 +279,85 @@ class Engine:
             f"run.call_size to {pending.group} or more"
         )
 
-    def _denoise(self, batch: Batch) -> None:
-        try:
-            with self._busy():
-                answer = self._call(batch)
-        except torch.OutOfMemoryError as error:
-            self._shrink(batch, error)
-            return
-        except Exception:
-            self._isolate(batch)
-            return
-        self._deliver(batch, answer)
+    def _give_next(self) -> None:
+        """Give the device the next call, if any. Pictures go before a short call: what is encoded may fill that up."""
+        pictures = self._pictures
+        if pictures.has_full(self.pictures_per_call) or (len(pictures) and not self._queue.has_full(self.call_size)):
+            self._give(pictures.pop(self.pictures_per_call))
+        elif len(self._queue):
+            self._give(self._queue.pop(self.call_size))
 
-    def _call(self, batch: Batch) -> Any:
+    def _give(self, batch: Batch | PictureBatch) -> None:
+        if not self._given:
+            self._given_since = time.perf_counter()
+        try:
+            arriving = self._begin(batch)
+        except Exception as error:
+            if is_out_of_memory(self._no_fault_of_the_device(error)):
+                self._shrink(batch, error)
+            else:
+                self._isolate(batch)
+            self._count_busy()
+        else:
+            self._given.append((batch, arriving))
+
+    def _begin(self, batch: Batch | PictureBatch) -> Arriving:
+        if isinstance(batch, PictureBatch):
+            pictures = batch.run(self.backbone, self.pictures_per_call if self.pad else 1)
+            return Arriving(begin_copy(pictures), self.backbone.mark())
         size = rows_per_call(batch.kind, self.call_size) if self.pad else len(batch.rows)
         answer = batch.ask(self.backbone, size)
+        self.stats.padded_rows += size - len(batch.rows)
+        return Arriving(answer, self.backbone.mark())
+
+    def _take(self, batch: Batch | PictureBatch, arriving: Arriving) -> None:
+        """Wait for the answer of a call, and hand it out."""
+        try:
+            arriving.wait()
+        except Exception as error:
+            raise self._breaks(error) from error
+        self._count_busy()
+        if isinstance(batch, PictureBatch):
+            self._ready += [(owner, own, None) for owner, own in batch.deliver(arriving.answer) if owner.is_wanted]
+            return
+        self._queue.forget(batch)
         self.stats.network_rows += batch.asked_for
         self.stats.shared_rows += batch.asked_for - len(batch.rows)
-        self.stats.padded_rows += size - len(batch.rows)
-        return answer
-
-    def _deliver(self, batch: Batch, answer: Any) -> None:
-        for pending in batch.deliver(answer):
+        for pending in batch.deliver(arriving.answer):
             pending.owner.session.answered_rows += pending.call.cost
-            self._ready.append((pending.owner, pending.answer(), None))
+            if pending.owner.is_wanted:
+                self._ready.append((pending.owner, pending.answer(), None))
 
-    def _shrink(self, batch: Batch, error: Exception) -> None:
-        """Out of memory: halve the call size for good, and try the same rows again; give up at one row."""
+    def _count_busy(self) -> None:
+        now = time.perf_counter()
+        self.stats.busy_seconds += now - self._given_since
+        self._given_since = now
+
+    def _no_fault_of_the_device(self, error: Exception) -> Exception:
+        """The error; or, where the device itself has failed and every later call would, the end of everything."""
+        if is_of_the_device(error):
+            raise self._breaks(error) from error
+        return error
+
+    def _breaks(self, error: Exception) -> DeviceError:
+        broken = DeviceError(
+            f"the device {self.backbone.device} failed ({describe(error)}): no row is to blame, and this process can "
+            "no longer use it. What is committed stays: the same command goes on from there. If it fails again, look "
+            "at the machine's logs (nvidia-smi, dmesg)"
+        )
+        self.give_up(broken)
+        return broken
+
+    def _shrink(self, batch: Batch | PictureBatch, error: Exception) -> None:
+        """Out of memory: halve the size of such calls for good, and try again; give up at one."""
         torch.cuda.empty_cache()
+        if isinstance(batch, PictureBatch):
+            if self.pictures_per_call == 1:
+                self._ready += [(picture.owner, None, error) for picture in batch.pictures]
+                return
+            self.pictures_per_call //= 2
+            self._pictures.put_back(batch)
+            return
         if self.call_size == 1:
             self._fail_askers(batch.rows[0], error)
             return
@@ -344,18 +366,23 @@ class Engine:
         for pending in self._queue.too_large(self.call_size):
             self._fail(pending, error)
 
-    def _isolate(self, batch: Batch) -> None:
-        """A call failed: repeat its groups one by one, so that only whoever is to blame fails."""
-        for group in batch.groups:
-            if all(pending.missing < 0 for pending, _ in group[0].askers):
+    def _isolate(self, batch: Batch | PictureBatch) -> None:
+        """A call failed: repeat its groups or pictures one by one, so that only whoever is to blame fails."""
+        for single in batch.singly():
+            if isinstance(single, Batch) and all(pending.missing < 0 for pending, _ in single.rows[0].askers):
+                self._queue.forget(single)
                 continue  # another row of the same call has failed already
-            single = Batch.of(group)
             try:
-                answer = self._call(single)
-            except Exception as error:
-                self._fail_askers(group[0], error)
+                arriving = self._begin(single)
+            except Exception as failure:
+                error = self._no_fault_of_the_device(failure)
+                if isinstance(single, PictureBatch):
+                    self._ready += [(picture.owner, None, error) for picture in single.pictures]
+                else:
+                    self._queue.forget(single)
+                    self._fail_askers(single.rows[0], error)
                 continue
-            self._deliver(single, answer)
+            self._take(single, arriving)
 
     def _fail_askers(self, row: CallRow, error: Exception) -> None:
         for pending in dict.fromkeys(pending for pending, _ in row.askers):

@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pipeline.diffusion.levels import Prediction
+from pipeline.engine.arriving import begin_copy
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import Denoise, NetworkAnswer, NetworkCall, Product
 from pipeline.engine.controls import Watch
@@ -48,15 +49,12 @@ class CallRow:
         under prompts that were encoded once. Where these lie in memory tells them, so no numbers are compared.
         """
         call, at = self.pending.call, self.at
-        if isinstance(call, Product) or call.control is not None or call.beside or call.cotangent is not None:
+        here = (*self.pending.kind, _place_of(call.latents[at]), call.levels[at], id(call.conditioning[at]))
+        if isinstance(call, Product):
+            return (*here, _place_of(call.vectors[at]))
+        if call.control is not None or call.beside or call.cotangent is not None:
             return None
-        return (
-            *self.pending.kind,
-            _place_of(call.latents[at]),
-            call.levels[at],
-            id(call.conditioning[at]),
-            () if call.watch is None else tuple(call.watch[at]),
-        )
+        return (*here, () if call.watch is None else tuple(call.watch[at]))
 
 
 def _place_of(latents: Tensor) -> tuple[Any, ...]:
@@ -91,9 +89,13 @@ class Batch(ABC):
         size = self.kind.group
         return [self.rows[start : start + size] for start in range(0, len(self.rows), size)]
 
+    def singly(self) -> list[Batch]:
+        """Group by group."""
+        return [Batch.of(group) for group in self.groups]
+
     @abstractmethod
     def ask(self, backbone: Backbone, size: int) -> Any:
-        """Make the call of `size` rows, filled up with copies of its first ones. Answers come to the CPU.
+        """Make the call of `size` rows, filled up with copies of its first ones. Its answer is on its way to the CPU.
 
         Methods compute there in float32: cheap beside a network call, and the same bits on every kind of GPU.
         """
@@ -130,7 +132,7 @@ class ProductBatch(Batch):
             vectors=torch.stack(self._padded([call.vectors[at] for call, at in rows], size)),
             mode=rows[0][0].mode,
         )
-        return backbone.product(call).cpu()
+        return begin_copy(backbone.product(call))
 
     @override
     def _give(self, pending: PendingCall, at: int, number: int, answer: Tensor) -> None:
@@ -148,13 +150,7 @@ class DenoiseBatch(Batch):
 
     @override
     def ask(self, backbone: Backbone, size: int) -> NetworkAnswer:
-        answer = backbone.denoise(self.as_call(size))
-        return NetworkAnswer(
-            predictions=answer.predictions.both(torch.Tensor.cpu),
-            attention=None if answer.attention is None else answer.attention.cpu(),
-            recorded={where: written.cpu() for where, written in answer.recorded.items()},
-            embedding_grads=None if answer.embedding_grads is None else answer.embedding_grads.cpu(),
-        )
+        return backbone.denoise(self.as_call(size)).each(begin_copy)
 
     def as_call(self, size: int) -> NetworkCall:
         """The call of `size` rows, filled up with copies of its first ones."""
@@ -170,7 +166,15 @@ class DenoiseBatch(Batch):
             plan=kind.plan,
             group=kind.group,
             cotangents=self._cotangents(size),
+            alike=self._alike(size),
         )
+
+    def _alike(self, size: int) -> list[int]:
+        """Where latents lie in memory tells which are the same: a method that asks for several prompts at one point
+        gives views of one tensor. Rows that only fill the call up are copies of the first."""
+        first: dict[tuple[Any, ...], int] = {}
+        places = [(*_place_of(call.latents[at]), call.levels[at]) for call, at in self._calls]
+        return self._padded([first.setdefault(place, number) for number, place in enumerate(places)], size)
 
     def _watch(self, size: int) -> Tensor | None:
         """(size, S, L): the weights of everything that is watched; None where nothing is."""
@@ -212,12 +216,12 @@ class DenoiseBatch(Batch):
 
 
 class RowQueue:
-    """Rows that wait for a network call, oldest first, by kind. A row that is asked for again while it waits is
-    computed once."""
+    """Rows that wait for a network call, oldest first, by kind. A row that is asked for again before its answer is
+    there is computed once."""
 
     def __init__(self) -> None:
         self._by_kind: OrderedDict[Kind, deque[CallRow]] = OrderedDict()
-        self._waiting: dict[tuple[Any, ...], CallRow] = {}  # by sameness
+        self._unanswered: dict[tuple[Any, ...], CallRow] = {}  # by sameness; in a call or not yet
 
     def __len__(self) -> int:
         return sum(len(rows) for rows in self._by_kind.values())
@@ -228,7 +232,7 @@ class RowQueue:
         for at in range(len(pending.call.levels)):
             row = CallRow([(pending, at)])
             if (sameness := row.sameness) is not None:
-                waiting = self._waiting.setdefault(sameness, row)
+                waiting = self._unanswered.setdefault(sameness, row)
                 if waiting is not row:
                     waiting.askers += row.askers
                     continue
@@ -239,7 +243,10 @@ class RowQueue:
         return any(len(rows) >= rows_per_call(kind, call_size) for kind, rows in self._by_kind.items())
 
     def pop(self, call_size: int) -> Batch:
-        """The next call: of a kind that fills one if any does, else of the kind that fills most of one."""
+        """The next call: of a kind that fills one if any does, else of the kind that fills most of one.
+
+        Others may still ask for its rows, until `forget`.
+        """
 
         def filled(kind: Kind) -> float:
             return min(len(self._by_kind[kind]) / rows_per_call(kind, call_size), 1.0)
@@ -247,8 +254,6 @@ class RowQueue:
         kind = max(self._by_kind, key=filled)
         rows = self._by_kind[kind]
         batch = Batch.of([rows.popleft() for _ in range(min(rows_per_call(kind, call_size), len(rows)))])
-        for row in batch.rows:
-            self._forget(row)
         if not rows:
             del self._by_kind[kind]
         return batch
@@ -256,6 +261,11 @@ class RowQueue:
     def put_back(self, batch: Batch) -> None:
         """Return the rows of a call that was not made to the head of their queue, in their order."""
         self._by_kind.setdefault(batch.kind, deque()).extendleft(reversed(batch.rows))
+
+    def forget(self, batch: Batch) -> None:
+        """The rows of a call have their answers: who asks for them from now on asks anew."""
+        for row in batch.rows:
+            self._forget(row)
 
     def calls(self) -> list[PendingCall]:
         """Calls that wait for answers, once each."""
@@ -283,5 +293,5 @@ class RowQueue:
     def _forget(self, row: CallRow) -> None:
         """No later asker may join a row."""
         sameness = row.sameness
-        if sameness is not None and self._waiting.get(sameness) is row:
-            del self._waiting[sameness]
+        if sameness is not None and self._unanswered.get(sameness) is row:
+            del self._unanswered[sameness]

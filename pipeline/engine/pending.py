@@ -133,6 +133,11 @@ class PendingDenoise:
 PendingCall = PendingDenoise | PendingProduct
 
 
+def pending_call(owner: Any, call: Denoise | Product) -> PendingCall:
+    """A call that somebody waits for."""
+    return PendingProduct(owner, call) if isinstance(call, Product) else PendingDenoise(owner, call)
+
+
 def shapes_of(parts: Mapping[str, Tensor]) -> Shapes:
     """What must agree for bundles of tensors to stand in one call."""
     return tuple((name, tuple(part.shape)) for name, part in sorted(parts.items()))

@@ -64,6 +64,13 @@ class LocalBasis:
     prompt: Tensor  # (D_text,), mean of what the network reads of the prompt: tells prompts that are alike
     layer: str = ""  # the bottleneck's name, where the model's offers are at hand
 
+    @property
+    def picture(self) -> Tensor:
+        """(h, w) uint8: how long its vectors are at each place of the latents, 255 where they are longest."""
+        lengths = self.leading.tangents.view(-1, *self.latent_shape).square().sum(dim=(0, 1)).sqrt()
+        longest = lengths.max().clamp_min(torch.finfo(lengths.dtype).tiny)
+        return (255.0 * lengths / longest).round().to(torch.uint8)
+
 
 def size_problems(count: int, bottleneck: Bottleneck) -> Iterator[str]:
     """Why there are not so many vectors in latents of the model's size, and the way out."""

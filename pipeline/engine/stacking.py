@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.copying import to_device
 from pipeline.engine.controls import (
     ANY,
     Add,
@@ -114,7 +115,7 @@ class Stacked(NamedTuple):
     def to(self, device: torch.device) -> Stacked:
         """On another device: two copies; none for a buffer without numbers."""
         moved = (
-            buffer.to(device) if buffer.numel() else buffer.new_empty(0, device=device)
+            to_device(buffer, device) if buffer.numel() else buffer.new_empty(0, device=device)
             for buffer in (self.integers, self.floats)
         )
         return Stacked(self.layout, *moved)

@@ -139,15 +139,14 @@ class ZeroBackbone(Backbone):
         return Conditioning(prompt, {"embedding": torch.full((77, 1), number)}, (span,))
 
     @override
-    def encode_image(self, pixels: np.ndarray) -> Tensor:
-        return torch.zeros(
-            self.latent_channels, pixels.shape[0] // self.latent_scale, pixels.shape[1] // self.latent_scale
-        )
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        count, height, width, _ = pixels.shape
+        return torch.zeros(count, self.latent_channels, height // self.latent_scale, width // self.latent_scale)
 
     @override
-    def decode_latents(self, latents: Tensor) -> np.ndarray:
+    def decode_latents(self, latents: Tensor) -> Tensor:
         height, width = latents.shape[-2] * self.latent_scale, latents.shape[-1] * self.latent_scale
-        return np.zeros((height, width, 3), dtype=np.uint8)
+        return torch.zeros((len(latents), height, width, 3), dtype=torch.uint8)
 
     @override
     def denoise(self, call: NetworkCall) -> NetworkAnswer:

@@ -127,7 +127,9 @@ def assumed_workers(run: RunConfig) -> tuple[int, int | None]:
 def seconds_for(network_rows: int, images: int, probe: Probe, workers: int) -> float:
     """Full network calls, and what each image takes beside them, over the workers."""
     calls = math.ceil(network_rows / probe.call_size)
-    return (calls * probe.seconds_per_call + images * probe.seconds_per_image) / workers
+    device = calls * probe.seconds_per_call + images * probe.seconds_per_image
+    host = images * probe.host_seconds_per_image
+    return (max(device, host) if probe.overlaps else device + host) / workers
 
 
 def probe_note(probe: Probe | None, why: Sequence[str] = ()) -> str:

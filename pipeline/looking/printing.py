@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from pipeline.writing.summary import Summary
 
 
+BUSY = 0.9  # share of a worker's time in which its model should have work
+LONG_S = 60.0  # of workers' time: a shorter run spends much of it on its beginning and end
+
+
 class PlainConsole(Console):
     """A console that shows strangers' control characters as escapes, wherever a text comes from."""
 
@@ -79,6 +83,8 @@ def show_summary(summary: Summary, recipe: Recipe) -> None:
         rows["  kept in"] = f"{folder}/quarantine"
     speed = f"{summary.images_per_second:.3g} images/s, " if summary.images_per_second else ""
     rows["pace"] = f"{speed}{summary.network_rows:,} network rows in {duration(summary.seconds)}"
+    if summary.worker_seconds > LONG_S and (share := summary.busy_seconds / summary.worker_seconds) < BUSY:
+        rows["limit"] = f"processors: the model had work for {share:.0%} of that time. Give a worker more CPUs"
     rows["written"] = f"{size_text(summary.output_bytes)} in {count(summary.units, 'unit')} ({summary.units_now:,} now)"
     rows["results"] = f"{folder}/data"
     rows["report"] = f"{folder}/report.html"

@@ -33,7 +33,9 @@ class Probe:
     images: int  # that were timed from beginning to end; 0 where the probe was cut off
     call_size: int  # rows of a network call
     seconds_per_call: float
-    seconds_per_image: float  # all else: decoding, autoencoder, the method's own arithmetic, figures, encoding
+    seconds_per_image: float  # of the autoencoder
+    host_seconds_per_image: float  # all else: reading, the method's own arithmetic, figures, encoding
+    overlaps: bool  # the host does that while the device computes
     bytes_per_result: float | None  # in the output; None where no image came to its end in time
     device: str
 
@@ -61,7 +63,7 @@ def probe_model(
     engine = Engine(cast(Backbone, timed), call_size=call_size)
     reasons = [] if why is None else why
     images, size = 0, None
-    beside = 0.0
+    host = 0.0
     try:
         outcomes = _edit(samples[:1], recipe, engine, reasons)
         size = _bytes_per_result(outcomes, recipe, backbone, call_size)
@@ -70,18 +72,21 @@ def probe_model(
         measured = list(samples[1:] or samples)
         outcomes = _edit(measured, recipe, engine, reasons if len(samples) > 1 else [])
         size = _bytes_per_result(outcomes, recipe, backbone, call_size) or size
-        of_network = sum(timed.seconds["denoise"]) + sum(timed.seconds["product"])
-        beside = (time.perf_counter() - start - of_network) / len(measured)
+        host = (time.perf_counter() - start - sum(map(sum, timed.seconds.values()))) / len(measured)
         images = len(measured)
     except TimeIsUp:
-        beside = timed.mean("encode_image") + (1 + results_per_image) * timed.mean("decode_latents")
+        pass  # what the host does beside is not known, and little of a call that takes so long
+    decodings = 0 if recipe.writes_bases else results_per_image + recipe.sink.round_trip
     if not timed.seconds["denoise"]:
         return None
     return Probe(
         images=images,
         call_size=call_size,
         seconds_per_call=timed.mean("denoise"),
-        seconds_per_image=max(beside, 0.0),
+        seconds_per_image=(timed.mean("encode_images") + decodings * timed.mean("decode_latents"))
+        / engine.pictures_per_call,
+        host_seconds_per_image=max(host, 0.0),
+        overlaps=backbone.device.type != "cpu",
         bytes_per_result=size,
         device=backbone.record.device,
     )
@@ -130,7 +135,7 @@ class TimedBackbone:
 
     def forget(self) -> None:
         """Begin anew: the first calls paid for kernels and caches."""
-        self.seconds: dict[str, list[float]] = {"denoise": [], "encode_image": [], "decode_latents": [], "product": []}
+        self.seconds: dict[str, list[float]] = {"denoise": [], "product": [], "encode_images": [], "decode_latents": []}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backbone, name)
@@ -145,9 +150,9 @@ class TimedBackbone:
         self.seconds[name].append(time.perf_counter() - start)
         return answer
 
-    def encode_image(self, pixels: Any) -> Any:
+    def encode_images(self, pixels: Any) -> Any:
         """The backbone's own, timed."""
-        return self._timed("encode_image", pixels)
+        return self._timed("encode_images", pixels)
 
     def decode_latents(self, latents: Tensor) -> Any:
         """The backbone's own, timed."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pixel_shuffle, pixel_unshuffle
@@ -89,14 +88,14 @@ class AnalyticBackbone(Backbone):
         return Conditioning(prompt, {"embedding": embedding}, (span,))
 
     @override
-    def encode_image(self, pixels: np.ndarray) -> Tensor:
-        image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).to(self.dtype) / 127.5 - 1.0
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        image = pixels.permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1.0
         return pixel_unshuffle(image, self.latent_scale)
 
     @override
-    def decode_latents(self, latents: Tensor) -> np.ndarray:
-        image = pixel_shuffle(latents, self.latent_scale).permute(1, 2, 0)
-        return ((image + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        image = pixel_shuffle(latents, self.latent_scale).permute(0, 2, 3, 1)
+        return ((image + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
     def spots(self, embeddings: Tensor, height: int, width: int) -> Tensor:
         """Where each of R prompts (R, L, 6) has its spot: (R, height, width) in [0, 1]."""

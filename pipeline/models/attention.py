@@ -55,6 +55,28 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)[..., :width]
 
 
+@torch.library.custom_op(
+    "shardedit::attention_of_distinct_rows",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor alike, float scale) -> Tensor",
+)
+def attention_of_distinct_rows(query: Tensor, key: Tensor, value: Tensor, alike: Tensor, scale: float) -> Tensor:
+    """Fused attention (R, heads, N, d) of rows of which row r has the inputs of row `alike[r]`, with the same bits.
+
+    An operator of its own, opaque to the compiler: how many rows differ changes from call to call, and every other
+    shape stays the same.
+    """
+    distinct, place = alike.unique(return_inverse=True)
+    if len(distinct) == len(alike):
+        return fused_attention(query, key, value, None, scale).contiguous()
+    return fused_attention(query[distinct], key[distinct], value[distinct], None, scale)[place].contiguous()
+
+
+@attention_of_distinct_rows.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, alike: Tensor, scale: float) -> Tensor:
+    return query.new_empty(query.shape)
+
+
 class Acting:
     """The controls of one network call at work inside of it, and what they have recorded so far."""
 

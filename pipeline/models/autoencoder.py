@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from pipeline.diffusion.copying import to_device
 
 
 class Autoencoder:
@@ -25,25 +26,25 @@ class Autoencoder:
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent, along a side
 
     @torch.no_grad()
-    def encode(self, pixels: np.ndarray) -> Tensor:
-        """(H, W, 3) uint8 to latents (C, h, w) on the CPU: the posterior's mode."""
-        image = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.vae.device, self.vae.dtype)
-        image = image.permute(2, 0, 1)[None] / 127.5 - 1.0
-        latents = self.vae.encode(image).latent_dist.mode()[0]
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 to latents (B, C, h, w) on its device: the posterior's mode."""
+        image = to_device(pixels, self.vae.device).to(self.vae.dtype)
+        image = image.permute(0, 3, 1, 2) / 127.5 - 1.0
+        latents = self.vae.encode(image).latent_dist.mode()
         if self._per_channel is not None:
             mean, std = self._per_channel
             latents = (latents - mean) / std
-        return ((latents - self._shift) * self._scale).to("cpu", self._outside)
+        return ((latents - self._shift) * self._scale).to(self._outside)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Latents (C, h, w) to (H, W, 3) uint8."""
-        scaled = latents.to(self.vae.device, self.vae.dtype) / self._scale + self._shift
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) to (B, H, W, 3) uint8 on its device."""
+        scaled = to_device(latents, self.vae.device).to(self.vae.dtype) / self._scale + self._shift
         if self._per_channel is not None:
             mean, std = self._per_channel
             scaled = scaled * std + mean
-        image = self.vae.decode(scaled[None]).sample[0].float()
-        return ((image.permute(1, 2, 0) + 1.0) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
+        image = self.vae.decode(scaled).sample.float()
+        return ((image.permute(0, 2, 3, 1) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def _per_channel(vae: Any) -> tuple[Tensor, Tensor] | None:

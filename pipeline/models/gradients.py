@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.copying import to_device
 from pipeline.diffusion.levels import Prediction, stacked
 
 
@@ -20,11 +21,9 @@ def gradients(
         embeddings: (R, L, D).
         cotangents: R; take a row's prediction, on the CPU, to the function's gradient there.
     """
-    answered = predictions.both(lambda half: half.detach().cpu())
+    # Both halves at once: for the copy to the CPU the host waits.
+    answered = Prediction(*torch.stack([predictions.noise, predictions.data]).detach().cpu())
     wanted = stacked([cotangent(answered[row]) for row, cotangent in enumerate(cotangents)])
-    (found,) = torch.autograd.grad(
-        [predictions.noise, predictions.data],
-        embeddings,
-        [wanted.noise.to(predictions.noise), wanted.data.to(predictions.data)],
-    )
+    both = to_device(torch.stack([wanted.noise, wanted.data]).to(predictions.noise.dtype), predictions.noise.device)
+    (found,) = torch.autograd.grad([predictions.noise, predictions.data], embeddings, list(both))
     return found

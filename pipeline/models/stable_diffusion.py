@@ -6,16 +6,16 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from pipeline.diffusion.copying import stacked_on, to_device
 from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import Backbone, ModelRecord, Offers
 from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, Product
-from pipeline.engine.controls import WATCHED_FACTOR
+from pipeline.engine.controls import PLAIN, WATCHED_FACTOR
 from pipeline.engine.stacking import Shape, Stacked, stack
 from pipeline.errors import EditError
 from pipeline.models.autoencoder import Autoencoder
@@ -67,11 +67,11 @@ class StableDiffusion(Backbone):
         return self.text.encode(prompt)
 
     @override
-    def encode_image(self, pixels: np.ndarray) -> Tensor:
+    def encode_images(self, pixels: Tensor) -> Tensor:
         return self.autoencoder.encode(pixels)
 
     @override
-    def decode_latents(self, latents: Tensor) -> np.ndarray:
+    def decode_latents(self, latents: Tensor) -> Tensor:
         return self.autoencoder.decode(latents)
 
     @override
@@ -81,13 +81,15 @@ class StableDiffusion(Backbone):
 
     def _denoise(self, call: NetworkCall) -> NetworkAnswer:
         dtype = self._dtype
-        latents = call.latents.to(self.device, self._outside)
+        latents = to_device(call.latents.to(self._outside), self.device)
         inputs = self._with_inpainting(latents.to(dtype), call.beside)
         times, embeddings, added = self._told(call)
         if call.cotangents is not None:
             embeddings = embeddings.detach().requires_grad_()
         controls = self._controls(call, embeddings.shape[1])
-        output, watched, recorded = self._network.predict(inputs, times, embeddings.to(dtype), controls, added or None)
+        output, watched, recorded = self._network.predict(
+            inputs, times, embeddings.to(dtype), controls, added or None, None if added else self._alike(call)
+        )
         kind = self.schedule.prediction_type
         predictions = prediction_of(kind, output.to(self._outside), latents, call.levels)
         grads = None if call.cotangents is None else gradients(predictions, embeddings, call.cotangents)
@@ -101,19 +103,32 @@ class StableDiffusion(Backbone):
 
     def _told(self, call: NetworkCall | Product) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """What the network is told beside latents: times (R,), embeddings (R, L, D) and more, on the device."""
-        times = torch.tensor([level.timestep for level in call.levels], device=self.device)
-        embeddings = torch.stack([one.embedding.to(self.device) for one in call.conditioning])
+        times = to_device(torch.tensor([level.timestep for level in call.levels]), self.device)
+        embeddings = stacked_on(self.device, [one.embedding for one in call.conditioning])
         added = self.text.added(call.conditioning, *call.latents.shape[-2:])
-        return times, embeddings, {name: tensor.to(self.device) for name, tensor in added.items()}
+        return times, embeddings, {name: to_device(tensor, self.device) for name, tensor in added.items()}
 
     @override
     def product(self, call: Product) -> Tensor:
         if self.offers.bottleneck is None or self.offers.inputs:
             return super().product(call)
-        latents, vectors = (one.to(self.device, self._dtype) for one in (call.latents, call.vectors))
+        latents, vectors = (to_device(one.to(self._dtype), self.device) for one in (call.latents, call.vectors))
         times, embeddings, added = self._told(call)
         multiply = self._network.push if call.mode == "push" else self._network.pull
         return multiply(latents, times, embeddings.to(self._dtype), vectors, added or None).to(self._outside)
+
+    def _alike(self, call: NetworkCall) -> Tensor | None:
+        """Rows that are the same until cross-attention reads the text: the first self-attention, of most places of all,
+        computes them once. Not where text comes in beside the timestep, or the network is given more than latents.
+
+        On a CPU, where an attention's bits do not depend on the number of rows; on a GPU it would save a fiftieth of
+        Stable Diffusion's arithmetic, and every call would wait for the number. Always told to a compiled graph: in two
+        graphs a row's last bits could differ.
+        """
+        if self.device.type != "cpu" or call.plan != PLAIN or call.beside or call.cotangents is not None:
+            return None
+        alike = range(len(call.levels)) if call.alike is None else call.alike
+        return torch.tensor(alike)
 
     def _controls(self, call: NetworkCall, length: int) -> Stacked | None:
         """What acts in a call, on the device; None: nothing does."""
@@ -135,4 +150,6 @@ class StableDiffusion(Backbone):
                 else "this checkpoint is no inpainting model (its UNet has no inputs for mask and masked image). Use "
                 "an inpainting checkpoint, or editing.backend: masked"
             )
-        return torch.cat([latents, *(beside[name].to(latents) for name in sorted(beside))], dim=1)
+        return torch.cat(
+            [latents, *(to_device(beside[name].to(latents.dtype), latents.device) for name in sorted(beside))], dim=1
+        )

@@ -24,7 +24,7 @@ from pipeline.engine.controls import (
 )
 from pipeline.engine.stacking import Stacked
 from pipeline.errors import ModelError
-from pipeline.models.attention import Acting, explicit_attention, fused_attention
+from pipeline.models.attention import Acting, attention_of_distinct_rows, explicit_attention, fused_attention
 from pipeline.models.compiling import compiled
 
 PLACES: dict[str, NetworkPart] = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}  # as they are executed
@@ -39,6 +39,7 @@ class Now:
 
     acting: Acting | None = None
     explicit: bool = False  # attention by its maps, for a call in forward mode
+    alike: Tensor | None = None  # (R,), the first row that is the same until the text is read
 
 
 class OpenedUNet:
@@ -73,6 +74,7 @@ class OpenedUNet:
         context: Tensor,
         controls: Stacked | None = None,
         added: Mapping[str, Tensor] | None = None,
+        alike: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, dict[Where, Tensor]]:
         """One call of R rows. Everything lies on the network's device.
 
@@ -82,6 +84,8 @@ class OpenedUNet:
             context: (R, L, D) of cross-attention.
             controls: what acts inside.
             added: more conditioning, by the names that the network knows it by.
+            alike: (R,), for each row the first one of the same latents and time, in a call without controls: what
+                they have in common is then attended to once. None: they are taken to differ.
 
         Returns:
             The output (R, C, h, w), what was watched (R, S, h/4, w/4), and what was recorded, (slots, C, h', w') by
@@ -89,9 +93,10 @@ class OpenedUNet:
         """
         run = self._compiled if self._compiled is not None and self.compiles else self._run
         try:
-            output, watched, recorded = run(inputs, times, context, controls, None if added is None else dict(added))
+            more = None if added is None else dict(added)
+            output, watched, recorded = run(inputs, times, context, controls, more, alike)
         finally:
-            self._now.acting = None
+            self._now.acting = self._now.alike = None
         return output, watched, recorded
 
     def bottleneck(
@@ -152,12 +157,13 @@ class OpenedUNet:
         context: Tensor,
         controls: Stacked | None,
         added: dict[str, Tensor] | None,
+        alike: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, dict[Where, Tensor]]:
         """What is compiled: tensors go in and come out, and nothing is decided by what they hold."""
         acting = None if controls is None else Acting(controls)
-        self._now.acting = acting
+        self._now.acting, self._now.alike = acting, alike
         (output,) = self.unet(inputs, times, encoder_hidden_states=context, added_cond_kwargs=added, return_dict=False)
-        self._now.acting = None
+        self._now.acting = self._now.alike = None
         if acting is None:
             return output, None, {}
         rooms = acting.layout.plan.records
@@ -209,6 +215,8 @@ def _attend(
     acting = now.acting
     if now.explicit:
         attended = explicit_attention(query, key, value, attention.scale)
+    elif now.alike is not None and layer.index == 0 and layer.kind == "self":
+        attended = attention_of_distinct_rows(query, key, value, now.alike, attention.scale)
     elif acting is None:
         attended = fused_attention(query, key, value, None, attention.scale)
     else:

@@ -11,14 +11,12 @@ from typing_extensions import override
 
 from pipeline.errors import DecodeError
 from pipeline.reading import decode as plain
-from pipeline.reading.channel import ClosedError, LateError
+from pipeline.reading.channel import ClosedError, LateError, Message
 from pipeline.reading.decode import Picture
-from pipeline.reading.guarded import BreachError, Limits, borrowed, warm_up
+from pipeline.reading.guarded import BreachError, Guarded, Limits, done_by_guarded, warm_up
 
 if TYPE_CHECKING:
     from pipeline.recipe import SourceConfig
-
-ATTEMPTS = 2  # the second in a fresh process: the first may have died of something else
 
 
 class Decodes(Protocol):
@@ -68,31 +66,27 @@ class Decoder(Decodes):
     ) -> tuple[dict[str, Any], np.ndarray]:
         assert isinstance(picture, bytes), "a row's pictures are encoded"
         question = {"job": what, "max_pixels": max_pixels, **more}
-        for attempt in range(ATTEMPTS):
-            try:
-                head, blobs = self._once(question, picture)
-            except BreachError as breach:
-                if attempt + 1 == ATTEMPTS or not breach.may_pass:
-                    raise DecodeError(f"the {what} {breach} when it was decoded") from None
-                continue
-            if "problem" in head:
-                raise DecodeError(str(head["problem"]))
-            if "fault" in head:
-                raise RuntimeError(f"the decoder has a fault:\n{head['fault']}")
-            return head, _array(head["shape"], blobs, max_pixels)
-        raise AssertionError("the last attempt ends with a result or an error")
+        try:
+            head, blobs = done_by_guarded(self._limits, lambda guarded: _answer(guarded, question, picture))
+        except BreachError as breach:
+            raise DecodeError(f"the {what} {breach} when it was decoded") from None
+        if "problem" in head:
+            raise DecodeError(str(head["problem"]))
+        if "fault" in head:
+            raise RuntimeError(f"the decoder has a fault:\n{head['fault']}")
+        return head, _array(head["shape"], blobs, max_pixels)
 
-    def _once(self, question: dict[str, Any], picture: bytes) -> tuple[dict[str, Any], list[bytearray]]:
-        with borrowed(self._limits) as guarded:
-            try:
-                seconds = self._limits.wall_seconds
-                guarded.channel.send(question, [picture], seconds=seconds)
-                answer = guarded.channel.receive(seconds=seconds)
-                if "memory" in answer[0]:
-                    raise MemoryError
-            except (ClosedError, LateError, MemoryError) as error:
-                raise guarded.breach(error) from None
-        return answer
+
+def _answer(guarded: Guarded, question: dict[str, Any], picture: bytes) -> Message:
+    seconds = guarded.limits.wall_seconds
+    try:
+        guarded.channel.send(question, [picture], seconds=seconds)
+        answer = guarded.channel.receive(seconds=seconds)
+        if "memory" in answer[0]:
+            raise MemoryError
+    except (ClosedError, LateError, MemoryError) as error:
+        raise guarded.breach(error) from None
+    return answer
 
 
 def _array(shape: Sequence[int], blobs: Sequence[bytearray], max_pixels: int) -> np.ndarray:

@@ -10,16 +10,18 @@ what an image costs. An idle process is kept for the next job, ends by itself af
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.errors import ClusterError
 from pipeline.reading.channel import Channel, ClosedError, LateError
@@ -30,10 +32,13 @@ if TYPE_CHECKING:
 WALL = 10  # times its CPU time that a job may take by the clock: only what neither computes nor ends takes so long
 START_S = 600.0  # to import numpy and Pillow, on a machine that is busy with a model
 END_S = 10.0  # to end, once its pipes are closed
-IDLE_S = 60.0  # an idle process waits so long for another job
+IDLE_S = 60.0  # an idle process waits so long for another job, and ends; it gets none in the second half
+ATTEMPTS = 2  # the second in a fresh process: the first may have died of something else
 MAX_ANSWER = 8 << 30  # bytes of an answer: its sender's own memory bounds it, below this
 # What the process may know of this one's surroundings: not the credentials.
 ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "TZ", "VIRTUAL_ENV", "PYTHONHOME")
+
+Answered = TypeVar("Answered")
 
 
 class BreachError(Exception):
@@ -86,6 +91,7 @@ class Guarded:
     channel: Channel
     started: bool = False
     used: bool = False  # by an earlier job: its memory may be in pieces
+    idle_since: float = math.inf  # by the monotonic clock
 
     def wait_until_started(self) -> None:
         """Let it import what it needs.
@@ -165,11 +171,28 @@ def borrowed(limits: Limits) -> Iterator[Guarded]:
         kept = True
     finally:
         if kept:
-            guarded.used = True
+            guarded.used, guarded.idle_since = True, time.monotonic()
             with _idle.lock:
                 _idle.by_limits.setdefault(limits, []).append(_done(guarded))
         else:
             guarded.end()
+
+
+def done_by_guarded(limits: Limits, job: Callable[[Guarded], Answered]) -> Answered:
+    """What a job comes to in a process of its own; a second time where the first breach may pass.
+
+    Raises:
+        BreachError: it broke a limit.
+        ClusterError: no process can be started.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            with borrowed(limits) as guarded:
+                return job(guarded)
+        except BreachError as breach:
+            if attempt + 1 == ATTEMPTS or not breach.may_pass:
+                raise
+    raise AssertionError("the last attempt ends with a result or an error")
 
 
 def _started(limits: Limits) -> Guarded:
@@ -192,7 +215,8 @@ def _started(limits: Limits) -> Guarded:
                 f"no process can be started to read images in ({type(error).__name__}). See that the machine has "
                 "memory and processes left, and that this Python can import the package"
             ) from error
-        if guarded.process.poll() is None:
+        # One that has waited for long may be about to end: it would take the job with it.
+        if guarded.process.poll() is None and time.monotonic() - guarded.idle_since < IDLE_S / 2:
             return guarded
         guarded.end()
 

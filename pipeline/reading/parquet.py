@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from pipeline.reading.channel import ClosedError, LateError
-from pipeline.reading.guarded import BreachError, Guarded, Limits, borrowed
+from pipeline.reading.guarded import BreachError, Guarded, Limits, borrowed, done_by_guarded
 from pipeline.reading.rows import damaged_row
 from pipeline.reading.rows_as_json import Labels, unpack_row
 from pipeline.reading.shards import DamagedFileError, NoImageColumnError
@@ -54,11 +54,15 @@ def read_footer(file: BinaryIO, source: SourceConfig) -> Footer:
     """
     size = file.seek(0, 2)
     tail = _tail_of(file, size)
+
+    def parsed(guarded: Guarded) -> dict[str, Any]:
+        conversation = _Conversation(guarded, file, size)
+        conversation.ask({"job": "footer", **_question(source, size, tail)}, tail)
+        return conversation.answer()[0]
+
     try:
-        with _parsers, borrowed(Limits.for_parquet(source)) as guarded:
-            conversation = _Conversation(guarded, file, size)
-            conversation.ask({"job": "footer", **_question(source, size, tail)}, tail)
-            head, _ = conversation.answer()
+        with _parsers:
+            head = done_by_guarded(Limits.for_parquet(source), parsed)
     except BreachError as breach:
         raise DamagedFileError(f"reading its footer {breach}") from None
     if "no_image" in head:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -14,10 +17,11 @@ from pipeline.engine.backbone import ModelRecord
 from pipeline.errors import RunAborted
 from pipeline.reading.units import read_units
 from pipeline.recipe import Recipe, SinkConfig
-from pipeline.running.pool import Resources, WorkerSettings, plan_pool
+from pipeline.records import UnitInput
+from pipeline.running.pool import UNITS_AT_ONCE, Resources, WorkerSettings, plan_pool
 from pipeline.running.tally import Seen, Tally
 from pipeline.running.todo import Todo
-from pipeline.writing.commit import commit
+from pipeline.writing.commit import FinishedUnit, commit
 from pipeline.writing.lock import Claim
 from pipeline.writing.merged import Contents
 from pipeline.writing.merging import Job, merge_here
@@ -26,6 +30,9 @@ from pipeline.writing.run_record import RunRecord
 if TYPE_CHECKING:
     # The model's libraries are imported by whoever loads one: see on_ray/executor.py.
     from pipeline.running.worker import Worker
+
+
+SECONDS_BETWEEN_CHECKS = 0.1  # for a signal, while units are at work
 
 
 class Executor(Protocol):
@@ -54,7 +61,7 @@ class Executor(Protocol):
 
 
 class LocalExecutor(Executor):
-    """One process, one unit after the other."""
+    """One process, one unit after the other; the tail of one shares network calls with the head of the next."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
@@ -73,23 +80,40 @@ class LocalExecutor(Executor):
         backbone = load_backbone(recipe.model, device=None if pool.gpus_per_worker else "cpu")
         self.model = backbone.record
         self.settings = WorkerSettings(
-            call_size=before.call_size if before else call_size_for(recipe, backbone), threads=threads
+            call_size=before.call_size if before else call_size_for(recipe, backbone),
+            threads=threads,
+            encoders=pool.encoders,
         )
         self._worker = Worker(recipe, self.settings, backbone, report=self._tally.advance)
         return pool.line(compiles=recipe.model.compile)
 
     @override
     def edit(self, todo: Todo, claim: Claim) -> None:
-        assert self._worker is not None, "open() comes first"
         source, size = self._recipe.source, self._recipe.run.unit_size
         self._tally.begin(todo.extent)
-        for task in todo.tasks:
-            for unit_input in read_units(task, source, size, todo.committed.has):
-                stopping.check()
-                finished = self._worker.finish(unit_input, claim.generation)
-                manifest = commit(finished, self._recipe.sink, claim.check)
+        units = (unit for task in todo.tasks for unit in read_units(task, source, size, todo.committed.has))
+        with closing(self._finished(units, claim.generation)) as finished:
+            for unit in finished:
+                manifest = commit(unit, self._recipe.sink, claim.check)
                 if reason := self._tally.add(manifest):
                     raise RunAborted(reason)
+
+    def _finished(self, units: Iterator[UnitInput], generation: int) -> Generator[FinishedUnit]:
+        """Units edited, in their order. While some are at work the next one is read."""
+        assert self._worker is not None, "open() comes first"
+        at_work: deque[Future[FinishedUnit]] = deque()
+        with ThreadPoolExecutor(UNITS_AT_ONCE, thread_name_prefix="unit") as pool:
+            try:
+                for unit_input in units:
+                    if len(at_work) == UNITS_AT_ONCE:
+                        yield waited_for(at_work.popleft())
+                    stopping.check()
+                    at_work.append(pool.submit(self._worker.finish, unit_input, generation))
+                while at_work:
+                    yield waited_for(at_work.popleft())
+            except BaseException as error:
+                self._worker.give_up(RunAborted(f"the run has ended ({type(error).__name__})"))
+                raise
 
     @override
     def merge(self, sink: SinkConfig, jobs: Iterable[Job]) -> Iterator[Contents]:
@@ -108,6 +132,13 @@ class LocalExecutor(Executor):
         if self._worker is not None:
             self._worker.close()
             torch.set_num_threads(self._threads_before)  # the process is the caller's
+
+
+def waited_for(unit: Future[FinishedUnit]) -> FinishedUnit:
+    """A unit that another thread is at work on; a signal ends the wait."""
+    while not wait([unit], SECONDS_BETWEEN_CHECKS).done:
+        stopping.check()
+    return unit.result()
 
 
 def resources_here() -> Resources:

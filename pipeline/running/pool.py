@@ -14,6 +14,9 @@ from pipeline.settings.sections import WorkerRange
 # workers can use up, nothing would be read or committed on a cluster that has lost nodes. Not 0, or tasks would also
 # run on a head node that offers no CPU, to be left alone. Their number is limited elsewhere.
 IO_CPUS = 0.001
+UNITS_AT_ONCE = 2  # of a worker: the tail of one unit and the head of the next share network calls
+ENCODERS = 2  # threads of a worker that restore and encode, beside a model on CPUs
+MOST_ENCODERS = 16
 RAYS_DIGITS = 10_000  # parts of a resource in which Ray counts
 
 
@@ -23,6 +26,7 @@ class WorkerSettings:
 
     call_size: int  # rows of a network call
     threads: int  # of a CPU worker; another number gives other rounding
+    encoders: int = ENCODERS  # threads that restore and encode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +50,7 @@ class Pool:
     gpus_per_worker: float
     cpus_per_worker: float
     threads: int
+    encoders: int = ENCODERS
 
     def line(self, *, compiles: bool = False) -> str:
         """A line for the user: no GPU in use; compiling delays the first call."""
@@ -85,7 +90,14 @@ def plan_pool(run: RunConfig, have: Resources) -> Pool:
         gpus_per_worker=per_worker,
         cpus_per_worker=0.0,
         threads=1,
+        encoders=_encoders(have, per_worker),
     )
+
+
+def _encoders(have: Resources, gpus_per_worker: float) -> int:
+    """A worker's share of its node's CPUs, but for the one that feeds the GPU."""
+    share = have.node_cpus * gpus_per_worker / max(have.node_gpus, gpus_per_worker)
+    return min(MOST_ENCODERS, max(ENCODERS, int(share) - 1))
 
 
 def _wish(workers: int | str | WorkerRange, auto: int) -> tuple[int, int]:

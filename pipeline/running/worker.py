@@ -5,6 +5,7 @@ Units may come from several threads at once: on the engine, one unit's tail and 
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from pipeline.running.tally import InFlight
 from pipeline.writing.attempts import ALONE_FROM, Attempt
 from pipeline.writing.commit import FinishedUnit
 from pipeline.writing.encoding import Encoders
-from pipeline.writing.manifest import Measured
+from pipeline.writing.manifest import NOT_MEASURED, Measured
 
 # Measured on narrow and wide models: a row of a smaller call takes up to two fifths longer, larger ones gain little.
 CPU_CALL_SIZE = 16
@@ -82,12 +83,13 @@ class Worker:
             call_size=settings.call_size,
             images_in_flight=in_flight if isinstance(in_flight, int) else None,
         )
-        self._encoders = Encoders()
+        self._encoders = Encoders(settings.encoders)
         self._meter = _Meter(self.engine)
         self._gate = _Gate()
         self._report = report
         self._attempts: set[Attempt] = set()
         self._is_ending = False
+        self._units = itertools.count()  # in the order in which they come: the first goes first
 
     @property
     def model(self) -> ModelRecord:
@@ -102,6 +104,7 @@ class Worker:
             generation: of the driver.
             workers: that share the run at the moment.
         """
+        rank = next(self._units)
         with self._attempt(unit_input.unit.id, generation) as attempt:
             alone = attempt.number >= ALONE_FROM
             with self._gate.alone() if alone else self._gate.shared(), self._meter.measuring() as measured:
@@ -112,6 +115,7 @@ class Worker:
                     decoder=self._decoder,
                     encoders=self._encoders,
                     generation=generation,
+                    rank=rank,
                     turns=partial(one_by_one, attempt) if alone else all_at_once,
                     on_result=_UnitProgress(unit_input, self._report).note,
                 )
@@ -133,6 +137,10 @@ class Worker:
         self._is_ending = True
         for attempt in list(self._attempts):
             attempt.take_back()
+
+    def give_up(self, reason: Exception) -> None:
+        """Let units that are at work raise, soon. From any thread."""
+        self.engine.give_up(reason)
 
     def close(self) -> None:
         """End the encoder threads."""
@@ -225,6 +233,7 @@ class _Meter:
         self._lock = threading.Lock()
         self._inside = 0
         self._since = 0.0
+        self._busy = 0.0
         self._rows = 0
 
     @contextmanager
@@ -234,17 +243,23 @@ class _Meter:
             if self._inside == 0:
                 self._since = time.perf_counter()
             self._inside += 1
-        seconds, rows = 0.0, 0
+        took = NOT_MEASURED
         try:
-            yield lambda workers: Measured(worker_seconds=round(seconds, 6), workers=workers, network_rows=rows)
+            yield lambda workers: took.model_copy(update={"workers": workers})
         finally:
-            seconds, rows = self._leave()
+            took = self._leave()
 
-    def _leave(self) -> tuple[float, int]:
-        """Seconds and network rows since anybody last left."""
+    def _leave(self) -> Measured:
+        """What was done since anybody last left."""
         with self._lock:
-            now, rows = time.perf_counter(), self._engine.stats.network_rows
-            seconds, done = now - self._since, rows - self._rows
-            self._since, self._rows = now, rows
+            now, stats = time.perf_counter(), self._engine.stats
+            seconds = now - self._since
+            took = Measured(
+                worker_seconds=round(seconds, 6),
+                workers=1,
+                network_rows=stats.network_rows - self._rows,
+                busy_seconds=round(min(stats.busy_seconds - self._busy, seconds), 6),
+            )
+            self._since, self._busy, self._rows = now, stats.busy_seconds, stats.network_rows
             self._inside -= 1
-            return seconds, done
+            return took

@@ -161,6 +161,9 @@ class SinkConfig(Section):
     """Format of the edited image; masks are always lossless."""
     quality: int = Field(default=95, ge=1, le=100)
     """Quality of jpg and webp; 100: best."""
+    round_trip: bool = True
+    """Measure against the input's own way through the autoencoder and back: `reconstruction_psnr`, `edit_change` and
+    `rest_change`. It takes one decoding more per image; false: these figures are null."""
     shard_size: int = Field(default=500_000_000, ge=0, json_schema_extra=_or_size_text)
     """Bytes of an output file, about; "500MB" may be written. 0: each unit keeps a file of its own."""
     storage_options: StorageOptions = Field(default_factory=dict, repr=False)
@@ -207,7 +210,7 @@ class RunConfig(Section):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the run; an image's noise derives from it and from the image's id."""
     unit_size: int = Field(default=32, ge=1, le=4096)
-    """Images that are committed together; also what a kill loses at most, per worker."""
+    """Images that are committed together. A kill loses what is at work: two units per worker at most."""
     call_size: Count | Literal["auto"] = "auto"
     """Rows of a network call; auto: probed on a GPU, 16 on CPU. Changes how results are rounded."""
     images_in_flight: Count | Literal["auto"] = "auto"

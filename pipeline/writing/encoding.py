@@ -12,16 +12,21 @@ from pipeline.reading.ahead import HELD_BYTES, LARGE_BYTES, pixel_bytes
 from pipeline.records import Decoded, Rejected
 from pipeline.writing.rows import OutputRow
 
-ENCODERS = 2  # threads
+WAITING = 32  # results per thread, at most
 
 Encode = Callable[[Decoded | Rejected], OutputRow | Rejected]
 
 
 class Encoders:
-    """Shared by the units that are at work in a process."""
+    """Shared by the units that are at work in a process.
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
+    Args:
+        threads: of them.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
         self._one_large = threading.Lock()
 
     def map(self, encode: Encode, results: Iterable[Decoded | Rejected]) -> list[OutputRow | Rejected]:
@@ -33,7 +38,7 @@ class Encoders:
             size = 0 if isinstance(result, Rejected) else pixel_bytes(result)
             pending.append(self._pool.submit(self._encode, encode, result, size > LARGE_BYTES))
             waiting.append(size)
-            while len(pending) > 2 * ENCODERS or sum(waiting) >= HELD_BYTES:
+            while len(pending) > WAITING * self._threads or sum(waiting) >= HELD_BYTES:
                 encoded.append(pending.popleft().result())
                 waiting.popleft()
         return encoded + [future.result() for future in pending]

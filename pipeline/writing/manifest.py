@@ -62,6 +62,7 @@ class Measured(Stored):
     worker_seconds: float = Field(ge=0)
     workers: int = Field(ge=1)  # that lived when the unit was made
     network_rows: NonNegative  # asked for in that time; units that overlap in a worker share theirs, the sum is exact
+    busy_seconds: float = Field(default=0.0, ge=0)  # of `worker_seconds`, in which the model had a call to work on
 
 
 NOT_MEASURED = Measured(worker_seconds=0, workers=1, network_rows=0)

@@ -42,7 +42,9 @@ def restored(decoded: Decoded) -> Edited:
         if decoded.basis is not None
         else figures(
             original=prepared.original,
-            round_trip=restore(decoded.round_trip, placement, prepared.original),  # held nowhere else
+            round_trip=None  # or one that is held nowhere else
+            if decoded.round_trip is None
+            else restore(decoded.round_trip, placement, prepared.original),
             edited=image,
             mask=union,
         ),

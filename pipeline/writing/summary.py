@@ -49,6 +49,7 @@ class Summary:
     images_per_second: float  # of all workers together, while they worked
     seconds: float  # workers' time, over the number of workers
     worker_seconds: float
+    busy_seconds: float  # of these, in which the models had calls to work on
     network_rows: int
     output_bytes: int  # of data and quarantine
     failed_by_stage: dict[str, int]
@@ -105,7 +106,7 @@ class Totals:
         self._sums: Counter[str] = Counter()
         self._stages: Counter[str] = Counter()
         self._classes: Counter[str] = Counter()
-        self._seconds = self._worker_seconds = 0.0
+        self._seconds = self._worker_seconds = self._busy_seconds = 0.0
 
     @property
     def asked(self) -> int:
@@ -127,6 +128,7 @@ class Totals:
         self._stages.update(counts.failed_by_stage)
         self._classes.update(counts.failed_by_class)
         self._worker_seconds += measured.worker_seconds
+        self._busy_seconds += measured.busy_seconds
         self._seconds += measured.worker_seconds / measured.workers
 
     def _is_merged(self, file: FileRecord, unit: str) -> bool:
@@ -162,6 +164,7 @@ class Totals:
             images_per_second=round(sums["images"] / seconds, 4) if seconds else 0.0,
             seconds=round(seconds, 3),
             worker_seconds=round(self._worker_seconds, 3),
+            busy_seconds=round(self._busy_seconds, 3),
             network_rows=sums["network_rows"],
             output_bytes=sums["bytes"] + (self._merged.size if self._merged else 0),
             failed_by_stage=dict(sorted(self._stages.items())),

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from pipeline.diffusion.guidance import classifier_free_guidance, edit_directions, multi_edit_guidance
 from pipeline.diffusion.levels import Level, Prediction, prediction_of
-from pipeline.diffusion.masks import attention_mask, noise_mask, smooth_attention, strongest_region
+from pipeline.diffusion.masks import attention_mask, noise_mask, quantile_of, smooth_attention, strongest_region
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.diffusion.steps import DDIM, SDEDPMSolver, ddim_move
 from pipeline.errors import ModelError
@@ -151,6 +151,17 @@ def test_guidance_is_untouched_where_every_mask_is_false() -> None:
     for ours, plain in ((guided.noise, uncond.noise), (guided.data, uncond.data)):
         assert torch.equal(ours[:, outside], plain[:, outside])
         assert not torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_quantile_has_the_bits_of_torchs(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 2, 9, 64, 256, 1000):
+        for made in (torch.randn(count, generator=generator), torch.randint(0, 4, (count,), generator=generator)):
+            values = made.to(dtype)
+            for share in (0.0, 0.1, 0.5, 0.7, 0.81, 0.9, 0.999, 1.0, *torch.rand(20, generator=generator).tolist()):
+                assert torch.equal(quantile_of(values, share), torch.quantile(values, torch.tensor(share, dtype=dtype)))
+    assert quantile_of(torch.tensor([1.0, torch.nan]), 0.5).isnan()
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.33, 0.9, 0.99])

@@ -17,6 +17,7 @@ from pipeline.editor import Editor
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import NetworkAnswer, NetworkCall
 from pipeline.engine.engine import Engine
+from pipeline.engine.pictures import encode_picture
 from pipeline.errors import EditError, RecipeError
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.noise import NoiseStart
@@ -127,14 +128,14 @@ def test_an_inpainting_unet_is_given_mask_and_masked_image(
     of_mask = calls[0].beside["inpaint"]
     assert of_mask.shape == (4, 5, 12, 12)
     assert bool((of_mask[:, 0] == 1).all())
-    assert torch.equal(of_mask[0, 1:], inpainting.encode_image(everything))
+    assert torch.equal(of_mask[0, 1:], encode_picture(inpainting, everything))
     mask = np.asarray(result.mask)
     assert 0 < mask.mean() < 1
     greyed = np.where(mask[..., None], np.uint8(GREY), photograph())
     for call in calls[1:]:
         assert call.beside["inpaint"] is not None
         assert torch.equal(call.beside["inpaint"][0, 0], torch.tensor(mask[::8, ::8], dtype=torch.float32))
-        assert torch.equal(call.beside["inpaint"][1, 1:], inpainting.encode_image(greyed))
+        assert torch.equal(call.beside["inpaint"][1, 1:], encode_picture(inpainting, greyed))
 
 
 def test_the_inpainting_unet_hears_what_it_is_given(inpainting: Backbone) -> None:

@@ -53,7 +53,9 @@ def edited(editor: Riemannian, trajectory: Trajectory, *requests: EditRequest, b
 
 
 def basis_of(editor: Riemannian, trajectory: Trajectory, backbone: Any, prompt: str = PROMPT) -> LocalBasis:
-    (found,) = Engine(backbone, call_size=64, pad=False).run_one(editor.bases(trajectory, [prompt]))
+    (found,) = Engine(backbone, call_size=64, pad=False).run_one(
+        editor.bases(trajectory, [EditRequest(target_prompt=prompt)])
+    )
     assert isinstance(found, LocalBasis), found
     return found
 

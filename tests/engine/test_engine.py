@@ -17,7 +17,7 @@ from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.editing.reconstruct import Reconstruct
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Fork, NetworkAnswer, NetworkCall, Steps
-from pipeline.engine.engine import Engine
+from pipeline.engine.engine import GIVEN_CALLS, Engine
 from pipeline.errors import EditError
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.ddpm import DDPMInversion
@@ -324,13 +324,14 @@ def test_with_one_place_two_sessions_take_turns() -> None:
 
 
 def test_rows_of_a_session_that_was_left_are_not_computed() -> None:
+    """But for those of calls that the device has been given."""
     engine = Engine(analytic(), call_size=4)
     left = engine.run([asks_for(1), asks_for(20)])
     next(left)
     done = engine.stats.network_rows
     left.close()
     assert engine.run_one(asks_for(1)) == 1
-    assert engine.stats.network_rows == done + 1
+    assert engine.stats.network_rows <= done + GIVEN_CALLS * 4 + 1 < 21
 
 
 def failing(message: str) -> Steps[None]:

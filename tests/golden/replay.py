@@ -28,6 +28,7 @@ from pipeline.editing.reconstruct import Reconstruct
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import Conditioning, Denoise, Denoised, EncodeText
 from pipeline.engine.engine import Engine
+from pipeline.engine.pictures import encode_picture
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.inversion.noise import NoiseStart
@@ -195,7 +196,7 @@ def replay_ledits_pp(
     yield equal("all timesteps", all_timesteps(inversion, engine), golden["all_timesteps"])
     editor, request = ledits_editor(settings["edit"], xl=xl), EditRequest(concepts=concepts_of(settings["edit"]))
     if "images" in golden:
-        encoded = torch.stack([engine.backbone.encode_image(image.numpy()) for image in golden["images"]])
+        encoded = torch.stack([encode_picture(engine.backbone, image.numpy()) for image in golden["images"]])
         yield Check("x0", relative(encoded, golden["x0"]), 1e-5)
     trajectories, edits, rebuilt, walked = [], [], [], []
     for at, latents in enumerate(golden["x0"]):

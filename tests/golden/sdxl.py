@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.engine.engine import Engine
+from pipeline.engine.pictures import decode_picture, encode_picture
 from pipeline.inversion.noise import NoiseStart
 from pipeline.models.families.stable_diffusion_xl import SizeIds
 from pipeline.records import EditRequest
@@ -62,7 +63,7 @@ def with_size_ids(backbone: Any, ids: dict[str, Any]) -> Any:
 
 
 def _autoencoder(golden: dict[str, Tensor], engine: Engine) -> Iterator[Check]:
-    latents = engine.backbone.encode_image(golden["pixels"].numpy())[None]
+    latents = encode_picture(engine.backbone, golden["pixels"].numpy())[None]
     yield Check("latents", relative(latents, golden["latents"]), 1e-4)
     yield _decoded("decoded", golden["latents"], golden, engine)
     yield _decoded("there and back", latents, golden, engine)
@@ -70,7 +71,7 @@ def _autoencoder(golden: dict[str, Tensor], engine: Engine) -> Iterator[Check]:
 
 def _decoded(name: str, latents: Tensor, golden: dict[str, Tensor], engine: Engine) -> Check:
     """Pixels in [0, 1], every second row and column; ours are rounded to 8 bits."""
-    pixels = np.stack([engine.backbone.decode_latents(one)[::2, ::2] for one in latents])
+    pixels = np.stack([decode_picture(engine.backbone, one)[::2, ::2] for one in latents])
     return Check(name, float(np.abs(pixels / 255.0 - golden["decoded_sub"].numpy()).max()), 0.51 / 255 + 1e-4)
 
 

@@ -12,8 +12,25 @@ from tests.golden.replay import HERE, replay
 
 # Recorded in float32 from Gaussian noise, where nothing is amplified: float64 would show nothing more.
 ONLY_FLOAT32 = {"prompt_to_prompt", "mask_auto", "synthesis"}
+# Those that take half a minute and more. In float32 they are replayed in the fast suite, too.
+SLOW = {
+    "null_text_inversion-p2p_replace_localblend",
+    "proxedit-l0_inversion_guidance",
+    "proxedit-l0_fixed_threshold",
+    "negative_prompt_inversion-p2p_refine_reweight",
+    "masactrl-real_ddim",
+    "direct_inversion-p2p_replace_localblend",
+}
 FILES = [path for path in sorted(HERE.glob("*/*.npz")) if ONLY_FLOAT32.isdisjoint((path.parent.name, path.stem))]
 
+
+def name_of(path: Path) -> str:
+    return f"{path.parent.name}-{path.stem}"
+
+
+CASES = [
+    pytest.param(path, id=name_of(path), marks=[pytest.mark.slow] if name_of(path) in SLOW else []) for path in FILES
+]
 
 # What a whole walk ends in: the random network amplifies the rounding of float64 kernels, which differ from one kind of
 # processor to another, by 35 to 100 per step. Prompt-to-Prompt on direct inversion ends within 1e-5 of its recording on
@@ -22,7 +39,7 @@ AMPLIFIED = {"inversion", "latents", "final"}
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("path", CASES)
 def test_a_golden_replays_within_its_tolerance(path: Path) -> None:
     checks = replay(path, dtype=torch.float64)
     assert len(checks) >= 3

@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,7 +20,8 @@ from pipeline.engine.calls import NetworkCall
 from pipeline.errors import SourceError
 from pipeline.looking import planning, probe
 from pipeline.looking.counting import RowCounter
-from pipeline.looking.planning import plan
+from pipeline.looking.planning import plan, seconds_for
+from pipeline.looking.probe import Probe
 from pipeline.models.analytic import AnalyticBackbone
 from pipeline.models.demo.shards import write_demo_shards
 from pipeline.reading.shards import Shard, shard_slug, unit_id
@@ -290,3 +292,15 @@ def test_twenty_thousand_units_are_planned_and_found_again_within_a_minute_and_i
     ]
     assert (again.extent.whole_shards, again.extent.shards) == (SHARDS - 1, SHARDS)
     assert sum(map(int.bit_count, again.extent.committed.chunks.values())) == SHARDS * UNITS - left
+
+
+def test_what_the_host_does_beside_a_device_counts_only_where_it_takes_longer() -> None:
+    measured = Probe(
+        images=2, call_size=8, seconds_per_call=1.0, seconds_per_image=0.5, host_seconds_per_image=2.0, overlaps=False,
+        bytes_per_result=None, device="cpu",
+    )  # fmt: skip
+    calls, images = 10, 4
+    assert seconds_for(8 * calls - 3, images, measured, workers=1) == 10 + 2 + 8
+    beside = replace(measured, overlaps=True)
+    assert seconds_for(8 * calls, images, beside, workers=2) == (10 + 2) / 2
+    assert seconds_for(8 * calls, images, replace(beside, host_seconds_per_image=5.0), workers=2) == 20 / 2

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
+from pipeline.engine.calls import Denoise, EncodeText, NetworkCall, Steps
+from pipeline.engine.engine import Engine
+from pipeline.models import attention
 from pipeline.models.attention import attention_probabilities, fused_attention
+from tests.methods import analytic, levels, network_calls, source, tiny_sd
 
 
 @pytest.mark.parametrize("width", [8, 16, 40])
@@ -29,3 +36,40 @@ def test_a_given_mask_is_kept() -> None:
     mask[..., 70:] = float("-inf")
     found = fused_attention(query, key, value, mask, 0.5)
     torch.testing.assert_close(found, fused_attention(query, key[:, :, :70], value[:, :, :70], None, 0.5))
+
+
+def test_rows_that_are_the_same_until_the_text_is_read_are_attended_to_once_with_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first self-attention of three prompts at one point is one row; beside another point's, two."""
+    backbone, sizes = tiny_sd(), []
+
+    def noted(query: Tensor, *given: Any) -> Tensor:
+        sizes.append(len(query))
+        return fused_attention(query, *given)
+
+    latents = torch.randn((2, 4, 12, 12), generator=torch.Generator().manual_seed(0))
+    prompts = [backbone.encode_text(text) for text in ("", "a hat", "a dog", "a hat")]
+    rows = (latents[[0, 0, 0, 1]], levels(backbone, [401] * 4), prompts)
+    monkeypatch.setattr(attention, "fused_attention", noted)
+    apart = backbone.denoise(NetworkCall(*rows))
+    assert sizes[0] == 4
+    sizes.clear()
+    together = backbone.denoise(NetworkCall(*rows, alike=[0, 0, 0, 3]))
+    assert sizes[0] == 2
+    assert torch.equal(together.predictions.noise, apart.predictions.noise)
+    assert torch.equal(together.predictions.data, apart.predictions.data)
+
+
+def test_rows_are_alike_only_at_one_place_and_level() -> None:
+    latents, other = (source(analytic(), 1).latents for _ in range(2))  # equal numbers in two places
+    engine = Engine(analytic(), call_size=8)
+    calls = network_calls(engine)
+
+    def asks(given: Tensor, *timesteps: int) -> Steps[None]:
+        prompts = yield EncodeText(tuple(f"word{n}" for n in range(len(timesteps))))
+        yield Denoise(given.expand(len(timesteps), -1, -1, -1), levels(analytic(), timesteps), prompts)
+
+    list(engine.run([asks(latents, 401, 401, 402), asks(other, 401, 401), asks(latents.transpose(-1, -2), 401)]))
+    (call,) = calls
+    assert call.alike == [0, 0, 2, 3, 3, 5, 0, 0]  # the last two fill it up

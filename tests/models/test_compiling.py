@@ -174,6 +174,7 @@ def test_calls_of_a_kind_are_one_graph_and_do_what_plain_ones_do(
 
 
 @needs_a_compiler
+@pytest.mark.slow  # compiles everything anew
 def test_a_second_process_compiles_to_the_same_bits(compiled: Backbone, folder: Path, tmp_path: Path) -> None:
     script = (
         "import hashlib, torch; from tests.models.test_compiling import *;"

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.engine.calls import NetworkCall
+from pipeline.engine.pictures import decode_picture, encode_picture
 from pipeline.errors import ModelError
 from pipeline.models.checkpoint import Checkpoint, digest, open_checkpoint
 from pipeline.models.families.stable_diffusion import StableDiffusionFamily
@@ -190,9 +191,9 @@ def test_in_float16_the_vae_runs_in_float32_unless_its_checkpoint_waives_that(
     assert isinstance(backbone, StableDiffusion)
     assert backbone.autoencoder.vae.dtype == expected
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    latents = backbone.encode_image(pixels)
-    assert torch.equal(latents, tiny_sd().encode_image(pixels)) == (expected == torch.float32)
-    decoded_alike = np.array_equal(backbone.decode_latents(latents), tiny_sd().decode_latents(latents))
+    latents = encode_picture(backbone, pixels)
+    assert torch.equal(latents, encode_picture(tiny_sd(), pixels)) == (expected == torch.float32)
+    decoded_alike = np.array_equal(decode_picture(backbone, latents), decode_picture(tiny_sd(), latents))
     assert decoded_alike or expected != torch.float32
 
 
@@ -261,16 +262,16 @@ def test_latents_are_the_librarys_under_its_scaling_factor() -> None:
         latents = plain.encode(images).latent_dist.mode() * plain.config.scaling_factor
         decoded = plain.decode(latents / plain.config.scaling_factor).sample[0].permute(1, 2, 0)
     assert plain.config.scaling_factor != 1.0
-    torch.testing.assert_close(tiny_sd().encode_image(pixels), latents[0])
+    torch.testing.assert_close(encode_picture(tiny_sd(), pixels), latents[0])
     expected = ((decoded.numpy() + 1.0) * 127.5).clip(0, 255)
-    np.testing.assert_allclose(tiny_sd().decode_latents(latents[0]), expected, atol=0.51)
+    np.testing.assert_allclose(decode_picture(tiny_sd(), latents[0]), expected, atol=0.51)
 
 
 def test_the_vae_round_trip_is_deterministic_and_keeps_its_range() -> None:
     backbone = tiny_sd()
     pixels = (torch.rand((64, 96, 3), generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8).numpy()
-    latents = backbone.encode_image(pixels)
+    latents = encode_picture(backbone, pixels)
     assert latents.shape == (4, 8, 12)
-    assert torch.equal(latents, backbone.encode_image(pixels))
-    decoded = backbone.decode_latents(latents)
+    assert torch.equal(latents, encode_picture(backbone, pixels))
+    decoded = decode_picture(backbone, latents)
     assert (decoded.shape, str(decoded.dtype)) == ((64, 96, 3), "uint8")

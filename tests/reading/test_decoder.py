@@ -211,6 +211,19 @@ def test_a_process_that_ended_while_idle_is_replaced_unnoticed(monkeypatch: pyte
     assert the_process() != first
 
 
+def test_a_process_that_may_be_about_to_end_gets_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a while to end: whoever asks meanwhile would lose the answer."""
+    ours = decoder()
+    good = saved(noise(40, 30, 3), "PNG")
+    ours.image(good, MOST)
+    first = the_process()
+    now = time.monotonic()
+    monkeypatch.setattr(guarded.time, "monotonic", lambda: now + guarded.IDLE_S - 1)
+    ours.image(good, MOST)
+    assert the_process() != first
+    assert not is_running(first)
+
+
 def test_where_no_process_can_be_started_no_row_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nothing/there")
     with pytest.raises(ClusterError, match="no process can be started"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from pipeline.errors import SourceError
 from pipeline.reading import listing, parquet, shards
+from pipeline.reading.guarded import Limits, borrowed
 from pipeline.reading.units import list_shards
 from pipeline.recipe import SourceConfig
 from pipeline.records import Sample, UnitInput, Unreadable
@@ -59,6 +61,18 @@ def test_a_footer_of_ten_to_the_fifteen_rows_is_one_reported_row(tmp_path: Path,
     assert isinstance(rows[0], Unreadable)
     assert "announces 1000000000000000 rows, in a file of" in rows[0].message
     assert all(isinstance(row, Sample) for row in rows[1:])
+
+
+def test_a_reader_that_somebody_kills_makes_no_footer_a_damaged_one(tmp_path: Path, png: Png) -> None:
+    """A sound file with unknown rows would be cut into other units than those that a run before it committed."""
+    (tmp_path / "one.parquet").write_bytes(written(pa.table({"image": [png(number) for number in range(7)]})))
+    with borrowed(Limits.for_parquet(source(tmp_path))) as reader:
+        pass
+    reader.process.kill()
+    reader.process.poll = lambda: None  # type: ignore[method-assign]  # nobody has noticed yet
+    (shard,) = list_shards(source(tmp_path))
+    assert shard.rows == 7
+    assert reader.process.wait() == -signal.SIGKILL
 
 
 def test_a_footer_that_claims_a_gigabyte_is_not_fetched(tmp_path: Path, read_all, png: Png, monkeypatch) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
-import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 from pipeline.engine.engine import Engine
 from pipeline.flow import edit_rows
@@ -24,10 +24,10 @@ class BlackingBackbone(AnalyticBackbone):
 
     decoded = 0
 
-    def decode_latents(self, latents: Any) -> np.ndarray:
+    def decode_latents(self, latents: Tensor) -> Tensor:
         self.decoded += 1
         pixels = super().decode_latents(latents)
-        return pixels if self.decoded == 1 else np.zeros_like(pixels)
+        return pixels if self.decoded == 1 else torch.zeros_like(pixels)
 
 
 @pytest.fixture

@@ -52,6 +52,7 @@ def submit(head: Head, folder: Path, environment: dict[str, str]) -> subprocess.
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
+@pytest.mark.slow  # a head node with a dashboard takes a minute
 def test_a_submitted_job_edits_on_the_cluster_it_runs_in_and_needs_the_token(
     head: Head, four_shards: Path, four_edited: dict[str, Any], tmp_path: Path
 ) -> None:

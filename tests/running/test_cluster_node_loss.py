@@ -101,6 +101,7 @@ def survived(
         }
 
 
+@pytest.mark.slow  # a cluster of nodes, and minutes until Ray gives one up
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["local", "s3"])
 def test_a_node_that_is_lost_with_units_at_work_costs_no_row_and_no_byte(

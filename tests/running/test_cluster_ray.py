@@ -7,6 +7,7 @@ One local cluster of two logical CPUs for the module.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -37,7 +38,7 @@ from pipeline.running.on_ray.executor import UNITS_AT_ONCE, RayExecutor
 from pipeline.writing.attempts import ALONE_FROM
 from pipeline.writing.summary import Summary
 from tests.clusters import free_port
-from tests.places import Place
+from tests.places import Place, slow_on_s3
 from tests.runs import asked, contents, recipe_data, results, write_shards
 
 pytestmark = pytest.mark.timeout(400)
@@ -101,6 +102,19 @@ def witness(notes: Path) -> Callable[[], None]:
                     return prepare(row, *rest)
 
                 flow.prepare_row = deadly
+            broken = notes / "broken"
+            if broken.exists() and not broken.read_text():
+                import torch
+
+                broken.write_text(str(os.getpid()))
+                network, calls = self._worker.backbone.denoise, itertools.count(1)
+
+                def fail(call: Any) -> Any:
+                    if next(calls) >= 20:  # and from then on, as a device does
+                        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+                    return network(call)
+
+                self._worker.backbone.denoise = fail
             time.sleep(0.2)
             finished = edit(self, batch)
             note("end", unit)
@@ -191,6 +205,7 @@ def on_ray(two_cpus: Path, place: Place, undisturbed: dict[str, Any], notes: Pat
     return Run(summary, place.folder(recipe), events(notes)[earlier:])
 
 
+@slow_on_s3
 def test_ray_writes_the_bytes_of_the_plain_loop(on_ray: Run, undisturbed: dict[str, Any]) -> None:
     assert contents(on_ray.out) == undisturbed
     assert results(on_ray.out) == asked(shards=SHARDS, rows=ROWS)
@@ -198,6 +213,7 @@ def test_ray_writes_the_bytes_of_the_plain_loop(on_ray: Run, undisturbed: dict[s
     assert on_ray.summary.units_now == on_ray.summary.units == 12
 
 
+@slow_on_s3
 def test_the_first_unit_is_committed_before_the_last_one_is_read(on_ray: Run) -> None:
     first_commit = min(path.stat().st_mtime for path in (on_ray.out / "_units").glob("*/*.json"))
     reads = sorted(event.time for event in on_ray.events if event.kind == "read")
@@ -205,6 +221,7 @@ def test_the_first_unit_is_committed_before_the_last_one_is_read(on_ray: Run) ->
     assert first_commit < reads[-1]
 
 
+@slow_on_s3
 def test_two_workers_a_shuffled_plan_and_the_death_of_one_change_no_byte_and_show_no_secret(
     two_cpus: Path,
     place: Place,
@@ -237,6 +254,7 @@ def test_two_workers_a_shuffled_plan_and_the_death_of_one_change_no_byte_and_sho
         assert [path.name for path in files if s3_server.secret.encode() in path.read_bytes()] == []
 
 
+@slow_on_s3
 def test_two_units_are_in_flight_on_one_worker(on_ray: Run) -> None:
     inside: set[str] = set()
     most = 0
@@ -309,6 +327,25 @@ def test_a_row_that_kills_its_worker_is_quarantined_in_one_run_and_its_neighbour
     assert not list((tmp_path / "_attempts").iterdir())
 
 
+def test_a_worker_whose_device_fails_is_replaced_and_no_row_is_blamed(
+    two_cpus: Path, four_shards: Path, notes: Path, four_edited: dict[str, Any], tmp_path: Path
+) -> None:
+    earlier = len(events(notes))
+    (notes / "broken").touch()
+    recipe = recipe_from(recipe_data(four_shards, tmp_path, engine="ray"))
+    try:
+        summary = driver.run(recipe, progress="off")
+        broken = int((notes / "broken").read_text())
+    finally:
+        (notes / "broken").unlink()
+    assert (summary.complete, summary.failed_by_class) == (True, {"DecodeError": 2})  # im03 is no image
+    assert contents(tmp_path) == four_edited
+    begun = [event for event in events(notes)[earlier:] if event.kind == "begin"]
+    assert {event.pid for event in begun} > {broken}
+    assert begun[-1].pid != broken
+    assert not list(tmp_path.glob("_attempts/*"))
+
+
 @pytest.mark.slow  # each of four workers has to start
 @pytest.mark.usefixtures("two_cpus")
 def test_workers_that_go_with_their_nodes_blame_no_row(four_shards: Path, notes: Path, tmp_path: Path) -> None:
@@ -323,6 +360,7 @@ def test_workers_that_go_with_their_nodes_blame_no_row(four_shards: Path, notes:
     assert not list(tmp_path.glob("_attempts/*"))
 
 
+@pytest.mark.slow  # a run for each stop; without Ray, tests/common/test_stopping.py
 @pytest.mark.usefixtures("two_cpus")
 def test_a_unit_that_is_stopped_ever_again_on_ray_is_whole_in_the_end_and_no_row_is_blamed(
     four_shards: Path, tmp_path: Path

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.engine.calls import Steps
+from pipeline.engine.pictures import decode_picture
 from pipeline.inversion.base import draw_from
 from pipeline.inversion.noise import NoiseStart
 from pipeline.looking.check_model.records import Check, Picture
@@ -47,7 +48,7 @@ def agreement(subject: Subject) -> Check:
         )
     ours = subject.engine.run_one(_sampled(subject, sampling)).latents.float()
     differs = float((ours - theirs.latents).abs().max() / theirs.latents.abs().max().clamp_min(1e-12))
-    pixels = backbone.decode_latents(theirs.latents)
+    pixels = decode_picture(backbone, theirs.latents)
     levels = int(np.abs(pixels.astype(np.int16) - theirs.pixels).max())
     tolerance = TOLERANCE[backbone.record.dtype]
     wrong = []
@@ -82,7 +83,7 @@ def agreement(subject: Subject) -> Check:
             ("sampled", f"{NUM_STEPS} steps of DDIM, guidance {GUIDANCE:g}"),
         ),
         pictures=(
-            Picture("shardedit", Image.fromarray(backbone.decode_latents(ours))),
+            Picture("shardedit", Image.fromarray(decode_picture(backbone, ours))),
             Picture("diffusers", Image.fromarray(theirs.pixels)),
         ),
     )

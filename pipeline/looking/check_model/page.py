@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 import pipeline
-from pipeline.common.wording import breakable, shown
 from pipeline.editing import EDITORS
 from pipeline.inversion import INVERSIONS
 from pipeline.looking.check_model.records import Check, ModelCheck, Pair, Picture, Status, Verdict
+from pipeline.looking.report.templates import page_template
 from pipeline.looking.report.thumbnails import data_uri, thumbnail
 
 SIDE = 512  # pixels, at most, of a picture on the page
@@ -39,7 +37,7 @@ VERDICTS: dict[Verdict, tuple[str, str]] = {
 def render(found: ModelCheck) -> str:
     """The page as HTML."""
     title, grade = VERDICTS[found.verdict]
-    return _template().render(
+    return page_template("check_model/page.html.j2").render(
         model=found.model,
         title=title,
         grade=grade,
@@ -98,18 +96,3 @@ def _reasons(pairs: Iterable[Pair]) -> dict[str, str]:
         reason: ", ".join(names) if len(names) <= MOST_NAMED else f"{len(names)} pairs"
         for reason, names in reasons.items()
     }
-
-
-@cache
-def _template() -> jinja2.Template:
-    # Names, prompts and messages come from outside: autoescape is what keeps them text.
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline.looking", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=shown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["breakable"] = breakable
-    return environment.get_template("check_model/page.html.j2")

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from pipeline.editing.reconstruct import Reconstruct
+from pipeline.engine.pictures import decode_picture, encode_picture
 from pipeline.evaluation.metrics import psnr
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.ddpm import DDPMInversion
@@ -27,10 +28,10 @@ def autoencoder(subject: Subject) -> Check:
     """The picture through the autoencoder and back, at model size."""
     backbone, pixels = subject.backbone, subject.prepared.pixels
     start = time.perf_counter()
-    latents = backbone.encode_image(pixels)
+    latents = encode_picture(backbone, pixels)
     waited_for(backbone)
     between = time.perf_counter()
-    back = backbone.decode_latents(latents)
+    back = decode_picture(backbone, latents)
     waited_for(backbone)
     end = time.perf_counter()
     height, width = subject.prepared.original.shape[:2]
@@ -94,7 +95,11 @@ def inversions(subject: Subject) -> Check:
     start = time.perf_counter()
     made, rows = subject.edited(methods, EditRequest())
     seconds = time.perf_counter() - start
-    loss = {name: _decibels(subject, one.round_trip, one.pixels) for name, one in made.items()}
+    loss = {
+        name: _decibels(subject, one.round_trip, one.pixels)
+        for name, one in made.items()
+        if one.round_trip is not None  # which is made wherever nobody waives it
+    }
     wrong: list[str] = []
     status: Status = "ok"
     if loss["ddpm"] < EXACT:

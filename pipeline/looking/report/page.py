@@ -16,13 +16,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
 import pipeline
-from pipeline.common.wording import breakable, count, shown
+from pipeline.common.wording import count
 from pipeline.evaluation import verdict
 from pipeline.evaluation.metrics import MAX_PSNR
 from pipeline.evaluation.verdict import judge
@@ -40,6 +37,7 @@ from pipeline.looking.report.selection import (
     spread,
     worst_first,
 )
+from pipeline.looking.report.templates import page_template
 from pipeline.looking.report.text_gain import text_gain
 from pipeline.looking.results import READERS, ResultRef, RunFolder
 from pipeline.recipe import SinkConfig
@@ -161,7 +159,7 @@ def render_report(
         }
         if number == 1:
             values |= overview_values(run, chosen)
-        yield page_path(number), _template().render(values)
+        yield page_path(number), page_template("report/page.html.j2").render(values)
     if common["indexed"]:
         yield INDEX_PATH, index_script(entries)
 
@@ -174,21 +172,6 @@ def page_path(number: int) -> str:
 def path_from(number: int, path: str) -> str:
     """The way from a page to another file of the report."""
     return path if number == 1 else posixpath.relpath(path, "report")
-
-
-@cache
-def _template() -> jinja2.Template:
-    # Captions, prompts, keys and messages come from outside: autoescape is what keeps them text.
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline.looking.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=shown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["breakable"] = breakable
-    return environment.get_template("page.html.j2")
 
 
 def common_values(

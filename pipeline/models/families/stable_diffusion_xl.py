@@ -185,5 +185,5 @@ class XLText(Text):
         pooled = torch.stack([one.parts["pooled"] for one in conditioning])  # (R, P)
         ids = self.size_ids.of(height * self._pixels, width * self._pixels)
         # In float32 whatever the network's dtype: half precision rounds sides above 2,048.
-        time_ids = torch.tensor([ids] * len(conditioning), dtype=torch.float32, device=pooled.device)
+        time_ids = torch.tensor([ids] * len(conditioning), dtype=torch.float32)
         return {"text_embeds": pooled, "time_ids": time_ids}

@@ -33,7 +33,7 @@ from pipeline.common import stopping
 from pipeline.common.showing import describe
 from pipeline.common.stderr_filter import without_lines
 from pipeline.engine.backbone import ModelRecord
-from pipeline.errors import ClusterError, ModelError, RunAborted, ShardeditError, SinkError
+from pipeline.errors import ClusterError, DeviceError, ModelError, RunAborted, ShardeditError, SinkError
 from pipeline.reading.directions import refuse_other_directions
 from pipeline.reading.shards import ReadTask, shard_slug
 from pipeline.reading.units import read_units
@@ -43,7 +43,7 @@ from pipeline.running.on_ray.blocks import pack_finished, pack_input, unpack_fin
 from pipeline.running.on_ray.data_context import data_context
 from pipeline.running.on_ray.metering import MeteredTally, WorkerMeter, run_name
 from pipeline.running.on_ray.pool_watch import stranded
-from pipeline.running.pool import IO_CPUS, Pool, Resources, WorkerSettings, plan_pool
+from pipeline.running.pool import IO_CPUS, UNITS_AT_ONCE, Pool, Resources, WorkerSettings, plan_pool
 from pipeline.running.tally import InFlight, Seen
 from pipeline.running.todo import Todo
 from pipeline.writing.attempts import note_stop
@@ -61,7 +61,6 @@ log = logging.getLogger(__name__)
 # What Ray adds to the text of an error.
 RAYS_ADVICE = re.compile(r"\nFailed to [^\n]+ attempts \(total backoff .*", re.DOTALL)
 
-UNITS_AT_ONCE = 2  # per worker: the tail of one unit and the head of the next share network calls
 UNITS_PER_WORKER = 3  # at work or fetched; with those in the sink, what a kill may cost
 # Of a worker or task; Ray's default is without end. A row that kills its process costs three (writing/attempts.py), so
 # a worker outlives half a dozen of them; after that the job fails, and the same command goes on.
@@ -72,6 +71,7 @@ MERGE_CPUS = 0.5  # of a task that merges the files of units: it copies more tha
 RAYS_WARNING = "has constructor arguments in the object store and max_restarts > 0"
 # Its core says this, again and again, where a signal reached the processes of a local Ray as well.
 RAYS_COMPLAINT = "Failed to push error to driver for task"
+DEVICE_FAILED = 70  # exit code of a worker whose device has failed
 SECONDS_TO_ANSWER = 5.0  # of a tally; one whose cluster has died never does
 SECONDS_BETWEEN_CHECKS = 0.2  # for a signal, while a task is waited for
 SECONDS_BETWEEN_REPORTS = 0.5  # of a worker, about what it has finished
@@ -110,7 +110,9 @@ class RayExecutor(Executor):
         self._until_closed.enter_context(without_lines(RAYS_WARNING, RAYS_COMPLAINT))
         self.pool = pool = plan_pool(recipe.run, resources_of_cluster())
         self.model, call_size = self._describe_model(before.call_size if before else None)
-        self.settings = WorkerSettings(call_size=call_size, threads=before.threads if before else pool.threads)
+        self.settings = WorkerSettings(
+            call_size=call_size, threads=before.threads if before else pool.threads, encoders=pool.encoders
+        )
         # On the driver's own node, with which it lives and dies.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         tally = ray.remote(num_cpus=0, scheduling_strategy=here)(MeteredTally)
@@ -318,7 +320,12 @@ class EditWorker:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """One unit in, one out; called from `UNITS_AT_ONCE` threads."""
         workers = ray.get(self._tally.workers.remote())
-        finished = self._worker.finish(unpack_input(batch), self._generation, workers)
+        try:
+            finished = self._worker.finish(unpack_input(batch), self._generation, workers)
+        except DeviceError as error:  # this process is of no more use: Ray starts another, which gets its units
+            log.error("%s", error)
+            self._worker.take_back()
+            os._exit(DEVICE_FAILED)
         self._meter.tell(self._worker.engine.stats.busy_seconds)
         return pack_finished(finished)
 

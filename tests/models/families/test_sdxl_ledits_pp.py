@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.engine.engine import Engine
+from pipeline.engine.pictures import encode_picture
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig
@@ -68,7 +69,7 @@ def test_ledits_pp_edits_as_diffusers_pipeline_for_sdxl(zeroed: int, monkeypatch
     pipe, expected = theirs(image, noises, zeroed, monkeypatch)
 
     engine = Engine(load_backbone(ModelConfig(name=str(TINY_SDXL)), device="cpu"), call_size=8, pad=False)
-    latents = engine.backbone.encode_image(image)
+    latents = encode_picture(engine.backbone, image)
     inversion = DDPMInversion(solver="sde-dpmsolver++", num_steps=STEPS, skip=0.2, exact_last_step=False)
     inverted = engine.run_one(inversion.invert(source_of(engine, latents, "", noises)))
     trajectory = without_last_maps(inverted, zeroed)

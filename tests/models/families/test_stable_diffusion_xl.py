@@ -22,6 +22,7 @@ from pipeline.editing.reconstruct import Reconstruct
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import NetworkCall
 from pipeline.engine.engine import Engine
+from pipeline.engine.pictures import decode_picture, encode_picture
 from pipeline.inversion import INVERSIONS
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.models.families.stable_diffusion_xl import StableDiffusionXLFamily
@@ -180,10 +181,10 @@ def test_in_half_precision_the_vae_runs_in_float32_unless_its_checkpoint_waives_
     assert backbone.unet.dtype == getattr(torch, dtype)
     assert backbone.autoencoder.vae.dtype == expected
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    latents = backbone.encode_image(pixels)
+    latents = encode_picture(backbone, pixels)
     assert latents.dtype == torch.float32
-    assert torch.equal(latents, tiny_sdxl().encode_image(pixels)) == (expected == torch.float32)
-    assert np.array_equal(backbone.decode_latents(latents), tiny_sdxl().decode_latents(latents)) or (
+    assert torch.equal(latents, encode_picture(tiny_sdxl(), pixels)) == (expected == torch.float32)
+    assert np.array_equal(decode_picture(backbone, latents), decode_picture(tiny_sdxl(), latents)) or (
         expected != torch.float32
     )
 
@@ -194,13 +195,13 @@ def test_means_and_deviations_per_channel_are_applied_and_undone(checkpoint: Pat
     change(checkpoint / "vae" / "config.json", latents_mean=mean, latents_std=std)
     backbone = load(checkpoint)
     pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
-    plain = tiny_sdxl().encode_image(pixels)
+    plain = encode_picture(tiny_sdxl(), pixels)
     shift, spread = (torch.tensor(one)[:, None, None] for one in (mean, std))
     scale = 0.13025
-    torch.testing.assert_close(backbone.encode_image(pixels), (plain / scale - shift) / spread * scale)
+    torch.testing.assert_close(encode_picture(backbone, pixels), (plain / scale - shift) / spread * scale)
     latents = torch.randn((4, 4, 6), generator=torch.Generator().manual_seed(0))
     assert np.array_equal(
-        backbone.decode_latents(latents), tiny_sdxl().decode_latents(latents * spread + shift * scale)
+        decode_picture(backbone, latents), decode_picture(tiny_sdxl(), latents * spread + shift * scale)
     )
 
 
