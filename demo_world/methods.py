@@ -40,6 +40,8 @@ GUIDANCE_SCALE = 4.0  # of every method with a target prompt
 UNGUIDED_SOURCE = frozenset({("ddpm", "prompt_to_prompt"), ("ddpm", "masactrl")})
 # Editors whose papers invert under the empty prompt.
 WITHOUT_SOURCE_PROMPT = frozenset({"ledits_pp", "masactrl"})
+# Editors that move an image along directions which no word names: they are scored apart (geometry_score.py).
+AIMLESS = frozenset({"riemannian"})
 # Editors that are told the words whose place changes.
 READS_WORDS = frozenset({"prompt_to_prompt", "proxedit"})
 
@@ -168,12 +170,12 @@ def description(scene: Scene) -> str:
 
 
 def valid_pairs() -> list[tuple[str, str]]:
-    """All pairs that a recipe accepts, by name."""
+    """All pairs that a recipe accepts and that can be told where to go, by name."""
     return [
         (name, editor)
         for editor in EDITORS
         for name, inversion in INVERSIONS.items()
-        if EDITORS[editor].fits(inversion)
+        if EDITORS[editor].fits(inversion) and editor not in AIMLESS
     ]
 
 

@@ -28,6 +28,7 @@ from pipeline.errors import RecipeError
 from pipeline.flow import edit_prepared
 from pipeline.looking.counting import RowCounter
 from pipeline.models.loading import checked_device, load_backbone
+from pipeline.reading.directions import refuse_other_directions, stored_directions
 from pipeline.reading.pictures import AnyImage, picture
 from pipeline.reading.prepare import Pictures, prepare
 from pipeline.reading.requests import requests_of
@@ -287,9 +288,15 @@ class Editor:
         """All edits of an image; raises what keeps it from being read."""
         recipe.refuse_what_lacks(self.backbone.offers, self.backbone.record.name)
         prepared = self._prepared(image, mask, name, recipe)
+        refuse_other_directions(recipe, self.backbone)
         return (
             yield from edit_prepared(
-                prepared, recipe.all_methods, recipe.run.seed, self.backbone, round_trip=recipe.sink.round_trip
+                prepared,
+                recipe.all_methods,
+                recipe.run.seed,
+                self.backbone,
+                stored=stored_directions(recipe),
+                round_trip=recipe.sink.round_trip,
             )
         )
 

@@ -5,7 +5,6 @@ Each record lists exactly what is known by then; none is ever half filled.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -13,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from pipeline.directions import Direction, StoredDirection
 from pipeline.errors import Stage
+from pipeline.placement import Placement
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pipeline.diffusion.levels import Level, Schedule
     from pipeline.diffusion.steps import Solver
     from pipeline.engine.calls import Conditioning
+    from pipeline.engine.pullback import LocalBasis
 
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, max_length=2000)]
 NonEmptyPrompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2000)]
@@ -97,6 +99,8 @@ class EditRequest(BaseModel):
     cross_replace_steps: dict[NonEmptyPrompt, Window] = Field(default_factory=dict)
     """Window of the steps in which a word's cross-attention is overwritten, by word of the target prompt; others have
     the editor's. For prompt_to_prompt and proxedit."""
+    direction: Direction | None = None
+    """Where riemannian moves the image to, and how far. None: 16 moves along its strongest direction."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,41 +183,6 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
-    """How an image was brought to the model's size: the inverse brings the result back.
-
-    The oriented original (height, width) was cut to `crop` = (top, left, height, width), scaled to `scaled` =
-    (height, width), and set into the model canvas at `offset` = (top, left); the rest of the canvas is padding.
-    """
-
-    original: tuple[int, int]
-    crop: tuple[int, int, int, int]
-    scaled: tuple[int, int]
-    offset: tuple[int, int]
-    canvas: tuple[int, int]
-
-    def image_part(self, size: tuple[int, int]) -> tuple[slice, slice]:
-        """Rows and columns of a (height, width) map of the canvas that show the image; the rest is padding.
-
-        Those that are at least half image, and at least one of each.
-        """
-        rows, columns = (
-            _cells(start, length, whole, count)
-            for start, length, whole, count in zip(self.offset, self.scaled, self.canvas, size, strict=True)
-        )
-        return rows, columns
-
-
-def _cells(start: int, length: int, whole: int, count: int) -> slice:
-    first = math.ceil(start * count / whole - 0.5)
-    stop = math.floor((start + length) * count / whole + 0.5)
-    if stop > first:
-        return slice(first, stop)
-    middle = int((start + length / 2) * count / whole)
-    return slice(middle, middle + 1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """Decoded, checked and at model size."""
 
@@ -252,6 +221,7 @@ class Source:
     editing_noise: Callable[[], DrawNoise]  # an editor's noise, from its beginning: no edit shifts another's
     pixels: np.ndarray | None = None  # (H, W, 3) uint8, the image itself
     placement: Placement | None = None  # of the image on its canvas; None: it fills the canvas
+    stored: Mapping[str, Mapping[str, StoredDirection]] = field(default_factory=dict)  # by file and name
 
     @property
     def size(self) -> tuple[int, int]:
@@ -345,6 +315,7 @@ class Decoded:
     round_trip: np.ndarray | None  # (h, w, 3) uint8, the input through the autoencoder and back; None: not wanted
     masks: tuple[np.ndarray, ...] | None  # (h, w) bool, as those of `EditedLatents`
     seed: int
+    basis: LocalBasis | None = None  # of a run that writes bases; the pixels then show where it lies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -361,7 +332,8 @@ class Edited:
     masks: tuple[np.ndarray | None, ...]  # those that the method found: one per concept, or one in all
     mask: np.ndarray | None  # their union; the user's mask where the method found none and acted wherever it was let
     seed: int  # of this image's noise
-    figures: Mapping[str, float | None]  # see evaluation/metrics.py
+    figures: Mapping[str, float | None]  # see evaluation/metrics.py; empty of a basis
+    basis: LocalBasis | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

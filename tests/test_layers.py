@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "pipeline"
 LAYERS = [
     {"errors", "common", "compat"},
     {"diffusion"},
-    {"records"},
+    {"records", "directions", "placement"},
     {"engine"},
     {"models"},
     {"inversion", "editing"},
@@ -25,6 +25,7 @@ LAYERS = [
     {"evaluation"},
     {"looking.results", "looking.report"},  # a run ends with its report
     {"running"},
+    {"studies"},
     {"looking"},
     {"editor", "result"},
     {"cli"},
@@ -35,7 +36,7 @@ FOREIGN = {
     "diffusers": {"models"},
     "transformers": {"models"},
     "fsspec": {"reading", "writing"},
-    "typer": {"cli"},
+    "typer": {"cli", "looking.ending"},
 }
 PLANTED = "from pipeline.cli import main\n"
 LOWEST = [

@@ -13,6 +13,7 @@ from pipeline.editing.prompt_to_prompt import PromptToPrompt
 from pipeline.editing.prox_masactrl import ProxMasaCtrl
 from pipeline.editing.proxedit import ProxEdit
 from pipeline.editing.reconstruct import Reconstruct
+from pipeline.editing.riemannian import Riemannian
 
 EDITORS: dict[str, type[EditingMethod]] = {
     "cfg": ClassifierFreeGuidance,
@@ -25,4 +26,5 @@ EDITORS: dict[str, type[EditingMethod]] = {
     "prox_masactrl": ProxMasaCtrl,
     "proxedit": ProxEdit,
     "reconstruct": Reconstruct,
+    "riemannian": Riemannian,
 }

@@ -5,6 +5,7 @@ A method is a generator over one image. It yields these records, the engine answ
     EncodeText    -> list[Conditioning], one per prompt
     EncodeImage   -> latents (C, h, w)
     Denoise       -> Denoised: predictions (R, C, h, w) and, where asked, attention maps (R, h/4, w/4)
+    Product       -> R vectors: the bottleneck's Jacobian times each
     DecodeLatents -> pixels (H, W, 3) uint8
     Fork          -> list of results or exceptions, one per child generator
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -141,6 +142,31 @@ class Denoised:
     embedding_grads: Tensor | None = None  # (R, L, D) float32 or wider; None without `cotangent`
 
 
+Mode = Literal["push", "pull"]
+"""Of a Jacobian product. push: J v, forward mode; pull: J^T w, reverse mode."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Multiply vectors with J, the Jacobian of the network's bottleneck h with respect to R latents.
+
+    h is what the middle of the network puts out, before the decoder: only what leads there is run. J is never formed.
+    Rows are independent: several vectors of one image are as many rows. The bottleneck's shape is the model's to say
+    (`Bottleneck.shape`).
+    """
+
+    latents: Tensor  # (R, C, h, w), where J is taken
+    levels: Sequence[Level]  # R
+    conditioning: Sequence[Conditioning]  # R
+    vectors: Tensor  # push: (R, C, h, w), like the latents; pull: (R, C', h', w'), like the bottleneck
+    mode: Mode
+
+    @property
+    def cost(self) -> int:
+        """Network rows. Twice through the encoder, about two fifths of the network, counts as once through all."""
+        return len(self.levels)
+
+
 @dataclass(frozen=True, slots=True)
 class NetworkCall:
     """What the engine makes of the rows of many `Denoise` calls: one call of the model, R rows."""
@@ -183,6 +209,6 @@ class Fork:
     children: tuple[Steps[Any], ...]
 
 
-Call = EncodeText | EncodeImage | DecodeLatents | Denoise | Fork
+Call = EncodeText | EncodeImage | DecodeLatents | Denoise | Product | Fork
 Steps = Generator[Call, Any, T]
 """A generator over one image: yields calls, receives their answers, returns T."""

@@ -1,7 +1,8 @@
 """The engine: many generators in flight, one model.
 
-It holds the methods of many images at once, collects the rows of all their pending `Denoise` calls, packs these into
-network calls of one fixed shape, and hands the results back: continuous batching, as language-model servers do it.
+It holds the methods of many images at once, collects the rows of all their pending `Denoise` and `Product` calls, packs
+these into network calls of one fixed shape, and hands the results back: continuous batching, as language-model servers
+do it.
 
 The device never waits for a generator: while it works on one call, the next one has been given to it already. What
 shares a call does not show in a row's bits, so neither does which rows were there when it was packed.
@@ -28,11 +29,13 @@ from pipeline.engine.calls import (
     EncodeImage,
     EncodeText,
     Fork,
+    Product,
     Steps,
 )
 from pipeline.engine.control_checks import check
 from pipeline.engine.faults import is_of_the_device, is_out_of_memory
-from pipeline.engine.packing import Batch, CallRow, PendingCall, RowQueue, rows_per_call
+from pipeline.engine.packing import Batch, CallRow, RowQueue
+from pipeline.engine.pending import PendingCall, pending_call, rows_per_call
 from pipeline.engine.pictures import Picture, PictureBatch, PictureQueue, pictures_per_call
 from pipeline.engine.tasks import EngineStats, Finished, Session, Task
 from pipeline.engine.texts import Texts
@@ -215,7 +218,7 @@ class Engine:
                 self._pictures.push(Picture.of(task, call))
                 return
             try:
-                if isinstance(call, Denoise):
+                if isinstance(call, Denoise | Product):
                     self._enqueue(task, call)
                     return
                 answer = self._answer(call)
@@ -252,9 +255,10 @@ class Engine:
         for owner, answer, error in self._texts.encode():
             self._ready.append((owner, answer, None if error is None else self._no_fault_of_the_device(error)))
 
-    def _enqueue(self, task: Task, call: Denoise) -> None:
-        pending = PendingCall(task, call)
-        self._check(call)
+    def _enqueue(self, task: Task, call: Denoise | Product) -> None:
+        pending = pending_call(task, call)
+        if isinstance(call, Denoise):
+            self._check(call)
         if rows_per_call(pending.kind, self.call_size) == 0:
             raise EditError(self._does_not_fit(pending))
         task.network_rows += call.cost
@@ -302,10 +306,9 @@ class Engine:
             pictures = batch.run(self.backbone, self.pictures_per_call if self.pad else 1)
             return Arriving(begin_copy(pictures), self.backbone.mark())
         size = rows_per_call(batch.kind, self.call_size) if self.pad else len(batch.rows)
-        answer = self.backbone.denoise(batch.as_call(size))
+        answer = batch.ask(self.backbone, size)
         self.stats.padded_rows += size - len(batch.rows)
-        # Methods compute on the CPU in float32: cheap beside a network call, and the same bits on every kind of GPU.
-        return Arriving(answer.each(begin_copy), self.backbone.mark())
+        return Arriving(answer, self.backbone.mark())
 
     def _take(self, batch: Batch | PictureBatch, arriving: Arriving) -> None:
         """Wait for the answer of a call, and hand it out."""

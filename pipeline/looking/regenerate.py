@@ -241,7 +241,8 @@ def _compared(stored: _StoredRow, made: OutputRow | Rejected, recipe: Recipe, la
         now: Mapping[str, Any] = parts
     else:
         # Through a file and back, so that both have gone the same way.
-        data = render_parquet([as_written(made, recipe.sink, labels)], schema(recipe.sink, labels))
+        columns = schema(recipe.sink, labels, bases=recipe.writes_bases)
+        data = render_parquet([as_written(made, recipe.sink, labels)], columns)
         now = pq.read_table(pa.BufferReader(data)).to_pylist()[0]
     names = [*stored.parts, *(name for name in now if name not in stored.parts)]
     pairs = {name: (stored.parts.get(name), now.get(name)) for name in names}

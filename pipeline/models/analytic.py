@@ -15,13 +15,13 @@ import hashlib
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import avg_pool2d, pixel_shuffle, pixel_unshuffle
 from typing_extensions import override
 
 from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.engine.backbone import Backbone, ModelRecord, Offers
-from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, Span
+from pipeline.engine.backbone import Backbone, Bottleneck, ModelRecord, Offers
+from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, Product, Span
 from pipeline.engine.controls import WATCHED_FACTOR, Layer, Openings, ResidualBlock
 from pipeline.errors import EditError
 from pipeline.models.gradients import gradients
@@ -55,6 +55,9 @@ class AnalyticBackbone(Backbone):
             residuals=tuple(ResidualBlock(0, number, WATCHED_FACTOR) for number in range(3)),
         ),
         embedding_gradients=True,
+        bottleneck=Bottleneck(
+            layer="sums", channels=latent_channels, factor=2, latent_channels=latent_channels, latent_scale=4, side=16
+        ),
     )
 
     def __init__(self, image_size: int = 64, spread: float = 0.5, dtype: torch.dtype = torch.float32) -> None:
@@ -135,3 +138,22 @@ class AnalyticBackbone(Backbone):
         if call.watch is not None:
             attention = grid[:, None] * call.watch.sum(dim=2)[:, :, None, None].to(self.dtype)
         return NetworkAnswer(predictions.both(torch.Tensor.detach), attention, embedding_grads=grads)
+
+    def weights(self, embeddings: Tensor, height: int, width: int) -> Tensor:
+        """What each latent counts in the bottleneck, (R, C, height, width): more where the prompt has its spot, and
+        less in every further channel.
+        """
+        by_channel = torch.logspace(0, -16, self.latent_channels, base=2.0, dtype=self.dtype)
+        return by_channel[:, None, None] * (1.0 + self.spots(embeddings, height, width)[:, None])
+
+    @override
+    def product(self, call: Product) -> Tensor:
+        """The bottleneck is linear: weighted sums over 2 x 2 places. No two of its numbers read the same latent, so
+        that the Jacobian's rows are orthogonal, and its singular vectors known.
+        """
+        height, width = call.latents.shape[-2:]
+        weights = self.weights(torch.stack([one.embedding for one in call.conditioning]), height, width)
+        if call.mode == "push":
+            return avg_pool2d(weights * call.vectors, 2, ceil_mode=True, divisor_override=1)
+        spread = call.vectors.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+        return weights * spread[..., :height, :width]

@@ -14,7 +14,7 @@ from pipeline.diffusion.copying import stacked_on, to_device
 from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import Backbone, ModelRecord, Offers
-from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall
+from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, Product
 from pipeline.engine.controls import PLAIN, WATCHED_FACTOR
 from pipeline.engine.stacking import Shape, Stacked, stack
 from pipeline.engine.tuning import Tuning, Ways
@@ -107,12 +107,9 @@ class StableDiffusion(Backbone):
 
     def _denoise(self, call: NetworkCall) -> NetworkAnswer:
         dtype = self._dtype
-        times = to_device(torch.tensor([level.timestep for level in call.levels]), self.device)
         latents = to_device(call.latents.to(self._outside), self.device)
         inputs = self._with_inpainting(latents.to(dtype), call.beside)
-        embeddings = stacked_on(self.device, [one.embedding for one in call.conditioning])
-        added = self.text.added(call.conditioning, *inputs.shape[-2:])
-        added = {name: to_device(tensor, self.device) for name, tensor in added.items()}
+        times, embeddings, added = self._told(call)
         if call.cotangents is not None:
             embeddings = embeddings.detach().requires_grad_()
         controls = self._controls(call, embeddings.shape[1])
@@ -129,6 +126,22 @@ class StableDiffusion(Backbone):
             recorded={where: written.detach() for where, written in recorded.items()},
             embedding_grads=grads,
         )
+
+    def _told(self, call: NetworkCall | Product) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What the network is told beside latents: times (R,), embeddings (R, L, D) and more, on the device."""
+        times = to_device(torch.tensor([level.timestep for level in call.levels]), self.device)
+        embeddings = stacked_on(self.device, [one.embedding for one in call.conditioning])
+        added = self.text.added(call.conditioning, *call.latents.shape[-2:])
+        return times, embeddings, {name: to_device(tensor, self.device) for name, tensor in added.items()}
+
+    @override
+    def product(self, call: Product) -> Tensor:
+        if self.offers.bottleneck is None or self.offers.inputs:
+            return super().product(call)
+        latents, vectors = (to_device(one.to(self._dtype), self.device) for one in (call.latents, call.vectors))
+        times, embeddings, added = self._told(call)
+        multiply = self._network.push if call.mode == "push" else self._network.pull
+        return multiply(latents, times, embeddings.to(self._dtype), vectors, added or None).to(self._outside)
 
     def _alike(self, call: NetworkCall) -> Tensor | None:
         """Rows that are the same until cross-attention reads the text: the first self-attention, of most places of all,

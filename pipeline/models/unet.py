@@ -7,10 +7,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pipeline.engine.controls import (
     WATCHED_FACTOR,
@@ -24,7 +25,7 @@ from pipeline.engine.controls import (
 from pipeline.engine.stacking import Stacked
 from pipeline.engine.tuning import UNTUNED, Tuning
 from pipeline.errors import ModelError
-from pipeline.models.attention import Acting, attention_of_distinct_rows, fused_attention
+from pipeline.models.attention import Acting, attention_of_distinct_rows, explicit_attention, fused_attention
 from pipeline.models.compiling import compiled
 from pipeline.models.graphs import Replayed
 from pipeline.models.kernels import asking_first, exact_float32, join_projections, projections
@@ -40,6 +41,7 @@ class Now:
     """
 
     acting: Acting | None = None
+    explicit: bool = False  # attention by its maps, for a call in forward mode
     alike: Tensor | None = None  # (R,), the first row that is the same until the text is read
 
 
@@ -114,6 +116,57 @@ class OpenedUNet:
             self._now.acting = self._now.alike = None
         return output, watched, recorded
 
+    def bottleneck(
+        self, inputs: Tensor, times: Tensor, context: Tensor, added: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """What the middle block puts out, (R, C', h', w'): half of `predict`, without the decoder and without controls.
+
+        The steps are those of `UNet2DConditionModel.forward` up to there; a test holds the two together.
+        """
+        unet = self.unet
+        if unet.config.center_input_sample:
+            inputs = 2.0 * inputs - 1.0
+        time = unet.time_embedding(unet.get_time_embed(sample=inputs, timestep=times), None)
+        more = unet.get_aug_embed(emb=time, encoder_hidden_states=context, added_cond_kwargs=added)
+        time = time if more is None else time + more
+        if unet.time_embed_act is not None:
+            time = unet.time_embed_act(time)
+        hidden = unet.conv_in(inputs)
+        for block in unet.down_blocks:
+            hidden, _ = block(hidden_states=hidden, temb=time, **_text_of(block, context))
+        return cast(Tensor, unet.mid_block(hidden, time, **_text_of(unet.mid_block, context)))
+
+    def push(
+        self,
+        inputs: Tensor,
+        times: Tensor,
+        context: Tensor,
+        vectors: Tensor,
+        added: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The bottleneck's Jacobian times vectors (R, C, h, w), in forward mode: (R, C', h', w')."""
+        self._now.explicit = True
+        try:
+            with torch.no_grad(), forward_ad.dual_level():
+                output = self.bottleneck(forward_ad.make_dual(inputs, vectors), times, context, added)
+                return cast(Tensor, forward_ad.unpack_dual(output).tangent)
+        finally:
+            self._now.explicit = False
+
+    def pull(
+        self,
+        inputs: Tensor,
+        times: Tensor,
+        context: Tensor,
+        vectors: Tensor,
+        added: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The bottleneck's transposed Jacobian times vectors (R, C', h', w'), in reverse mode: (R, C, h, w)."""
+        with torch.enable_grad():
+            inputs = inputs.detach().requires_grad_()
+            (found,) = torch.autograd.grad(self.bottleneck(inputs, times, context, added), inputs, vectors)
+        return found
+
     def _run(
         self,
         inputs: Tensor,
@@ -133,6 +186,11 @@ class OpenedUNet:
         rooms = acting.layout.plan.records
         recorded = {rooms[number].where: tensor for number, tensor in acting.recorded.items()}
         return output, acting.watched(), recorded
+
+
+def _text_of(block: Any, context: Tensor) -> dict[str, Tensor]:
+    """What a block takes beside hidden state and time."""
+    return {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
 
 
 def _open_attention(unet: Any, now: Now) -> None:
@@ -172,7 +230,9 @@ def _attend(
         for states in projections(attention, hidden_states, context)
     )
     acting = now.acting
-    if now.alike is not None and layer.index == 0 and layer.kind == "self":
+    if now.explicit:
+        attended = explicit_attention(query, key, value, attention.scale)
+    elif now.alike is not None and layer.index == 0 and layer.kind == "self":
         attended = attention_of_distinct_rows(query, key, value, now.alike, attention.scale)
     elif acting is None:
         attended = fused_attention(query, key, value, None, attention.scale)

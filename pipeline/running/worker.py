@@ -23,6 +23,7 @@ from pipeline.engine.tuning import Fit, Tuned, tune
 from pipeline.flow import all_at_once, edit_unit
 from pipeline.models.loading import load_backbone
 from pipeline.reading.decoder import Decoder
+from pipeline.reading.directions import refuse_other_directions
 from pipeline.recipe import Recipe
 from pipeline.records import Asked, Decoded, Refusal, Rejected, Sample, UnitInput, Unreadable
 from pipeline.running.pool import WorkerSettings
@@ -107,6 +108,7 @@ class Worker:
             self.backbone.tune(settings.tuned.tuning)
             self.backbone.denoise(trial(recipe, self.backbone, settings.call_size))
         recipe.refuse_what_lacks(self.backbone.offers, self.backbone.record.name)
+        refuse_other_directions(recipe, self.backbone)
         in_flight = recipe.run.images_in_flight
         self.engine = Engine(
             self.backbone,

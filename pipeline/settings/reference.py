@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipeline.compat import SETTINGS
+from pipeline.directions import Direction
 from pipeline.editing import EDITORS
 from pipeline.editing.base import EditingMethod
 from pipeline.inversion import INVERSIONS
@@ -23,6 +24,7 @@ TITLES = {  # of a section's own table
     "EditRequest": "edits",
     "Concept": "concepts",
     "WordPair": "blend_words and subtract_words",
+    "Direction": "direction",
     "ModelConfig": "model",
     "Method": "methods",
     "SinkConfig": "sink",
@@ -42,6 +44,7 @@ def _lines() -> Iterator[str]:
     yield from _part("##", "edits", EditRequest)
     yield from _part("###", "concepts", Concept)
     yield from _part("###", TITLES["WordPair"], WordPair)
+    yield from _part("###", TITLES["Direction"], Direction)
     yield from _part("##", "model", ModelConfig)
     for section, registry in (("inversion", INVERSIONS), ("editing", EDITORS)):
         methods: Mapping[str, type[Any]] = registry

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from pipeline.engine import pictures
-from pipeline.engine.calls import DecodeLatents, Denoise, EncodeImage, EncodeText, NetworkAnswer, NetworkCall, Steps
+from pipeline.engine.calls import (
+    DecodeLatents,
+    Denoise,
+    EncodeImage,
+    EncodeText,
+    NetworkAnswer,
+    NetworkCall,
+    Product,
+    Steps,
+)
 from pipeline.engine.engine import GIVEN_CALLS, Engine
 from pipeline.engine.faults import is_of_the_device, is_out_of_memory
 from pipeline.errors import DeviceError, ShardeditError
@@ -128,6 +137,25 @@ def test_a_row_that_is_asked_for_while_a_call_computes_it_is_computed_once() -> 
     assert torch.equal(found[1], Engine(analytic(), call_size=2).run_one(asks(6, 7)))
     engine.run_one(asks(6, 7))
     assert engine.stats.shared_rows == 1  # what has been answered is nobody's any more
+
+
+def test_a_product_that_is_asked_for_while_a_call_computes_it_is_computed_once() -> None:
+    latents = source(analytic(), 1).latents
+    vectors = torch.randn((3, *latents.shape), generator=torch.Generator().manual_seed(0))
+
+    def asks(*which: int) -> Steps[Tensor]:
+        (prompt,) = yield EncodeText(("hat",))
+        rows, count = latents.expand(len(which), *latents.shape), len(which)
+        wanted = vectors[which[0] : which[-1] + 1]
+        return (yield Product(rows, levels(analytic(), [401] * count), [prompt] * count, wanted, "push"))
+
+    device = Device()
+    engine = Engine(device, call_size=8)  # two rows of a call in forward mode
+    found = {done.index: done.value for done in engine.run([asks(0, 1), asks(1, 2)])}
+    assert torch.equal(found[0][1], found[1][0])
+    assert (engine.stats.network_rows, engine.stats.shared_rows) == (4, 1)
+    assert device.log.count("taken") == 2
+    assert torch.equal(found[1], Engine(analytic(), call_size=8).run_one(asks(1, 2)))
 
 
 @pytest.mark.parametrize("faults", [{"fails_at": 3}, {"waits": 3}], ids=["given", "waited for"])

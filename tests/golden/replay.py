@@ -39,6 +39,7 @@ from tests.golden.checks import Check, ObservedLatents, edit, equal, observed, r
 from tests.golden.diffedit import replay_diffedit
 from tests.golden.masactrl import replay_masactrl
 from tests.golden.proxedit import replay_proxedit
+from tests.golden.riemannian import replay_riemannian
 from tests.golden.sdxl import replay_sdxl_sample, with_size_ids
 from tests.golden.two_branch import (
     replay_direct_inversion,
@@ -54,11 +55,7 @@ TINY_SDXL = HERE / "tiny-sdxl"
 
 def replay(path: Path, model: Path | None = None, dtype: torch.dtype = torch.float32) -> list[Check]:
     """Replay one file, on the model that it was made with; `model` is another folder of that."""
-    archive = np.load(path)
-    golden = {name: torch.from_numpy(archive[name]) for name in archive.files if name != "settings"}
-    for name, tensor in golden.items():
-        golden[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    settings = json.loads(str(archive["settings"]))
+    golden, settings = read_golden(path, dtype)
     kind = path.parent.name
     name = settings.get("model", TINY_SDXL.name if kind.startswith("sdxl") else TINY_SD.name)
     # diffusers encodes an empty prompt that is given, whatever the checkpoint says of one that is not.
@@ -67,6 +64,16 @@ def replay(path: Path, model: Path | None = None, dtype: torch.dtype = torch.flo
     if ids := settings.get("size_ids"):
         backbone = with_size_ids(backbone, ids)
     return list(KINDS[kind](golden, settings, Engine(backbone, call_size=8, pad=False)))
+
+
+def read_golden(path: Path, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of one file, and its settings."""
+    archive = np.load(path)
+    golden = {name: torch.from_numpy(archive[name]) for name in archive.files if name not in ("settings", "meta_json")}
+    for name, tensor in golden.items():
+        golden[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    settings = json.loads(str(archive["settings"]) if "settings" in archive.files else bytes(archive["meta_json"]))
+    return golden, settings
 
 
 @cache
@@ -316,6 +323,7 @@ KINDS: dict[str, Callable[..., Iterator[Check]]] = {
     "null_text_inversion": replay_null_text,
     "prompt_to_prompt": replay_prompt_to_prompt,
     "proxedit": replay_proxedit,
+    "riemannian": replay_riemannian,
     "sdxl_ledits_pp": partial(replay_ledits_pp, xl=True),
     "sdxl_sample": replay_sdxl_sample,
 }

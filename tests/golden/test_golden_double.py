@@ -20,6 +20,7 @@ SLOW = {
     "negative_prompt_inversion-p2p_refine_reweight",
     "masactrl-real_ddim",
     "direct_inversion-p2p_replace_localblend",
+    "riemannian-basis_16",  # in neither precision; test_golden.py replays its first iterations in both
 }
 FILES = [path for path in sorted(HERE.glob("*/*.npz")) if ONLY_FLOAT32.isdisjoint((path.parent.name, path.stem))]
 

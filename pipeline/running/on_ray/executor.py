@@ -35,6 +35,7 @@ from pipeline.common.stderr_filter import without_lines
 from pipeline.engine.backbone import ModelRecord
 from pipeline.engine.tuning import Fit
 from pipeline.errors import ClusterError, DeviceError, ModelError, RunAborted, ShardeditError, SinkError
+from pipeline.reading.directions import refuse_other_directions
 from pipeline.reading.shards import ReadTask, shard_slug
 from pipeline.reading.units import read_units
 from pipeline.recipe import Recipe, SinkConfig, SourceConfig
@@ -286,6 +287,7 @@ def describe_model(recipe: Recipe, before: RunRecord | None) -> tuple[ModelRecor
 
     backbone = load_backbone(recipe.model)
     recipe.refuse_what_lacks(backbone.offers, backbone.record.name)
+    refuse_other_directions(recipe, backbone)
     return backbone.record, fit(recipe, backbone, before)
 
 
