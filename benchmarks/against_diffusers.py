@@ -73,12 +73,12 @@ def theirs(folder: Path, unet: Any | None = None) -> LEditsPPPipelineStableDiffu
 
 
 def edit_with_diffusers(
-    pipe: LEditsPPPipelineStableDiffusion, images: list[Image.Image], steps: int, edits: list[list[dict[str, Any]]]
+    pipe: Any, images: list[Image.Image], steps: int, edits: list[list[dict[str, Any]]], batch: int = 1
 ) -> None:
-    """One image after the other, as its authors' script does: batches mix up heads and images there."""
-    for image in images:
+    """One image after the other, as its authors' script does; or in batches, which mix up heads and images there."""
+    for start in range(0, len(images), batch):
         for concepts in edits:
-            pipe.invert(image=image, num_inversion_steps=steps, skip=0.15)
+            pipe.invert(image=images[start : start + batch], num_inversion_steps=steps, skip=0.15)
             pipe(
                 editing_prompt=[concept["prompt"] for concept in concepts],
                 edit_guidance_scale=[concept["guidance_scale"] for concept in concepts],
