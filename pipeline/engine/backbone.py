@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.diffusion.levels import Schedule
-from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall
+from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Valued
 from pipeline.engine.controls import WATCHED_FACTOR, Openings
 from pipeline.errors import EditError
 
@@ -83,6 +83,9 @@ class Backbone(Protocol):
 
     def decode_latents(self, latents: Tensor) -> np.ndarray:
         """Scaled latents (C, h, w) to (H, W, 3) uint8."""
+
+    def decode_gradient(self, latents: Tensor, function: PixelFunction) -> Valued:
+        """A function's value at the pixels of scaled latents (C, h, w), and its gradient at these: `DecodeGradient`."""
 
     def denoise(self, call: NetworkCall) -> NetworkAnswer:
         """Predict noise and data of R rows in one network call; answers lie on the model's device.

@@ -23,6 +23,7 @@ from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import (
     Call,
     Conditioning,
+    DecodeGradient,
     DecodeLatents,
     Denoise,
     EncodeImage,
@@ -264,6 +265,8 @@ class Engine:
                 return self.backbone.encode_image(pixels)
             case DecodeLatents(latents):
                 return self.backbone.decode_latents(latents)
+            case DecodeGradient(latents, function):
+                return self.backbone.decode_gradient(latents, function)
             case Fork():
                 return []
             case _:

@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.engine.calls import PixelFunction, Valued
+from pipeline.models.gradients import pulled_back
+
 
 class Autoencoder:
     """diffusers' `AutoencoderKL` on its device, in its dtype.
@@ -19,6 +22,7 @@ class Autoencoder:
     def __init__(self, vae: Any, outside: torch.dtype) -> None:
         """`outside`: of the latents that it takes and gives."""
         self.vae, self._outside = vae, outside
+        vae.requires_grad_(False)  # its gradients are of latents alone
         self._scale: float = vae.config.scaling_factor
         self._shift: float = vae.config.get("shift_factor") or 0.0
         self._per_channel = _per_channel(vae)
@@ -38,12 +42,25 @@ class Autoencoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents (C, h, w) to (H, W, 3) uint8."""
-        scaled = latents.to(self.vae.device, self.vae.dtype) / self._scale + self._shift
+        image = self._decoded(latents.to(self.vae.device, self.vae.dtype)).float()
+        return ((image.permute(1, 2, 0) + 1.0) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
+
+    def decode_gradient(self, latents: Tensor, function: PixelFunction) -> Valued:
+        """A function's value at the pixels of latents (C, h, w), and its gradient at these: see `DecodeGradient`."""
+
+        def decode(leaf: Tensor) -> Tensor:
+            return self._decoded(leaf.to(self.vae.dtype)).to(self._outside)
+
+        return pulled_back(latents.to(self.vae.device, self._outside), decode, function)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Latents (C, h, w) to pixels (3, H, W), nominally in [-1, 1], in the autoencoder's dtype."""
+        scaled = latents / self._scale + self._shift
         if self._per_channel is not None:
             mean, std = self._per_channel
             scaled = scaled * std + mean
-        image = self.vae.decode(scaled[None]).sample[0].float()
-        return ((image.permute(1, 2, 0) + 1.0) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
+        image: Tensor = self.vae.decode(scaled[None]).sample[0]
+        return image
 
 
 def _per_channel(vae: Any) -> tuple[Tensor, Tensor] | None:
