@@ -190,8 +190,10 @@ class HWalk:
         """By how much each deterministic step of the source misses the trajectory; all asked for in one go."""
         trajectory, steps = self.trajectory, self.trajectory.num_steps
         weights = {key.prompt: weight for key, weight in self.base.items()}
+        # Views of the trajectory, where one prompt is enough: edits of one image then share these rows.
+        latents = trajectory.latents[:-1]
         denoised: Denoised = yield Denoise(
-            trajectory.latents[:-1].repeat(len(weights), 1, 1, 1),
+            latents if len(weights) == 1 else latents.repeat(len(weights), 1, 1, 1),
             [*trajectory.levels] * len(weights),
             [prompt for prompt in weights for _ in range(steps)],
         )
