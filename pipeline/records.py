@@ -95,7 +95,7 @@ class EditRequest(BaseModel):
     subtract_words: WordPair | None = None
     """What stays even inside of where blend_words attend. For prompt_to_prompt, proxedit and h_edit."""
     equalizer: dict[NonEmptyPrompt, float] = Field(default_factory=dict)
-    """Factor of a word's attention, by word of the target prompt; 1: unchanged. As cross_replace_steps."""
+    """Factor of a word's attention, by word of the target prompt; 1: unchanged. Read where cross_replace_steps is."""
     cross_replace_steps: dict[NonEmptyPrompt, Window] = Field(default_factory=dict)
     """Window of the steps in which a word's cross-attention is overwritten, by word of the target prompt; others have
     the editor's. For prompt_to_prompt, proxedit and h_edit."""

@@ -53,12 +53,12 @@ class HEdit(EditingMethod):
     """h-Edit: a move that rebuilds the source, and moves towards texts and rewards that add up."""
     form: Literal["implicit", "explicit"] = "implicit"
     """Where directions are found. implicit: where the step ends, at the point that is moved; explicit: where it starts,
-    which takes one network row less and moves less outside of what changes."""
+    which takes one network row less."""
     guidance_scale: float = Field(default=7.5, allow_inf_nan=False)
     """Classifier-free guidance of the target's side of a direction."""
     source_guidance_scale: float = Field(default=5.0, allow_inf_nan=False)
-    """Classifier-free guidance of the source's side: near the target's, but below. Far below it, the difference itself
-    strengthens everything that the source prompt says, which colours of large areas need."""
+    """Classifier-free guidance of the source's side: near the target's, but below. Far below it, the direction is also
+    guidance towards all that both prompts say, and stronger."""
     inner_steps: int = Field(default=1, ge=1)
     """J, with form: implicit: moves per step, each of full size. More is a stronger edit, not a finer one."""
     reconstruction_weight: float = Field(default=0.1, ge=0, allow_inf_nan=False)
