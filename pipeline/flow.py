@@ -265,6 +265,7 @@ def _edit(
     if not bool(torch.isfinite(edited.latents).all()):
         raise EditError("the edit gave values that are not finite. Try lower guidance scales or model.dtype float32")
     pixels = yield DecodeLatents(edited.latents)
+    pixels = method.editing.composited(pixels, prepared.pixels, prepared.mask)
     # A decoder's NaN becomes 0 in uint8: finite latents alone do not tell.
     if not pixels.any() and prepared.pixels.max() > NEARLY_BLACK:
         raise BlackImageError("the result is black all over. Try model.dtype float32 or lower guidance scales")

@@ -204,7 +204,7 @@ def parse_edits(value: Any, where: str, most: int = 256) -> dict[str, EditReques
     Args:
         value: text or object.
         where: what holds it, for errors.
-        most: concepts that all requests together may have; a request without any counts as one.
+        most: concepts that all requests together may have, experts and rewards counted as such; none counts as one.
 
     Raises:
         PrepareError: what stands there is no edit request, or too many; says what is wrong with it.
@@ -226,9 +226,9 @@ def parse_edits(value: Any, where: str, most: int = 256) -> dict[str, EditReques
 
 
 def _weight(request: Any) -> int:
-    """Concepts of a request that was not checked yet."""
-    concepts = request.get("concepts") if isinstance(request, Mapping) else None
-    return max(1, len(concepts)) if isinstance(concepts, Sequence) else 1
+    """Concepts, texts and rewards of a request that was not checked yet."""
+    lists = [request.get(name) for name in ("concepts", "experts", "rewards")] if isinstance(request, Mapping) else []
+    return max(1, sum(len(some) for some in lists if isinstance(some, Sequence)))
 
 
 def _one_edit(value: Any, name: str, where: str) -> EditRequest:

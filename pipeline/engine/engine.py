@@ -25,6 +25,7 @@ from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import (
     Call,
     Conditioning,
+    DecodeGradient,
     DecodeLatents,
     Denoise,
     EncodeImage,
@@ -236,6 +237,8 @@ class Engine:
         match call:
             case EncodeText(prompts):
                 return [self._encode_text(prompt) for prompt in prompts]
+            case DecodeGradient(latents, function):
+                return self.backbone.decode_gradient(latents, function)
             case Fork():
                 return []
             case _:

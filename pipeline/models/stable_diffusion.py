@@ -14,7 +14,7 @@ from pipeline.diffusion.copying import stacked_on, to_device
 from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import Backbone, ModelRecord, Offers
-from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall
+from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Valued
 from pipeline.engine.controls import PLAIN, WATCHED_FACTOR
 from pipeline.engine.stacking import Shape, Stacked, stack
 from pipeline.errors import EditError
@@ -73,6 +73,10 @@ class StableDiffusion(Backbone):
     @override
     def decode_latents(self, latents: Tensor) -> Tensor:
         return self.autoencoder.decode(latents)
+
+    @override
+    def decode_gradient(self, latents: Tensor, function: PixelFunction) -> Valued:
+        return self.autoencoder.decode_gradient(latents, function)
 
     @override
     def denoise(self, call: NetworkCall) -> NetworkAnswer:

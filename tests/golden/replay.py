@@ -37,6 +37,7 @@ from pipeline.recipe import ModelConfig
 from pipeline.records import Concept, EditRequest, Trajectory
 from tests.golden.checks import Check, ObservedLatents, edit, equal, observed, relative, source_of
 from tests.golden.diffedit import replay_diffedit
+from tests.golden.h_edit import read_h_edit, replay_h_edit
 from tests.golden.masactrl import replay_masactrl
 from tests.golden.proxedit import replay_proxedit
 from tests.golden.sdxl import replay_sdxl_sample, with_size_ids
@@ -58,8 +59,11 @@ def replay(path: Path, model: Path | None = None, dtype: torch.dtype = torch.flo
     golden = {name: torch.from_numpy(archive[name]) for name in archive.files if name != "settings"}
     for name, tensor in golden.items():
         golden[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    settings = json.loads(str(archive["settings"]))
     kind = path.parent.name
+    if kind == "h_edit":
+        golden, settings = read_h_edit(path, dtype)
+    else:
+        settings = json.loads(str(archive["settings"]))
     name = settings.get("model", TINY_SDXL.name if kind.startswith("sdxl") else TINY_SD.name)
     # diffusers encodes an empty prompt that is given, whatever the checkpoint says of one that is not.
     empty_prompt = "encoded" if "" in (settings.get("negative_prompts") or ()) else "auto"
@@ -310,6 +314,7 @@ KINDS: dict[str, Callable[..., Iterator[Check]]] = {
     "ddpm_inversion": replay_ddpm_inversion,
     "diffedit": replay_diffedit,
     "direct_inversion": replay_direct_inversion,
+    "h_edit": replay_h_edit,
     "ledits_pp": replay_ledits_pp,
     "masactrl": replay_masactrl,
     "negative_prompt_inversion": replay_negative_prompt,

@@ -95,7 +95,11 @@ def inversions(subject: Subject) -> Check:
     start = time.perf_counter()
     made, rows = subject.edited(methods, EditRequest())
     seconds = time.perf_counter() - start
-    loss = {name: _decibels(subject, one.round_trip, one.pixels) for name, one in made.items()}
+    loss = {
+        name: _decibels(subject, one.round_trip, one.pixels)
+        for name, one in made.items()
+        if one.round_trip is not None  # which is made wherever nobody waives it
+    }
     wrong: list[str] = []
     status: Status = "ok"
     if loss["ddpm"] < EXACT:
