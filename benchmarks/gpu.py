@@ -1,8 +1,8 @@
 """What a GPU does with the product: one command, its tables, and the machine that they are of.
 
-    python -m benchmarks.gpu                             all; about 30 minutes on a card
+    python -m benchmarks.gpu                             all
     python -m benchmarks.gpu --models SDXL --parts network,engine      a part of it
-    python -m benchmarks.gpu --small                     on a CPU, in seconds: a dry run, whose figures say nothing
+    python -m benchmarks.gpu --small                     on a CPU: a dry run, whose figures say nothing
 
 Stable Diffusion 1.5 at 512 pixels and XL at 1024, of their true shapes with random weights; no hub is asked. Writes
 build/gpu.json after every part:

@@ -128,6 +128,9 @@ class OnDevice(_Timed):
     @override
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
+        if func is Tensor.copy_ and not args[0].is_meta:  # into a tensor of the host, which is no one's yet
+            copied = args[0].copy_(random_numbers(tuple(args[1].shape), args[0].dtype))
+            return OnItsWay.of(copied, args[1].stream, args[1].moment)
         if (dtype := _dtype_on_host(func, args, named)) is not None:
             copy = random_numbers(tuple(args[0].shape), dtype)
             return OnItsWay.of(copy, args[0].stream, args[0].moment)
