@@ -147,17 +147,28 @@ class HWalk:
     def directions(self, step: int) -> list[Mixture]:
         """f of each text; their sum is that of the product of experts."""
         negative = RowKey(self.prompts.negative)
-        controlled = self.attention is not None and self.attention.reads(step)
         return [
             mixed(
-                (
-                    guided_by(RowKey(text.prompt, at if controlled else None), negative, text.guidance_scale),
-                    text.weight,
-                ),
+                (guided_by(self._row(at, step), negative, text.guidance_scale), text.weight),
                 (self.source_side, -text.weight),
             )
             for at, text in enumerate(self.prompts.texts)
         ]
+
+    def contrasts(self, step: int) -> list[Mixture]:
+        """How each text's prediction differs from the source's, without guidance: what masks are made of.
+
+        f itself has whatever the two guidances differ by, which is all that both prompts say: it shows the whole image.
+        """
+        if self.settings.mask == "none":
+            return []
+        source = {RowKey(self.prompts.source): -1.0}
+        return [mixed((source, 1.0), ({self._row(at, step): 1.0}, 1.0)) for at in range(len(self.prompts.texts))]
+
+    def _row(self, at: int, step: int) -> RowKey:
+        """The row of a text at a step."""
+        controlled = self.attention is not None and self.attention.reads(step)
+        return RowKey(self.prompts.texts[at].prompt, at if controlled else None)
 
     def run(self) -> Steps[EditedLatents]:
         """The whole walk."""
@@ -222,9 +233,8 @@ class HWalk:
         """All directions where the step starts."""
         trajectory, start = self.trajectory, self.trajectory.levels[step]
         directions = self.directions(step)
-        wanted = [self.base, *directions, self._guided(directions)]
-        if not self._climbing(step):
-            wanted.pop()
+        guided = [self._guided(directions)] if self._climbing(step) else []
+        wanted = [self.base, *directions, *self.contrasts(step), *guided]
         found = yield from self._evaluate(step, state.latents, start, wanted, trajectory.latents[step])
         base = self._base_point(step, state, found.sums[0])
         latents, data_pred = base
@@ -233,7 +243,7 @@ class HWalk:
             direction = combined(parts, [1.0] * len(parts))
             latents = latents + edit_move(trajectory.solver, step, direction, multistep=state.data_pred is not None)
             data_pred = None if data_pred is None else data_pred + direction.data
-            self._note(parts, found.seen)
+            self._note(found.sums[1 + len(parts) : 1 + 2 * len(parts)], found.seen)
         estimate = found.sums[-1].data
         latents = yield from self._climb(step, latents, lambda _: estimate, parts)
         return State(latents, data_pred)
@@ -247,10 +257,9 @@ class HWalk:
         base = self._base_point(step, state, found.sums[0])
         latents, data_pred = base
         directions = self.directions(step)
-        guided = self._guided(directions)
         climbs = self._climbing(step)
-        for inner in range(settings.inner_steps if directions or climbs else 0):
-            wanted = [*directions, guided] if climbs else directions
+        wanted = [*directions, *self.contrasts(step), *([self._guided(directions)] if climbs else [])]
+        for inner in range(settings.inner_steps if wanted else 0):
             found = yield from self._evaluate(step, latents, end, wanted, trajectory.latents[step + 1])
             parts = found.sums[: len(directions)]
             if directions:
@@ -261,7 +270,7 @@ class HWalk:
                 latents = latents + edit_move(trajectory.solver, step, used, multistep=state.data_pred is not None)
                 data_pred = None if data_pred is None else data_pred + used.data
                 if inner == settings.inner_steps - 1:
-                    self._note(parts, found.seen)
+                    self._note(found.sums[len(parts) : 2 * len(parts)], found.seen)
             if climbs:
                 latents = yield from self._climb(step, latents, partial(clean, found.sums[-1].noise, end), parts)
         return State(latents, data_pred)
@@ -293,12 +302,12 @@ class HWalk:
         ]
         return Evaluation(sums, denoised.seen)
 
-    def _note(self, found: Sequence[Prediction], seen: Seen | None) -> None:
-        """Keep what masks are made of."""
+    def _note(self, contrasts: Sequence[Prediction], seen: Seen | None) -> None:
+        """Keep what masks are made of; without `mask` nothing of the contrasts is read."""
         if self.attention is not None:
             self.attention.see(seen)
         if self.settings.mask != "none":
-            powers = torch.stack([one.data.square().sum(dim=0) for one in found])
+            powers = torch.stack([one.data.square().sum(dim=0) for one in contrasts])
             smooth = smooth_attention(smooth_attention(powers.float()))
             self.strengths = smooth if self.strengths is None else self.strengths + smooth
 
