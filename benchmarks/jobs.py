@@ -52,7 +52,7 @@ class Job:
         )
 
     def smaller(self, *, steps: int, images: int | None = None) -> Job:
-        """The same of fewer steps; warm-ups end before the last one."""
+        """The same of fewer steps; everything acts from the first one on, but warm-ups, which end before the last."""
 
         def shortened(concept: Mapping[str, Any]) -> dict[str, Any]:
             return {**concept, "warmup_steps": min(concept.get("warmup_steps", 0), steps - 1)}
@@ -62,7 +62,9 @@ class Job:
             for name, edit in self.edits.items()
         }
         inversion = {**self.inversion, "num_steps": steps}
-        return replace(self, edits=edits, inversion=inversion, images=images or self.images)
+        begins = "start_step" in EDITORS[self.editing["method"]].model_fields
+        editing = {**self.editing, "start_step": 0} if begins else self.editing
+        return replace(self, edits=edits, inversion=inversion, editing=editing, images=images or self.images)
 
 
 def from_latents(job: Job, backbone: Backbone, images: int, size: tuple[int, int]) -> Iterator[Steps[EditedLatents]]:
