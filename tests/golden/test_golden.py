@@ -8,7 +8,8 @@ import torch
 
 from tests.golden.replay import HERE, Check, replay
 
-FILES = sorted(HERE.glob("*/*.npz"))
+# A case's `_input` is where it starts from: it is replayed with the case.
+FILES = [path for path in sorted(HERE.glob("*/*.npz")) if not path.stem.endswith("_input")]
 
 
 @cache
