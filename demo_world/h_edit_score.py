@@ -64,6 +64,7 @@ class Task:
     texts: tuple[Mapping[str, Any], ...] = ()  # attributes that each text changes
     reward: Mapping[str, str] = field(default_factory=dict)  # one attribute that a colour changes, within its place
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the editor, other than those of single texts
+    scales: Mapping[str, float] | None = None  # guidance per attribute, where it is not that of single texts
 
     @property
     def after(self) -> dict[str, Any]:
@@ -79,6 +80,9 @@ TASKS: dict[str, Task] = {
     "three texts": Task(
         before={name: value for edit in EDITS.values() for name, value in edit.before.items()},
         texts=tuple(edit.after for edit in EDITS.values()),
+        # Near the source's side: else each text also pulls towards all else that it says, which the others change.
+        settings={"source_guidance_scale": 5.0},
+        scales={"sunglasses": 6.0, "mouth": 6.0, "face_color": 7.5},
     ),
     "face, by a reward": Task(before={"face_color": "yellow"}, reward={"face_color": "green"}),
     "background, by a reward": Task(before={"background": "mint"}, reward={"background": "lavender"}),
@@ -125,7 +129,7 @@ def request_of(task: Task, before: Scene) -> EditRequest:
     ]
     return EditRequest(
         source_prompt=description(before),
-        experts=text_experts(before, task.texts),
+        experts=text_experts(before, task.texts, task.scales),
         rewards=tuple(rewards),  # type: ignore[arg-type]  # pydantic makes them what they are
     )
 

@@ -169,13 +169,13 @@ def without_source_prompt(inversion: str, editor: str) -> bool:
     return editor in WITHOUT_SOURCE_PROMPT and inversion != "null_text"
 
 
-def text_experts(before: Scene, changes: Iterable[Mapping[str, Any]]) -> tuple[TextExpert, ...]:
-    """One text per change: all that is to be seen when it alone is made."""
+def text_experts(
+    before: Scene, changes: Iterable[Mapping[str, Any]], scales: Mapping[str, float] | None = None
+) -> tuple[TextExpert, ...]:
+    """One text per change: all that is to be seen when it alone is made; at `scales` per attribute, or H_EDIT's."""
+    scales = H_EDIT.guidance_scales if scales is None else scales
     return tuple(
-        TextExpert(
-            prompt=description(edited(before, **change)),
-            guidance_scale=max(H_EDIT.guidance_scales[name] for name in change),
-        )
+        TextExpert(prompt=description(edited(before, **change)), guidance_scale=max(scales[name] for name in change))
         for change in changes
     )
 
