@@ -32,7 +32,8 @@ class Autoencoder:
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 to latents (B, C, h, w) on its device: the posterior's mode."""
         image = to_device(pixels, self.vae.device).to(self.vae.dtype)
-        image = image.permute(0, 3, 1, 2) / 127.5 - 1.0
+        # Laid out plane by plane: other strides would choose other kernels, whose last bits differ.
+        image = image.permute(0, 3, 1, 2).contiguous() / 127.5 - 1.0
         latents = self.vae.encode(image).latent_dist.mode()
         if self._per_channel is not None:
             mean, std = self._per_channel
