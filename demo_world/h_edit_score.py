@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -149,13 +149,15 @@ def edit_scenes(editor: Editor, method: Method, task: Task, scenes: Sequence[Sce
     requests = [request_of(task, scene.before) for scene in scenes]
     inverted = invert_all(editor, method.inversion, scenes, [request.source_prompt for request in requests])
 
-    def edit(trajectory: Trajectory, request: EditRequest, mask: torch.Tensor | None) -> Steps[Any]:
-        latents: EditedLatents = yield from method.editing.edit(trajectory, request, mask)
+    def edit(trajectory: Trajectory, request: EditRequest, place: np.ndarray | None) -> Steps[Any]:
+        given = replace(trajectory, source=replace(trajectory.source, mask=place))
+        mask = latent_mask(place, trajectory.latents[0])
+        latents: EditedLatents = yield from method.editing.edit(given, request, mask)
         return (yield DecodeLatents(latents.latents)), latents
 
     finished = in_order(
         editor.engine.run(
-            edit(trajectory, request, place_of(task, scene, trajectory))
+            edit(trajectory, request, place_of(task, scene))
             for (trajectory, _), request, scene in zip(inverted, requests, scenes, strict=True)
         )
     )
@@ -165,12 +167,11 @@ def edit_scenes(editor: Editor, method: Method, task: Task, scenes: Sequence[Sce
     ]
 
 
-def place_of(task: Task, scene: SceneEdit, trajectory: Trajectory) -> torch.Tensor | None:
-    """(h, w) in [0, 1]: where the reward's attribute is drawn; None without a reward."""
+def place_of(task: Task, scene: SceneEdit) -> np.ndarray | None:
+    """(H, W) in [0, 1]: where the reward's attribute is drawn; None without a reward."""
     if not task.reward:
         return None
-    changed = changed_region(scene.before, edited(scene.before, **task.reward), IMAGE_SIZE)
-    return latent_mask(changed.astype(np.float32), trajectory.latents[0])
+    return changed_region(scene.before, edited(scene.before, **task.reward), IMAGE_SIZE).astype(np.float32)
 
 
 def judged(form: str, name: str, task: Task, scenes: Sequence[SceneEdit], made: Sequence[EditedScene]) -> Score:

@@ -200,6 +200,7 @@ def edit_prepared(
                 draw_from, seed_for(run_seed, sample.id, "editing"), tuple(latents.shape), latents.dtype
             ),
             pixels=prepared.pixels,
+            mask=prepared.mask,
             placement=prepared.placement,
         )
         children.append(_invert_and_edit(prepared, inversion, source, pairs, methods, seed))

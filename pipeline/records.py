@@ -253,6 +253,7 @@ class Source:
     draw_noise: DrawNoise  # the inversion's noise
     editing_noise: Callable[[], DrawNoise]  # an editor's noise, from its beginning: no edit shifts another's
     pixels: np.ndarray | None = None  # (H, W, 3) uint8, the image itself
+    mask: np.ndarray | None = None  # (H, W) in [0, 1], the row's own, for what looks at pixels; None: it brings none
     placement: Placement | None = None  # of the image on its canvas; None: it fills the canvas
 
     @property
@@ -288,8 +289,7 @@ class Trajectory:
     uncond: tuple[Conditioning, ...] | None = None  # N, one per step, that take the empty prompt's place. None: none
     uncond_scope: UncondScope = "all"  # which rows take `uncond`
     pinned: bool = False  # an editor's source branch is these latents, whatever is predicted for it
-    # N shares of the way back to these latents that a pinned source goes after each step. None: all of it, always.
-    pin_shares: tuple[float, ...] | None = None
+    pin_shares: tuple[float, ...] | None = None  # N, of the way back that a pinned source goes each step. None: all
 
     @property
     def source_prompt(self) -> str:

@@ -38,7 +38,7 @@ from pipeline.experts import TextExpert
 from pipeline.inversion.base import Inversion
 from pipeline.inversion.direct import DirectInversion
 from pipeline.models.reward_networks import LearnedReward, network, picture, weights_problem
-from pipeline.records import EditedLatents, EditRequest, Trajectory, Window
+from pipeline.records import EditedLatents, EditRequest, Source, Trajectory, Window
 from pipeline.rewards import Reward, RewardSample
 
 
@@ -218,7 +218,7 @@ class HEdit(EditingMethod):
         reference = self.references.get(getattr(reward, "reference", ""))
         sample = RewardSample(
             image=as_tensor(pixels),
-            mask=None if user_mask is None else interpolate(user_mask[None, None], size=pixels.shape[:2])[0, 0],
+            mask=_in_pixels(trajectory.source, user_mask),
             reference=None if reference is None else picture(reference),
             network=None if kind is None else network(kind, self.weights[kind]),
         )
@@ -231,6 +231,15 @@ class HEdit(EditingMethod):
         share = softly_eroded(torch.from_numpy(np.ascontiguousarray(mask)).float())[..., None].numpy()
         blended = share * pixels + (1.0 - share) * image
         return np.asarray(blended.round().clip(0, 255), dtype=np.uint8)
+
+
+def _in_pixels(source: Source, user_mask: Tensor | None) -> Tensor | None:
+    """(H, W): the row's mask as rewards read it. A latent cell that it crosses would draw what lies beside it along."""
+    if source.mask is not None:
+        return torch.from_numpy(np.ascontiguousarray(source.mask)).float()
+    if user_mask is None or source.pixels is None:
+        return None
+    return interpolate(user_mask[None, None], size=source.pixels.shape[:2])[0, 0]
 
 
 def as_tensor(pixels: np.ndarray) -> Tensor:
