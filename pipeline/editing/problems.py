@@ -50,10 +50,13 @@ def start_problems(start_step: int, num_steps: int) -> Iterator[str]:
         )
 
 
-def window_problems(name: str, window: Window, inversion: Inversion) -> Iterator[str]:
-    """Of a window of steps, shares of the whole schedule that are counted from the first step that is walked."""
+def window_problems(name: str, window: Window, inversion: Inversion, *, of_walked: bool = False) -> Iterator[str]:
+    """Of a window of steps, shares of the whole schedule that are counted from the first step that is walked.
+
+    `of_walked`: shares of the steps that are walked.
+    """
     start, stop = window
-    first = int(start * (inversion.schedule_steps + 1))
+    first = int(start * ((inversion.num_steps if of_walked else inversion.schedule_steps) + 1))
     if stop < start:
         yield f"{name} ends at {stop:g}, before it begins at {start:g}. Write the smaller share first"
     elif stop > start and first >= inversion.num_steps:

@@ -24,6 +24,7 @@ from pipeline.engine.arriving import Arriving, begin_copy
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import (
     Call,
+    DecodeGradient,
     DecodeLatents,
     Denoise,
     EncodeImage,
@@ -245,6 +246,8 @@ class Engine:
 
     def _answer(self, call: Call) -> Any:
         match call:
+            case DecodeGradient(latents, function):
+                return self.backbone.decode_gradient(latents, function)
             case Fork():
                 return []
             case _:

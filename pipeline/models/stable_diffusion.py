@@ -14,7 +14,7 @@ from pipeline.diffusion.copying import stacked_on, to_device
 from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import Backbone, ModelRecord, Offers
-from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, Product
+from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Product, Valued
 from pipeline.engine.controls import PLAIN, WATCHED_FACTOR
 from pipeline.engine.stacking import Shape, Stacked, stack
 from pipeline.engine.tuning import Tuning, Ways
@@ -99,6 +99,10 @@ class StableDiffusion(Backbone):
             check_compiler(self.device)
         self.tuning = tuning
         self._network.tune(tuning)
+
+    @override
+    def decode_gradient(self, latents: Tensor, function: PixelFunction) -> Valued:
+        return self.autoencoder.decode_gradient(latents, function)
 
     @override
     def denoise(self, call: NetworkCall) -> NetworkAnswer:
