@@ -80,6 +80,14 @@ def trial(recipe: Recipe, backbone: Backbone, rows: int) -> NetworkCall:
     return NetworkCall(latents, [level] * rows, [prompt] * rows)
 
 
+def describe_model(recipe: Recipe, before: RunRecord | None) -> tuple[ModelRecord, Fit]:
+    """Load a model to say what it is, and how it runs on its device."""
+    backbone = load_backbone(recipe.model)
+    recipe.refuse_what_lacks(backbone.offers, backbone.record.name)
+    refuse_other_directions(recipe, backbone)
+    return backbone.record, fit(recipe, backbone, before)
+
+
 class Worker:
     """A loaded model and its engine.
 

@@ -35,7 +35,6 @@ from pipeline.common.stderr_filter import without_lines
 from pipeline.engine.backbone import ModelRecord
 from pipeline.engine.tuning import Fit
 from pipeline.errors import ClusterError, DeviceError, ModelError, RunAborted, ShardeditError, SinkError
-from pipeline.reading.directions import refuse_other_directions
 from pipeline.reading.shards import ReadTask, shard_slug
 from pipeline.reading.units import read_units
 from pipeline.recipe import Recipe, SinkConfig, SourceConfig
@@ -120,6 +119,8 @@ class RayExecutor(Executor):
 
     def _describe_model(self, before: RunRecord | None) -> tuple[ModelRecord, Fit]:
         """What workers will load, from where they will load it."""
+        from pipeline.running.worker import describe_model
+
         if self._ours and not self.pool.gpus_per_worker:
             return describe_model(self._recipe, before)  # the same machine: saves the start of a process
         options = {"num_gpus": self.pool.gpus_per_worker, "num_cpus": self.pool.cpus_per_worker}
@@ -278,17 +279,6 @@ def waited_for(ref: Any) -> Any:
     while not ray.wait([ref], timeout=SECONDS_BETWEEN_CHECKS)[0]:
         stopping.check()
     return ray.get(ref)
-
-
-def describe_model(recipe: Recipe, before: RunRecord | None) -> tuple[ModelRecord, Fit]:
-    """Load a model to say what it is, and how it runs on its device."""
-    from pipeline.models.loading import load_backbone
-    from pipeline.running.worker import fit
-
-    backbone = load_backbone(recipe.model)
-    recipe.refuse_what_lacks(backbone.offers, backbone.record.name)
-    refuse_other_directions(recipe, backbone)
-    return backbone.record, fit(recipe, backbone, before)
 
 
 class EditWorker:
