@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.diffusion.levels import Schedule
 from pipeline.engine.arriving import Wait, mark
-from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Product, Valued
+from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Product
 from pipeline.engine.controls import WATCHED_FACTOR, Openings
 from pipeline.engine.tuning import UNTUNED, Tuning, Ways
 from pipeline.errors import EditError, ModelError
@@ -121,8 +121,9 @@ class Backbone(Protocol):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) to (B, H, W, 3) uint8, on its device."""
 
-    def decode_gradient(self, latents: Tensor, function: PixelFunction) -> Valued:
-        """A function's value at the pixels of scaled latents (C, h, w), and its gradient at these: `DecodeGradient`."""
+    def decode_gradient(self, latents: Tensor, function: PixelFunction) -> tuple[Tensor, Tensor]:
+        """A function's value () at the pixels of scaled latents (C, h, w), and its gradient at these: `DecodeGradient`.
+        Both lie on its device."""
 
     def denoise(self, call: NetworkCall) -> NetworkAnswer:
         """Predict noise and data of R rows in one network call; answers lie on the model's device.

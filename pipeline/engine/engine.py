@@ -215,7 +215,7 @@ class Engine:
                 if (answer := self._texts.push(task, call.prompts)) is None:
                     return
                 continue
-            if isinstance(call, EncodeImage | DecodeLatents):
+            if isinstance(call, EncodeImage | DecodeLatents | DecodeGradient):
                 self._pictures.push(Picture.of(task, call))
                 return
             try:
@@ -246,8 +246,6 @@ class Engine:
 
     def _answer(self, call: Call) -> Any:
         match call:
-            case DecodeGradient(latents, function):
-                return self.backbone.decode_gradient(latents, function)
             case Fork():
                 return []
             case _:
@@ -307,7 +305,7 @@ class Engine:
     def _begin(self, batch: Batch | PictureBatch) -> Arriving:
         if isinstance(batch, PictureBatch):
             pictures = batch.run(self.backbone, self.pictures_per_call if self.pad else 1)
-            return Arriving(begin_copy(pictures), self.backbone.mark())
+            return Arriving(tuple(map(begin_copy, pictures)), self.backbone.mark())
         size = rows_per_call(batch.kind, self.call_size) if self.pad else len(batch.rows)
         answer = batch.ask(self.backbone, size)
         self.stats.padded_rows += size - len(batch.rows)
@@ -355,7 +353,7 @@ class Engine:
         """Out of memory: halve the size of such calls for good, and try again; give up at one."""
         torch.cuda.empty_cache()
         if isinstance(batch, PictureBatch):
-            if self.pictures_per_call == 1:
+            if self.pictures_per_call == 1 or batch.is_gradient:
                 self._ready += [(picture.owner, None, error) for picture in batch.pictures]
                 return
             self.pictures_per_call //= 2

@@ -17,7 +17,7 @@ from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.directions import StoredDirection
 from pipeline.engine.backbone import Backbone, Bottleneck, ModelRecord, Offers
-from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Product, Span, Valued
+from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Product, Span
 from pipeline.engine.controls import Openings
 from pipeline.engine.engine import Engine
 from pipeline.flow import edit_prepared
@@ -149,9 +149,9 @@ class ZeroBackbone(Backbone):
         return torch.zeros((len(latents), height, width, 3), dtype=torch.uint8)
 
     @override
-    def decode_gradient(self, latents: Tensor, function: PixelFunction) -> Valued:
+    def decode_gradient(self, latents: Tensor, function: PixelFunction) -> tuple[Tensor, Tensor]:
         """The function is not asked: a learned one would be loaded for it."""
-        return Valued(0.0, torch.zeros_like(latents))
+        return latents.new_zeros(()), torch.zeros_like(latents)
 
     @override
     def denoise(self, call: NetworkCall) -> NetworkAnswer:

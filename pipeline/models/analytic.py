@@ -21,7 +21,7 @@ from typing_extensions import override
 from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import Backbone, Bottleneck, ModelRecord, Offers
-from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Product, Span, Valued
+from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Product, Span
 from pipeline.engine.controls import WATCHED_FACTOR, Layer, Openings, ResidualBlock
 from pipeline.errors import EditError
 from pipeline.models.gradients import gradients, pulled_back
@@ -98,7 +98,7 @@ class AnalyticBackbone(Backbone):
         return ((image + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
     @override
-    def decode_gradient(self, latents: Tensor, function: PixelFunction) -> Valued:
+    def decode_gradient(self, latents: Tensor, function: PixelFunction) -> tuple[Tensor, Tensor]:
         return pulled_back(latents, lambda leaf: pixel_shuffle(leaf, self.latent_scale), function)
 
     def spots(self, embeddings: Tensor, height: int, width: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.diffusion.copying import to_device
-from pipeline.engine.calls import PixelFunction, Valued
+from pipeline.engine.calls import PixelFunction
 from pipeline.models.gradients import pulled_back
 from pipeline.models.kernels import exact_float32
 
@@ -48,7 +48,7 @@ class Autoencoder:
         image = self._decoded(to_device(latents, self.vae.device).to(self.vae.dtype)).float()
         return ((image.permute(0, 2, 3, 1) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
-    def decode_gradient(self, latents: Tensor, function: PixelFunction) -> Valued:
+    def decode_gradient(self, latents: Tensor, function: PixelFunction) -> tuple[Tensor, Tensor]:
         """A function's value at the pixels of latents (C, h, w), and its gradient at these: see `DecodeGradient`."""
 
         def decode(leaf: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.diffusion.copying import to_device
 from pipeline.diffusion.levels import Prediction, stacked
-from pipeline.engine.calls import PixelFunction, Valued
+from pipeline.engine.calls import PixelFunction
 
 
 def gradients(
@@ -31,8 +31,8 @@ def gradients(
     return found
 
 
-def pulled_back(latents: Tensor, decode: Callable[[Tensor], Tensor], function: PixelFunction) -> Valued:
-    """A function's value at decoded pixels, and its gradient at the latents: see `DecodeGradient`.
+def pulled_back(latents: Tensor, decode: Callable[[Tensor], Tensor], function: PixelFunction) -> tuple[Tensor, Tensor]:
+    """A function's value () at decoded pixels, and its gradient at the latents (C, h, w): see `DecodeGradient`.
 
     Args:
         latents: (C, h, w), on the model's device.
@@ -44,4 +44,4 @@ def pulled_back(latents: Tensor, decode: Callable[[Tensor], Tensor], function: P
         pixels = decode(leaf)
         value, gradient = function(pixels.detach())
         (found,) = torch.autograd.grad(pixels, leaf, gradient.to(pixels))
-    return Valued(float(value), found.cpu())
+    return value.detach(), found

@@ -14,7 +14,7 @@ from pipeline.diffusion.copying import stacked_on, to_device
 from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import Backbone, ModelRecord, Offers
-from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Product, Valued
+from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Product
 from pipeline.engine.controls import PLAIN, WATCHED_FACTOR
 from pipeline.engine.stacking import Shape, Stacked, stack
 from pipeline.engine.tuning import Tuning, Ways
@@ -101,7 +101,7 @@ class StableDiffusion(Backbone):
         self._network.tune(tuning)
 
     @override
-    def decode_gradient(self, latents: Tensor, function: PixelFunction) -> Valued:
+    def decode_gradient(self, latents: Tensor, function: PixelFunction) -> tuple[Tensor, Tensor]:
         return self.autoencoder.decode_gradient(latents, function)
 
     @override

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.engine import pictures
 from pipeline.engine.calls import (
+    DecodeGradient,
     DecodeLatents,
     Denoise,
     EncodeImage,
@@ -20,6 +21,7 @@ from pipeline.engine.calls import (
     NetworkCall,
     Product,
     Steps,
+    Valued,
 )
 from pipeline.engine.engine import GIVEN_CALLS, Engine
 from pipeline.engine.faults import is_of_the_device, is_out_of_memory
@@ -47,7 +49,7 @@ class Device(AnalyticBackbone):
         return super().denoise(call)
 
     def mark(self) -> Callable[[], None]:
-        marked = {"given": "taken", "pictures": "looked at"}[self.log[-1]]
+        marked = "looked at" if self.log[-1:] == ["pictures"] else "taken"
 
         def wait() -> None:
             self.log.append(marked)
@@ -242,3 +244,24 @@ def test_the_batch_of_the_autoencoder_follows_from_the_call_size_alone() -> None
     sizes = [pictures.pictures_per_call(size, gpu) for size in (1, 8, 16, 64)]
     assert sizes == [1, 1, 2, 8]
     assert pictures.pictures_per_call(64, cpu) == 1  # filled up, it would compute for nobody
+
+
+def test_gradients_of_pixels_are_given_one_by_one_and_fail_alone(in_fours: None) -> None:
+    def brightness(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return pixels.sum(), torch.ones_like(pixels)
+
+    def breaks(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        raise ValueError("no reward")
+
+    def asks(number: int, function: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Steps[Valued]:
+        latents = yield EncodeImage(PIXELS[number])
+        return (yield DecodeGradient(latents, function))
+
+    engine = Engine(Device())
+    functions = [brightness, breaks, brightness]
+    found = {done.index: done for done in engine.run(asks(n, function) for n, function in enumerate(functions))}
+    assert {number: str(done.error) for number, done in found.items() if done.error} == {1: "no reward"}
+    for number in (0, 2):
+        image = PIXELS[number].astype(np.float32) / 127.5 - 1.0
+        assert found[number].value.value == pytest.approx(float(image.sum()), rel=1e-4)
+        assert torch.equal(found[number].value.gradient, torch.ones_like(found[number].value.gradient))
