@@ -147,7 +147,7 @@ class OpenedUNet:
         """The bottleneck's Jacobian times vectors (R, C, h, w), in forward mode: (R, C', h', w')."""
         self._now.explicit = True
         try:
-            with torch.no_grad(), forward_ad.dual_level():
+            with torch.no_grad(), exact_float32(inputs), forward_ad.dual_level():
                 output = self.bottleneck(forward_ad.make_dual(inputs, vectors), times, context, added)
                 return cast(Tensor, forward_ad.unpack_dual(output).tangent)
         finally:
@@ -162,7 +162,7 @@ class OpenedUNet:
         added: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The bottleneck's transposed Jacobian times vectors (R, C', h', w'), in reverse mode: (R, C, h, w)."""
-        with torch.enable_grad():
+        with torch.enable_grad(), exact_float32(inputs):
             inputs = inputs.detach().requires_grad_()
             (found,) = torch.autograd.grad(self.bottleneck(inputs, times, context, added), inputs, vectors)
         return found
