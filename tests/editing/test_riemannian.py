@@ -150,7 +150,7 @@ def test_on_the_closed_form_model_each_move_adds_the_same_step(sign: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("settings", "strength"), [({}, 0), ({"move_scale": 0.0}, 16), ({"step_size": 0.0}, 16)], ids=str
+    ("settings", "strength"), [({}, 0), ({"move_scale": 0.0}, 2), ({"step_size": 0.0}, 2)], ids=str
 )
 @pytest.mark.parametrize("inversion", [DDIMInversion, DirectInversion])
 def test_what_moves_nothing_is_the_unedited_sample_bit_for_bit(settings: Any, strength: int, inversion: Any) -> None:
@@ -165,9 +165,9 @@ def test_what_moves_nothing_is_the_unedited_sample_bit_for_bit(settings: Any, st
 
 def test_results_of_one_request_are_those_of_each_strength_alone() -> None:
     trajectory = trajectory_of(tiny_sd())
-    editor = Riemannian(num_vectors=2, oversample=1, max_iterations=2, move_scale=0.5)
-    several = one_per_result({"e": request(vectors=(0, 1), strengths=(-3, 2, 5))})
-    assert list(several) == ["e-v0-3", "e-v0+2", "e-v0+5", "e-v1-3", "e-v1+2", "e-v1+5"]
+    editor = Riemannian(num_vectors=2, oversample=0, max_iterations=1, move_scale=0.5)
+    several = one_per_result({"e": request(vectors=(0, 1), strengths=(-2, 1))})
+    assert list(several) == ["e-v0-2", "e-v0+1", "e-v1-2", "e-v1+1"]
     together = edited(editor, trajectory, *several.values())
     for one, result in zip(several.values(), together, strict=True):
         (alone,) = edited(editor, trajectory, one)
@@ -210,7 +210,7 @@ def stored(basis: LocalBasis, vector: int = 0, **changes: Any) -> StoredDirectio
 def test_a_stored_direction_of_the_image_itself_moves_it_like_its_own() -> None:
     backbone = tiny_sd(torch.float64)
     trajectory = trajectory_of(backbone)
-    editor = Riemannian(num_vectors=3, oversample=2, max_iterations=3, directions="file", move_scale=0.1)
+    editor = Riemannian(num_vectors=2, oversample=1, max_iterations=1, directions="file", move_scale=0.1)
     direction = stored(basis_of(editor, trajectory, backbone), 1)
     own, carried = edited(
         editor,
