@@ -29,6 +29,7 @@ from demo_world.methods import (
     KnownEdit,
     SceneEdit,
     description,
+    h_edit_strength,
     in_order,
     invert_all,
     text_experts,
@@ -63,8 +64,8 @@ class Task:
     before: Mapping[str, Any]  # attributes that a scene gets, so that there is something to do
     texts: tuple[Mapping[str, Any], ...] = ()  # attributes that each text changes
     reward: Mapping[str, str] = field(default_factory=dict)  # one attribute that a colour changes, within its place
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of the editor, other than those of single texts
-    scales: Mapping[str, float] | None = None  # guidance per attribute, where it is not that of single texts
+    weight: float = 0.1  # of the reward
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the editor, other than H_EDIT
 
     @property
     def after(self) -> dict[str, Any]:
@@ -73,24 +74,28 @@ class Task:
 
 
 COLORS = {"face_color": FACE_COLORS, "background": BACKGROUND_COLORS}
-# The place of a reward is its own, and bounds nothing else.
-REWARDED: dict[str, Any] = {"user_mask": "rewards"}
+# Short steps along the gradient. The decoder is not linear: one that would lead to the colour if it were passes it by.
+CLIMB: dict[str, Any] = {"step": "gradient"}
 TASKS: dict[str, Task] = {
     **{name: Task(before=edit.before, texts=(edit.after,)) for name, edit in EDITS.items()},
+    # Sunglasses are of one size: a share of the image is nearer to theirs than the upper class of its changes.
+    "sunglasses": Task(
+        before=EDITS["sunglasses"].before,
+        texts=(EDITS["sunglasses"].after,),
+        settings={"mask": "quantile", "mask_threshold": 0.94},
+    ),
     "three texts": Task(
         before={name: value for edit in EDITS.values() for name, value in edit.before.items()},
         texts=tuple(edit.after for edit in EDITS.values()),
-        # Near the source's side: else each text also pulls towards all else that it says, which the others change.
-        settings={"source_guidance_scale": 5.0},
-        scales={"sunglasses": 6.0, "mouth": 6.0, "face_color": 7.5},
     ),
     "face, by a reward": Task(before={"face_color": "yellow"}, reward={"face_color": "green"}),
-    "background, by a reward": Task(before={"background": "mint"}, reward={"background": "lavender"}),
+    "background, by a reward": Task(before={"background": "mint"}, reward={"background": "lavender"}, weight=0.05),
     "sunglasses by a text, face by a reward": Task(
         before={"sunglasses": False, "face_color": "yellow"},
         texts=({"sunglasses": True},),
         reward={"face_color": "green"},
-        settings=REWARDED,
+        weight=0.15,  # against the text, which names the old colour
+        settings={"user_mask": "rewards"},  # the reward's place is its own, and bounds no text
     ),
 }
 SINGLE = tuple(EDITS)
@@ -122,31 +127,37 @@ def scenes_of(task: Task, name: str, editor: Editor, count: int, seed: int) -> l
     ]
 
 
-def request_of(task: Task, before: Scene) -> EditRequest:
+def request_of(form: str, task: Task, before: Scene) -> EditRequest:
     """A task in words and colours."""
     rewards = [
-        {"method": "masked_color", "color": COLORS[name][color], **H_EDIT.reward} for name, color in task.reward.items()
+        {"method": "masked_color", "color": COLORS[name][color], **CLIMB, "weight": task.weight}
+        for name, color in task.reward.items()
     ]
     return EditRequest(
         source_prompt=description(before),
-        experts=text_experts(before, task.texts, task.scales),
+        experts=text_experts(before, task.texts, FORMS[form]["method"]),
         rewards=tuple(rewards),  # type: ignore[arg-type]  # pydantic makes them what they are
     )
 
 
-def method_of(form: str, task: Task, num_steps: int, **settings: Any) -> Method:
+def method_of(form: str, task: Task, num_steps: int) -> Method:
     """The editor after one of the two inversions."""
-    editing = {"method": "h_edit", **H_EDIT.settings, **task.settings, **settings}
-    sections = {"inversion": {**FORMS[form], "num_steps": num_steps}, "editing": editing}
-    if FORMS[form]["method"] == "ddpm":
-        sections["inversion"]["skip_steps"] = 0
-    recipe = recipe_from({"source": {"shards": "-"}, "sink": {"folder": "-"}, **sections}, form)
+    inversion = {**FORMS[form], "num_steps": num_steps}
+    if inversion["method"] == "ddpm":
+        inversion["skip_steps"] = 0
+    editing = {"method": "h_edit", **H_EDIT, **task.settings}
+    editing["source_guidance_scale"] *= h_edit_strength(inversion["method"])
+    sections = {"source": {"shards": "-"}, "inversion": inversion, "editing": editing, "sink": {"folder": "-"}}
+    recipe = recipe_from(sections, form)
     return Method(inversion=recipe.inversion, editing=recipe.editing)
 
 
-def edit_scenes(editor: Editor, method: Method, task: Task, scenes: Sequence[SceneEdit]) -> list[EditedScene]:
+def edit_scenes(
+    editor: Editor, form: str, task: Task, scenes: Sequence[SceneEdit], num_steps: int
+) -> list[EditedScene]:
     """Every scene, with the mask of what its reward changes."""
-    requests = [request_of(task, scene.before) for scene in scenes]
+    method = method_of(form, task, num_steps)
+    requests = [request_of(form, task, scene.before) for scene in scenes]
     inverted = invert_all(editor, method.inversion, scenes, [request.source_prompt for request in requests])
 
     def edit(trajectory: Trajectory, request: EditRequest, place: np.ndarray | None) -> Steps[Any]:
@@ -203,7 +214,7 @@ def measure(form: str, name: str, count: int, seed: int, num_steps: int) -> Line
     keep_freed_memory()
     editor, task = Editor.load("demo"), TASKS[name]
     scenes = scenes_of(task, name, editor, count, seed)
-    made = edit_scenes(editor, method_of(form, task, num_steps), task, scenes)
+    made = edit_scenes(editor, form, task, scenes, num_steps)
     return judged(form, name, task, scenes, made), scenes[:SHOWN], made[:SHOWN]
 
 

@@ -46,20 +46,16 @@ AIMLESS = frozenset({"riemannian"})
 READS_WORDS = frozenset({"prompt_to_prompt", "proxedit"})
 
 
-@dataclass(frozen=True, slots=True)
-class HEditSettings:
-    """Of h-Edit on drawn faces. Chosen on scenes of other seeds than are reported: see docs/methods/h_edit.md."""
-
-    settings: Mapping[str, Any]  # of the editor
-    guidance_scales: Mapping[str, float]  # of a text that changes an attribute
-    reward: Mapping[str, Any]  # of a colour
+# h-Edit on drawn faces. The source's side is guided near the targets': far below, each of several texts also pulls
+# towards all else that it says.
+H_EDIT: dict[str, Any] = {"form": "explicit", "control": "none", "mask": "otsu", "source_guidance_scale": 3.0}
+H_EDIT_SCALES = {"sunglasses": 4.0, "mouth": 4.0, "face_color": 5.0}  # of a text that changes an attribute
 
 
-H_EDIT = HEditSettings(
-    settings={"form": "explicit", "source_guidance_scale": 1.0, "mask": "otsu"},
-    guidance_scales={"sunglasses": 4.0, "mouth": 4.0, "face_color": 7.5},
-    reward={},
-)
+def h_edit_strength(inversion: str) -> float:
+    """Factor of both sides' guidance: a deterministic step gives less weight to what is predicted than a noisy one."""
+    return 1.0 if inversion == "ddpm" else 2.0
+
 
 # Settings other than the defaults, `num_steps` and `guidance_scale`.
 INVERSION_SETTINGS: dict[str, dict[str, Any]] = {
@@ -69,7 +65,7 @@ EDITOR_SETTINGS: dict[str, dict[str, Any]] = {
     # The papers begin at step 4 of 50. The first steps of 20 settle as much.
     "masactrl": {"start_step": 2},
     "prox_masactrl": {"start_step": 2},
-    "h_edit": dict(H_EDIT.settings),
+    "h_edit": H_EDIT,
 }
 # Share of the schedule that is inverted and walked back, where a method's paper does not take all of it.
 STRENGTHS: dict[tuple[str, str], float] = {
@@ -150,7 +146,7 @@ class SceneEdit:
             return EditRequest(concepts=(self.edit.concept,))
         source = "" if without_source_prompt(inversion, editor) else description(self.before)
         if editor == "h_edit":  # whose texts have a strength of their own
-            return EditRequest(source_prompt=source, experts=text_experts(self.before, [self.edit.after]))
+            return EditRequest(source_prompt=source, experts=text_experts(self.before, [self.edit.after], inversion))
         request = EditRequest(source_prompt=source, target_prompt=description(self.after))
         if editor not in READS_WORDS:
             return request
@@ -171,13 +167,13 @@ def without_source_prompt(inversion: str, editor: str) -> bool:
     return editor in WITHOUT_SOURCE_PROMPT and inversion != "null_text"
 
 
-def text_experts(
-    before: Scene, changes: Iterable[Mapping[str, Any]], scales: Mapping[str, float] | None = None
-) -> tuple[TextExpert, ...]:
-    """One text per change: all that is to be seen when it alone is made; at `scales` per attribute, or H_EDIT's."""
-    scales = H_EDIT.guidance_scales if scales is None else scales
+def text_experts(before: Scene, changes: Iterable[Mapping[str, Any]], inversion: str) -> tuple[TextExpert, ...]:
+    """One text per change: all that is to be seen when it alone is made."""
     return tuple(
-        TextExpert(prompt=description(edited(before, **change)), guidance_scale=max(scales[name] for name in change))
+        TextExpert(
+            prompt=description(edited(before, **change)),
+            guidance_scale=h_edit_strength(inversion) * max(H_EDIT_SCALES[name] for name in change),
+        )
         for change in changes
     )
 
@@ -224,6 +220,8 @@ def method_of(inversion: str, editor: str, num_steps: int) -> Method:
     editing = {"method": editor, **EDITOR_SETTINGS.get(editor, {})}
     if "guidance_scale" in EDITORS[editor].model_fields:
         editing.setdefault("guidance_scale", GUIDANCE_SCALE)
+    if editor == "h_edit":
+        editing["source_guidance_scale"] *= h_edit_strength(inversion)
     recipe = recipe_from(
         {"source": {"shards": "-"}, "inversion": given, "editing": editing, "sink": {"folder": "-"}},
         f"{inversion}+{editor}",

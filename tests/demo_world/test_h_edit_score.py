@@ -26,7 +26,7 @@ def scene_of(name: str) -> SceneEdit:
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_is_a_possible_edit_in_words_that_the_model_knows(name: str, form: str) -> None:
     task, method = TASKS[name], method_of(form, TASKS[name], 5)
-    request = request_of(task, scene_of(name).before)
+    request = request_of(form, task, scene_of(name).before)
     method.editing.check(request, method.inversion, masked=bool(task.reward))
     assert (len(request.experts), len(request.rewards)) == (len(task.texts), bool(task.reward))
     for expert, change in zip(request.experts, task.texts, strict=True):

@@ -25,12 +25,14 @@ from pipeline.inversion.base import Inversion
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.inversion.direct import DirectInversion
-from pipeline.recipe import Recipe, recipe_from
+from pipeline.models.loading import load_backbone
+from pipeline.recipe import ModelConfig, Recipe, recipe_from
 from pipeline.records import EditRequest, Trajectory, WordPair
 from pipeline.rewards.closed_form import MaskedColor
 from tests.closed_form_flow import ClosedFormFlow
 from tests.facts import EditorFacts
 from tests.golden.checks import observed
+from tests.golden.replay import TINY_SDXL
 from tests.methods import BACKBONES, analytic, image_latents, invert_and_edit, rows_of_edit, source, tiny_sd
 
 # Implicit, attention replaced: 1 and 4; after DDIM inversion 1 for the residual, after a guided ddpm 1 for its base.
@@ -104,6 +106,16 @@ def test_the_sources_own_prompt_at_equal_guidance_follows_the_trajectory(inversi
     assert len(edited.history) == N
     for record in edited.history:
         torch.testing.assert_close(record.latents, trajectory.latents[record.step + 1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("inversion", ["R", "D"])
+def test_stable_diffusion_xl_follows_the_trajectory_too_and_leaves_it_for_another_prompt(inversion: str) -> None:
+    backbone = load_backbone(ModelConfig(name=str(TINY_SDXL)), dtype=torch.float64, device="cpu")
+    equal = {"guidance_scale": 3.0, "source_guidance_scale": 3.0}
+    trajectory, kept = edit(equal, INVERSIONS[inversion], backbone, target_prompt=CAT)
+    torch.testing.assert_close(kept.latents, trajectory.latents[-1], atol=1e-5, rtol=0)
+    _, edited = edit(equal, INVERSIONS[inversion], backbone)
+    assert not torch.allclose(edited.latents, trajectory.latents[-1], atol=1e-3)
 
 
 @pytest.mark.parametrize("inversion", [EDIT_FRIENDLY, GUIDED], ids=["first order", "second order"])
