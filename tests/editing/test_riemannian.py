@@ -78,7 +78,7 @@ def test_on_the_closed_form_model_the_basis_is_that_of_its_orthogonal_rows(edit_
     assert found.residual < 1e-7
 
 
-@pytest.mark.parametrize("model", ["tiny_sd", "xl"])
+@pytest.mark.parametrize("model", [pytest.param("tiny_sd", marks=pytest.mark.slow), "xl"])
 def test_leading_vectors_stay_where_more_are_asked_for_and_pairs_are_pairs(model: str) -> None:
     backbone: Any = tiny_sd(torch.float64) if model == "tiny_sd" else loaded(TINY_SDXL, torch.float64)
     trajectory = trajectory_of(backbone, DDIMInversion(num_steps=2))
