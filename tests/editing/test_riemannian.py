@@ -78,7 +78,7 @@ def test_on_the_closed_form_model_the_basis_is_that_of_its_orthogonal_rows(edit_
     assert found.residual < 1e-7
 
 
-@pytest.mark.parametrize("model", ["tiny_sd", "xl"])
+@pytest.mark.parametrize("model", [pytest.param("tiny_sd", marks=pytest.mark.slow), "xl"])
 def test_leading_vectors_stay_where_more_are_asked_for_and_pairs_are_pairs(model: str) -> None:
     backbone: Any = tiny_sd(torch.float64) if model == "tiny_sd" else loaded(TINY_SDXL, torch.float64)
     trajectory = trajectory_of(backbone, DDIMInversion(num_steps=2))
@@ -174,6 +174,24 @@ def test_results_of_one_request_are_those_of_each_strength_alone() -> None:
         assert torch.equal(alone.latents, result.latents)
     distinct = {tuple(result.latents.flatten().tolist()[:8]) for result in together}
     assert len(distinct) == len(together)
+
+
+def test_the_other_way_is_the_opposite_and_edits_under_two_prompts_come_back_in_their_order() -> None:
+    backbone: Any = analytic(torch.float64)
+    trajectory = trajectory_of(backbone)
+    editor = Riemannian(num_vectors=1, oversample=1, max_iterations=2)
+    requests = [
+        EditRequest(target_prompt=prompt, direction=Direction(strengths=(strength,)))
+        for prompt, strength in ((PROMPT, 2), ("", 2), (PROMPT, -2), ("", 0), (PROMPT, 0))
+    ]
+    together = [one.latents for one in edited(editor, trajectory, *requests, backbone=backbone)]
+    for one, latents in zip(requests, together, strict=True):
+        (alone,) = edited(editor, trajectory, one, backbone=backbone)
+        torch.testing.assert_close(alone.latents, latents)
+    forth, other_prompt, back, _, unmoved = together
+    assert float((forth - unmoved).abs().max()) > 0.01
+    assert not torch.allclose(forth, other_prompt, atol=0.01)
+    torch.testing.assert_close(forth - unmoved, unmoved - back)  # the model is affine
 
 
 def test_late_noise_is_the_images_own_and_drawn_below_its_level_only() -> None:
