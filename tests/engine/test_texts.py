@@ -99,22 +99,6 @@ def test_out_of_memory_halves_the_batch_and_loses_no_prompt(in_fours: None) -> N
     assert isinstance(error, torch.OutOfMemoryError)
 
 
-def test_a_prompt_that_an_image_holds_is_not_encoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "CACHED_PROMPTS", 1)
-    encoder = Encoder()
-
-    def holds() -> Steps[bool]:
-        (first,) = yield EncodeText(("a",))
-        yield EncodeText(("b", "c"))
-        (again,) = yield EncodeText(("a",))
-        return first is again
-
-    assert Engine(encoder).run_one(holds())
-    assert encoder.batches == [["a"], ["b"], ["c"]]
-    answers(Engine(encoder), ("a", "b"))
-    assert encoder.batches[3:] == [["a"], ["b"]]
-
-
 def test_prompts_of_whoever_has_left_are_not_encoded(in_fours: None) -> None:
     waiting = texts.Texts(Encoder(), pad=True)
     for owner, prompts in ((1, ("a", "b")), (2, ("b",))):
