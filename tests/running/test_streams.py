@@ -45,7 +45,7 @@ def test_the_tail_of_a_unit_and_the_head_of_the_next_share_calls(
     network = AnalyticBackbone.denoise
 
     def slow(self: AnalyticBackbone, call: NetworkCall) -> NetworkAnswer:
-        time.sleep(0.02)  # as a model takes its time, in which the next unit is read and prepared
+        time.sleep(0.05)  # as a model takes its time, in which the next unit is read and prepared
         return network(self, call)
 
     monkeypatch.setattr(Engine, "__init__", noted)
