@@ -16,8 +16,9 @@ from pipeline.engine.calls import NetworkAnswer, NetworkCall
 from pipeline.engine.engine import Engine
 from pipeline.errors import DeviceError
 from pipeline.models.analytic import AnalyticBackbone
+from pipeline.reading.decoder import DecodesHere
 from pipeline.recipe import Recipe, recipe_from
-from pipeline.running import driver, in_process
+from pipeline.running import driver, in_process, worker
 from tests.runs import EDITS, asked, contents, recipe_data, results, write_shards
 
 SHARDS, ROWS = 2, 8
@@ -50,6 +51,7 @@ def test_the_tail_of_a_unit_and_the_head_of_the_next_share_calls(
 
     monkeypatch.setattr(Engine, "__init__", noted)
     monkeypatch.setattr(AnalyticBackbone, "denoise", slow)
+    monkeypatch.setattr(worker, "Decoder", lambda _: DecodesHere())  # no process whose turn may come late
     padded = {}
     for at_once in (1, 2):
         monkeypatch.setattr(in_process, "UNITS_AT_ONCE", at_once)
