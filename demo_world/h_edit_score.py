@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated, Any
 
 import numpy as np
@@ -262,7 +263,11 @@ def main(
 def picture(found: Sequence[Line]) -> Image.Image:
     """Of every task of the first form, the inputs and below them the results."""
     shown = [one for one in found if one[0].form == found[0][0].form and one[0].task not in SINGLE]
-    blocks = [block(scenes, [(score.task, [one.pixels for one in made])]) for score, scenes, made in shown]
+    blocks = [
+        # Every column is of one task: its name stands beside the results, and not above each.
+        block([replace(one, name="") for one in scenes], [(fill(score.task, 18), [one.pixels for one in made])])
+        for score, scenes, made in shown
+    ]
     sheet = Image.new("RGB", (blocks[0].width, sum(one.height for one in blocks)), "white")
     for at, one in enumerate(blocks):
         sheet.paste(one, (0, sum(above.height for above in blocks[:at])))
