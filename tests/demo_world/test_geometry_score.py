@@ -25,7 +25,7 @@ def test_every_vector_is_tried_both_ways_at_every_strength_and_beside_the_unmove
 
 @pytest.mark.slow
 def test_the_score_is_measured_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"STEPS": 3, "VECTORS": 1, "STRENGTHS": (1, 2), "LEVELS": (0.9, 0.5)}.items():
+    for name, value in {"STEPS": 3, "VECTORS": 2, "STRENGTHS": (1, 2), "LEVELS": (0.9, 0.5)}.items():
         monkeypatch.setattr(geometry_score, name, value)
     monkeypatch.setattr(geometry_score, "TIMES", (0.9,))
     geometry_score.main(scenes=2, model="demo", seed=1, out=tmp_path / "build", docs=tmp_path / "docs")
