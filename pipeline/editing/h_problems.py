@@ -9,6 +9,7 @@ from pipeline.editing.problems import (
     Problem,
     missing_word,
     overlap_problems,
+    pairs_without_words_problems,
     places_of,
     window_problems,
     word_count_problems,
@@ -115,17 +116,8 @@ def _of_blend(
         if not caption_follows:
             yield from word_problems(words.source, f"{what} word", request.source_prompt, "source")
         yield from words_in_some(list(words.target), f"{what} word", targets)
-        if not words.source and not words.target:
-            yield Problem(
-                f"{what}_words without a word",
-                f"{what}_words names no word. Name words of the source or the target prompt",
-            )
+    yield from pairs_without_words_problems(request)
     if request.blend_words is None:
-        if request.subtract_words is not None:
-            yield Problem(
-                "subtract_words without blend_words",
-                "subtract_words takes away from what blend_words name, and there are none. Add these",
-            )
         return
     if settings.mask != "none":
         yield Problem(

@@ -104,6 +104,21 @@ def pair_of_words_problems(
     yield from word_problems(words.target, what, request.target_prompt, "target")
 
 
+def pairs_without_words_problems(request: EditRequest) -> Iterator[Problem]:
+    """Blend and subtract words that name none, or that take away from nothing."""
+    for what, words in (("blend", request.blend_words), ("subtract", request.subtract_words)):
+        if words is not None and not words.source and not words.target:
+            yield Problem(
+                f"{what}_words without a word",
+                f"{what}_words names no word. Name words of the source or the target prompt",
+            )
+    if request.blend_words is None and request.subtract_words is not None:
+        yield Problem(
+            "subtract_words without blend_words",
+            "subtract_words takes away from what blend_words name, and there are none. Add these",
+        )
+
+
 def word_problems(words: Iterable[str], what: str, prompt: str, which: str) -> Iterator[Problem]:
     """Words that a prompt lacks. `what` says what they are for, `which` whose prompt it is."""
     for word in words:

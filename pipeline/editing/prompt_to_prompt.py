@@ -35,6 +35,7 @@ from pipeline.editing.problems import (
     negative_prompt_problems,
     overlap_problems,
     pair_of_words_problems,
+    pairs_without_words_problems,
     target_problems,
     window_problems,
     word_count_problems,
@@ -119,18 +120,8 @@ class PromptToPrompt(EditingMethod):
     ) -> Iterator[Problem]:
         for what, words in (("blend", request.blend_words), ("subtract", request.subtract_words)):
             yield from pair_of_words_problems(words, f"{what} word", request, caption_follows=caption_follows)
-            if words is not None and not words.source and not words.target:
-                yield Problem(
-                    f"{what}_words without a word",
-                    f"{what}_words names no word. Name words of the source or the target prompt",
-                )
-        if request.blend_words is None:
-            if request.subtract_words is not None:
-                yield Problem(
-                    "subtract_words without blend_words",
-                    "subtract_words takes away from what blend_words name, and there are none. Add these",
-                )
-        elif int(self.start_blend * inversion.schedule_steps) >= inversion.num_steps:
+        yield from pairs_without_words_problems(request)
+        if request.blend_words is not None and int(self.start_blend * inversion.schedule_steps) >= inversion.num_steps:
             yield Problem(
                 "start_blend beyond the steps that are walked",
                 f"start_blend {self.start_blend:g} of {inversion.schedule_steps} steps leaves none of the "

@@ -75,7 +75,8 @@ class _Try(NamedTuple):
 def tune(backbone: Backbone, call: NetworkCall, ways: Ways) -> Tuned:
     """Find the fastest way for calls like this one, and let the backbone run that way from now on.
 
-    One field after the other, each from the best found so far. A way is taken where it is faster, its predictions are
+    One field after the other, each from the best found so far; compiled code last, as every other way would be compiled
+    by itself. A way is taken where it is faster, its predictions are
     those of the way in which the backbone ran before, but for rounding, and a row's do not depend on the other rows.
 
     Args:

@@ -6,6 +6,7 @@ Units may come from several threads at once: on the engine, one unit's tail and 
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +17,9 @@ from functools import partial
 import torch
 
 from pipeline.engine.backbone import Backbone, ModelRecord
-from pipeline.engine.calls import NetworkCall
 from pipeline.engine.engine import Engine
-from pipeline.engine.sizing import probe_call_size
+from pipeline.engine.faults import is_out_of_memory
+from pipeline.engine.sizing import probe_call_size, trial_call
 from pipeline.engine.tuning import Fit, Tuned, tune
 from pipeline.flow import all_at_once, edit_unit
 from pipeline.models.loading import load_backbone
@@ -34,9 +35,10 @@ from pipeline.writing.encoding import Encoders
 from pipeline.writing.manifest import NOT_MEASURED, Measured
 from pipeline.writing.run_record import RunRecord
 
+log = logging.getLogger(__name__)
+
 # Measured on narrow and wide models: a row of a smaller call takes up to two fifths longer, larger ones gain little.
 CPU_CALL_SIZE = 16
-TRIAL_ROWS = 16  # of the calls by which layouts and kernels are chosen, before the call size is
 KILLED = Refusal(
     stage="edit",
     error_class="ProcessKilled",
@@ -51,13 +53,17 @@ def fit(recipe: Recipe, backbone: Backbone, before: RunRecord | None = None) -> 
     if before is not None:
         backbone.tune(before.tuned.tuning)
         return Fit(call_size=before.call_size, tuned=before.tuned)
-    ways = {} if recipe.model.compile is False else dict(backbone.ways)
-    execution = ways.pop("execution", ())
-    tuned = tune(backbone, trial(recipe, backbone, TRIAL_ROWS), ways) if ways else Tuned(tuning=backbone.tuning)
     size = call_size_for(recipe, backbone)
-    if execution:  # last, and at one size: every shape and every way is compiled by itself
-        last = tune(backbone, trial(recipe, backbone, size), {"execution": execution})
-        tuned = replace(last, rows_per_second={**tuned.rows_per_second, **last.rows_per_second})
+    if recipe.model.compile is False or not backbone.ways:
+        return Fit(call_size=size, tuned=Tuned(tuning=backbone.tuning))
+    try:
+        tuned = tune(backbone, trial_call(backbone, side_of(recipe, backbone), size), backbone.ways)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        torch.cuda.empty_cache()  # the engine makes its calls smaller
+        log.warning("calls of %d rows do not fit into memory, so the network runs as it is loaded", size)
+        tuned = Tuned(tuning=backbone.tuning)
     return Fit(call_size=size, tuned=tuned)
 
 
@@ -67,17 +73,12 @@ def call_size_for(recipe: Recipe, backbone: Backbone) -> int:
         return recipe.run.call_size
     if backbone.device.type != "cuda":
         return CPU_CALL_SIZE
-    return probe_call_size(backbone, recipe.model.size or backbone.image_size)
+    return probe_call_size(backbone, side_of(recipe, backbone))
 
 
-def trial(recipe: Recipe, backbone: Backbone, rows: int) -> NetworkCall:
-    """A plain call of rows of noise, each its own."""
-    side = (recipe.model.size or backbone.image_size) // backbone.latent_scale
-    generator = torch.Generator().manual_seed(0)
-    prompt = backbone.encode_text("a photo")
-    level = backbone.schedule.steps(2, (side, side))[-1].start
-    latents = torch.randn((rows, backbone.latent_channels, side, side), generator=generator)
-    return NetworkCall(latents, [level] * rows, [prompt] * rows)
+def side_of(recipe: Recipe, backbone: Backbone) -> int:
+    """Of a run's images, in pixels."""
+    return recipe.model.size or backbone.image_size
 
 
 def describe_model(recipe: Recipe, before: RunRecord | None) -> tuple[ModelRecord, Fit]:
@@ -114,7 +115,7 @@ class Worker:
         self.backbone = backbone or load_backbone(recipe.model)
         if settings.tuned.tuning != self.backbone.tuning:  # an own process: what is compiled is, before the first unit
             self.backbone.tune(settings.tuned.tuning)
-            self.backbone.denoise(trial(recipe, self.backbone, settings.call_size))
+            self.backbone.denoise(trial_call(self.backbone, side_of(recipe, self.backbone), settings.call_size))
         recipe.refuse_what_lacks(self.backbone.offers, self.backbone.record.name)
         refuse_other_directions(recipe, self.backbone)
         in_flight = recipe.run.images_in_flight

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.engine import tuning
 from pipeline.engine.calls import NetworkAnswer, NetworkCall
+from pipeline.engine.sizing import trial_call
 from pipeline.engine.tuning import ROUNDS, UNTUNED, Tuning, Ways, tune
 from pipeline.errors import ModelError
 from pipeline.models.analytic import AnalyticBackbone
@@ -130,13 +131,36 @@ def test_a_way_that_answers_otherwise_is_not_taken_and_named(
     assert caplog.messages == [f"the network is not run cudnn, channels_last here: {reasons[wrong]}"]
 
 
-def test_a_run_is_compiled_last_and_at_its_call_size(clock: Callable[[Tunable], Tunable]) -> None:
+def test_a_run_is_tuned_at_its_call_size_and_compiled_last(clock: Callable[[Tunable], Tunable]) -> None:
     model = clock(Tunable(halved))
     fitted = fit(recipe_for(run={"call_size": 6}), model)
     assert (fitted.call_size, fitted.tuned.tuning) == (6, model.tuning)
     assert model.tuning.execution == "graphs"
-    assert {rows for way, rows in model.rows if "graphs" in way or "compiled" in way} == {6}
+    assert {rows for _, rows in model.rows} == {6}
+    assert "compiled" not in "".join(way for way, _ in model.rows[: -3 * (2 + ROUNDS)])
     assert len(fitted.tuned.rows_per_second) == 6
+
+
+def test_a_call_that_does_not_fit_into_memory_leaves_the_network_as_it_is_loaded(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def too_much(way: Tuning) -> float:
+        raise torch.OutOfMemoryError("pretended")
+
+    model = Tunable(too_much)
+    fitted = fit(recipe_for(run={"call_size": 64}), model)
+    assert (fitted.call_size, fitted.tuned.tuning, model.tuning) == (64, UNTUNED, UNTUNED)
+    assert caplog.messages == ["calls of 64 rows do not fit into memory, so the network runs as it is loaded"]
+
+
+def test_a_trial_has_what_the_network_takes_beside_latents_and_sides_that_fit_it() -> None:
+    model = AnalyticBackbone()
+    model.offers = dataclasses.replace(model.offers, inputs=frozenset({"inpaint"}))
+    call = trial_call(model, 5 * model.multiple + 1, 3)
+    side = 5 * model.multiple // model.latent_scale
+    assert call.latents.shape == (3, model.latent_channels, side, side)
+    assert call.beside["inpaint"].shape == (3, 1 + model.latent_channels, side, side)
+    assert not call.latents[0].equal(call.latents[1])
 
 
 def test_compile_false_runs_the_network_as_it_is_loaded() -> None:

@@ -86,9 +86,11 @@ def test_the_ways_of_a_network_are_found_by_trying(model: StableDiffusion) -> No
 def test_kernels_that_are_asked_first_leave_the_others_to_what_they_cannot_do() -> None:
     query = torch.randn((1, 2, 8, 16), dtype=torch.float64)
     mask = torch.zeros((8, 8), dtype=torch.float64)
+    attend = torch.nn.functional.scaled_dot_product_attention
     for attention in ("default", "flash", "cudnn", "efficient"):
         with asking_first(attention):
-            torch.nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=mask)
+            found = attend(query, query, query, attn_mask=mask)  # with a mask, which flash kernels do not take
+        torch.testing.assert_close(found, attend(query, query, query, attn_mask=mask))
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cuda", "float32"), ("cuda", "bfloat16"), ("cpu", "float32")])

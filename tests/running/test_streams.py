@@ -60,6 +60,10 @@ def test_the_tail_of_a_unit_and_the_head_of_the_next_share_calls(
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     assert results(tmp_path / "2") == asked(shards=SHARDS, rows=ROWS)
     assert padded[2] < 0.6 * padded[1], padded
+    monkeypatch.setattr(in_process, "HELD_BYTES", 0)  # units so large that the next one is not read beside them
+    driver.run(a_recipe(shards, tmp_path / "large"), progress="off")
+    assert engines[-1].stats.padded_rows == padded[1]
+    assert contents(tmp_path / "large") == contents(tmp_path / "2")
 
 
 def test_units_are_committed_in_their_order_and_the_first_is_not_held_up(
