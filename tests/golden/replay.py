@@ -37,6 +37,7 @@ from pipeline.recipe import ModelConfig
 from pipeline.records import Concept, EditRequest, Trajectory
 from tests.golden.checks import Check, ObservedLatents, edit, equal, observed, relative, source_of
 from tests.golden.diffedit import replay_diffedit
+from tests.golden.flow import model_of, replay_flow_sample
 from tests.golden.h_edit import read_h_edit, replay_h_edit
 from tests.golden.masactrl import replay_masactrl
 from tests.golden.proxedit import replay_proxedit
@@ -52,6 +53,9 @@ from tests.golden.two_branch import (
 HERE = Path(__file__).parent
 TINY_SD = HERE / "tiny-sd"
 TINY_SDXL = HERE / "tiny-sdxl"
+TINY_SD3 = HERE / "tiny-sd3"
+TINY_FLUX = HERE / "tiny-flux"
+TINY_SCHNELL = HERE / "tiny-flux-schnell"
 
 
 def replay(path: Path, model: Path | None = None, dtype: torch.dtype = torch.float32) -> list[Check]:
@@ -61,7 +65,7 @@ def replay(path: Path, model: Path | None = None, dtype: torch.dtype = torch.flo
     name = settings.get("model", TINY_SDXL.name if kind.startswith("sdxl") else TINY_SD.name)
     # diffusers encodes an empty prompt that is given, whatever the checkpoint says of one that is not.
     empty_prompt = "encoded" if "" in (settings.get("negative_prompts") or ()) else "auto"
-    backbone = loaded(model or HERE / name, dtype, empty_prompt)
+    backbone = loaded(model or HERE / name, dtype, empty_prompt, **model_of(settings))
     if ids := settings.get("size_ids"):
         backbone = with_size_ids(backbone, ids)
     return list(KINDS[kind](golden, settings, Engine(backbone, call_size=8, pad=False)))
@@ -78,9 +82,11 @@ def read_golden(path: Path, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict
 
 
 @cache
-def loaded(model: Path, dtype: torch.dtype, empty_prompt: Literal["auto", "encoded"] = "auto") -> Backbone:
-    """The checkpoint, loaded once."""
-    return load_backbone(ModelConfig(name=str(model), empty_prompt=empty_prompt), dtype=dtype, device="cpu")
+def loaded(
+    model: Path, dtype: torch.dtype, empty_prompt: Literal["auto", "encoded"] = "auto", **config: Any
+) -> Backbone:
+    """The checkpoint, loaded once for all with these settings."""
+    return load_backbone(ModelConfig(name=str(model), empty_prompt=empty_prompt, **config), dtype=dtype, device="cpu")
 
 
 def replay_ddim(golden: dict[str, Tensor], settings: dict[str, Any], engine: Engine) -> Iterator[Check]:
@@ -318,6 +324,7 @@ KINDS: dict[str, Callable[..., Iterator[Check]]] = {
     "ddpm_inversion": replay_ddpm_inversion,
     "diffedit": replay_diffedit,
     "direct_inversion": replay_direct_inversion,
+    "flux_sample": replay_flow_sample,
     "h_edit": replay_h_edit,
     "ledits_pp": replay_ledits_pp,
     "masactrl": replay_masactrl,
@@ -326,6 +333,7 @@ KINDS: dict[str, Callable[..., Iterator[Check]]] = {
     "prompt_to_prompt": replay_prompt_to_prompt,
     "proxedit": replay_proxedit,
     "riemannian": replay_riemannian,
+    "sd3_sample": replay_flow_sample,
     "sdxl_ledits_pp": partial(replay_ledits_pp, xl=True),
     "sdxl_sample": replay_sdxl_sample,
 }
