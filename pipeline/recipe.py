@@ -39,8 +39,9 @@ from pipeline.inversion.base import Inversion
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.records import EditRequest
 from pipeline.settings.explain import problems_in_words
+from pipeline.settings.overrides import apply_overrides
 from pipeline.settings.sections import ModelConfig, RunConfig, Section, SinkConfig, SourceConfig
-from pipeline.settings.yaml_file import UnusableFileError, parse_yaml, read_yaml_file
+from pipeline.settings.yaml_file import UnusableFileError, read_yaml_file
 
 if TYPE_CHECKING:
     AnyInversion = Inversion
@@ -308,38 +309,8 @@ def recipe_with(data: Any, overrides: Sequence[str], where: str) -> Recipe:
     Raises:
         RecipeError: lists every problem.
     """
-    for number, override in enumerate(overrides, 1):
-        _apply(data, override, number, where)
+    apply_overrides(data, overrides, where)
     return recipe_from(data, where)
-
-
-def _apply(data: Any, override: str, number: int, where: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:  # what was typed may be a secret on its own
-        raise RecipeError(where, [(f"override {number}", "is not written section.key=value")])
-    try:
-        value = parse_yaml(text)
-    except UnusableFileError as error:
-        raise RecipeError(where, [(path, f"the override's value {error}")]) from None
-    *parents, last = path.split(".")
-    node = data
-    for part in parents:
-        if isinstance(node, list) and _is_place(part, node):
-            node = node[int(part)]
-        elif isinstance(node, dict):
-            node = node.setdefault(part, {})
-        else:
-            node = None
-    if isinstance(node, list) and _is_place(last, node):
-        node[int(last)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise RecipeError(where, [(path, "the override leads into a value that has no keys")])
-
-
-def _is_place(text: str, items: list[Any]) -> bool:
-    return re.fullmatch(r"[0-9]{1,9}", text) is not None and int(text) < len(items)
 
 
 __all__ = ["EditingMethod", "Inversion", "Method", "Recipe", "load_recipe", "parse_edits", "recipe_from"]

@@ -26,6 +26,7 @@ LAYERS = [
     {"looking.results", "looking.report"},  # a run ends with its report
     {"running"},
     {"looking"},
+    {"evaluation.job", "evaluation.from_run"},
     {"editor", "result"},
     {"cli"},
     {"entry"},
@@ -36,6 +37,8 @@ FOREIGN = {
     "transformers": {"models"},
     "fsspec": {"reading", "writing"},
     "typer": {"cli"},
+    "httpx2": {"evaluation.judging"},
+    "scipy": {"evaluation"},
 }
 PLANTED = "from pipeline.cli import main\n"
 LOWEST = [
