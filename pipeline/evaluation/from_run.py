@@ -10,6 +10,7 @@ from pipeline.evaluation.config import OwnSet
 from pipeline.evaluation.items import REGION, TRUTH, Item, Result
 from pipeline.looking.results import RunFolder
 from pipeline.reading.rows import extension
+from pipeline.reading.storage import FileSystem
 from pipeline.records import EditRequest
 from pipeline.writing.merged import Span
 from pipeline.writing.spans import table_of
@@ -27,18 +28,18 @@ def units_of(run: RunFolder) -> dict[str, list[Span]]:
     return dict(sorted(units.items()))
 
 
-def results_of(run: RunFolder, spans: Sequence[Span], own: OwnSet | None) -> list[Result]:
+def results_of(fs: FileSystem, root: str, spans: Sequence[Span], own: OwnSet | None) -> list[Result]:
     """A unit's results, those of one image together.
 
     Args:
-        run: the job's folder.
+        fs, root: the job's folder.
         spans: of the unit.
         own: says where a set of one's own keeps what is known of its rows; None: a benchmark.
     """
     found: list[tuple[tuple[str, str, str], Result]] = []
     for span in spans:
         columns = DATA if span.kind == "data" else FAILED
-        for row in table_of(run.fs, run.root, span, columns).to_pylist():
+        for row in table_of(fs, root, span, columns).to_pylist():
             result = _made(row, own) if span.kind == "data" else _failed(row, own)
             found.append(((row["id"], row["edit"], row["method"]), result))
     return [result for _, result in sorted(found, key=lambda one: one[0])]

@@ -16,7 +16,6 @@ from pipeline.evaluation.items import Item, Result
 from pipeline.evaluation.judging.asking import JudgeError
 from pipeline.evaluation.judging.config import JudgeConfig
 from pipeline.evaluation.judging.judged import Judging
-from pipeline.evaluation.scoring import Scored
 from pipeline.records import EditRequest
 from pipeline.writing.rows import encode_png
 from tests.evaluation.fake_judge import GOOD, FakeJudge, Reply, Script, fake_judge
@@ -25,20 +24,18 @@ QUOTA = json.dumps({"error": {"message": "You exceeded your quota", "code": "ins
 FILTERED = json.dumps({"error": {"message": "filtered", "code": "content_filter"}}).encode()
 
 
-def rows(count: int) -> list[Scored]:
+def rows(count: int) -> list[Result]:
     """Rows to be judged, whose results differ."""
 
     def picture(number: int) -> bytes:
         return encode_png(np.full((12, 12, 3), number, dtype=np.uint8))
 
     return [
-        Scored(
-            result=Result(
-                item=Item(key=f"i{number}", image=picture(0), request=EditRequest(instruction=f"Do {number} {{x}}.")),
-                edit="",
-                method="m",
-                image=picture(number + 1),
-            )
+        Result(
+            item=Item(key=f"i{number}", image=picture(0), request=EditRequest(instruction=f"Do {number} {{x}}.")),
+            edit="",
+            method="m",
+            image=picture(number + 1),
         )
         for number in range(count)
     ]
@@ -51,7 +48,7 @@ def judging(judge: FakeJudge, folder: Path, **settings: Any) -> Judging:
 
 def judged(script: Script, folder: Path, count: int = 1, **settings: Any) -> tuple[list[dict[str, Any]], FakeJudge]:
     with fake_judge(script) as judge:
-        return judging(judge, folder, **settings).columns(rows(count)), judge
+        return judging(judge, folder, **settings).columns(rows(count), [""] * count), judge
 
 
 def test_two_questions_give_three_scores_and_everything_that_made_them(tmp_path):
@@ -123,12 +120,12 @@ def test_a_question_without_an_answer_gives_a_reason_and_keeps_the_other_score(
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
 def test_a_rate_limit_slows_all_by_as_much_as_the_server_asks(tmp_path, form):
-    after = "1" if form == "seconds" else email.utils.formatdate(time.time() + 2.2, usegmt=True)
     limited: list[float] = []
 
     def script(digest: str, part: str, attempt: int) -> Reply:
         if not limited:
             limited.append(time.monotonic())
+            after = "1" if form == "seconds" else email.utils.formatdate(time.time() + 2.2, usegmt=True)
             return Reply(status=429, headers={"Retry-After": after})
         return Reply()
 
@@ -149,7 +146,7 @@ def test_a_spent_quota_and_a_wrong_key_end_the_run_without_another_try_and_witho
     ):
         with fake_judge(lambda *_, reply=reply: reply) as judge:
             with pytest.raises(JudgeError, match=words) as caught:
-                judging(judge, tmp_path, concurrency=1).columns(rows(2))
+                judging(judge, tmp_path, concurrency=1).columns(rows(2), ["", ""])
             assert sum(judge.asked.values()) == 1
             assert judge.headers[0]["Authorization"] == "Bearer sk-PLANTED-SECRET-4711"
         assert "SECRET" not in str(caught.value)
@@ -162,14 +159,14 @@ def test_an_answered_question_is_never_asked_again_even_by_another_process(tmp_p
 
     with fake_judge(fails_late) as judge:
         with pytest.raises(JudgeError):
-            judging(judge, tmp_path, concurrency=1).columns(rows(4))
+            judging(judge, tmp_path, concurrency=1).columns(rows(4), [""] * 4)
         judge.script = lambda *_: Reply()
         before = sum(judge.asked.values())
         again = judging(judge, tmp_path)
-        found = again.columns(rows(4))
+        found = again.columns(rows(4), [""] * 4)
         assert sum(judge.asked.values()) - before == 8 - 5 == again.requests
-        assert judging(judge, tmp_path).columns(rows(4)) == found
-        assert judging(judge, tmp_path, temperature=0.5).columns(rows(1))[0]["judge_temperature"] == 0.5
+        assert judging(judge, tmp_path).columns(rows(4), [""] * 4) == found
+        assert judging(judge, tmp_path, temperature=0.5).columns(rows(1), [""])[0]["judge_temperature"] == 0.5
         assert sum(judge.asked.values()) == before + 3 + 2, "other settings are other questions"
 
 
@@ -191,9 +188,8 @@ def test_passes_differ_in_their_seeds_and_their_mean_counts(tmp_path):
 
 
 def test_what_has_no_picture_is_not_asked_about(tmp_path):
-    failed = Scored(result=rows(1)[0].result, reason="failed_edit")
     with fake_judge() as judge:
-        (row,) = judging(judge, tmp_path).columns([failed])
+        (row,) = judging(judge, tmp_path).columns(rows(1), ["failed_edit"])
         assert not judge.asked
     assert row["judge_reason"] == "failed_edit"
 

@@ -18,6 +18,7 @@ import jinja2
 import pipeline
 from pipeline.common.wording import shown
 from pipeline.evaluation.items import Result
+from pipeline.evaluation.job.measuring import Unit
 from pipeline.evaluation.job.plots import boxes, trade_off
 from pipeline.evaluation.layouts import FOLDERS, place
 from pipeline.evaluation.tables import Tables, grid, number, type_grid
@@ -30,8 +31,6 @@ KEPT = ("psnr_unedit_part", "ssim_unedit_part", "structure_distance", "psnr")
 DONE = ("judge_overall", "success", "clip_similarity_target_image", "clip_sim_dir", "truth_psnr", "mask_iou")
 
 Row = Mapping[str, Any]
-Unit = tuple[str, Callable[[], list[Result]]]
-"""A unit's name, and what loads its results."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +74,7 @@ def page_of(
     rows: Sequence[Row],
     units: Iterable[tuple[Unit, Sequence[Row]]],
     kind: str,
+    load: Callable[[Unit], list[Result]],
     *,
     official: bool,
     most: int = ITEMS,
@@ -84,13 +84,14 @@ def page_of(
     Args:
         tables: what is printed of the evaluation.
         rows: of all methods.
-        units: with their rows; those that hold a chosen item are loaded.
+        units: with their rows.
         kind: of the set.
+        load: gives a unit's results, of those that hold a chosen item.
         official: results stand in the benchmark's own layout beside the page, and are linked.
         most: images with pictures.
     """
     chosen = chosen_items(rows, tables, most)
-    cards = _cards(chosen, tables, rows, units, kind if official else "")
+    cards = _cards(chosen, tables, rows, units, kind if official else "", load)
     heads, cells = grid(tables)
     type_heads, type_rows = type_grid(tables)
     preserved = next((name for name in KEPT if name in tables.measures), None)
@@ -120,14 +121,15 @@ def _cards(
     rows: Sequence[Row],
     units: Iterable[tuple[Unit, Sequence[Row]]],
     kind: str,
+    load: Callable[[Unit], list[Result]],
 ) -> list[dict[str, Any]]:
     wanted = set(chosen.items)
     by_place = {(name_of(row["item"], row["edit"]), row["method"]): row for row in rows}
     cards: dict[str, dict[str, Any]] = {}
-    for (_, load), some in units:
+    for unit, some in units:
         if not wanted & {name_of(row["item"], row["edit"]) for row in some}:
             continue
-        for result in load():
+        for result in load(unit):
             name = name_of(result.item.key, result.edit)
             if name in wanted and (row := by_place.get((name, result.method))) is not None:
                 card = cards.setdefault(name, _card(name, result, row))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from pipeline.evaluation import tables as printed
 from pipeline.evaluation.config import EvaluateConfig, PieBench
-from pipeline.evaluation.job.page import Unit, page_of
+from pipeline.evaluation.job.measuring import Measures, Unit, load_unit
+from pipeline.evaluation.job.page import page_of
 from pipeline.evaluation.judging.judged import remarks_of
 from pipeline.evaluation.layouts import FOLDERS
 from pipeline.evaluation.measures import MEASURES, Measure, measure_of
@@ -35,8 +37,7 @@ def write_results(
     root: str,
     config: EvaluateConfig,
     units: Sequence[tuple[Unit, Rows]],
-    unavailable: Mapping[str, str],
-    own: Mapping[str, bool | None],
+    measures: Measures,
 ) -> Tables:
     """Write everything that follows from the rows; returns the tables.
 
@@ -44,8 +45,7 @@ def write_results(
         fs, root: the sink's folder.
         config: the evaluation's.
         units: with their rows, of all methods.
-        unavailable: measures that could not be had, with the way to get them.
-        own: directions of measures of one's own.
+        measures: what the rows hold.
     """
     refuse_links(config.sink)
     rows = [row for _, some in units for row in some]
@@ -56,10 +56,10 @@ def write_results(
     tables = tables_of(
         rows,
         methods,
-        _measures(config, rows, own),
+        _measures(config, rows, measures.own),
         settings,
         title=title_of(config, rows, methods),
-        unavailable=unavailable,
+        unavailable=measures.unavailable,
         remarks=remarks_of(config.judge, rows) if config.judge else (),
     )
     official = official_of(config, rows, methods)
@@ -71,7 +71,9 @@ def write_results(
         "summary.json": json.dumps(tables.as_dict() | {"official": official}, indent=1, ensure_ascii=False) + "\n",
     }
     is_laid_out = bool(config.methods) and config.official_layout
-    files["index.html"] = page_of(tables, rows, units, config.set.kind, official=is_laid_out)
+    files["index.html"] = page_of(
+        tables, rows, units, config.set.kind, partial(load_unit, config), official=is_laid_out
+    )
     for name, text in files.items():
         put(fs, f"{root}/{FOLDER}/{name}", text.encode("utf-8", "replace"))
     for name, data in _official_files(config, rows, methods).items():

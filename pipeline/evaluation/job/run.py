@@ -12,10 +12,11 @@ that are not answered.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -23,33 +24,33 @@ from pipeline.common import stopping
 from pipeline.common.showing import public_url
 from pipeline.common.wording import count
 from pipeline.errors import SinkError
-from pipeline.evaluation.benchmarks.files import Folder
-from pipeline.evaluation.benchmarks.pie_bench import SIDE
 from pipeline.evaluation.config import EvaluateConfig, OwnSet
-from pipeline.evaluation.from_run import results_of, units_of
-from pipeline.evaluation.items import Result
-from pipeline.evaluation.job.costs import Costs
-from pipeline.evaluation.job.page import Unit
+from pipeline.evaluation.job.measuring import (
+    MeasuredUnit,
+    Measures,
+    Measuring,
+    Unit,
+    load_unit,
+    units_to_measure,
+)
 from pipeline.evaluation.job.results import write_results
 from pipeline.evaluation.judging.judged import Judging
-from pipeline.evaluation.layouts import FOLDERS, files_of, refuse_empty, result_there
-from pipeline.evaluation.score_rows import as_bytes, row_of, rows_in, schema
-from pipeline.evaluation.scoring import Scorer
-from pipeline.evaluation.set_files import FOLDER, read_items, source_of, write_set
+from pipeline.evaluation.score_rows import as_bytes, rows_in, schema
+from pipeline.evaluation.set_files import FOLDER, source_of, write_set
 from pipeline.evaluation.tables import Tables
-from pipeline.looking.results import RunFolder
-from pipeline.reading.decoder import Decoder
 from pipeline.reading.storage import FileSystem, open_fs
 from pipeline.recipe import Recipe
 from pipeline.running.driver import run
 from pipeline.running.in_process import resources_here
 from pipeline.running.progress import Display
-from pipeline.writing.files import from_json, get, list_folder, put
+from pipeline.writing.files import from_json, get, list_folder, put, remove
 from pipeline.writing.lock import DriverLock
+from pipeline.writing.run_record import read_run_record
 from pipeline.writing.sink_place import refuse_unusable_sink
 from pipeline.writing.summary import Summary
 
 RECORD = f"{FOLDER}/evaluation.json"
+MEASURES = f"{FOLDER}/measures.json"
 ROWS = f"{FOLDER}/rows"
 FEWEST_JUDGED = 200  # rows from which too many without a judge's score fail the command
 TOO_MANY_FAILED = 3  # exit code
@@ -98,27 +99,50 @@ def evaluate(config: EvaluateConfig, *, progress: Display = "auto", retry_failed
         stop = stack.enter_context(stopping.orderly())
         lock = stack.enter_context(DriverLock(inside, on_lost=lost.append, notify=partial(_say, progress)))
         stop.when_ended = partial(lock.__exit__, None, None, None)
-        units = _units(config, fs, root, files, own)
-        work = _Work(config, fs, root, recipe, lock.claim.check, retry_failed)
-        stack.callback(work.close)
-        for name, load in units:
-            stopping.check()
-            if work.is_left(name):
-                work.do(name, load())
-                _say(progress, f"measured {work.done:,} of {count(len(units), 'unit')}")
-        measured = [(unit, work.rows(unit[0])) for unit in units]
-        rows = [row for _, some in measured for row in some]
-        tables = write_results(fs, root, config, measured, work.scorer.unavailable, work.scorer.own_directions)
+        units = units_to_measure(config, files)
+        work = _Work(config, fs, root, lock.claim.check, retry_failed)
+        left = [unit for unit in units if work.is_left(unit)]
+        with closing(_measured(left, config, recipe)) as measured:
+            for number, one in enumerate(measured, 1):
+                work.finish(one)
+                _say(progress, f"measured {len(units) - len(left) + number:,} of {count(len(units), 'unit')}")
+        rows = [(unit, work.rows(unit)) for unit in units]
+        tables = write_results(fs, root, config, rows, work.measures)
         lock.check()
     return Evaluation(
         folder=config.sink.folder,
         tables=tables,
         edits=summary,
         units=len(units),
-        units_now=work.now,
+        units_now=len(left),
         requests=work.judging.requests if work.judging else 0,
-        exit_code=_exit_code(config, summary, rows),
+        exit_code=_exit_code(config, summary, [row for _, some in rows for row in some]),
     )
+
+
+def _measured(left: Sequence[Unit], config: EvaluateConfig, recipe: Recipe | None) -> Iterator[MeasuredUnit]:
+    """Units as they are measured: on the cluster where there is one, else here on all cores."""
+    if not left:
+        return
+    record = read_run_record(config.sink)
+    make = partial(Measuring, config, recipe, record.threads if record is not None else None)
+    if _is_spread(config):
+        from pipeline.running.on_ray.spreading import spread
+
+        yield from spread(make, left, config.run)
+        return
+    measuring = make()
+    try:
+        for unit in left:
+            stopping.check()
+            yield measuring(unit)
+    finally:
+        measuring.close()
+
+
+def _is_spread(config: EvaluateConfig) -> bool:
+    """Whether more than this process is there to measure: starting Ray for less would take longer than it saves."""
+    return config.run.engine == "ray" and (bool(os.environ.get("RAY_ADDRESS")) or resources_here().gpus > 1)
 
 
 def _recipe_to_check(config: EvaluateConfig) -> Recipe:
@@ -156,97 +180,80 @@ def _without_secrets(config: EvaluateConfig, secrets: Any) -> Any:
     return data
 
 
-def _units(config: EvaluateConfig, fs: FileSystem, root: str, files: Sequence[str], own: OwnSet | None) -> list[Unit]:
-    if not config.results:
-        edited = RunFolder(config.sink)
-        return [(name, partial(results_of, edited, spans, own)) for name, spans in units_of(edited).items()]
-    folders = {method: Folder(url, config.sink.storage_options) for method, url in config.results.items()}
-    kind = config.set.kind
-    refuse_empty(kind, folders, read_items(fs, root, files[0])[0])
-
-    def load(path: str, method: str) -> list[Result]:
-        return [result_there(kind, folders[method], method, item) for item in read_items(fs, root, path)]
-
-    return [
-        (f"{method}-{number:05d}", partial(load, path, method))
-        for method in config.results
-        for number, path in enumerate(files)
-    ]
-
-
 class _Work:
-    """What is done to units, with what is loaded once."""
+    """Units that are measured become committed ones."""
 
     def __init__(
-        self,
-        config: EvaluateConfig,
-        fs: FileSystem,
-        root: str,
-        recipe: Recipe | None,
-        check: Callable[[], None],
-        retry_failed: bool,
+        self, config: EvaluateConfig, fs: FileSystem, root: str, check: Callable[[], None], retry_failed: bool
     ) -> None:
         self._config, self._fs, self._root, self._check = config, fs, root, check
         self._retry_failed = retry_failed
         self._there = {path.rpartition("/")[2] for path in list_folder(fs, f"{root}/{ROWS}")}
-        source = recipe.source if recipe is not None else _recipe_to_check(config).source
-        self.scorer = Scorer(
-            config.metrics,
-            size=SIDE if config.set.kind == "pie_bench" else None,
-            decoder=Decoder(source),
-            threads=max(1, int(resources_here().cpus)),
-        )
+        self._known = self._known_measures()
+        if retry_failed and self._known is not None and self._known.unavailable:
+            self._forget()
         self.judging: Judging | None = None
         if config.judge is not None:
             journal = f"{root}/{FOLDER}/journal"
             self.judging = Judging(config.judge, fs, journal, ask_failed_again=retry_failed)
-        self._costs = Costs(recipe)
-        self._schema = schema(self.scorer.columns, judged=config.judge is not None)
-        self.now = 0
-        self.done = 0
 
-    def close(self) -> None:
-        """End threads."""
-        self.scorer.close()
+    @property
+    def measures(self) -> Measures:
+        """What the committed rows hold."""
+        return self._known or Measures(columns=(), unavailable={}, own={})
 
-    def is_left(self, name: str) -> bool:
+    def is_left(self, unit: Unit) -> bool:
         """Whether a unit is to be measured."""
-        left = f"{name}.parquet" not in self._there
-        if not left and self._retry_failed:
-            left = any(row["reason"] or row.get("judge_reason") for row in self.rows(name))
-        self.done += not left
-        return left
+        if f"{unit.name}.parquet" not in self._there:
+            return True
+        return self._retry_failed and any(row["reason"] or row.get("judge_reason") for row in self.rows(unit))
 
-    def do(self, name: str, results: Sequence[Result]) -> None:
-        """Measure, judge, commit."""
-        scored = self.scorer.score(results)
-        judged: Sequence[dict[str, Any]] = [{}] * len(scored)
+    def finish(self, measured: MeasuredUnit) -> None:
+        """Judge and commit."""
+        self._settle(measured.measures)
+        rows = measured.rows
         if self.judging is not None:
-            judged = self.judging.columns(scored)
-        rows = [
-            row_of(one, cost=self._costs.of(one.result.method, one.result.item.request), judged=columns)
-            for one, columns in zip(scored, judged, strict=True)
-        ]
-        for path, data in self._official(results):
-            put(self._fs, f"{self._root}/{path}", data, durable=False)
+            results = load_unit(self._config, measured.unit)
+            judged = self.judging.columns(results, [row["reason"] for row in rows])
+            rows = [row | columns for row, columns in zip(rows, judged, strict=True)]
+        columns = schema(measured.measures.columns, judged=self.judging is not None)
         self._check()
-        put(self._fs, f"{self._root}/{ROWS}/{name}.parquet", as_bytes(rows, self._schema))
-        self.now += 1
-        self.done += 1
+        put(self._fs, f"{self._root}/{ROWS}/{measured.unit.name}.parquet", as_bytes(rows, columns))
 
-    def _official(self, results: Sequence[Result]) -> Iterator[tuple[str, bytes]]:
-        kind = self._config.set.kind
-        if self._config.methods and self._config.official_layout and kind in FOLDERS:
-            for result in results:
-                for path, data in files_of(kind, result):
-                    yield f"{FOLDER}/{FOLDERS[kind]}/{path}", data
-
-    def rows(self, name: str) -> list[dict[str, Any]]:
+    def rows(self, unit: Unit) -> list[dict[str, Any]]:
         """A unit's rows, as committed."""
-        data = get(self._fs, f"{self._root}/{ROWS}/{name}.parquet")
+        data = get(self._fs, f"{self._root}/{ROWS}/{unit.name}.parquet")
         if data is None:
-            raise SinkError(f"{ROWS}/{name}.parquet has gone. Run the same command again")
+            raise SinkError(f"{ROWS}/{unit.name}.parquet has gone. Run the same command again")
         return rows_in(data)
+
+    def _known_measures(self) -> Measures | None:
+        data = get(self._fs, f"{self._root}/{MEASURES}")
+        if data is None:
+            return None
+        known = from_json(data)
+        return Measures(columns=tuple(known["columns"]), unavailable=known["unavailable"], own=known["own"])
+
+    def _forget(self) -> None:
+        """All rows, for what was unavailable may be there by now. Answers of the judge stay in the journal."""
+        self._check()
+        for name in self._there:
+            remove(self._fs, f"{self._root}/{ROWS}/{name}")
+        remove(self._fs, f"{self._root}/{MEASURES}")
+        self._there, self._known = set(), None
+
+    def _settle(self, measures: Measures) -> None:
+        """See that all units are measured alike: a model that was missing before would give half a column."""
+        if self._known == measures:
+            return
+        if self._known is not None and self._there:
+            differing = sorted(set(self._known.unavailable) ^ set(measures.unavailable))
+            raise SinkError(
+                f"units that are done were measured otherwise ({', '.join(differing) or 'other measures'}). Give "
+                "--retry-failed to measure all of them again"
+            )
+        self._known = measures
+        put(self._fs, f"{self._root}/{MEASURES}", json.dumps(asdict(measures), indent=1).encode())
 
 
 def _exit_code(config: EvaluateConfig, summary: Summary | None, rows: Sequence[dict[str, Any]]) -> int:

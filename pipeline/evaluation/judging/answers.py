@@ -184,7 +184,8 @@ def read_imgedit(text: str, edit_type: str, finish_reason: str = "stop") -> Read
 
 def _last_named(text: str, name: str) -> float | None:
     """The number that follows a criterion's name, where it stands last."""
-    spelled = re.escape(name.casefold()).replace(r"\ &\ ", r"\s*(?:&|and)\s*").replace(r"\ ", r"\s+")
+    words = [r"\s+".join(re.escape(word) for word in part.split()) for part in name.casefold().split("&")]
+    spelled = r"\s*(?:&|\band\b)\s*".join(words)
     # "Physical Consistency" begins another criterion's name, and "Naturalness" may end one: the colon decides.
     found = re.findall(
         rf"{spelled}[\s\"'*_`]*[:：][\s\"'*_`]*({NUMBER})(?:\s*/\s*5\b)?", unicodedata.normalize("NFC", text.casefold())

@@ -11,8 +11,9 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import asdict, dataclass
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
@@ -230,6 +231,7 @@ class Interview:
         self._judge, self._config, self._read, self._journal = judge, config, read, journal
         self._ask_failed_again = ask_failed_again
         self._ending = threading.Event()
+        self._cause: JudgeError | None = None
         self.requests = 0  # that were made by this command
         self._lock = threading.Lock()
 
@@ -244,21 +246,34 @@ class Interview:
         Raises:
             JudgeError: the judge cannot be asked. What is answered by then is kept.
         """
-        pool = ThreadPoolExecutor(self._config.concurrency, thread_name_prefix="judge")
+        futures: list[Future[Outcome]] = [Future() for _ in questions]
+        todo: SimpleQueue[tuple[Future[Outcome], Question] | None] = SimpleQueue()
+        for pair in zip(futures, questions, strict=True):
+            todo.put(pair)
+        threads = min(self._config.concurrency, len(questions))
+        for number in range(threads):
+            todo.put(None)
+            # Daemons: nobody waits for an answer that takes two minutes where the run is told to end.
+            threading.Thread(target=self._answer, args=(todo,), name=f"judge-{number}", daemon=True).start()
+        left = set(futures)
         try:
-            futures = [pool.submit(self._one, question) for question in questions]
-            left: set[Future[Outcome]] = set(futures)
             while left:
-                done, left = wait(left, SECONDS_BETWEEN_CHECKS)
+                done, left = wait(left, SECONDS_BETWEEN_CHECKS, return_when=FIRST_EXCEPTION)
                 stopping.check()
                 for future in done:
                     future.result()
-            return [future.result() for future in futures]
-        except BaseException:
+        except BaseException as error:
             self._ending.set()
-            raise
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            raise self._cause or error from None
+        return [future.result() for future in futures]
+
+    def _answer(self, todo: SimpleQueue[tuple[Future[Outcome], Question] | None]) -> None:
+        while (given := todo.get()) is not None:
+            future, question = given
+            try:
+                future.set_result(self._one(question))
+            except BaseException as error:
+                future.set_exception(error)
 
     def _one(self, question: Question) -> Outcome:
         known = self._journal.find(question)
@@ -269,6 +284,10 @@ class Interview:
         asking = Asking(self._judge, question, lambda answer: self._read(question, answer), self._config, self.sleep)
         try:
             outcome = asking.outcome()
+        except JudgeError as error:  # at once: the next question would be asked in vain
+            self._cause = self._cause or error
+            self._ending.set()
+            raise
         finally:
             with self._lock:
                 self.requests += asking.tries

@@ -19,7 +19,7 @@ from pipeline.evaluation.judging.asking import MOST_TEXT, Answer, Interview, Jou
 from pipeline.evaluation.judging.config import JudgeConfig
 from pipeline.evaluation.judging.endpoint import Endpoint
 from pipeline.evaluation.judging.questions import PARTS, Prompts, Question, scores_of
-from pipeline.evaluation.scoring import JPEG_QUALITY, MAX_PIXELS, Scored
+from pipeline.evaluation.scoring import JPEG_QUALITY, MAX_PIXELS
 from pipeline.reading.decode import decode
 from pipeline.reading.storage import FileSystem
 from pipeline.writing.rows import encode_png, utf8_text
@@ -59,14 +59,20 @@ class Judging:
     def _read(self, question: Question, answer: Answer) -> Read:
         return self._prompts.read(answer.text, self._types[question.row], answer.finish_reason)
 
-    def columns(self, rows: Sequence[Scored]) -> list[dict[str, Any]]:
-        """The judge's columns of every row; of one without a picture, why it was not asked about."""
-        asked: list[tuple[int, list[Question]]] = []
-        for at, row in enumerate(rows):
-            if not row.reason:
-                asked.append((at, self._questions(row.result)))
+    def columns(self, results: Sequence[Result], reasons: Sequence[str]) -> list[dict[str, Any]]:
+        """The judge's columns of every result; of one that could not be measured, why it was not asked about.
+
+        Args:
+            results: of a unit.
+            reasons: why they could not be measured; "" where they were.
+        """
+        asked = [
+            (at, self._questions(result))
+            for at, (result, reason) in enumerate(zip(results, reasons, strict=True))
+            if not reason
+        ]
         outcomes = iter(self._interview.ask([question for _, questions in asked for question in questions]))
-        found = [self._without_answers(row.reason) for row in rows]
+        found = [self._without_answers(reason) for reason in reasons]
         for at, questions in asked:
             found[at] = self._with_answers([(question, next(outcomes)) for question in questions])
         return found
