@@ -166,15 +166,21 @@ class EvaluateConfig(Section):
         """
         return recipe_from(
             {
-                "source": source.model_dump(),
-                "edits": {name: edit.model_dump() for name, edit in self.edits.items()},
-                "model": self.model.model_dump(),
-                "methods": {name: method.model_dump() for name, method in self.methods.items()},
-                "sink": self.sink.model_dump(),
-                "run": self.run.model_dump(),
+                "source": source,
+                "edits": dict(self.edits),
+                "model": self.model,
+                "methods": dict(self.methods),
+                "sink": self.sink,
+                "run": self.run,
             },
             "evaluation",
         )
+
+    @property
+    def set_hash(self) -> str:
+        """SHA-256 of what names the set, first 16 hexadecimal digits."""
+        data = self.set.model_dump(mode="json", exclude={"storage_options"})
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def hash(self) -> str:

@@ -76,7 +76,7 @@ def write_set(config: EvaluateConfig) -> list[str]:
     fs, root = open_fs(config.sink.folder, config.sink.storage_options)
     before = get(fs, f"{root}/{RECORD}")
     if before is not None:
-        return _files_in(before)
+        return _files_in(before, config.set_hash)
     files: list[str] = []
     keys: Counter[str] = Counter()
     held: list[Item] = []
@@ -98,16 +98,20 @@ def write_set(config: EvaluateConfig) -> list[str]:
         raise SourceError(f"the set {config.set.kind} has no items. Check set.folder and what it is narrowed to")
     if twice := [key for key, count in keys.items() if count > 1]:
         raise SourceError(f"the set {config.set.kind} has the item {twice[0]} {keys[twice[0]]} times")
-    put(fs, f"{root}/{RECORD}", json.dumps({"items": keys.total(), "files": files}, indent=1).encode())
+    record = {"set": config.set_hash, "items": keys.total(), "files": files}
+    put(fs, f"{root}/{RECORD}", json.dumps(record, indent=1).encode())
     return files
 
 
-def _files_in(record: bytes) -> list[str]:
+def _files_in(record: bytes, wanted: str) -> list[str]:
     try:
-        files = from_json(record)["files"]
+        held = from_json(record)
+        files = held["files"]
         ours = re.compile(rf"{FOLDER}/items/items-\d{{5,}}\.parquet")
         if not files or not all(isinstance(path, str) and ours.fullmatch(path) for path in files):
             raise ValueError("a name in it is none of ours")
+        if held["set"] != wanted:
+            raise SinkError("the folder holds another set. Set another sink.folder")
         return list(files)
     except (ValueError, KeyError, TypeError) as error:
         raise SinkError(f"{RECORD} is damaged: {describe(error)}. Remove it, and start again") from error

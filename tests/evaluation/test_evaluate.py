@@ -54,7 +54,9 @@ def written(folder: Path) -> dict[str, bytes]:
     inside = folder / "evaluate"
     paths = [path for path in sorted(inside.rglob("*")) if path.is_file() and "_lock" not in path.parts]
     kept = {path.relative_to(inside).as_posix(): path.read_bytes() for path in paths}
-    return {name: data for name, data in kept.items() if not name.startswith(("evaluation.json", "journal/"))}
+    return {
+        name: data for name, data in kept.items() if not name.startswith(("evaluation.json", "items.json", "journal/"))
+    }
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:

@@ -53,7 +53,7 @@ def trade_off(tables: Tables, kept: str, done: str) -> Markup:
     for place, method, x, y in points:
         left, right = (_x(axis_x.share(end)) for end in _ends(x))
         low, high = (_y(axis_y.share(end)) for end in _ends(y))
-        at_x, at_y = _x(axis_x.share(x.mean_of_items)), _y(axis_y.share(y.mean_of_items))
+        at_x, at_y = _x(axis_x.share(x.mean_of_items or 0.0)), _y(axis_y.share(y.mean_of_items or 0.0))
         color = color_of(place)
         parts += [
             f'<line x1="{left:.1f}" x2="{right:.1f}" y1="{at_y:.1f}" y2="{at_y:.1f}" stroke="{color}" opacity=".5"/>',

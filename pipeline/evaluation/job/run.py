@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -87,8 +87,10 @@ def evaluate(config: EvaluateConfig, *, progress: Display = "auto", retry_failed
     refuse_unusable_sink(_recipe_to_check(config))
     fs, root = open_fs(config.sink.folder, config.sink.storage_options)
     own = config.set if isinstance(config.set, OwnSet) else None
-    _claim(fs, root, config)
+    is_new = _is_new(fs, root, config)
     files = [] if own else write_set(config)
+    if is_new:
+        _claim(fs, root, config)
     summary, recipe = None, None
     if config.methods:
         recipe = config.recipe(source_of(config, files))
@@ -120,7 +122,7 @@ def evaluate(config: EvaluateConfig, *, progress: Display = "auto", retry_failed
     )
 
 
-def _measured(left: Sequence[Unit], config: EvaluateConfig, recipe: Recipe | None) -> Iterator[MeasuredUnit]:
+def _measured(left: Sequence[Unit], config: EvaluateConfig, recipe: Recipe | None) -> Generator[MeasuredUnit]:
     """Units as they are measured: on the cluster where there is one, else here on all cores."""
     if not left:
         return
@@ -155,29 +157,30 @@ def _say(progress: Display, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _claim(fs: FileSystem, root: str, config: EvaluateConfig) -> None:
-    """Say what the folder is for, or see that it is for this."""
+def _is_new(fs: FileSystem, root: str, config: EvaluateConfig) -> bool:
+    """Whether the folder holds no evaluation yet.
+
+    Raises:
+        SinkError: it holds another one.
+    """
     before = get(fs, f"{root}/{RECORD}")
     if before is None:
-        secrets: Any = {"sink": {"storage_options"}, "set": {"storage_options"}}
-        put(
-            fs,
-            f"{root}/{RECORD}",
-            json.dumps({"hash": config.hash, "config": _without_secrets(config, secrets)}, indent=1).encode(),
-        )
-        return
+        return True
     known = from_json(before)
     if not isinstance(known, dict) or known.get("hash") != config.hash:
         raise SinkError(
             f"{public_url(config.sink.folder)} holds another evaluation: another set, other methods, measures or "
             "judge. Set another sink.folder"
         )
+    return False
 
 
-def _without_secrets(config: EvaluateConfig, secrets: Any) -> Any:
+def _claim(fs: FileSystem, root: str, config: EvaluateConfig) -> None:
+    """Say what the folder is for; without storage options, which may hold secrets."""
+    secrets: Any = {"sink": {"storage_options"}, "set": {"storage_options"}}
     data = config.model_dump(mode="json", exclude=secrets)
     data["set"].get("source", {}).pop("storage_options", None)
-    return data
+    put(fs, f"{root}/{RECORD}", json.dumps({"hash": config.hash, "config": data}, indent=1).encode())
 
 
 class _Work:

@@ -127,7 +127,7 @@ class Asking:
         except _MalformedError as error:
             return Outcome(read=error.read, answer=error.answer, tries=self.tries)
         except (PassingError, RowFailedError) as error:
-            last = self.last and self.last.answer
+            last = None if self.last is None else self.last.answer
             return Outcome(read=Read(reason=str(error)), answer=last, tries=self.tries)
 
     def _attempt(self) -> tuple[Answer, Read]:
