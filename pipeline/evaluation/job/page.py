@@ -25,6 +25,7 @@ from pipeline.evaluation.tables import Tables, grid, number, type_grid
 from pipeline.looking.report.thumbnails import data_uri, mask_uri, small_mask, small_rgb
 
 ITEMS = 60  # with pictures, unless more is asked for
+UNREADABLE = ("broken_image", "failed_read", "failed_decode")  # reasons of rows whose input is none
 EXTREMES = 3  # worst and best of every method
 # The first that has numbers is taken: what an edit left alone, and how far it went.
 KEPT = ("psnr_unedit_part", "ssim_unedit_part", "structure_distance", "psnr")
@@ -145,8 +146,9 @@ def _card(name: str, result: Result, row: Row) -> dict[str, Any]:
         "name": name,
         "type": item.edit_type,
         "asked": item.request.instruction or item.request.target_prompt,
-        "source": _picture(item.image),
-        "region": _region(item.region),
+        # What the decoder in its own process has refused is not opened here.
+        "source": "" if row["reason"].startswith(UNREADABLE) else _picture(item.image),
+        "region": "" if row["reason"] else _region(item.region),
         "problem": item.problem,
         "cells": {},
     }
