@@ -1,6 +1,6 @@
 """From rows of scores to tables: what each method reached, on how many rows, and which differences are none.
 
-A comparison counts the rows that all methods have a number in; beside it stands what each method reached on its own
+A comparison counts the rows that all methods with any number have one in; beside it stands what each reached on its own
 rows. Everything here is a function of the rows: a second run prints the same.
 """
 
@@ -92,7 +92,8 @@ def tables_of(
         scores = {method: scores_in(some, name) for method, some in by_method.items()}
         if not any(scores.values()):
             continue
-        shared = set.intersection(*({score.item for score in some} for some in scores.values()))
+        # A method that never has a number, as one without a mask has no overlap, keeps nobody from being compared.
+        shared = set.intersection(*({score.item for score in some} for some in scores.values() if some))
         common = {method: [score for score in some if score.item in shared] for method, some in scores.items()}
         kept[name] = measure
         own = {method: describe(some, settings) for method, some in scores.items()}
@@ -178,8 +179,8 @@ def grid(tables: Tables) -> tuple[list[str], list[list[tuple[str, str]]]]:
     marks = {name: best_of(tables, name) for name in tables.measures}
     rows = []
     for method in tables.methods:
-        counts = {line[method].common.n for line in tables.lines.values()}
-        n = f"{min(counts)}" if len(counts) == 1 else f"{min(counts, default=0)}-{max(counts, default=0)}"
+        counts = {line[method].common.n for line in tables.lines.values() if line[method].own.n}
+        n = "-".join(str(one) for one in dict.fromkeys((min(counts, default=0), max(counts, default=0))))
         cells = [(f"`{method}`", ""), (f"{n} of {tables.asked[method]}", "")]
         for name, measure in tables.measures.items():
             best, near = marks[name]

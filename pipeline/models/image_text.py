@@ -77,10 +77,7 @@ def load_image_text(name: str) -> ImageTextModel:
     Raises:
         ModelError: it is missing, no CLIP, or has no safetensors.
     """
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # it asks for torchvision, which is not needed
+    silence()
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
     folder = located(name)
@@ -94,6 +91,14 @@ def load_image_text(name: str) -> ImageTextModel:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the score model '{name}' cannot be loaded: {type(error).__name__}: {error}") from error
     return ImageTextModel(name, model.to(device).eval(), tokenizer, processor, device)
+
+
+def silence() -> None:
+    """Keep transformers from drawing bars, and from asking for torchvision, which is not needed."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
 
 def located(name: str) -> Path:

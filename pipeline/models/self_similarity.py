@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch.nn.functional import interpolate, normalize
 
 from pipeline.errors import ModelError
-from pipeline.models.image_text import check_safe, located
+from pipeline.models.image_text import check_safe, located, silence
 
 KINDS = ("vit", "dinov2", "dinov2_with_registers")
 SIDE = 224  # pixels
@@ -100,6 +100,7 @@ def load_vision_transformer(name: str) -> VisionTransformer:
     Raises:
         ModelError: it is missing, of another kind, or has no safetensors.
     """
+    silence()
     from transformers import AutoModel
 
     folder = located(name)

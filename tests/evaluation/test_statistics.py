@@ -96,6 +96,9 @@ def test_a_table_marks_the_best_and_what_cannot_be_told_from_it_and_counts_every
     measures = {"psnr_unedit_part": MEASURES["psnr_unedit_part"], "mask_iou": MEASURES["mask_iou"]}
     tables = tables_of(rows, list(values), measures, QUICK, title="T", unavailable={"x": "get it"})
     assert list(tables.measures) == ["psnr_unedit_part"], "nobody has a number in the other"
+    some = [row | {"mask_iou": 0.5 if row["method"] == "good" else None} for row in rows]
+    overlap = tables_of(some, list(values), measures, QUICK, title="T", unavailable={}).lines["mask_iou"]
+    assert (overlap["good"].common.n, overlap["alike"].common.n) == (40, 0), "who has none keeps nobody from it"
     assert {method: line.common.n for method, line in tables.lines["psnr_unedit_part"].items()} == dict.fromkeys(
         values, 38
     )
