@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import against_diffusers, attention_memory, commit_overhead, many_units, memory, ray_overhead
+from benchmarks import against_diffusers, attention_memory, basis, commit_overhead, many_units, memory, ray_overhead
 from benchmarks.machine import machine, show
 
 BUILD = Path("build")
@@ -22,6 +22,7 @@ def main() -> None:
         "against_diffusers": ("Engine against diffusers' LEDITS++ (ratio above 1: faster)", against_diffusers.measure),
         "ray_overhead": ("Ray job against a plain loop (ratio 1.1: 10 % slower)", ray_overhead.measure),
         "memory": ("Peak memory of a worker by length of run", memory.measure),
+        "basis": ("Latent bases in one job against one image at a time (ratio above 1: faster)", basis.measure),
         "attention_memory": ("Attention control: memory of an image of 512 x 512", attention_memory.measure),
         "commit_overhead": ("What exactly once costs per unit", commit_overhead.measure),
         "many_units": ("Bookkeeping of many units (seconds, MiB)", many_units.measure),

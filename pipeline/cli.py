@@ -11,20 +11,16 @@ import json
 import logging
 import os
 import sys
-import tempfile
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import pipeline
-from pipeline.common import stopping
 from pipeline.common.partition import WHOLE, Partition
 from pipeline.common.showing import typed
-from pipeline.errors import ShardeditError
+from pipeline.looking.ending import reported
 from pipeline.looking.printing import (
     PlainFormatter,
     out,
@@ -38,8 +34,6 @@ from pipeline.looking.printing import (
     whole_streams,
 )
 from pipeline.models.allocator import keep_freed_memory
-
-BROKEN_PIPE = 141  # what shells make of a command that wrote to a closed pipe
 
 app = typer.Typer(
     name="shardedit",
@@ -75,77 +69,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 
 
-@contextmanager
-def reported(debug: bool) -> Iterator[None]:
-    """Errors of ours print as themselves, in a few lines; others name a file with the traceback. Then the exit code."""
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()  # here, where a pipe that was closed can be told from a fault
-    except ShardeditError as error:
-        if debug:
-            sys.stderr.write(shown_traceback())
-        say_error(f"{type(error).__name__}: {error}")
-        raise typer.Exit(error.exit_code) from error
-    except stopping.Stopped as error:
-        with suppress(OSError):  # the terminal may have gone
-            say_error(stopping.last_words(error))
-        raise typer.Exit(error.exit_code) from error
-    except typer.Exit:
-        raise
-    except BrokenPipeError as error:  # `shardedit status ... | head`: whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
-        raise typer.Exit(BROKEN_PIPE) from error
-    except Exception as error:
-        text = shown_traceback()
-        if debug:
-            sys.stderr.write(text)
-        say_error(f"{type(error).__name__}: {first_line(error)}\n{whose_fault(error)}")
-        if not debug:
-            say_error(kept(text))
-        raise typer.Exit(1) from error
-
-
 def parsed_partition(text: str) -> Partition:
     """What was typed after --partition."""
     try:
         return Partition.parsed(text)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--partition") from error
-
-
-def whose_fault(error: Exception) -> str:
-    """Whose fault an error is that nobody foresaw: a path that the system refuses is not ours."""
-    from pipeline.common.showing import about_path
-
-    if isinstance(error, OSError) and (reason := about_path(error)) is not None:
-        where = error.filename or f"a folder that is written to, which may be {tempfile.gettempdir()}"
-        return f"{where}: {reason}. Check the path, its permissions and its space."
-    return "This is a fault of shardedit, not of your data or recipe."
-
-
-def shown_traceback() -> str:
-    """The traceback of the error at hand; addresses in it carry no credentials."""
-    from pipeline.common.showing import without_credentials
-
-    return without_credentials(traceback.format_exc())
-
-
-def first_line(error: BaseException) -> str:
-    """An error's message without what libraries append to it."""
-    return next(iter(str(error).strip().splitlines()), "")[:500]
-
-
-def kept(text: str) -> str:
-    """Write a traceback to a file of its own, readable by this user alone; says where."""
-    try:
-        handle, path = tempfile.mkstemp(prefix="shardedit-", suffix=".log")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-    except OSError:  # a full disk may be what went wrong in the first place
-        return "Add --debug for the full traceback."
-    return f"The full traceback is in {path} (or add --debug)."
 
 
 def show_version(wanted: bool) -> None:
@@ -209,6 +138,39 @@ def evaluate(
         from pipeline.evaluation.job.show import show
 
         raise typer.Exit(show(settings, plan_only=plan, retry_failed=retry_failed))
+
+
+@app.command()
+def basis(
+    config: Config,
+    overrides: Overrides = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Do units with failed rows again; good rows keep their bytes.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="End with exit code 3 where any row failed, not only too many.")
+    ] = False,
+    partition: PartitionOption = "0/1",
+    debug: Debug = False,
+) -> None:
+    """Find every image's local latent basis: the recipe of a `riemannian` edit, with rows of vectors for images."""
+    edit(config, [*(overrides or []), "job=basis"], retry_failed, strict, partition, debug)
+
+
+@app.command()
+def geometry(
+    config: Config, overrides: Overrides = None, partition: PartitionOption = "0/1", debug: Debug = False
+) -> None:
+    """Compare local bases: distances, spectra, transport, mean directions; as tables and pictures."""
+    part = parsed_partition(partition)
+    with reported(debug):
+        from pipeline.studies.config import load_geometry
+
+        settings = load_geometry(config, overrides or [])
+        from pipeline.studies.geometry import compare
+        from pipeline.studies.show import text_of
+
+        out.print(text_of(compare(settings, partition=part)), markup=False)
 
 
 @app.command()

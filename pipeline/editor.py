@@ -28,12 +28,14 @@ from pipeline.errors import RecipeError
 from pipeline.flow import edit_prepared
 from pipeline.looking.counting import RowCounter
 from pipeline.models.loading import checked_device, load_backbone
+from pipeline.reading.directions import refuse_other_directions, stored_directions
 from pipeline.reading.pictures import AnyImage, picture
 from pipeline.reading.prepare import Pictures, prepare
 from pipeline.reading.requests import requests_of
 from pipeline.recipe import Recipe, recipe_from
-from pipeline.records import Asked, Concept, Decoded, Prepared, Rejected, Sample, WordPair
+from pipeline.records import Asked, Concept, Decoded, Prepared, Rejected, Sample, TextExpert, WordPair
 from pipeline.result import Result
+from pipeline.rewards import Reward
 from pipeline.writing.restoring import restored
 
 COMPILED_CALL_SIZE = 8  # rows of a compiled network call, where nothing is said
@@ -59,6 +61,8 @@ class EditSettings(TypedDict, total=False):
     subtract_words: Mapping[str, Any] | WordPair
     equalizer: Mapping[str, float]
     cross_replace_steps: Mapping[str, Any]
+    experts: Sequence[Mapping[str, Any] | TextExpert]
+    rewards: Sequence[Mapping[str, Any] | Reward]
 
 
 class Editor:
@@ -96,7 +100,7 @@ class Editor:
         """
         config = _recipe({"model": {"name": model, **settings}}).model
         backbone = load_backbone(config, device=None if device is None else checked_device(device, model))
-        return cls(backbone, call_size=call_size or (COMPILED_CALL_SIZE if config.compile else None))
+        return cls(backbone, call_size=call_size or (COMPILED_CALL_SIZE if config.compile is True else None))
 
     @property
     def engine(self) -> Engine:
@@ -166,7 +170,7 @@ class Editor:
             on_progress: called with (rows done, rows in all) after each network call. What may end early counts as if
                 it did not, and the last call has all rows done.
             more: other fields of the edit request (`EditRequest`): blend_words, subtract_words, equalizer,
-                cross_replace_steps.
+                cross_replace_steps, experts, rewards.
 
         Raises:
             RecipeError: settings that cannot work, or no edit is asked; lists every problem.
@@ -287,9 +291,15 @@ class Editor:
         """All edits of an image; raises what keeps it from being read."""
         recipe.refuse_what_lacks(self.backbone.offers, self.backbone.record.name)
         prepared = self._prepared(image, mask, name, recipe)
+        refuse_other_directions(recipe, self.backbone)
         return (
             yield from edit_prepared(
-                prepared, recipe.all_methods, recipe.run.seed, self.backbone, round_trip=recipe.sink.round_trip
+                prepared,
+                recipe.all_methods,
+                recipe.run.seed,
+                self.backbone,
+                stored=stored_directions(recipe),
+                round_trip=recipe.sink.round_trip,
             )
         )
 

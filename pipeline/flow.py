@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,12 @@ from torch.nn.functional import adaptive_avg_pool2d
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import DecodeLatents, EncodeImage, Fork, Steps
 from pipeline.engine.engine import Engine
+from pipeline.engine.pullback import LocalBasis
 from pipeline.errors import BlackImageError, ClusterError, EditError, InvertError, Stage
 from pipeline.inversion.base import Inversion, draw_from
 from pipeline.reading.ahead import Ahead
 from pipeline.reading.decoder import Decodes
+from pipeline.reading.directions import Stored, stored_directions
 from pipeline.reading.prepare import prepare
 from pipeline.reading.requests import asked_of, refusal_by
 from pipeline.recipe import Method, Recipe
@@ -143,8 +146,16 @@ def _edit_ready(
 ) -> Steps[list[Decoded | Rejected]]:
     if not isinstance(ready, Prepared):
         return ready
-    methods, seed = recipe.all_methods, recipe.run.seed
-    return (yield from edit_prepared(ready, methods, seed, backbone, round_trip=recipe.sink.round_trip))
+    steps = edit_prepared(
+        ready,
+        recipe.all_methods,
+        recipe.run.seed,
+        backbone,
+        round_trip=recipe.sink.round_trip and not recipe.writes_bases,
+        stored=stored_directions(recipe),
+        bases=recipe.writes_bases,
+    )
+    return (yield from steps)
 
 
 def prepare_row(
@@ -163,11 +174,25 @@ def prepare_row(
 
 
 def edit_prepared(
-    prepared: Prepared, methods: dict[str, Method], run_seed: int, backbone: Backbone, *, round_trip: bool = True
+    prepared: Prepared,
+    methods: dict[str, Method],
+    run_seed: int,
+    backbone: Backbone,
+    *,
+    round_trip: bool = True,
+    stored: Stored = MappingProxyType({}),
+    bases: bool = False,
 ) -> Steps[list[Decoded | Rejected]]:
     """Invert once per inversion and prompts that it runs under, then edit by every request and method, side by side.
 
-    `round_trip`: the input's latents are decoded as they are, too, for `sink.round_trip`.
+    Args:
+        prepared: the image and its requests.
+        methods: by name.
+        run_seed: of the run.
+        backbone: the model.
+        round_trip: the input's latents are decoded as they are, too, for `sink.round_trip`.
+        stored: directions that methods read.
+        bases: find the local bases that the edits would move along, and edit nothing.
     """
     sample = prepared.sample
     groups: dict[tuple[Inversion, InversionPrompts], list[tuple[str, str]]] = {}
@@ -200,9 +225,12 @@ def edit_prepared(
                 draw_from, seed_for(run_seed, sample.id, "editing"), tuple(latents.shape), latents.dtype
             ),
             pixels=prepared.pixels,
+            mask=prepared.mask,
             placement=prepared.placement,
+            stored=stored,
         )
-        children.append(_invert_and_edit(prepared, inversion, source, pairs, methods, seed))
+        layer = backbone.offers.bottleneck.layer if bases and backbone.offers.bottleneck else None
+        children.append(_invert_and_edit(prepared, inversion, source, pairs, methods, seed, layer))
     made = yield Fork(tuple(children))
     back = made.pop(0) if round_trip else None
     for results in made:
@@ -231,8 +259,9 @@ def _invert_and_edit(
     pairs: Sequence[tuple[str, str]],
     methods: dict[str, Method],
     seed: int,
+    layer: str | None,
 ) -> Steps[list[Decoded | Rejected]]:
-    """One trajectory, and every edit that reads it."""
+    """One trajectory, and every edit that reads it; or, of a bottleneck's layer, every basis."""
     sample = prepared.sample
     try:
         trajectory: Trajectory = yield from inversion.invert(source)
@@ -243,28 +272,71 @@ def _invert_and_edit(
     except Exception as error:
         return [rejected(sample, edit, name, "invert", error) for edit, name in pairs]
     mask = latent_mask(prepared.mask, source.latents)
-    edits = tuple(_edit(prepared, methods[name], trajectory, edit, name, seed, mask) for edit, name in pairs)
-    results = yield Fork(edits)
-    return [
-        rejected(sample, edit, name, "edit", result) if isinstance(result, Exception) else result
-        for (edit, name), result in zip(pairs, results, strict=True)
-    ]
+    by_method: dict[str, list[str]] = {}
+    for edit, name in pairs:
+        by_method.setdefault(name, []).append(edit)
+    methods_of_it = tuple(
+        _edit_by_one(prepared, methods[name], name, trajectory, edits, seed, mask, layer)
+        for name, edits in by_method.items()
+    )
+    outcomes: list[Decoded | Rejected] = []
+    for (name, edits), results in zip(by_method.items(), (yield Fork(methods_of_it)), strict=True):
+        some = [results] * len(edits) if isinstance(results, Exception) else results
+        outcomes += [
+            rejected(sample, edit, name, "edit", result) if isinstance(result, Exception) else result
+            for edit, result in zip(edits, some, strict=True)
+        ]
+    return outcomes
 
 
-def _edit(
+def _edit_by_one(
     prepared: Prepared,
     method: Method,
-    trajectory: Trajectory,
-    edit: str,
     name: str,
+    trajectory: Trajectory,
+    edits: Sequence[str],
     seed: int,
     mask: Tensor | None,
+    layer: str | None,
+) -> Steps[list[Decoded | Exception]]:
+    """All edits by one method, which may have work in common."""
+    requests = [prepared.requests[edit] for edit in edits]
+    if layer is not None:
+        found = yield from method.editing.bases(trajectory, requests)
+        return [
+            one if isinstance(one, Exception) else _shown_basis(prepared, replace(one, layer=layer), edit, name, seed)
+            for edit, one in zip(edits, found, strict=True)
+        ]
+    edited = yield from method.editing.edit_all(trajectory, requests, mask)
+    ends = tuple(_shown(prepared, one, method, edit, name, seed) for edit, one in zip(edits, edited, strict=True))
+    results: list[Decoded | Exception] = yield Fork(ends)
+    return results
+
+
+def _shown_basis(prepared: Prepared, basis: LocalBasis, edit: str, name: str, seed: int) -> Decoded:
+    """A basis, with a picture of where it lies: bright where its vectors are long."""
+    return Decoded(
+        prepared=prepared,
+        edit=edit,
+        method=name,
+        pixels=at_image_size(basis.picture, prepared.pixels)[..., None].repeat(3, axis=2),
+        round_trip=None,
+        masks=None,
+        seed=seed,
+        basis=basis,
+    )
+
+
+def _shown(
+    prepared: Prepared, edited: EditedLatents | Exception, method: Method, edit: str, name: str, seed: int
 ) -> Steps[Decoded]:
     """One edit, at model size."""
-    edited: EditedLatents = yield from method.editing.edit(trajectory, prepared.requests[edit], mask)
+    if isinstance(edited, Exception):
+        raise edited
     if not bool(torch.isfinite(edited.latents).all()):
         raise EditError("the edit gave values that are not finite. Try lower guidance scales or model.dtype float32")
     pixels = yield DecodeLatents(edited.latents)
+    pixels = method.editing.composited(pixels, prepared.pixels, prepared.mask)
     # A decoder's NaN becomes 0 in uint8: finite latents alone do not tell.
     if not pixels.any() and prepared.pixels.max() > NEARLY_BLACK:
         raise BlackImageError("the result is black all over. Try model.dtype float32 or lower guidance scales")
@@ -274,7 +346,7 @@ def _edit(
         method=name,
         pixels=pixels,
         round_trip=None,  # comes beside
-        masks=None if edited.masks is None else tuple(at_image_size(one, pixels) for one in edited.masks),
+        masks=None if edited.masks is None else tuple(at_image_size(one.bool(), pixels) for one in edited.masks),
         seed=seed,
     )
 
@@ -301,7 +373,7 @@ def latent_mask(mask: np.ndarray | None, latents: Tensor) -> Tensor | None:
     return pooled[0, 0].to(latents.dtype)
 
 
-def at_image_size(mask: Tensor, pixels: np.ndarray) -> np.ndarray:
-    """A mask (h, w) at latent size, repeated up to the (H, W) of the pixels."""
-    scale = pixels.shape[0] // mask.shape[0]
-    return np.asarray(mask.numpy().repeat(scale, axis=0).repeat(scale, axis=1), dtype=bool)
+def at_image_size(latent_map: Tensor, pixels: np.ndarray) -> np.ndarray:
+    """A map (h, w) at latent size, repeated up to the (H, W) of the pixels."""
+    scale = pixels.shape[0] // latent_map.shape[0]
+    return np.asarray(latent_map.numpy().repeat(scale, axis=0).repeat(scale, axis=1))

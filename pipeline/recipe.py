@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -29,6 +30,7 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.directions import one_per_result
 from pipeline.editing import EDITORS
 from pipeline.editing.base import EditingMethod
 from pipeline.editing.ledits_pp import LEditsPP
@@ -106,6 +108,11 @@ class Recipe(Section):
         """`edits: {concepts: [...]}` is one edit, named "edit"."""
         return {"edit": value} if _is_one_request(value) else value
 
+    @field_validator("edits")
+    @classmethod
+    def _one_edit_per_result(cls, value: dict[str, EditRequest]) -> dict[str, EditRequest]:
+        return one_per_result(value)
+
     @model_validator(mode="before")
     @classmethod
     def _methods_or_one_pair(cls, data: Any) -> Any:
@@ -117,6 +124,11 @@ class Recipe(Section):
     def all_methods(self) -> dict[str, Method]:
         """Every method by name; a recipe without `methods` has one, named after its editor."""
         return self.methods or {self.editing.method: Method(inversion=self.inversion, editing=self.editing)}
+
+    @property
+    def writes_bases(self) -> bool:
+        """Whether results are local bases, and not edited images."""
+        return False
 
     def canonical_json(self) -> str:
         """Every setting, resolved, in one fixed spelling; without storage options, which may hold secrets."""
@@ -149,10 +161,11 @@ class Recipe(Section):
         Raises:
             RecipeError: names what is missing and the way out, of every method.
         """
+        sized = offers.at_size(self.model.size)
         problems = [
             (f"methods.{name}" if self.methods else "editing", f"{text} (model '{model}')")
             for name, method in self.all_methods.items()
-            for text in method.model_problems(offers)
+            for text in method.model_problems(sized)
         ]
         if problems:
             raise RecipeError("recipe", problems)
@@ -190,6 +203,37 @@ class Recipe(Section):
         return self
 
 
+class BasisRecipe(Recipe):
+    """A run that writes local latent bases: `shardedit basis`. Its edits name the prompts, its methods the levels."""
+
+    job: Literal["basis"]
+    """What is written."""
+
+    @field_validator("edits")
+    @classmethod
+    def _one_edit_per_result(cls, value: dict[str, EditRequest]) -> dict[str, EditRequest]:
+        """A basis has all directions: one for each prompt, however many an edit would move along."""
+        return {name: request.model_copy(update={"direction": None}) for name, request in value.items()}
+
+    @property
+    def writes_bases(self) -> bool:
+        """Always."""
+        return True
+
+    def problems(self) -> list[tuple[str, str]]:
+        """Also what only edits may ask for."""
+        found = super().problems()
+        finding = ", ".join(name for name, editor in EDITORS.items() if editor.finds_bases)
+        for name, method in self.all_methods.items():
+            if not method.editing.finds_bases:
+                at = f"methods.{name}.editing" if self.methods else "editing"
+                text = f"a basis is that of editing.method {finding}, and this is '{method.editing.method}'. Set that"
+                found.append((at, text))
+        if self.sink.format != "parquet":
+            found.append(("sink.format", "bases are written as Parquet. Leave format out"))
+        return found
+
+
 def _is_one_request(value: Any) -> bool:
     """Whether this is meant as one edit request, and not as several by name. A misspelt field does not change that."""
     if not isinstance(value, Mapping) or not value:
@@ -205,7 +249,7 @@ def parse_edits(value: Any, where: str, most: int = 256) -> dict[str, EditReques
     Args:
         value: text or object.
         where: what holds it, for errors.
-        most: concepts that all requests together may have; a request without any counts as one.
+        most: concepts that all requests together may have, experts and rewards counted as such; none counts as one.
 
     Raises:
         PrepareError: what stands there is no edit request, or too many; says what is wrong with it.
@@ -223,13 +267,22 @@ def parse_edits(value: Any, where: str, most: int = 256) -> dict[str, EditReques
             f"{where} asks for {count} concepts, more than source.max_row_concepts ({most}) allows. Split the row, or "
             "raise the limit"
         )
-    return {_checked_name(name, where): _one_edit(request, name, where) for name, request in named.items()}
+    requests = {_checked_name(name, where): _one_edit(request, name, where) for name, request in named.items()}
+    try:
+        return one_per_result(requests)
+    except ValueError as error:
+        raise PrepareError(f"{where}: {error}") from error
 
 
 def _weight(request: Any) -> int:
-    """Concepts of a request that was not checked yet."""
-    concepts = request.get("concepts") if isinstance(request, Mapping) else None
-    return max(1, len(concepts)) if isinstance(concepts, Sequence) else 1
+    """Concepts, texts and rewards of a request that was not checked yet, or the results of its direction."""
+    if not isinstance(request, Mapping):
+        return 1
+    lists = [request.get(name) for name in ("concepts", "experts", "rewards")]
+    direction = request.get("direction")
+    moves = [direction.get(name) for name in ("vectors", "strengths")] if isinstance(direction, Mapping) else []
+    results = math.prod(max(1, len(one)) for one in moves if isinstance(one, Sequence))
+    return max(results, sum(len(some) for some in lists if isinstance(some, Sequence)))
 
 
 def _one_edit(value: Any, name: str, where: str) -> EditRequest:
@@ -271,10 +324,11 @@ def recipe_from(data: Any, where: str = "recipe") -> Recipe:
     """
     if not isinstance(data, Mapping):
         raise RecipeError(where, [("recipe", f"should be a mapping of sections, is {type(data).__name__}")])
+    kind: type[Recipe] = BasisRecipe if data.get("job") == "basis" else Recipe
     try:
-        return Recipe.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(where, _as_written(problems_in_words(error, Recipe), data)) from error
+        raise RecipeError(where, _as_written(problems_in_words(error, kind), data)) from error
     except RecipeError as error:
         raise RecipeError(where, _as_written(error.problems, data)) from error
 

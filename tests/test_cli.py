@@ -20,6 +20,7 @@ from pipeline import cli, compat
 from pipeline.common import stopping
 from pipeline.editing import EDITORS
 from pipeline.inversion import INVERSIONS
+from pipeline.looking.ending import BROKEN_PIPE
 from pipeline.models.demo.shards import write_demo_shards
 from pipeline.running import demo
 
@@ -337,7 +338,7 @@ def test_a_command_whose_output_nobody_takes_ends_without_a_fault(config: Path, 
     command = f"{sys.executable} -m pipeline.cli status {config.parent}/out; echo $? >{config.parent}/code"
     text = f"( {command} ) {ENDS[end]}"
     done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False, timeout=120)
-    assert int((config.parent / "code").read_text()) == (cli.BROKEN_PIPE if end == "nobody reads" else 0)
+    assert int((config.parent / "code").read_text()) == (BROKEN_PIPE if end == "nobody reads" else 0)
     assert "fault of shardedit" not in done.stderr
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr

@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "pipeline"
 LAYERS = [
     {"errors", "common", "compat"},
     {"diffusion"},
-    {"records"},
+    {"rewards", "experts"},
+    {"records", "directions", "placement"},
     {"engine"},
     {"models"},
     {"inversion", "editing"},
@@ -25,6 +26,7 @@ LAYERS = [
     {"evaluation"},
     {"looking.results", "looking.report"},  # a run ends with its report
     {"running"},
+    {"studies"},
     {"looking"},
     {"evaluation.job", "evaluation.from_run"},
     {"editor", "result"},
@@ -36,7 +38,7 @@ FOREIGN = {
     "diffusers": {"models"},
     "transformers": {"models"},
     "fsspec": {"reading", "writing"},
-    "typer": {"cli"},
+    "typer": {"cli", "looking.ending"},
     "httpx2": {"evaluation.judging"},
     "scipy": {"evaluation"},
 }

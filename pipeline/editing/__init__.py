@@ -6,6 +6,7 @@ from pipeline.editing.base import EditingMethod
 from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.diffedit import DiffEdit
 from pipeline.editing.fast_diffedit import FastDiffEdit
+from pipeline.editing.h_edit import HEdit
 from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.editing.masactrl import MasaCtrl
 from pipeline.editing.plug_and_play import PlugAndPlay
@@ -13,11 +14,13 @@ from pipeline.editing.prompt_to_prompt import PromptToPrompt
 from pipeline.editing.prox_masactrl import ProxMasaCtrl
 from pipeline.editing.proxedit import ProxEdit
 from pipeline.editing.reconstruct import Reconstruct
+from pipeline.editing.riemannian import Riemannian
 
 EDITORS: dict[str, type[EditingMethod]] = {
     "cfg": ClassifierFreeGuidance,
     "diffedit": DiffEdit,
     "fast_diffedit": FastDiffEdit,
+    "h_edit": HEdit,
     "ledits_pp": LEditsPP,
     "masactrl": MasaCtrl,
     "plug_and_play": PlugAndPlay,
@@ -25,4 +28,5 @@ EDITORS: dict[str, type[EditingMethod]] = {
     "prox_masactrl": ProxMasaCtrl,
     "proxedit": ProxEdit,
     "reconstruct": Reconstruct,
+    "riemannian": Riemannian,
 }

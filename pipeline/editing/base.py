@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from pipeline.editing.problems import Problem, raise_first
 from pipeline.engine.backbone import Offers
-from pipeline.engine.calls import Steps
+from pipeline.engine.calls import Fork, Steps
+from pipeline.engine.pullback import LocalBasis
 from pipeline.inversion.base import Demand, Inversion, Provision
 from pipeline.records import EditedLatents, EditRequest, InversionPrompts, Trajectory
 
@@ -27,6 +29,7 @@ class EditingMethod(BaseModel, ABC):
     takes: ClassVar[frozenset[Demand]] = frozenset()  # what it has for inversions that are wasted without
     paper: ClassVar[str]
     keeps_to_masks: ClassVar[bool] = True  # whether it can leave alone what is outside of a user's mask
+    finds_bases: ClassVar[bool] = False  # whether it moves along local latent bases, which a run may write instead
 
     @classmethod
     def fits(cls, inversion: type[Inversion]) -> bool:
@@ -42,6 +45,21 @@ class EditingMethod(BaseModel, ABC):
     def gives(self) -> frozenset[str]:
         """What it gives the network beside the latents, by name."""
         return frozenset()
+
+    @property
+    def reads(self) -> str:
+        """The file of stored directions that it reads; "": none."""
+        return ""
+
+    def composited(self, pixels: np.ndarray, image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+        """What becomes of decoded pixels (H, W, 3) uint8: they stay, unless the method puts them into the image.
+
+        Args:
+            pixels: the decoded edit.
+            image: the source, (H, W, 3) uint8.
+            mask: the row's own, (H, W) in [0, 1]; None: it brings none.
+        """
+        return pixels
 
     def model_problems(self, offers: Offers) -> Iterator[str]:
         """Why it cannot work on a model that offers this, and the way out."""
@@ -118,3 +136,22 @@ class EditingMethod(BaseModel, ABC):
             request: what to change.
             user_mask: (h, w) at latent resolution in [0, 1], or None for everywhere.
         """
+
+    def edit_all(
+        self, trajectory: Trajectory, requests: Sequence[EditRequest], user_mask: Tensor | None = None
+    ) -> Steps[list[EditedLatents | Exception]]:
+        """Several edits of one image, side by side: of each what came out, or why nothing did.
+
+        A method whose edits have work in common does that once.
+        """
+        found: list[EditedLatents | Exception] = yield Fork(
+            tuple(self.edit(trajectory, request, user_mask) for request in requests)
+        )
+        return found
+
+    def bases(self, trajectory: Trajectory, requests: Sequence[EditRequest]) -> Steps[list[LocalBasis | Exception]]:
+        """Of each request the local basis that its edit would move along, or why there is none; nothing is edited.
+
+        Of methods that say `finds_bases`: a run that writes bases takes no other.
+        """
+        raise NotImplementedError(f"{self.method} moves along no local bases")

@@ -5,7 +5,9 @@ A method is a generator over one image. It yields these records, the engine answ
     EncodeText    -> list[Conditioning], one per prompt
     EncodeImage   -> latents (C, h, w)
     Denoise       -> Denoised: predictions (R, C, h, w) and, where asked, attention maps (R, h/4, w/4)
+    Product       -> R vectors: the bottleneck's Jacobian times each
     DecodeLatents -> pixels (H, W, 3) uint8
+    DecodeGradient -> Valued: a function's value at the decoded pixels, and its gradient at the latents (C, h, w)
     Fork          -> list of results or exceptions, one per child generator
 
 R counts the rows of one call. Rows do not interact and may be packed into different network calls, unless the call has
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -101,6 +103,31 @@ class DecodeLatents:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeGradient:
+    """Decode latents (C, h, w), and bring a function's gradient at the pixels back to them through the decoder.
+
+    `function` takes pixels (3, H, W), nominally in [-1, 1], not clipped, float32 or wider on the model's device, to its
+    value, a scalar, and its gradient there, like the pixels. It is called for one image at a time: no neighbour has a
+    say in its bits. Costs a pass through the decoder and one back, and no network row.
+    """
+
+    latents: Tensor
+    function: PixelFunction
+
+
+PixelFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Pixels (3, H, W) to a scalar, and its gradient there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Valued:
+    """Answer to `DecodeGradient`."""
+
+    value: float
+    gradient: Tensor  # (C, h, w) on the CPU, like the latents
+
+
+@dataclass(frozen=True, slots=True)
 class Denoise:
     """Predict noise and data of R latents.
 
@@ -139,6 +166,31 @@ class Denoised:
     attention: Tensor | None  # (R, h/4, w/4), zero for rows that watched nothing; None without `watch`
     seen: Seen | None = None  # what the control recorded
     embedding_grads: Tensor | None = None  # (R, L, D) float32 or wider; None without `cotangent`
+
+
+Mode = Literal["push", "pull"]
+"""Of a Jacobian product. push: J v, forward mode; pull: J^T w, reverse mode."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Multiply vectors with J, the Jacobian of the network's bottleneck h with respect to R latents.
+
+    h is what the middle of the network puts out, before the decoder: only what leads there is run. J is never formed.
+    Rows are independent: several vectors of one image are as many rows. The bottleneck's shape is the model's to say
+    (`Bottleneck.shape`).
+    """
+
+    latents: Tensor  # (R, C, h, w), where J is taken
+    levels: Sequence[Level]  # R
+    conditioning: Sequence[Conditioning]  # R
+    vectors: Tensor  # push: (R, C, h, w), like the latents; pull: (R, C', h', w'), like the bottleneck
+    mode: Mode
+
+    @property
+    def cost(self) -> int:
+        """Network rows. Twice through the encoder, about two fifths of the network, counts as once through all."""
+        return len(self.levels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +235,6 @@ class Fork:
     children: tuple[Steps[Any], ...]
 
 
-Call = EncodeText | EncodeImage | DecodeLatents | Denoise | Fork
+Call = EncodeText | EncodeImage | DecodeLatents | DecodeGradient | Denoise | Product | Fork
 Steps = Generator[Call, Any, T]
 """A generator over one image: yields calls, receives their answers, returns T."""

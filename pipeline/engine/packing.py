@@ -1,4 +1,4 @@
-"""Packing: the rows of all pending `Denoise` calls, in network calls of one fixed shape.
+"""Packing: the rows of all pending `Denoise` and `Product` calls, in network calls of one fixed shape.
 
 In calls of one shape a row's answer does not depend on its neighbours, bit for bit; across shapes it does, in the last
 digits. So a short call is filled up with copies that nobody reads, and results depend on the call size alone.
@@ -6,96 +6,28 @@ digits. So a short call is filled up with copies that nobody reads, and results 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from pipeline.diffusion.levels import Prediction, stacked
-from pipeline.engine.calls import Denoise, Denoised, NetworkAnswer, NetworkCall
-from pipeline.engine.controls import PLAIN, Plan, Seen, Watch
+from pipeline.diffusion.levels import Prediction
+from pipeline.engine.arriving import begin_copy
+from pipeline.engine.backbone import Backbone
+from pipeline.engine.calls import Denoise, NetworkAnswer, NetworkCall, Product
+from pipeline.engine.controls import Watch
+from pipeline.engine.pending import Kind, PendingCall, PendingDenoise, PendingProduct, rows_per_call
 from pipeline.engine.stacking import seen_by
-
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]
-"""Of named tensors."""
-
-
-class Kind(NamedTuple):
-    """What the rows of one network call have in common."""
-
-    latents: tuple[int, ...]  # shape of a row's
-    conditioning: Shapes  # of a row's parts
-    beside: Shapes  # of what a row has beside its latents
-    plan: Plan  # of its controls
-    group: int  # rows that must share a call
-    wants_gradients: bool
-
-
-GRADIENT_SHARE = 4  # a call that keeps its activations has this fraction of a plain call's rows
-
-
-@dataclass(slots=True, eq=False)
-class PendingCall:
-    """One `Denoise` call whose rows are on their way."""
-
-    owner: Any  # whoever waits for the answer
-    call: Denoise
-    predictions: list[Prediction | None] = field(default_factory=list)
-    attention: list[Tensor | None] = field(default_factory=list)
-    embedding_grads: list[Tensor | None] = field(default_factory=list)
-    seen: Seen | None = None
-    missing: int = 0
-
-    def __post_init__(self) -> None:
-        rows = len(self.call.levels)
-        if not rows == self.call.latents.shape[0] == len(self.call.conditioning):
-            raise ValueError(
-                f"a Denoise call has {self.call.latents.shape[0]} latents, {rows} levels and "
-                f"{len(self.call.conditioning)} prompts; these are one per row"
-            )
-        if self.call.watch is not None and self.call.control is not None:
-            raise ValueError("a Denoise call with a control watches by the control's Watch parts, not by `watch`")
-        self.predictions = [None] * rows
-        self.attention = [None] * rows
-        self.embedding_grads = [None] * rows
-        self.missing = rows
-
-    @property
-    def kind(self) -> Kind:
-        """What its rows have in common."""
-        call = self.call
-        return Kind(
-            latents=tuple(call.latents.shape[1:]),
-            conditioning=shapes_of(call.conditioning[0].parts),
-            beside=shapes_of({name: tensor[0] for name, tensor in call.beside.items()}),
-            plan=PLAIN if call.control is None else call.control.plan,
-            group=self.group,
-            wants_gradients=call.cotangent is not None,
-        )
-
-    @property
-    def group(self) -> int:
-        """Rows that must share a network call."""
-        return 1 if self.call.control is None else len(self.call.levels)
-
-    def answer(self) -> Denoised:
-        """The answer, once no row is missing."""
-        predictions = stacked([row for row in self.predictions if row is not None])
-        attention, grads = None, None
-        if self.call.watch is not None:
-            seen = next(row for row in self.attention if row is not None)
-            attention = torch.stack([torch.zeros_like(seen) if row is None else row for row in self.attention])
-        if self.call.cotangent is not None:
-            grads = torch.stack([row for row in self.embedding_grads if row is not None])
-        return Denoised(predictions, attention, self.seen, grads)
 
 
 @dataclass(slots=True, eq=False)
 class CallRow:
-    """One row of a network call, and everyone who asked for it: a `Denoise` call and the place of the row in it."""
+    """One row of a network call, and everyone who asked for it: a call and the place of the row in it."""
 
     askers: list[tuple[PendingCall, int]]
 
@@ -117,20 +49,12 @@ class CallRow:
         under prompts that were encoded once. Where these lie in memory tells them, so no numbers are compared.
         """
         call, at = self.pending.call, self.at
+        here = (*self.pending.kind, _place_of(call.latents[at]), call.levels[at], id(call.conditioning[at]))
+        if isinstance(call, Product):
+            return (*here, _place_of(call.vectors[at]))
         if call.control is not None or call.beside or call.cotangent is not None:
             return None
-        return (
-            *self.pending.kind,
-            _place_of(call.latents[at]),
-            call.levels[at],
-            id(call.conditioning[at]),
-            () if call.watch is None else tuple(call.watch[at]),
-        )
-
-
-def shapes_of(parts: Mapping[str, Tensor]) -> Shapes:
-    """What must agree for bundles of tensors to stand in one call."""
-    return tuple((name, tuple(part.shape)) for name, part in sorted(parts.items()))
+        return (*here, () if call.watch is None else tuple(call.watch[at]))
 
 
 def _place_of(latents: Tensor) -> tuple[Any, ...]:
@@ -138,18 +62,16 @@ def _place_of(latents: Tensor) -> tuple[Any, ...]:
     return latents.data_ptr(), latents.stride()
 
 
-def rows_per_call(kind: Kind, call_size: int) -> int:
-    """Rows of a network call of a kind: whole groups, and fewer where gradients are wanted. Zero where not one group
-    fits. It depends on nothing else, so that a row's bits do not either."""
-    size = max(kind.group, call_size // GRADIENT_SHARE) if kind.wants_gradients else call_size
-    return min(size, call_size) // kind.group * kind.group
-
-
 @dataclass(slots=True)
-class Batch:
+class Batch(ABC):
     """The rows of one network call, not yet padded; groups stand together."""
 
     rows: list[CallRow]
+
+    @staticmethod
+    def of(rows: list[CallRow]) -> Batch:
+        """Rows of one kind."""
+        return ProductBatch(rows) if isinstance(rows[0].pending, PendingProduct) else DenoiseBatch(rows)
 
     @property
     def kind(self) -> Kind:
@@ -169,13 +91,71 @@ class Batch:
 
     def singly(self) -> list[Batch]:
         """Group by group."""
-        return [Batch(group) for group in self.groups]
+        return [Batch.of(group) for group in self.groups]
+
+    @abstractmethod
+    def ask(self, backbone: Backbone, size: int) -> Any:
+        """Make the call of `size` rows, filled up with copies of its first ones. Its answer is on its way to the CPU.
+
+        Methods compute there in float32: cheap beside a network call, and the same bits on every kind of GPU.
+        """
+
+    def deliver(self, answer: Any) -> Iterator[PendingCall]:
+        """Hand out the answers of a call; yields the calls that have all theirs."""
+        for number, row in enumerate(self.rows):
+            for pending, at in row.askers:
+                self._give(pending, at, number, answer)
+                pending.missing -= 1
+                if pending.missing == 0:
+                    yield pending
+
+    @abstractmethod
+    def _give(self, pending: PendingCall, at: int, number: int, answer: Any) -> None:
+        """Row `number` of an answer is that of row `at` of a call."""
+
+    @staticmethod
+    def _padded(items: Sequence[Any], size: int) -> list[Any]:
+        # Copies of a real row, not zeros: whatever a network does with zeros, it does not do here.
+        return [*items, *[items[0]] * (size - len(items))]
+
+
+class ProductBatch(Batch):
+    """Jacobian products of one mode."""
+
+    @override
+    def ask(self, backbone: Backbone, size: int) -> Tensor:
+        rows = [(row.pending.call, row.at) for row in self.rows if isinstance(row.pending, PendingProduct)]
+        call = Product(
+            latents=torch.stack(self._padded([call.latents[at] for call, at in rows], size)),
+            levels=self._padded([call.levels[at] for call, at in rows], size),
+            conditioning=self._padded([call.conditioning[at] for call, at in rows], size),
+            vectors=torch.stack(self._padded([call.vectors[at] for call, at in rows], size)),
+            mode=rows[0][0].mode,
+        )
+        return begin_copy(backbone.product(call))
+
+    @override
+    def _give(self, pending: PendingCall, at: int, number: int, answer: Tensor) -> None:
+        assert isinstance(pending, PendingProduct), "rows of one kind ask for the same"
+        pending.products[at] = answer[number]
+
+
+class DenoiseBatch(Batch):
+    """Predictions."""
+
+    @property
+    def _calls(self) -> list[tuple[Denoise, int]]:
+        """Of each row the call that asked first, and its place there."""
+        return [(row.pending.call, row.at) for row in self.rows if isinstance(row.pending, PendingDenoise)]
+
+    @override
+    def ask(self, backbone: Backbone, size: int) -> NetworkAnswer:
+        return backbone.denoise(self.as_call(size)).each(begin_copy)
 
     def as_call(self, size: int) -> NetworkCall:
         """The call of `size` rows, filled up with copies of its first ones."""
-        kind = self.kind
-        controls = [(number * kind.group, group[0].pending.call.control) for number, group in enumerate(self.groups)]
-        rows = [(row.pending.call, row.at) for row in self.rows]
+        kind, rows = self.kind, self._calls
+        controls = [(first, rows[first][0].control) for first in range(0, len(rows), kind.group)]
         return NetworkCall(
             latents=torch.stack(self._padded([call.latents[at] for call, at in rows], size)),
             levels=self._padded([call.levels[at] for call, at in rows], size),
@@ -193,57 +173,46 @@ class Batch:
         """Where latents lie in memory tells which are the same: a method that asks for several prompts at one point
         gives views of one tensor. Rows that only fill the call up are copies of the first."""
         first: dict[tuple[Any, ...], int] = {}
-        rows = [(row.pending.call, row.at) for row in self.rows]
-        places = [(*_place_of(call.latents[at]), call.levels[at]) for call, at in rows]
+        places = [(*_place_of(call.latents[at]), call.levels[at]) for call, at in self._calls]
         return self._padded([first.setdefault(place, number) for number, place in enumerate(places)], size)
 
     def _watch(self, size: int) -> Tensor | None:
         """(size, S, L): the weights of everything that is watched; None where nothing is."""
-        length = self.rows[0].pending.call.conditioning[0].length
+        length = self._calls[0][0].conditioning[0].length
         weights = torch.zeros((size, self.kind.plan.sums, length))
         anything = False
-        for number, row in enumerate(self.rows):
-            call = row.pending.call
-            if call.watch is not None and len(call.watch[row.at]):
-                weights[number, 0, list(call.watch[row.at])] = 1.0
+        for number, (call, at) in enumerate(self._calls):
+            if call.watch is not None and len(call.watch[at]):
+                weights[number, 0, list(call.watch[at])] = 1.0
                 anything = True
-            for part in () if call.control is None or row.at else call.control.parts:
+            for part in () if call.control is None or at else call.control.parts:
                 if isinstance(part, Watch):
                     weights[number + part.row, : len(part.weights)] = part.weights
                     anything = True
         return weights if anything else None
 
     def _beside(self, size: int) -> dict[str, Tensor]:
-        calls = [(row.pending.call, row.at) for row in self.rows]
+        calls = self._calls
         return {
             name: torch.stack(self._padded([call.beside[name][at] for call, at in calls], size))
             for name in calls[0][0].beside
         }
 
     def _cotangents(self, size: int) -> tuple[Callable[[Prediction], Prediction], ...] | None:
-        given = [row.pending.call.cotangent for row in self.rows if row.pending.call.cotangent is not None]
+        given = [call.cotangent for call, _ in self._calls if call.cotangent is not None]
         return tuple(self._padded(given, size)) if given else None
 
-    def deliver(self, answer: NetworkAnswer) -> Iterator[PendingCall]:
-        """Hand out the answers of a call; yields the calls that have all theirs."""
-        for number, row in enumerate(self.rows):
-            for pending, at in row.askers:
-                pending.predictions[at] = answer.predictions[number]
-                if answer.attention is not None and pending.call.watch is not None:
-                    pending.attention[at] = answer.attention[number, 0]
-                if answer.embedding_grads is not None:
-                    pending.embedding_grads[at] = answer.embedding_grads[number]
-                if pending.call.control is not None and at == 0:
-                    group = pending.group
-                    pending.seen = seen_by(pending.call.control, number, group, answer.attention, answer.recorded)
-                pending.missing -= 1
-                if pending.missing == 0:
-                    yield pending
-
-    @staticmethod
-    def _padded(items: Sequence[Any], size: int) -> list[Any]:
-        # Copies of a real row, not zeros: whatever a network does with zeros, it does not do here.
-        return [*items, *[items[0]] * (size - len(items))]
+    @override
+    def _give(self, pending: PendingCall, at: int, number: int, answer: NetworkAnswer) -> None:
+        assert isinstance(pending, PendingDenoise), "rows of one kind ask for the same"
+        pending.predictions[at] = answer.predictions[number]
+        if answer.attention is not None and pending.call.watch is not None:
+            pending.attention[at] = answer.attention[number, 0]
+        if answer.embedding_grads is not None:
+            pending.embedding_grads[at] = answer.embedding_grads[number]
+        if pending.call.control is not None and at == 0:
+            group = pending.group
+            pending.seen = seen_by(pending.call.control, number, group, answer.attention, answer.recorded)
 
 
 class RowQueue:
@@ -284,7 +253,7 @@ class RowQueue:
 
         kind = max(self._by_kind, key=filled)
         rows = self._by_kind[kind]
-        batch = Batch([rows.popleft() for _ in range(min(rows_per_call(kind, call_size), len(rows)))])
+        batch = Batch.of([rows.popleft() for _ in range(min(rows_per_call(kind, call_size), len(rows)))])
         if not rows:
             del self._by_kind[kind]
         return batch

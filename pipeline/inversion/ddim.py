@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from typing_extensions import override
 
+from pipeline.diffusion.levels import Schedule, Step
 from pipeline.diffusion.steps import DDIM
 from pipeline.engine.calls import Steps
 from pipeline.engine.prompts import GuidedPrompt
@@ -51,10 +52,14 @@ class DDIMInversion(Inversion):
         """Steps of the whole schedule, the skipped ones included."""
         return self.num_steps + self.skip_steps
 
+    def steps_on(self, schedule: Schedule, size: tuple[int, int]) -> tuple[Step, ...]:
+        """The N steps that are walked on a checkpoint's schedule, for latents of (h, w)."""
+        return schedule.steps(self.schedule_steps, size)[self.skip_steps :]
+
     @override
     def invert(self, source: Source) -> Steps[Trajectory]:
-        steps = source.schedule.steps(self.schedule_steps, source.size)[self.skip_steps :]
-        solver = DDIM(steps=steps)
+        steps = source.schedule.steps(self.schedule_steps, source.size)
+        solver = DDIM(steps=steps[self.skip_steps :])
         prompt = yield from GuidedPrompt.encode(source.prompt, self.guidance_scale, source.negative_prompt)
         latents = [source.latents]
         for step in reversed(range(self.num_steps)):
@@ -67,4 +72,5 @@ class DDIMInversion(Inversion):
             latents=torch.stack(latents[::-1]),
             source_guidance=self.guidance_scale,
             skipped_steps=self.skip_steps,
+            level_above=steps[self.skip_steps - 1].start if self.skip_steps else None,
         )

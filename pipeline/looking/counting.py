@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,8 +15,9 @@ from typing_extensions import override
 
 from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.engine.backbone import Backbone, ModelRecord, Offers
-from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, Span
+from pipeline.directions import StoredDirection
+from pipeline.engine.backbone import Backbone, Bottleneck, ModelRecord, Offers
+from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Product, Span
 from pipeline.engine.controls import Openings
 from pipeline.engine.engine import Engine
 from pipeline.flow import edit_prepared
@@ -62,7 +64,15 @@ class RowCounter:
             requests=requests,
         )
         engine = Engine(backbone, call_size=64, pad=False)
-        (finished,) = engine.run([edit_prepared(prepared, self.recipe.all_methods, 0, backbone)])
+        steps = edit_prepared(
+            prepared,
+            self.recipe.all_methods,
+            0,
+            backbone,
+            stored=_AnyFile(),
+            bases=self.recipe.writes_bases,
+        )
+        (finished,) = engine.run([steps])
         if finished.error is not None:
             raise finished.error
         return finished.network_rows
@@ -84,6 +94,24 @@ def _anonymous(requests: Mapping[str, EditRequest]) -> str:
     return repr([hide(request.model_dump()) for _, request in sorted(requests.items())])
 
 
+class _AnyFile(dict[str, Mapping[str, StoredDirection]]):
+    """Whatever file of directions is named, and whatever direction in it: of the zero model, and kept anywhere."""
+
+    def __missing__(self, file: str) -> Mapping[str, StoredDirection]:
+        return _AnyDirection()
+
+
+class _AnyDirection(dict[str, StoredDirection]):
+    def __missing__(self, name: str) -> StoredDirection:
+        assert ZeroBackbone.offers.bottleneck is not None
+        side = ZeroBackbone.image_size // ZeroBackbone.latent_scale
+        shape = ZeroBackbone.offers.bottleneck.shape(side, side)
+        far = torch.full((math.prod(shape),), 1e9)  # however little a basis holds of it, it is enough
+        return StoredDirection(
+            name=name, feature=far, shape=shape, layer="none", timestep=None, model_digest="", model="zeros"
+        )
+
+
 class ZeroBackbone(Backbone):
     """A model that answers nearly everything with zeros, at once. Only how often it is asked has a meaning."""
 
@@ -93,8 +121,15 @@ class ZeroBackbone(Backbone):
     latent_channels = 4
     latent_scale = 8
     multiple = 64
-    offers = Offers(openings=Openings(watched=frozenset({0})), embedding_gradients=True)
+    offers = Offers(
+        openings=Openings(watched=frozenset({0})),
+        embedding_gradients=True,
+        bottleneck=Bottleneck(layer="none", channels=128, factor=8, latent_channels=4, latent_scale=8, side=16),
+    )
     image_size = 128  # latents of 16 x 16
+
+    def __init__(self) -> None:
+        self._products = torch.Generator().manual_seed(0)
 
     @override
     def encode_text(self, prompt: str) -> Conditioning:
@@ -114,6 +149,11 @@ class ZeroBackbone(Backbone):
         return torch.zeros((len(latents), height, width, 3), dtype=torch.uint8)
 
     @override
+    def decode_gradient(self, latents: Tensor, function: PixelFunction) -> tuple[Tensor, Tensor]:
+        """The function is not asked: a learned one would be loaded for it."""
+        return latents.new_zeros(()), torch.zeros_like(latents)
+
+    @override
     def denoise(self, call: NetworkCall) -> NetworkAnswer:
         """What is watched is zero everywhere: an editor's masks come out empty, which leaves its row count as it is."""
         rows, _, height, width = call.latents.shape
@@ -128,3 +168,11 @@ class ZeroBackbone(Backbone):
             if call.cotangents is None
             else torch.zeros_like(torch.stack([one.embedding for one in call.conditioning])),
         )
+
+    @override
+    def product(self, call: Product) -> Tensor:
+        """Other numbers at every call: an iteration that ends where nothing changes any more never does."""
+        assert self.offers.bottleneck is not None
+        rows, channels, height, width = call.latents.shape
+        shape = self.offers.bottleneck.shape(height, width) if call.mode == "push" else (channels, height, width)
+        return torch.randn((rows, *shape), generator=self._products)

@@ -18,7 +18,7 @@ from pipeline.reading.decoder import Decoder
 from pipeline.reading.requests import asked_of
 from pipeline.recipe import Recipe
 from pipeline.records import Edited, Outcome, Rejected, Sample
-from pipeline.running.worker import call_size_for
+from pipeline.running.worker import fit
 from pipeline.writing.parquet import render_parquet
 from pipeline.writing.restoring import outcome_of
 from pipeline.writing.rows import as_written, encode_outcome, schema
@@ -58,8 +58,9 @@ def probe_model(
         ModelError: the model cannot be loaded.
     """
     backbone = load_backbone(recipe.model)
-    call_size = call_size_for(recipe, backbone)
-    timed = TimedBackbone(backbone, PROBE_SECONDS, compiles=recipe.model.compile)
+    fitted = fit(recipe, backbone)
+    call_size = fitted.call_size
+    timed = TimedBackbone(backbone, PROBE_SECONDS, compiles=fitted.tuned.tuning.execution != "eager")
     engine = Engine(cast(Backbone, timed), call_size=call_size)
     reasons = [] if why is None else why
     images, size = 0, None
@@ -76,7 +77,7 @@ def probe_model(
         images = len(measured)
     except TimeIsUp:
         pass  # what the host does beside is not known, and little of a call that takes so long
-    decodings = results_per_image + recipe.sink.round_trip
+    decodings = 0 if recipe.writes_bases else results_per_image + recipe.sink.round_trip
     if not timed.seconds["denoise"]:
         return None
     return Probe(
@@ -113,7 +114,7 @@ def _bytes_per_result(outcomes: Sequence[Outcome], recipe: Recipe, backbone: Bac
     written = [as_written(row, recipe.sink) for row in encoded]
     if not written:
         return None
-    columns = schema(recipe.sink)
+    columns = schema(recipe.sink, bases=recipe.writes_bases)
     return (len(render_parquet(written, columns)) - len(render_parquet([], columns))) / len(written)
 
 
@@ -135,7 +136,7 @@ class TimedBackbone:
 
     def forget(self) -> None:
         """Begin anew: the first calls paid for kernels and caches."""
-        self.seconds: dict[str, list[float]] = {"denoise": [], "encode_images": [], "decode_latents": []}
+        self.seconds: dict[str, list[float]] = {"denoise": [], "product": [], "encode_images": [], "decode_latents": []}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backbone, name)
@@ -166,6 +167,10 @@ class TimedBackbone:
             self.deadline = time.perf_counter() + self.allowed
             return answer
         return self._timed("denoise", *arguments)
+
+    def product(self, *arguments: Any) -> Any:
+        """The backbone's own, timed."""
+        return self._timed("product", *arguments)
 
     def mean(self, name: str) -> float:
         """Mean seconds of a kind of call. The first of several is left out, it may have been slow to start."""

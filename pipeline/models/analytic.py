@@ -15,16 +15,16 @@ import hashlib
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import avg_pool2d, pixel_shuffle, pixel_unshuffle
 from typing_extensions import override
 
 from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.engine.backbone import Backbone, ModelRecord, Offers
-from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, Span
+from pipeline.engine.backbone import Backbone, Bottleneck, ModelRecord, Offers
+from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Product, Span
 from pipeline.engine.controls import WATCHED_FACTOR, Layer, Openings, ResidualBlock
 from pipeline.errors import EditError
-from pipeline.models.gradients import gradients
+from pipeline.models.gradients import gradients, pulled_back
 
 STABLE_DIFFUSION_SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -55,6 +55,9 @@ class AnalyticBackbone(Backbone):
             residuals=tuple(ResidualBlock(0, number, WATCHED_FACTOR) for number in range(3)),
         ),
         embedding_gradients=True,
+        bottleneck=Bottleneck(
+            layer="sums", channels=latent_channels, factor=2, latent_channels=latent_channels, latent_scale=4, side=16
+        ),
     )
 
     def __init__(self, image_size: int = 64, spread: float = 0.5, dtype: torch.dtype = torch.float32) -> None:
@@ -93,6 +96,10 @@ class AnalyticBackbone(Backbone):
     def decode_latents(self, latents: Tensor) -> Tensor:
         image = pixel_shuffle(latents, self.latent_scale).permute(0, 2, 3, 1)
         return ((image + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    @override
+    def decode_gradient(self, latents: Tensor, function: PixelFunction) -> tuple[Tensor, Tensor]:
+        return pulled_back(latents, lambda leaf: pixel_shuffle(leaf, self.latent_scale), function)
 
     def spots(self, embeddings: Tensor, height: int, width: int) -> Tensor:
         """Where each of R prompts (R, L, 6) has its spot: (R, height, width) in [0, 1]."""
@@ -135,3 +142,22 @@ class AnalyticBackbone(Backbone):
         if call.watch is not None:
             attention = grid[:, None] * call.watch.sum(dim=2)[:, :, None, None].to(self.dtype)
         return NetworkAnswer(predictions.both(torch.Tensor.detach), attention, embedding_grads=grads)
+
+    def weights(self, embeddings: Tensor, height: int, width: int) -> Tensor:
+        """What each latent counts in the bottleneck, (R, C, height, width): more where the prompt has its spot, and
+        less in every further channel.
+        """
+        by_channel = torch.logspace(0, -16, self.latent_channels, base=2.0, dtype=self.dtype)
+        return by_channel[:, None, None] * (1.0 + self.spots(embeddings, height, width)[:, None])
+
+    @override
+    def product(self, call: Product) -> Tensor:
+        """The bottleneck is linear: weighted sums over 2 x 2 places. No two of its numbers read the same latent, so
+        that the Jacobian's rows are orthogonal, and its singular vectors known.
+        """
+        height, width = call.latents.shape[-2:]
+        weights = self.weights(torch.stack([one.embedding for one in call.conditioning]), height, width)
+        if call.mode == "push":
+            return avg_pool2d(weights * call.vectors, 2, ceil_mode=True, divisor_override=1)
+        spread = call.vectors.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+        return weights * spread[..., :height, :width]

@@ -7,10 +7,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pipeline.engine.controls import (
     WATCHED_FACTOR,
@@ -22,9 +23,12 @@ from pipeline.engine.controls import (
     Where,
 )
 from pipeline.engine.stacking import Stacked
+from pipeline.engine.tuning import UNTUNED, Tuning
 from pipeline.errors import ModelError
-from pipeline.models.attention import Acting, attention_of_distinct_rows, fused_attention
+from pipeline.models.attention import Acting, attention_of_distinct_rows, explicit_attention, fused_attention
 from pipeline.models.compiling import compiled
+from pipeline.models.graphs import Replayed
+from pipeline.models.kernels import asking_first, exact_float32, join_projections, projections
 
 PLACES: dict[str, NetworkPart] = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}  # as they are executed
 
@@ -37,6 +41,7 @@ class Now:
     """
 
     acting: Acting | None = None
+    explicit: bool = False  # attention by its maps, for a call in forward mode
     alike: Tensor | None = None  # (R,), the first row that is the same until the text is read
 
 
@@ -45,20 +50,31 @@ class OpenedUNet:
 
     Args:
         unet: is changed for good.
-        compile_unet: run it as compiled graphs, one per kind of call; calls that keep a graph for gradients are not.
 
     Raises:
         ModelError: a layer is not the plain attention of a transformer block.
     """
 
-    def __init__(self, unet: Any, *, compile_unet: bool = False) -> None:
+    def __init__(self, unet: Any) -> None:
         self.unet = unet
+        self.tuning = UNTUNED
         self.openings = openings_of(unet)
         self._now = Now()
         _open_attention(unet, self._now)
         _open_residuals(unet, self._now)
         _open_transformers(unet, self._now)
-        self._compiled: Callable[..., Any] | None = compiled(self._run) if compile_unet else None
+        self._compiled: Callable[..., Any] | None = None
+
+    def tune(self, tuning: Tuning) -> None:
+        """Run in another way from now on. Calls that keep a graph for gradients are never compiled."""
+        self.tuning = tuning
+        memory = torch.channels_last if tuning.layout == "channels_last" else torch.contiguous_format
+        self.unet.to(memory_format=memory)
+        for name, layer in attention_layers(self.unet).items():
+            attention = self.unet.get_submodule(name.removesuffix(".processor"))
+            join_projections(attention, layer, tuning.projections == "joined")
+        run = None if tuning.execution == "eager" else compiled(self._run)
+        self._compiled = Replayed(run) if run is not None and tuning.execution == "graphs" else run
 
     @property
     def compiles(self) -> bool:
@@ -90,12 +106,66 @@ class OpenedUNet:
             transformer block.
         """
         run = self._compiled if self._compiled is not None and self.compiles else self._run
+        if self.tuning.layout == "channels_last":
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
         try:
             more = None if added is None else dict(added)
-            output, watched, recorded = run(inputs, times, context, controls, more, alike)
+            with asking_first(self.tuning.attention), exact_float32(inputs):
+                output, watched, recorded = run(inputs, times, context, controls, more, alike)
         finally:
             self._now.acting = self._now.alike = None
         return output, watched, recorded
+
+    def bottleneck(
+        self, inputs: Tensor, times: Tensor, context: Tensor, added: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """What the middle block puts out, (R, C', h', w'): half of `predict`, without the decoder and without controls.
+
+        The steps are those of `UNet2DConditionModel.forward` up to there; a test holds the two together.
+        """
+        unet = self.unet
+        if unet.config.center_input_sample:
+            inputs = 2.0 * inputs - 1.0
+        time = unet.time_embedding(unet.get_time_embed(sample=inputs, timestep=times), None)
+        more = unet.get_aug_embed(emb=time, encoder_hidden_states=context, added_cond_kwargs=added)
+        time = time if more is None else time + more
+        if unet.time_embed_act is not None:
+            time = unet.time_embed_act(time)
+        hidden = unet.conv_in(inputs)
+        for block in unet.down_blocks:
+            hidden, _ = block(hidden_states=hidden, temb=time, **_text_of(block, context))
+        return cast(Tensor, unet.mid_block(hidden, time, **_text_of(unet.mid_block, context)))
+
+    def push(
+        self,
+        inputs: Tensor,
+        times: Tensor,
+        context: Tensor,
+        vectors: Tensor,
+        added: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The bottleneck's Jacobian times vectors (R, C, h, w), in forward mode: (R, C', h', w')."""
+        self._now.explicit = True
+        try:
+            with torch.no_grad(), exact_float32(inputs), forward_ad.dual_level():
+                output = self.bottleneck(forward_ad.make_dual(inputs, vectors), times, context, added)
+                return cast(Tensor, forward_ad.unpack_dual(output).tangent)
+        finally:
+            self._now.explicit = False
+
+    def pull(
+        self,
+        inputs: Tensor,
+        times: Tensor,
+        context: Tensor,
+        vectors: Tensor,
+        added: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The bottleneck's transposed Jacobian times vectors (R, C', h', w'), in reverse mode: (R, C, h, w)."""
+        with torch.enable_grad(), exact_float32(inputs):
+            inputs = inputs.detach().requires_grad_()
+            (found,) = torch.autograd.grad(self.bottleneck(inputs, times, context, added), inputs, vectors)
+        return found
 
     def _run(
         self,
@@ -116,6 +186,11 @@ class OpenedUNet:
         rooms = acting.layout.plan.records
         recorded = {rooms[number].where: tensor for number, tensor in acting.recorded.items()}
         return output, acting.watched(), recorded
+
+
+def _text_of(block: Any, context: Tensor) -> dict[str, Tensor]:
+    """What a block takes beside hidden state and time."""
+    return {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
 
 
 def _open_attention(unet: Any, now: Now) -> None:
@@ -152,10 +227,12 @@ def _attend(
     context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
     query, key, value = (
         states.unflatten(-1, (attention.heads, -1)).transpose(1, 2)  # (R, heads, N or L, d)
-        for states in (attention.to_q(hidden_states), attention.to_k(context), attention.to_v(context))
+        for states in projections(attention, hidden_states, context)
     )
     acting = now.acting
-    if now.alike is not None and layer.index == 0 and layer.kind == "self":
+    if now.explicit:
+        attended = explicit_attention(query, key, value, attention.scale)
+    elif now.alike is not None and layer.index == 0 and layer.kind == "self":
         attended = attention_of_distinct_rows(query, key, value, now.alike, attention.scale)
     elif acting is None:
         attended = fused_attention(query, key, value, None, attention.scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pipeline.engine.backbone import Bottleneck
 from pipeline.engine.controls import WATCHED_FACTOR, Layer, NetworkPart, Openings, ResidualBlock, Transformer
 
 WITHOUT_ATTENTION = ("DownBlock2D", "UpBlock2D", "UNetMidBlock2D", None)
@@ -75,6 +76,25 @@ def openings_of_config(unet: Mapping[str, Any]) -> Openings:
         ),
         residuals=_residuals(unet),
         transformers=_stacks(unet),
+    )
+
+
+def bottleneck_of_config(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> Bottleneck | None:
+    """The narrowest place of a UNet on an autoencoder's latents; None: it has no middle.
+
+    Raises:
+        KeyError, TypeError: the configurations are none of these.
+    """
+    if _middle(unet) is None:
+        return None
+    channels = unet["block_out_channels"]
+    return Bottleneck(
+        layer="mid_block",
+        channels=int(channels[-1]),
+        factor=int(2 ** (len(channels) - 1)),
+        latent_channels=int(vae.get("latent_channels", 4)),
+        latent_scale=int(2 ** (len(vae.get("block_out_channels", (64,))) - 1)),
+        side=int(unet["sample_size"]),
     )
 
 

@@ -102,7 +102,7 @@ def _text(sink: SinkConfig, record: RunRecord, summary: Summary) -> list[str]:
     if summary.failed:
         opened += '  # the results\nload_dataset("FOLDER", "quarantine")  # what failed'
     return [
-        "# Edited images",
+        "# Local latent bases" if recipe.get("job") == "basis" else "# Edited images",
         f"{summary.done:,} results from {summary.images:,} images{failed if summary.failed else ''}. "
         f"Made by shardedit {record.versions.get('shardedit', '')}.",
         f"```python\nfrom datasets import load_dataset\n\n{opened}\n```",

@@ -10,6 +10,7 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -93,4 +94,6 @@ def _weight(value: Any) -> int:
         return sum(_weight(item) for item in value.values())
     if isinstance(value, list):
         return sum(_weight(item) for item in value)
+    if isinstance(value, np.ndarray):
+        return int(value.nbytes)
     return len(value) if isinstance(value, (bytes, str)) else 8

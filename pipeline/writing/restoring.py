@@ -37,7 +37,10 @@ def restored(decoded: Decoded) -> Edited:
         masks=masks,
         mask=union,
         seed=decoded.seed,
-        figures=figures(
+        basis=decoded.basis,
+        figures={}
+        if decoded.basis is not None
+        else figures(
             original=prepared.original,
             round_trip=None  # or one that is held nowhere else
             if decoded.round_trip is None

@@ -25,6 +25,7 @@ from pipeline.evaluation.metrics import NAMES as FIGURES
 from pipeline.reading.rows_as_json import Labels
 from pipeline.recipe import Recipe, SinkConfig
 from pipeline.records import Edited, Outcome, Rejected, Sample
+from pipeline.writing.basis_columns import BASIS_COLUMNS, basis_columns
 from pipeline.writing.instructions import instruction_of
 
 OutputRow = dict[str, Any]
@@ -40,17 +41,20 @@ _FEATURES: dict[Any, Any] = {  # how Hugging Face `datasets` spells these types
     pa.string(): {"dtype": "string", "_type": "Value"},
     pa.int64(): {"dtype": "int64", "_type": "Value"},
     pa.float64(): {"dtype": "float64", "_type": "Value"},
+    pa.float32(): {"dtype": "float32", "_type": "Value"},
+    pa.float16(): {"dtype": "float16", "_type": "Value"},
     _IMAGE: {"_type": "Image"},
     _MEMBER: {"name": {"dtype": "string", "_type": "Value"}, "bytes": {"dtype": "binary", "_type": "Value"}},
 }
 
 
-def schema(sink: SinkConfig, labels: Labels | None = None) -> pa.Schema:
+def schema(sink: SinkConfig, labels: Labels | None = None, *, bases: bool = False) -> pa.Schema:
     """Columns of `data/`, with the metadata by which `datasets.load_dataset("parquet")` sees images as images.
 
     Args:
         sink: decides names, and whether the input is kept.
         labels: of the source; each becomes a column of its own.
+        bases: the rows hold bases, too.
     """
     columns: dict[str, pa.DataType] = {
         "id": pa.string(),
@@ -76,9 +80,10 @@ def schema(sink: SinkConfig, labels: Labels | None = None) -> pa.Schema:
     )
     columns["call_size"] = pa.int64()
     columns |= dict.fromkeys(FIGURES, pa.float64())
+    columns |= BASIS_COLUMNS if bases else {}
     columns |= {"columns": pa.string(), "members": pa.list_(_MEMBER)}
     columns = {sink.column_names.get(name, name): kind for name, kind in columns.items()}
-    features = {name: _feature(kind) for name, kind in columns.items()}
+    features = {name: feature_of(kind) for name, kind in columns.items()}
     for name, classes in sorted((labels or {}).items()):
         column = label_column(name, features)
         columns[column], features[column] = pa.int64(), {"names": list(classes), "_type": "ClassLabel"}
@@ -110,9 +115,12 @@ def shared_columns(sink: SinkConfig) -> list[str]:
     return [f"{sink.column_names.get(name, name)}.bytes"]
 
 
-def _feature(kind: pa.DataType) -> Any:
+def feature_of(kind: pa.DataType) -> Any:
+    """How `datasets` spells a type of ours."""
     # `[...]` is a list to every version of `datasets`; the spelling "List" is unknown before version 4.
-    return [_FEATURES[kind.value_type]] if pa.types.is_list(kind) else _FEATURES[kind]
+    if pa.types.is_list(kind):
+        return [feature_of(kind.value_type)]
+    return _FEATURES[kind]
 
 
 def encode_outcome(outcome: Outcome, recipe: Recipe, model: ModelRecord, call_size: int) -> OutputRow | Rejected:
@@ -172,6 +180,8 @@ def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> 
         "members": [{"name": utf8_text(name), "bytes": bytes(data)} for name, data in sorted(sample.members.items())],
         LABELS: {name: sample.columns.get(name) for name in sample.labels},
     }
+    if edited.basis is not None:
+        row |= basis_columns(edited.basis)
     if sink.keeps_input:  # its own bytes: encoded anew, they would be other pixels, or many times as many bytes
         row["input"] = _named(sample.image, utf8_text(sample.image_path) or f"{stem}.input.{format_of(sample.image)}")
     else:

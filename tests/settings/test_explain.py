@@ -120,7 +120,7 @@ def test_every_key_of_another_method_names_a_method_that_has_it(registry: Any, s
         (
             {"editing": {"method": "ledits_pp", "direction": "add"}},
             "editing.direction",
-            "a key of edits.NAME.concepts.",
+            "edits.NAME.concepts. Move",
         ),
         ({"sorce": {}}, "sorce", "Did you mean 'source'?"),
         ({"run": {"sed": 3}}, "run.sed", "Did you mean 'seed'?"),

@@ -20,7 +20,7 @@ from pipeline.errors import ModelError
 from pipeline.models.checkpoint import Checkpoint, Component, Components, Configurations
 from pipeline.models.families.base import Loading
 from pipeline.models.networks import check_latents, load_network
-from pipeline.models.unet_layout import KNOWN_BLOCKS, block_types, openings_of_config
+from pipeline.models.unet_layout import KNOWN_BLOCKS, block_types, bottleneck_of_config, openings_of_config
 
 # Its levels are those of the others; what it steps along was distilled into the network.
 LATENT_CONSISTENCY = "LCMScheduler"
@@ -141,6 +141,7 @@ def offers_of(configurations: Configurations) -> Offers:
         inputs=frozenset({"inpaint"} if inpaints else ()),
         embedding_gradients=True,
         distilled=why_distilled(configurations),
+        bottleneck=bottleneck_of_config(unet, vae),
     )
 
 
