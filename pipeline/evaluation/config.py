@@ -58,7 +58,9 @@ class ImgEditBench(Section):
 
     kind: Literal["imgedit_bench"] = "imgedit_bench"
     folder: Location
-    """With basic_edit.json and origin."""
+    """With basic_edit.json and the pictures' folder."""
+    images: Location = "origin"
+    """The pictures' folder in it, `origin_img_root` of the official scripts."""
     storage_options: StorageOptions = Field(default_factory=dict, repr=False)
     """Options for the fsspec file system. Secrets belong in the environment."""
 

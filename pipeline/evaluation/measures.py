@@ -46,6 +46,7 @@ MEASURES: dict[str, Measure] = {
     "judge_sc": Measure(head="judge SC", higher_is_better=True),
     "judge_pq": Measure(head="judge PQ", higher_is_better=True),
     "judge_overall": Measure(head="judge overall", higher_is_better=True),
+    "judge_preference": Measure(head="judge preference", higher_is_better=True, digits=3),
 }
 
 

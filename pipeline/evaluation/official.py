@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pipeline.evaluation.benchmarks.gedit_bench import GROUPS
+from pipeline.evaluation.benchmarks.gedit_bench import GROUPS, LANGUAGES
 from pipeline.evaluation.published import finite_mean
 
 Row = Mapping[str, Any]  # of the scores, see score_rows.py
@@ -29,8 +29,9 @@ def gedit_aggregates(rows: Iterable[Row]) -> dict[str, Any]:
     """Of one method, by language: means per group, then the plain mean over the eleven groups; over all rows, and over
     those of the intersection. A group without a row makes the mean null, and is named."""
     found: dict[str, Any] = {}
-    scored = [row for row in rows if row["judge_sc"] is not None and row["judge_pq"] is not None]
-    for language in sorted({row["language"] for row in scored}):
+    every = list(rows)
+    scored = [row for row in every if row["judge_sc"] is not None and row["judge_pq"] is not None]
+    for language in sorted({row["language"] for row in every if row["language"] in LANGUAGES}):
         mine = [row for row in scored if row["language"] == language]
         both = [row for row in mine if row["facts"].get("intersection")]
         found[language] = {}

@@ -44,7 +44,7 @@ def items_of(config: EvaluateConfig) -> Iterator[Item]:
     if isinstance(chosen, GEditBench):
         return gedit_bench.items_of(_here_or_from_hub(chosen), chosen.languages)
     if isinstance(chosen, ImgEditBench):
-        return imgedit_bench.items_of(Folder(chosen.folder, chosen.storage_options))
+        return imgedit_bench.items_of(Folder(chosen.folder, chosen.storage_options), chosen.images)
     assert isinstance(chosen, DrawnWorld), "a set of one's own is read by the job itself"
     return drawn.items_of(chosen.count, chosen.seed, chosen.size)
 

@@ -107,16 +107,12 @@ def interval_of_mean(scores: Sequence[tuple[str, float]], settings: Settings) ->
     """95 % of the mean of (image, value) over resampled images; None for fewer than `FEWEST`."""
     from scipy.stats import bootstrap
 
-    sums: dict[str, list[float]] = {}
-    for image, value in scores:
-        sums.setdefault(image, []).append(value)
-    if len(sums) < FEWEST:
+    totals, counts = _by_image(scores)
+    if len(totals) < FEWEST:
         return None
     values = [value for _, value in scores]
     if max(values) == min(values):  # where BCa gives NaN
         return values[0], values[0]
-    totals = np.array([math.fsum(some) for some in sums.values()])
-    counts = np.array([float(len(some)) for some in sums.values()])
 
     def mean(total: np.ndarray, count: np.ndarray, axis: int = -1) -> np.ndarray:
         return np.asarray(total.sum(axis=axis) / count.sum(axis=axis))
@@ -137,6 +133,17 @@ def interval_of_mean(scores: Sequence[tuple[str, float]], settings: Settings) ->
     return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
 
+def _by_image(scores: Sequence[tuple[str, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and number of the values of every image."""
+    values: dict[str, list[float]] = {}
+    for image, value in scores:
+        values.setdefault(image, []).append(value)
+    return (
+        np.array([math.fsum(some) for some in values.values()]),
+        np.array([float(len(some)) for some in values.values()]),
+    )
+
+
 def interval_of_type_means(types: Sequence[Sequence[Score]], settings: Settings) -> tuple[float, float] | None:
     """95 % of the mean of the types' means, resampled within types, by percentiles; None where the images are too few
     or a type has one row alone."""
@@ -145,17 +152,31 @@ def interval_of_type_means(types: Sequence[Sequence[Score]], settings: Settings)
     rng = np.random.default_rng(settings.seed)
     means = np.zeros(settings.resamples)
     for some in types:
-        values = np.array([score.value for score in some])
-        drawn = rng.integers(0, len(values), (settings.resamples, len(values)))
-        means += values[drawn].mean(axis=1) / len(types)
+        totals, counts = _by_image([(score.image, score.value) for score in some])
+        drawn = rng.integers(0, len(totals), (settings.resamples, len(totals)))
+        means += totals[drawn].sum(axis=1) / counts[drawn].sum(axis=1) / len(types)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 
 def compare_all(methods: Mapping[str, Sequence[Score]], settings: Settings) -> list[Compared]:
     """Every two methods, in the order given, with p values corrected over all of them."""
-    pairs = [(first, second) for first, second in combinations(methods, 2)]
-    found = [_compare(first, second, methods[first], methods[second], settings) for first, second in pairs]
+    pairs = {
+        (first, second): _differences(methods[first], methods[second]) for first, second in combinations(methods, 2)
+    }
+    return compare_differences(pairs, settings)
+
+
+def compare_differences(
+    pairs: Mapping[tuple[str, str], Sequence[tuple[str, float]]], settings: Settings
+) -> list[Compared]:
+    """Pairs of methods by what is known of each pair alone, with p values corrected over all of them.
+
+    Args:
+        pairs: (image, first minus second), by the two methods.
+        settings: of intervals and tests.
+    """
+    found = [_compare(*pair, differences, settings) for pair, differences in pairs.items()]
     tested = [at for at, one in enumerate(found) if one.p is not None]
     adjusted = adjust([found[at].p or 0.0 for at in tested], settings.correction)
     by_place = dict(zip(tested, adjusted, strict=True))
@@ -169,22 +190,25 @@ def compare_all(methods: Mapping[str, Sequence[Score]], settings: Settings) -> l
     ]
 
 
-def _compare(first: str, second: str, ones: Sequence[Score], others: Sequence[Score], settings: Settings) -> Compared:
-    mine, theirs = ({score.item: score for score in scores} for scores in (ones, others))
-    common = [item for item in mine if item in theirs]
-    differences = [_snapped(mine[item].value - theirs[item].value) for item in common]
-    images = [mine[item].image for item in common]
+def _differences(ones: Sequence[Score], others: Sequence[Score]) -> list[tuple[str, float]]:
+    """Of the items that both have."""
+    theirs = {score.item: score.value for score in others}
+    return [(score.image, _snapped(score.value - theirs[score.item])) for score in ones if score.item in theirs]
+
+
+def _compare(first: str, second: str, pairs: Sequence[tuple[str, float]], settings: Settings) -> Compared:
+    differences = [difference for _, difference in pairs]
     wins = sum(difference > 0 for difference in differences)
     losses = sum(difference < 0 for difference in differences)
     return Compared(
         first=first,
         second=second,
-        n=len(common),
+        n=len(differences),
         wins=wins,
-        ties=len(common) - wins - losses,
+        ties=len(differences) - wins - losses,
         losses=losses,
         mean_difference=_mean(differences) if differences else None,
-        interval=interval_of_mean(list(zip(images, differences, strict=True)), settings),
+        interval=interval_of_mean(pairs, settings),
         p=signed_rank(differences),
         p_adjusted=None,
         tests=0,

@@ -15,7 +15,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.evaluation.measures import Measure
-from pipeline.evaluation.statistics import Compared, Described, Score, Settings, compare_all, describe
+from pipeline.evaluation.statistics import (
+    Compared,
+    Described,
+    Score,
+    Settings,
+    compare_all,
+    compare_differences,
+    describe,
+)
 
 SIGNIFICANT = 0.05
 Row = Mapping[str, Any]
@@ -74,6 +82,7 @@ def tables_of(
     title: str,
     unavailable: Mapping[str, str],
     remarks: Sequence[str] = (),
+    differences: Mapping[str, Mapping[tuple[str, str], Sequence[tuple[str, float]]]] | None = None,
 ) -> Tables:
     """Count, describe and compare.
 
@@ -85,7 +94,9 @@ def tables_of(
         title: of the table.
         unavailable: measures that could not be had, with the way to get them.
         remarks: printed below.
+        differences: by measure, (image, first minus second) of every two methods, where pairs were looked at as such.
     """
+    direct = differences or {}
     by_method = {method: [row for row in rows if row["method"] == method] for method in methods}
     lines, pairs, kept = {}, {}, {}
     for name, measure in measures.items():
@@ -105,7 +116,10 @@ def tables_of(
             )
             for method in by_method
         }
-        pairs[name] = compare_all(scores, settings) if measure.higher_is_better is not None else []
+        if name in direct:
+            pairs[name] = compare_differences(direct[name], settings)
+        else:
+            pairs[name] = compare_all(scores, settings) if measure.higher_is_better is not None else []
     return Tables(
         title=title,
         asked={method: len(some) for method, some in by_method.items()},
@@ -206,7 +220,7 @@ def markdown(tables: Tables) -> str:
         "## Pairs of methods",
         "Mean difference first minus second on the rows of both; wins of the larger value. p: Wilcoxon (Pratt), "
         "adjusted for all pairs of a measure.",
-        _table(*_pair_grid(tables)),
+        _table(*pair_grid(tables)),
     ]
     if tables.unavailable:
         parts += ["## Unavailable", _table(["measure", "why, and the way to get it"], _items(tables.unavailable))]
@@ -241,7 +255,8 @@ def type_grid(tables: Tables) -> tuple[list[str], list[list[str]]]:
     return heads, rows
 
 
-def _pair_grid(tables: Tables) -> tuple[list[str], list[list[str]]]:
+def pair_grid(tables: Tables) -> tuple[list[str], list[list[str]]]:
+    """Every two methods in every measure."""
     heads = ["measure", "first", "second", "n", "difference", "wins", "ties", "losses", "p", "tests"]
     rows = []
     for name, pairs in tables.pairs.items():

@@ -101,8 +101,14 @@ def silence() -> None:
     transformers_logging.set_verbosity_error()
 
 
-def located(name: str) -> Path:
-    """The checkpoint's folder, downloaded where it is a hub id."""
+def located(name: str, revision: str | None = None, patterns: Sequence[str] = ALLOWED) -> Path:
+    """The checkpoint's folder, downloaded where it is a hub id.
+
+    Args:
+        name: a folder or a hub id.
+        revision: of a hub id; None: its main branch.
+        patterns: files that are downloaded.
+    """
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
@@ -112,7 +118,7 @@ def located(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(ALLOWED)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"the score model '{name}' is no local folder and could not be fetched from the hub: "
@@ -136,7 +142,12 @@ def check_safe(folder: Path, name: str, kinds: Collection[str] = ("clip",)) -> N
             f"the score model '{name}' is of type {kind!r}; known is {known}, without code of its own. Give such a "
             "checkpoint in transformers format"
         )
+    refuse_unsafe_weights(folder, name)
+
+
+def refuse_unsafe_weights(folder: Path, name: str) -> None:
+    """See that there are safetensors: other weights can run code."""
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLED)
         reason = f"only pickled weights ({', '.join(pickled)}), which can run code" if pickled else "no weights"
-        raise ModelError(f"the score model '{name}' has {reason}. Give a checkpoint with safetensors")
+        raise ModelError(f"the model '{name}' has {reason}. Give a checkpoint with safetensors")

@@ -14,7 +14,11 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-GOOD = {"sc": '{"score": [7, 8], "reasoning": "done"}', "pq": '{"score": [6, 9], "reasoning": "clean"}'}
+GOOD = {
+    "sc": '{"score": [7, 8], "reasoning": "done"}',
+    "pq": '{"score": [6, 9], "reasoning": "clean"}',
+    "pair": '{"reasoning": "sharper", "better": "A"}',
+}
 
 
 @dataclass(frozen=True)
@@ -25,13 +29,14 @@ class Reply:
     status: int = 200
     body: bytes | None = None  # instead of an answer
     headers: dict[str, str] = field(default_factory=dict)
+    refusal: str | None = None  # in place of the answer
     finish_reason: str = "stop"
     seconds: float = 0.0  # before it
     cut: bool = False  # the connection breaks in the middle of the body
 
 
 Script = Callable[[str, str, int], Reply]
-"""From (digest of the judged picture, part, number of the attempt from 0) to what is done."""
+"""From (digest of the judged picture, or two with a colon between; part; number of the attempt from 0) to a reply."""
 
 
 class FakeJudge:
@@ -49,8 +54,9 @@ class FakeJudge:
 
     def reply(self, body: dict[str, Any], headers: dict[str, str]) -> tuple[Reply, str]:
         pictures = [part["image_url"]["url"] for part in body["messages"][0]["content"] if part["type"] == "image_url"]
-        digest = hashlib.sha256(base64.b64decode(pictures[-1].partition(",")[2])).hexdigest()
-        part = "sc" if len(pictures) == 2 else "pq"
+        digests = [hashlib.sha256(base64.b64decode(one.partition(",")[2])).hexdigest() for one in pictures]
+        part = {1: "pq", 2: "sc", 3: "pair"}[len(pictures)]
+        digest = ":".join(digests[1:]) if part == "pair" else digests[-1]
         with self.lock:
             attempt = self.asked[digest, part]
             self.asked[digest, part] += 1
@@ -84,7 +90,10 @@ def fake_judge(script: Script = lambda digest, part, attempt: Reply()) -> Iterat
                     judge.in_flight -= 1
 
         def answer(self, reply: Reply, part: str) -> None:
-            message = {"role": "assistant", "content": GOOD[part] if reply.content is None else reply.content}
+            content = GOOD[part] if reply.content is None else reply.content
+            message = {"role": "assistant", "content": content}
+            if reply.refusal is not None:
+                message |= {"content": None, "refusal": reply.refusal}
             answer = {
                 "model": "fake-1",
                 "choices": [{"message": message, "finish_reason": reply.finish_reason}],

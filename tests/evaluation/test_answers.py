@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.evaluation.judging.answers import read_imgedit, read_viescore
+from pipeline.evaluation.judging.answers import read_imgedit, read_preference, read_viescore
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,11 @@ from pipeline.evaluation.judging.answers import read_imgedit, read_viescore
         ("8", (8,), ("single_score",)),
         ("[1, 2], or rather [7.5, 8]", (7.5, 8), ("bare_list",)),
         ('||V^=^V||{"score": [0, 10]}||V^=^V||', (0, 10), ()),
+        ('{"evaluation": {"score": [7, 8]}}', (7, 8), ()),
+        ("[07, +8]", (7, 8), ("bare_list",)),
+        ("［７，８］", (7, 8), ("repaired", "bare_list")),
+        ('{"score": [7, 8,],}', (7, 8), ("repaired",)),
+        ("thinking of {brackets} ... </think> {'score': [7, 8]}", (7, 8), ("repaired",)),
     ],
 )
 def test_scores_are_found(text, scores, flags):
@@ -34,6 +39,11 @@ def test_scores_are_found(text, scores, flags):
         ('{"score": ["seven", "eight"]}', "stop", "not_a_number"),
         ('{"score": []}', "stop", "score_count"),
         ('{"score": [7, 11]}', "stop", "out_of_range"),
+        ('{"score": [' + "9" * 400 + ", 8]}", "stop", "out_of_range"),
+        ('{"score": [' + "9" * 5000 + ", 8]}", "stop", "out_of_range"),
+        ('{"score": {"success": 7, "restraint": 8}}', "stop", "not_a_number"),
+        ('{"score": [[7, 8]]}', "stop", "not_a_number"),
+        ("I would rather not say.", "refusal", "refusal"),  # as the endpoint has it
         ("I'm sorry, but I can't help with that.", "stop", "refusal"),
         ("无法判断", "stop", "refusal"),
         ("word " * 200 + "cannot", "stop", "no_json"),  # too long for a refusal
@@ -70,6 +80,49 @@ def test_editscores_range_is_its_own():
 def test_criteria_are_read_in_other_spellings(text, scores, flags):
     found = read_imgedit(text, "remove")
     assert (found.scores, found.flags, found.reason) == (scores, flags, "")
+
+
+def test_a_number_in_the_reasoning_is_no_score_and_no_oddity():
+    text = "Brief reasoning: 3\nPrompt Compliance: 4\nVisual Naturalness: 3\nPhysical & Detail Integrity: 2"
+    found = read_imgedit(text, "remove")
+    assert (found.scores, found.flags) == ((4, 3, 2), ())
+
+
+@pytest.mark.parametrize("first", ["4/10", "10/10", "²", "4.5.6", "four"])
+def test_what_is_no_number_of_five_is_no_score(first):
+    text = f"Prompt Compliance: {first}\nVisual Naturalness: 3\nPhysical & Detail Integrity: 2"
+    assert read_imgedit(text, "remove").reason == "score_count"
+
+
+@pytest.mark.parametrize(
+    ("text", "choice", "flags"),
+    [
+        ('{"reasoning": "b is worse", "better": "A"}', 1, ()),
+        ('```json\n{"better": "b"}\n```', -1, ()),
+        ("{'better': 'Tie'}", 0, ("repaired",)),
+        ("B.", -1, ("repaired",)),
+    ],
+)
+def test_a_choice_is_found(text, choice, flags):
+    found = read_preference(text)
+    assert (found.scores, found.flags, found.reason) == ((choice,), flags, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "reason"),
+    [
+        ('{"better": "C"}', "stop", "no_choice"),
+        ('{"better": 1}', "stop", "no_choice"),
+        ('{"best": "A"}', "stop", "no_score"),
+        ("A is better than B", "stop", "no_json"),
+        ("I am unable to choose.", "stop", "refusal"),
+        ('{"reasoning": "the first', "length", "truncated"),
+        ("", "stop", "empty"),
+    ],
+)
+def test_no_choice_is_made_up(text, finish, reason):
+    found = read_preference(text, finish)
+    assert (found.scores, found.reason) == ((), reason)
 
 
 @pytest.mark.parametrize(

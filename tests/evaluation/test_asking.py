@@ -57,8 +57,9 @@ def test_two_questions_give_three_scores_and_everything_that_made_them(tmp_path)
     assert row["judge_overall"] == pytest.approx(42**0.5)
     assert row["judge_sc_raw"] == GOOD["sc"]
     assert row["judge_reasoning_pq"] == "clean"
-    assert (row["judge_model_reported"], row["judge_prompts"], row["judge_reason"]) == ("fake-1", "own", "")
-    assert len(row["judge_prompt_hashes"]) == 2
+    assert (row["judge_model_reported"], row["judge_prompts"], row["judge_reason"]) == ("fake-1", "own", None)
+    assert len(row["judge_prompt_hash"]) == 2
+    assert (row["judge_base_url_host"], row["judge_image_format"]) == ("127.0.0.1", "png")
     sc, pq = sorted(judge.bodies, key=lambda body: -len(body["messages"][0]["content"]))
     assert [part["type"] for part in sc["messages"][0]["content"]] == ["text", "image_url", "image_url"]
     assert "Do 0 {x}." in sc["messages"][0]["content"][0]["text"]
@@ -77,8 +78,10 @@ def test_two_questions_give_three_scores_and_everything_that_made_them(tmp_path)
         Reply(cut=True),
         Reply(content="no scores here, only words"),
         Reply(content=None, status=429, headers={"Retry-After": "0"}),
+        Reply(status=503, headers={"Retry-After": "nan"}),
+        Reply(body=b'{"choices": [{"message": "text"}]}'),
     ],
-    ids=["500", "502", "503", "no json", "no choices", "cut", "words", "429"],
+    ids=["500", "502", "503", "no json", "no choices", "cut", "words", "429", "odd wait", "odd message"],
 )
 def test_what_may_pass_is_asked_again_alone_and_then_counts(tmp_path, first, monkeypatch):
     monkeypatch.setattr("pipeline.evaluation.judging.asking._growing", lambda _: 0.01)
@@ -98,6 +101,7 @@ def test_what_may_pass_is_asked_again_alone_and_then_counts(tmp_path, first, mon
         (Reply(content='{"score": [7, ', finish_reason="length"), "truncated", 2),
         (Reply(content="Sorry, I cannot judge this."), "refusal", 2),
         (Reply(content="抱歉，我无法评价。"), "refusal", 2),
+        (Reply(refusal="This is against the rules."), "refusal", 2),
         (Reply(status=400, body=FILTERED), "content_filter", 1),
         (Reply(content="x", finish_reason="content_filter"), "content_filter", 1),
         (Reply(status=422), "http_422", 1),
@@ -130,7 +134,7 @@ def test_a_rate_limit_slows_all_by_as_much_as_the_server_asks(tmp_path, form):
         return Reply()
 
     found, judge = judged(script, tmp_path, count=3, concurrency=1)
-    assert all(row["judge_reason"] == "" for row in found)
+    assert all(row["judge_reason"] is None for row in found)
     later = [at for at, _ in judge.at if at > limited[0]]
     assert min(later) - limited[0] >= 0.95
 
@@ -170,6 +174,15 @@ def test_an_answered_question_is_never_asked_again_even_by_another_process(tmp_p
         assert sum(judge.asked.values()) == before + 3 + 2, "other settings are other questions"
 
 
+def test_a_question_that_is_refused_first_after_a_restart_ends_nothing(tmp_path):
+    """A 400 to the very first request is a wrong configuration; to one after others it is that question's fault."""
+    with fake_judge() as judge:
+        judging(judge, tmp_path).columns(rows(1), [""])
+        judge.script = lambda *_: Reply(status=400, body=b"too large")
+        found = judging(judge, tmp_path, concurrency=1).columns(rows(2), ["", ""])
+    assert [row["judge_reason"] for row in found] == [None, "http_400"]
+
+
 def test_no_more_requests_are_in_flight_than_may_be(tmp_path):
     _, judge = judged(lambda *_: Reply(seconds=0.05), tmp_path, count=8, concurrency=4)
     assert 2 <= judge.most_in_flight <= 4
@@ -185,6 +198,7 @@ def test_passes_differ_in_their_seeds_and_their_mean_counts(tmp_path):
     )
     assert sorted(body["seed"] for body in judge.bodies) == [5, 5, 6, 6, 7, 7]
     assert (row["judge_sc"], row["judge_pq"], row["judge_overall"]) == (6, 6, 6)
+    assert row["judge_pass_sd"] == pytest.approx(2.0), "of 4, 6 and 8"
 
 
 def test_what_has_no_picture_is_not_asked_about(tmp_path):

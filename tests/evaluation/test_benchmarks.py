@@ -141,6 +141,73 @@ def test_a_table_of_other_columns_is_no_gedit_bench(tmp_path):
         list(gedit_bench.items_of(Folder(str(tmp_path))))
 
 
+def gedit_row(**more: Any) -> dict[str, Any]:
+    return {
+        "key": "a",
+        "task_type": "ps_human",
+        "instruction": "Smile.",
+        "instruction_language": "en",
+        "source_image": {"bytes": b"picture", "path": None},
+        **more,
+    }
+
+
+def test_whatever_is_wrong_with_a_row_of_gedit_bench_it_counts_and_says_so(tmp_path):
+    import pyarrow as pa
+
+    rows = [
+        gedit_row(),
+        gedit_row(instruction="Again."),
+        gedit_row(instruction_language="cn"),
+        gedit_row(key="../../out"),
+        gedit_row(key="b", task_type="ps_dog"),
+        gedit_row(key="c", instruction=None),
+        gedit_row(key="d", instruction_language="fr"),
+        gedit_row(key="e", source_image={"bytes": None, "path": "x.png"}),
+        gedit_row(key=None),
+        gedit_row(key="f" * 300),
+    ]
+    table = pa.Table.from_pylist(rows)
+    for name in ("data-00000-of-00001.arrow", "cache-1234.arrow"):  # `datasets` leaves such beside the data
+        with pa.OSFile(str(tmp_path / name), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    items = list(gedit_bench.items_of(Folder(str(tmp_path))))
+    assert [item.excluded for item in items] == [
+        "",
+        "duplicate_key",
+        "",
+        "bad_key",
+        "unknown_type",
+        "no_instruction",
+        "unknown_language",
+        "missing_image",
+        "bad_key",
+        "bad_key",
+    ]
+    assert len({item.key for item in items}) == len(items)
+    english = list(gedit_bench.items_of(Folder(str(tmp_path)), ("en",)))
+    assert len(english) == len(items) - 1, "a row of no language is in every choice of languages"
+
+
+def test_whatever_is_wrong_with_an_entry_of_imgedit_bench_it_counts_and_says_so(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.jpg").write_bytes(b"picture")
+    good = {"id": "a.jpg", "prompt": "Add a hat.", "edit_type": "add"}
+    entries: dict[str, Any] = {
+        "1": good,
+        "2": good | {"id": "b.jpg"},
+        "3": good | {"id": "../basic_edit.json"},
+        "4": good | {"edit_type": "dance"},
+        "5": good | {"prompt": " "},
+        "6": {"id": "a.jpg"},
+        "../7": good,
+    }
+    (tmp_path / "basic_edit.json").write_text(json.dumps(entries))
+    items = list(imgedit_bench.items_of(Folder(str(tmp_path)), "pictures"))
+    classes = ["", "missing_image", "bad_path", "unknown_type", "no_instruction", "bad_entry", "bad_key"]
+    assert [item.excluded for item in items] == classes
+
+
 def test_imgedits_other_suites_are_refused_and_its_items_keep_their_order():
     items = list(imgedit_bench.items_of(Folder(str(GOLDEN / "imgedit_mini"))))
     assert [item.key for item in items[:3]] == ["947", "182", "816"]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -264,6 +266,56 @@ def test_missing_results_count_and_a_wrong_folder_is_told_at_once(tmp_path):
     empty["results"] = {"made": str(tmp_path / "other" / "nowhere")}
     with pytest.raises(SourceError, match=r"results\.made"):
         done(empty)
+
+
+def test_whatever_is_wrong_is_named_counted_and_excluded_and_the_run_goes_on(tmp_path):
+    picture = encode_png(np.full((512, 512, 3), 90, dtype=np.uint8))
+    entry = {"original_prompt": "a cat", "editing_prompt": "a [dog", "editing_type_id": "1", "mask": [600, 9]}
+    entries = {name: entry | {"image_path": f"1_change/{name}.png"} for name in ("a", "b", "c", "d", "e", "f")}
+    entries["b"] = entries["b"] | {"mask": [1, 2, 3]}
+    for folder in ("pie/annotation_images", "made/annotation_images"):
+        (tmp_path / folder / "1_change").mkdir(parents=True)
+        for name in entries:
+            (tmp_path / folder / "1_change" / f"{name}.png").write_bytes(picture)
+    (tmp_path / "pie/annotation_images/1_change/c.png").unlink()
+    (tmp_path / "made/annotation_images/1_change/d.png").unlink()
+    small = encode_png(np.zeros((256, 256, 3), dtype=np.uint8))
+    (tmp_path / "made/annotation_images/1_change/e.png").write_bytes(small)
+    (tmp_path / "made/annotation_images/1_change/f.png").write_bytes(picture[:200])
+    (tmp_path / "pie" / "mapping_file.json").write_text(json.dumps(entries))
+    found = done(
+        {
+            "set": {"kind": "pie_bench", "folder": str(tmp_path / "pie")},
+            "results": {"made": str(tmp_path / "made")},
+            "metrics": {"clip": str(tmp_path / "nowhere")},
+            "sink": {"folder": str(tmp_path / "out")},
+            "statistics": {"resamples": 199},
+        }
+    )
+    assert found.exit_code == 0
+    reasons = {"bad_mask": 1, "broken_result": 1, "missing_image": 1, "missing_result": 1, "result_size": 1}
+    assert found.tables.reasons == {"made": reasons}
+    assert found.tables.notes == {"made": {"brackets_unbalanced": 4, "psnr_infinite": 1}}
+    assert found.tables.lines["mse"]["made"].own.n == 1
+    table = (tmp_path / "out" / "evaluate" / "table.md").read_text()
+    assert all(f"| {name} |" in table for name in (*reasons, "clip_sim_dir"))
+    assert "no folder here" in table
+
+
+def test_a_signal_ends_a_slow_judge_at_once_and_the_same_command_goes_on(tmp_path):
+    with fake_judge(lambda digest, part, _: Reply(seconds=0 if part == "sc" else 300)) as judge:
+        data = imgedit(tmp_path) | {"judge": judge_of(judge)}
+        (tmp_path / "evaluation.yaml").write_text(yaml.safe_dump(data))
+        command = [sys.executable, "-m", "pipeline.entry", "evaluate", str(tmp_path / "evaluation.yaml")]
+        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while child.poll() is None and judge.in_flight < 2:
+            time.sleep(0.01)
+        child.send_signal(signal.SIGTERM)
+        _, said = child.communicate(timeout=30)
+        assert child.returncode == 128 + signal.SIGTERM, said
+        kept = len(list((tmp_path / "out" / "evaluate" / "journal").glob("*.json")))
+        judge.script = lambda *_: Reply()
+        assert done(data).requests == 12 - kept
 
 
 def test_results_are_laid_out_as_the_official_scripts_read_them(tmp_path):

@@ -1,9 +1,13 @@
-"""A PIE-Bench of drawn scenes by ten pairs of methods: one command, on one worker and on two, here and on Ray."""
+"""A PIE-Bench of drawn scenes by ten pairs of methods: one command, on one worker, on two, and killed on its way."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,21 +79,60 @@ def settings(pie: Path, out: Path, **run: Any) -> dict[str, Any]:
     }
 
 
-def test_the_table_is_the_same_bit_for_bit_on_one_worker_and_on_two(tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "_is_spread", lambda config: config.run.engine == "ray")
-    write_pie_bench(tmp_path / "pie", 10)
-    counted = counts_of(evaluation_from(settings(tmp_path / "pie", tmp_path / "none")))
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """The benchmark, and what an undisturbed run in one process writes."""
+    folder = tmp_path_factory.mktemp("large")
+    write_pie_bench(folder / "pie", 10)
+    done = evaluate(evaluation_from(settings(folder / "pie", folder / "here")), progress="off")
+    assert done.exit_code == 0
+    assert done.tables.asked == dict.fromkeys(METHODS, 10)
+    return folder / "pie", written(folder / "here")
+
+
+def test_methods_share_three_inversions_and_every_type_has_a_mean(calm, tmp_path):
+    pie, here = calm
+    counted = counts_of(evaluation_from(settings(pie, tmp_path)))
     assert len(METHODS) >= 10
     assert counted.results == 10 * len(METHODS)
     assert counted.network_rows is not None
     assert counted.network_rows_alone is not None
     # Three inversions are run instead of one per method.
     assert counted.network_rows_alone - counted.network_rows >= 10 * STEPS * (len(METHODS) - 3 - 2)
-    for name, run in {"here": {}, "two": {"engine": "ray", "workers": 2}}.items():
-        done = evaluate(evaluation_from(settings(tmp_path / "pie", tmp_path / name, **run)), progress="off")
-        assert done.exit_code == 0
-        assert done.tables.asked == dict.fromkeys(METHODS, 10)
-    here, two = (written(tmp_path / name) for name in ("here", "two"))
-    assert here == two
     summary = json.loads(here["summary.json"])
     assert set(summary["measures"]["psnr_unedit_part"]["ddim+cfg"]["own"]["types"]) == set("0123456789")
+
+
+def test_the_table_is_the_same_bit_for_bit_on_two_workers(calm, tmp_path, monkeypatch):
+    pie, here = calm
+    monkeypatch.setattr(job, "_is_spread", lambda config: config.run.engine == "ray")
+    done = evaluate(evaluation_from(settings(pie, tmp_path, engine="ray", workers=2)), progress="off")
+    assert done.exit_code == 0
+    assert written(tmp_path) == here
+
+
+KILLED = """
+import json, sys
+from pipeline.evaluation.config import evaluation_from
+from pipeline.evaluation.job.run import evaluate
+evaluate(evaluation_from(json.load(sys.stdin)), progress="off")
+"""
+
+
+@pytest.mark.parametrize("where", ["data", "evaluate/rows"])
+def test_the_table_is_the_same_bit_for_bit_after_a_kill(calm, tmp_path, where):
+    """Killed once a first unit is edited, or once a first unit is measured."""
+    pie, here = calm
+    data = settings(pie, tmp_path)
+    child = subprocess.Popen([sys.executable, "-c", KILLED], stdin=subprocess.PIPE, env=os.environ.copy())
+    assert child.stdin is not None
+    child.stdin.write(json.dumps(data).encode())
+    child.stdin.close()
+    while child.poll() is None and not list((tmp_path / where).glob("*.parquet")):
+        time.sleep(0.01)
+    assert child.poll() is None, "it was to be killed on its way"
+    child.kill()
+    child.wait()
+    done = evaluate(evaluation_from(data), progress="off")
+    assert done.units_now > 0
+    assert written(tmp_path) == here

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pipeline.evaluation.agreement import agreement
 from pipeline.evaluation.measures import MEASURES
 from pipeline.evaluation.statistics import (
     Described,
@@ -113,3 +114,19 @@ def test_a_table_marks_the_best_and_what_cannot_be_told_from_it_and_counts_every
     text = latex(tables)
     assert r"bad\_one" in text
     assert r"\textbf{" in text
+
+
+def judged(*scores: tuple[str, str, float | None]) -> list[dict[str, object]]:
+    return [{"item": item, "edit": "", "method": method, "judge_overall": score} for item, method, score in scores]
+
+
+def test_two_judges_agree_where_they_rank_results_and_choose_winners_alike():
+    one = judged(("1", "a", 5), ("1", "b", 7), ("2", "a", 3), ("2", "b", 4), ("3", "a", None), ("3", "b", 9))
+    same = judged(("1", "a", 50), ("1", "b", 70), ("2", "a", 30), ("2", "b", 40), ("3", "a", 1))
+    found = agreement(one, same)
+    assert (found.n, found.spearman, found.items, found.equal_winners) == (4, pytest.approx(1.0), 2, 1.0)
+    turned = judged(("1", "a", 7), ("1", "b", 5), ("2", "a", 3), ("2", "b", 4))
+    assert agreement(one, turned).equal_winners == 0.5
+    tied = judged(("1", "a", 7), ("1", "b", 7), ("2", "a", 3), ("2", "b", 4))
+    assert agreement(one, tied).equal_winners == 0.5, "two winners are not one"
+    assert agreement(one, judged(("1", "a", 1))).spearman is None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.evaluation.benchmarks.pie_bench import decode_mask
+from pipeline.evaluation.benchmarks.files import Folder
+from pipeline.evaluation.benchmarks.pie_bench import decode_mask, items_of
 from pipeline.evaluation.config import evaluation_from
 from pipeline.evaluation.job.run import evaluate
 from pipeline.evaluation.judging.answers import Read, read_imgedit, read_viescore
-from pipeline.evaluation.judging.asking import Answer, Judge
+from pipeline.evaluation.judging.asking import Answer, Judge, RowFailedError
 from pipeline.evaluation.judging.config import JudgeConfig
 from pipeline.evaluation.judging.questions import Question
 from pipeline.evaluation.score_rows import rows_in
@@ -46,6 +48,7 @@ def evaluated(data: Mapping[str, Any]) -> tuple[list[Row], dict[str, Any]]:
 
 def far(ours: float | None, golden: float | None, kind: str = "abs") -> float:
     """How far a number is from the golden one; infinitely, where one of them is none."""
+    golden = None if golden is not None and math.isnan(golden) else golden
     if ours is None or golden is None:
         return 0.0 if ours is golden else math.inf
     return abs(ours - golden) / (abs(golden) or 1.0 if kind == "rel" else 1.0)
@@ -54,10 +57,19 @@ def far(ours: float | None, golden: float | None, kind: str = "abs") -> float:
 def replay_pie(folder: Path) -> Iterator[Check]:
     """PIE-Bench: masks, prompts, every measure of every row, means with their n."""
     golden, entries = as_json(folder / "expected" / "items.json"), as_json(folder / "mapping_file.json")
-    for key, entry in entries.items():
-        mask = np.asarray(Image.open(folder / "expected" / "masks" / f"{key}.png").convert("L")) > 127
-        yield Check(f"mask of {key}", float((decode_mask(entry["mask"]) != mask).sum()), 0)
-    clip, dino = (str(folder / "models" / name) for name in ("clip_tiny", "dino_tiny"))
+    for item in items_of(Folder(str(folder))):
+        known, path = golden["items"].get(item.key), folder / "expected" / "masks" / f"{item.key}.png"
+        if path.exists():
+            mask = np.asarray(Image.open(path).convert("L")) > 127
+            yield Check(f"mask of {item.key}", float((decode_mask(entries[item.key]["mask"]) != mask).sum()), 0)
+        if known is not None:
+            ours = [item.request.source_prompt, item.request.target_prompt, item.edit_type]
+            named = [known[name] for name in ("original_prompt", "editing_prompt", "editing_type_id")]
+            yield Check(f"prompts and type of {item.key}", float(ours != named), 0)
+        else:  # one that no number is known of
+            yield Check(f"{item.key} is excluded", float(not item.problem), 0)
+    models = {as_json(one)["model_type"]: str(one.parent) for one in sorted(folder.glob("models/*/config.json"))}
+    clip, dino = models["clip"], models["vit"]
     methods = {one.name: str(one) for one in sorted((folder / "output").iterdir())}
     data = {"set": {"kind": "pie_bench", "folder": str(folder)}, "results": methods}
     rows, summary = evaluated({**data, "metrics": {"clip": clip, "dino": dino}})
@@ -68,17 +80,18 @@ def replay_pie(folder: Path) -> Iterator[Check]:
             if (other["item"], other["method"]) == (row["item"], row["method"]):
                 row["structure_distance_antialias"] = other["structure_distance"]
     worst: dict[str, Check] = {}
-    for row in rows:
-        expected = golden["items"][row["item"]]
-        for name, value in expected["methods"][row["method"]].items():
+    for row in [row for row in rows if row["item"] in golden["items"]]:
+        # A method without a result for an item stands there without figures, or not at all.
+        for name, value in (golden["items"][row["item"]]["methods"].get(row["method"]) or {}).items():
             if name in NOT_OURS or (name == "structure_distance_antialias" and name not in row):
                 continue
-            ours: Any = "psnr_infinite" in row["notes"] if name == "psnr_infinite" else row[name]
-            check = Check(name, far(ours, value, KINDS_OF[name][0]), KINDS_OF[name][1])
+            ours: Any = "psnr_infinite" in row["notes"] if name == "psnr_infinite" else row.get(name)
+            kind, tolerance = KINDS_OF.get(name, ("abs", 1e-3))
+            check = Check(name, far(ours, value, kind), tolerance)
             if name not in worst or check.deviation > worst[name].deviation:
                 worst[name] = check
     yield from worst.values()
-    yield Check("rows", abs(len(rows) - len(methods) * len(golden["items"])), 0)
+    yield Check("rows", abs(len(rows) - len(methods) * len(entries)), 0)
     for method, groups in as_json(folder / "expected" / "aggregates.json").items():
         mine = [row for row in rows if row["method"] == method]
         for name in summary["measures"]:
@@ -129,22 +142,36 @@ class Canned(Judge):
     def __init__(self, config: JudgeConfig) -> None:
         folder = Path(config.model)
         self._answers: dict[tuple[str, str, str], list[str]] = {}
-        self._asked: dict[tuple[str, str, str], int] = {}
+        self._asked: Counter[tuple[str, str, str]] = Counter()
         if (lines := folder / "answers.jsonl").exists():
             for line in map(json.loads, lines.read_text(encoding="utf-8").splitlines()):
+                # A key is unique within a language alone; files whose keys differ need not name it.
+                language = line.get("instruction_language") or line.get("language")
+                key = f"{language}-{line['key']}" if language else line["key"]
                 for part in ("SC", "PQ"):
-                    self._answers[line["method"], line["key"], part.lower()] = line[part]
+                    self._answers[line["method"], key, part.lower()] = as_list(line[part])
         else:
             for method, by_key in as_json(folder / "answers.json").items():
-                self._answers |= {(method, key, "edit"): answers for key, answers in by_key.items()}
+                self._answers |= {(method, key, "edit"): as_list(answers) for key, answers in by_key.items()}
 
     def answer(self, question: Question) -> Answer:
         key, _, method = question.row.split("\x1f")
-        place = (method, key.removeprefix("en-").removeprefix("cn-"), question.part)
-        attempt = self._asked.get(place, 0)
-        self._asked[place] = attempt + 1
-        answers = self._answers[place]
-        return Answer(text=answers[min(attempt, len(answers) - 1)])
+        place = (method, key, question.part)
+        if place not in self._answers:
+            place = (method, key.removeprefix("en-").removeprefix("cn-"), question.part)
+        attempt = self._asked[place]
+        self._asked[place] += 1
+        answers = self._answers.get(place)
+        if not answers:
+            raise RowFailedError("no_answer_recorded")
+        answer = answers[min(attempt, len(answers) - 1)]
+        if not isinstance(answer, str):  # {"error": ...} stands for a request that failed
+            raise RowFailedError("error_recorded")
+        return Answer(text=answer)
+
+
+def as_list(answers: Any) -> list[Any]:
+    return answers if isinstance(answers, list) else [answers]
 
 
 def _judged(folder: Path, kind: str, set_folder: Path, methods: Mapping[str, Path], protocol: str) -> Any:
@@ -180,7 +207,7 @@ def _gedit_method(folder: Path, label: str, method: str, rows: list[Row], summar
     mine = {(row["language"], row["facts"]["key"]): row for row in rows if row["method"] == method}
     golden = as_json(folder / "expected" / f"rows_{method}.json")["rows"]
     for name, column in (("semantics", "judge_sc"), ("quality", "judge_pq")):
-        worst = max(far(mine[row["language"], row["key"]][column], row[name]) for row in golden)
+        worst = max((far(mine[row["language"], row["key"]][column], row[name]) for row in golden), default=0.0)
         yield Check(f"{label} rows: {name}", worst, 1e-6)
     scored = [row for row in mine.values() if row["judge_overall"] is not None]
     yield Check(f"{label} rows", abs(len(scored) - len(golden)), 0)
@@ -188,8 +215,8 @@ def _gedit_method(folder: Path, label: str, method: str, rows: list[Row], summar
     yield Check(f"{label} intersection", float(sum(flags)), 0)
     for language, parts in as_json(folder / "expected" / f"aggregates_{method}.json")["languages"].items():
         for part, groups in parts.items():
-            ours = summary["official"][method][language][part]
-            yield Check(f"{label} {language} {part}", max(far(ours[name], groups[name]) for name in groups), 1e-6)
+            ours = summary["official"][method].get(language, {}).get(part, {})
+            yield Check(f"{label} {language} {part}", max(far(ours.get(name), groups[name]) for name in groups), 1e-6)
 
 
 def replay_imgedit(folder: Path) -> Iterator[Check]:
@@ -199,14 +226,15 @@ def replay_imgedit(folder: Path) -> Iterator[Check]:
     )
     methods = {path.name: path for path in sorted((folder / "edited").iterdir())}
     rows, summary = _judged(folder, "imgedit_bench", folder, methods, "imgedit")
-    missing = sorted((row["method"], row["item"]) for row in rows if row["reason"] == "missing_result")
+    lacks = ("missing_result", "missing_image")
+    missing = sorted((row["method"], row["item"]) for row in rows if row["reason"] in lacks)
     golden = sorted((one["method"], one["key"]) for one in as_json(folder / "expected" / "missing.json"))
     yield Check("missing rows", float(missing != golden), 0)
     for method in methods:
         expected, ours = as_json(folder / "expected" / f"scores_{method}.json"), summary["official"][method]
         for name in ("average_score", "type_score", "n"):
             yield Check(f"{method} {name}: keys", float(set(ours[name]) != set(expected[name])), 0)
-            worst = max(far(ours[name].get(key), value) for key, value in expected[name].items())
+            worst = max((far(ours[name].get(key), value) for key, value in expected[name].items()), default=0.0)
             yield Check(f"{method} {name}", worst, 1e-6)
         for name in ("overall_mean_of_types", "overall_mean_of_items"):
             yield Check(f"{method} {name}", far(ours[name], expected[name]), 1e-6)
@@ -253,7 +281,8 @@ def replay_stats(folder: Path) -> Iterator[Check]:
             counts = [getattr(one, key) - expected[key] for key in ("n", "wins", "ties", "losses")]
             yield Check(f"{name} counts", float(any(counts)), 0)
             yield Check(f"{name} mean", far(one.mean_difference, expected["mean_difference"]), 1e-9)
-            ends = [far(ours, end) for ours, end in zip(one.interval or (), expected["ci95_bca"], strict=True)]
+            golden_ends = expected["ci95_bca"] or (None, None)
+            ends = [far(ours, end) for ours, end in zip(one.interval or (None, None), golden_ends, strict=True)]
             yield Check(f"{name} interval", max(ends), 0.02)
             yield Check(f"{name} p", far(one.p, expected["p_wilcoxon_pratt"], "rel"), 1e-6)
             yield Check(f"{name} p, {correction}", far(one.p_adjusted, expected[f"p_{correction}"], "rel"), 1e-6)

@@ -11,7 +11,14 @@ from pipeline.errors import SourceError
 from pipeline.reading.storage import open_fs, retrying
 from pipeline.writing.files import from_json
 
+MOST_IN_A_NAME = 200  # bytes; systems take 255, and an ending belongs to them
 MOST_BYTES = 512 << 20  # of a file that is read whole
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a stranger's name can be that of a file, and leads nowhere else."""
+    is_safe = name not in ("", ".", "..") and not set(name) & set("/\\\0") and name.isprintable()
+    return is_safe and len(name.encode()) <= MOST_IN_A_NAME
 
 
 class Folder:

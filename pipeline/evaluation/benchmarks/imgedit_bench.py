@@ -1,7 +1,7 @@
 """ImgEdit-Bench, basic suite (Ye et al., arXiv 2505.20275): 737 instructions in nine types.
 
 FOLDER/basic_edit.json      {key: {"id": "animal/000342021.jpg", "prompt": ..., "edit_type": ...}}
-FOLDER/origin/<id>          the pictures
+FOLDER/origin/<id>          the pictures; the folder's name may be another, `origin_img_root` in the official scripts
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.common.showing import public_url
 from pipeline.errors import SourceError
-from pipeline.evaluation.benchmarks.files import Folder
+from pipeline.evaluation.benchmarks.files import Folder, is_plain_name
 from pipeline.evaluation.items import Item
 from pipeline.records import EditRequest
 
@@ -32,8 +32,12 @@ CRITERIA: dict[str, tuple[str, str, str]] = {
 """What a judge is asked about each type of edit, by the names under which it answers."""
 
 
-def items_of(folder: Folder) -> Iterator[Item]:
+def items_of(folder: Folder, images: str = IMAGES) -> Iterator[Item]:
     """The items, in the order of the table, which is not sorted.
+
+    Args:
+        folder: of the benchmark.
+        images: name of the folder in it that holds the pictures.
 
     Raises:
         SourceError: the folder is no ImgEdit-Bench.
@@ -47,23 +51,27 @@ def items_of(folder: Folder) -> Iterator[Item]:
             "are judged by other rules"
         )
     for key, entry in data.items():
-        yield _item(str(key), entry, folder)
+        yield _item(str(key), entry, folder, images)
 
 
-def _item(key: str, entry: Any, folder: Folder) -> Item:
+def _item(key: str, entry: Any, folder: Folder, images: str) -> Item:
+    problem = "" if is_plain_name(key) else f"bad_key: the key '{key[:100]}' cannot be the name of a file"
     if not isinstance(entry, Mapping) or not {"id", "prompt", "edit_type"} <= set(entry):
         problem = "bad_entry: the entry lacks id, prompt or edit_type"
+    if problem:
         return Item(key=key, image=None, request=EditRequest(), problem=problem)
     path, kind, prompt = str(entry["id"]), str(entry["edit_type"]), str(entry["prompt"])
-    problem, image = "", None
+    image = None
     try:
-        image = folder.get(posixpath.join(IMAGES, path))
+        image = folder.get(posixpath.join(images, path))
     except ValueError as error:
         problem = f"bad_path: {error}"
     if image is None and not problem:
-        problem = f"missing_image: {IMAGES}/{path} is not there"
+        problem = f"missing_image: {images}/{path} is not there"
     if kind not in CRITERIA:
-        problem = f"unknown_type: edit_type '{kind}' is none of {', '.join(CRITERIA)}"
+        problem = f"unknown_type: edit_type '{kind[:100]}' is none of {', '.join(CRITERIA)}"
+    elif not prompt.strip():
+        problem = "no_instruction: the entry's prompt is empty"
     return Item(
         key=key,
         image=image,

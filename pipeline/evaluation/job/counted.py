@@ -33,7 +33,7 @@ def counts_of(config: EvaluateConfig) -> Counts:
         RecipeError, SourceError: as `evaluate`.
     """
     methods = list(config.methods or config.results)
-    per_result = 0 if config.judge is None else len(PARTS[config.judge.protocol]) * config.judge.passes
+    per_edit = _questions_per_edit(config, len(methods))
     if isinstance(config.set, OwnSet):
         planned = plan(config.recipe(config.set.source), probe=False)
         return Counts(
@@ -42,7 +42,7 @@ def counts_of(config: EvaluateConfig) -> Counts:
             results=planned.results,
             network_rows=planned.network_rows,
             network_rows_alone=None,
-            questions=planned.results * per_result,
+            questions=planned.results // len(methods) * per_edit,
         )
     recipe = config.recipe(SourceConfig(shards=("-",))) if config.methods else None
     shared = RowCounter(recipe) if recipe is not None else None
@@ -62,5 +62,13 @@ def counts_of(config: EvaluateConfig) -> Counts:
         results=items * len(methods),
         network_rows=rows if shared is not None else None,
         network_rows_alone=alone if shared is not None else None,
-        questions=items * len(methods) * per_result,
+        questions=items * per_edit,
     )
+
+
+def _questions_per_edit(config: EvaluateConfig, methods: int) -> int:
+    """Of all methods together; of pairwise preference, of every two of them."""
+    if config.judge is None:
+        return 0
+    asked = methods if config.judge.scores_rows else methods * (methods - 1) // 2
+    return asked * len(PARTS[config.judge.protocol]) * config.judge.passes

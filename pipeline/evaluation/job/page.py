@@ -21,15 +21,24 @@ from pipeline.evaluation.items import Result
 from pipeline.evaluation.job.measuring import Unit
 from pipeline.evaluation.job.plots import boxes, trade_off
 from pipeline.evaluation.layouts import FOLDERS, place
-from pipeline.evaluation.tables import Tables, grid, number, type_grid
+from pipeline.evaluation.tables import Tables, grid, number, pair_grid, type_grid
 from pipeline.looking.report.thumbnails import data_uri, mask_uri, small_mask, small_rgb
 
 ITEMS = 60  # with pictures, unless more is asked for
 UNREADABLE = ("broken_image", "failed_read", "failed_decode")  # reasons of rows whose input is none
+MOST_PAIRS = 1000  # lines of the table of pairs
 EXTREMES = 3  # worst and best of every method
 # The first that has numbers is taken: what an edit left alone, and how far it went.
 KEPT = ("psnr_unedit_part", "ssim_unedit_part", "structure_distance", "psnr")
-DONE = ("judge_overall", "success", "clip_similarity_target_image", "clip_sim_dir", "truth_psnr", "mask_iou")
+DONE = (
+    "judge_overall",
+    "judge_preference",
+    "success",
+    "clip_similarity_target_image",
+    "clip_sim_dir",
+    "truth_psnr",
+    "mask_iou",
+)
 
 Row = Mapping[str, Any]
 
@@ -95,6 +104,7 @@ def page_of(
     cards = _cards(chosen, tables, rows, units, kind if official else "", load)
     heads, cells = grid(tables)
     type_heads, type_rows = type_grid(tables)
+    pair_heads, pair_rows = pair_grid(tables)
     preserved = next((name for name in KEPT if name in tables.measures), None)
     done = next((name for name in DONE if name in tables.measures), None)
     values = {
@@ -104,6 +114,9 @@ def page_of(
         "cells": cells,
         "type_heads": type_heads,
         "type_rows": type_rows,
+        "pair_heads": pair_heads,
+        "pair_rows": pair_rows[:MOST_PAIRS],
+        "pairs_left": max(0, len(pair_rows) - MOST_PAIRS),
         "types": sorted({row["edit_type"] for row in rows}),
         "plot": trade_off(tables, preserved, done) if preserved and done else "",
         "boxes": [boxes(tables, name, rows) for name in tables.measures],

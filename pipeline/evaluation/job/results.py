@@ -11,6 +11,7 @@ from pipeline.evaluation import tables as printed
 from pipeline.evaluation.config import EvaluateConfig, PieBench
 from pipeline.evaluation.job.measuring import Measures, Unit, load_unit
 from pipeline.evaluation.job.page import page_of
+from pipeline.evaluation.job.preferring import MEASURE, differences_in, with_preferences
 from pipeline.evaluation.judging.judged import remarks_of
 from pipeline.evaluation.layouts import FOLDERS
 from pipeline.evaluation.measures import MEASURES, Measure, measure_of
@@ -38,6 +39,7 @@ def write_results(
     config: EvaluateConfig,
     units: Sequence[tuple[Unit, Rows]],
     measures: Measures,
+    preferences: Rows | None = None,
 ) -> Tables:
     """Write everything that follows from the rows; returns the tables.
 
@@ -46,9 +48,13 @@ def write_results(
         config: the evaluation's.
         units: with their rows, of all methods.
         measures: what the rows hold.
+        preferences: rows of pairs of methods; None: a judge was not asked about these.
     """
     refuse_links(config.sink)
     rows = [row for _, some in units for row in some]
+    judged = rows if preferences is None else preferences
+    if preferences is not None:
+        rows = with_preferences(rows, preferences)
     methods = list(config.methods or config.results)
     settings = Settings(
         resamples=config.statistics.resamples, seed=config.statistics.seed, correction=config.statistics.correction
@@ -60,7 +66,8 @@ def write_results(
         settings,
         title=title_of(config, rows, methods),
         unavailable=measures.unavailable,
-        remarks=remarks_of(config.judge, rows) if config.judge else (),
+        remarks=remarks_of(config.judge, judged) if config.judge else (),
+        differences=None if preferences is None else {MEASURE: differences_in(preferences, methods)},
     )
     official = official_of(config, rows, methods)
     files = {
@@ -91,13 +98,13 @@ def title_of(config: EvaluateConfig, rows: Rows, methods: Sequence[str]) -> str:
     """Of the tables: sets of another size, and other judges, are not comparable."""
     asked = len([row for row in rows if row["method"] == methods[0]])
     subset = f", {config.set.subset}" if isinstance(config.set, PieBench) else ""
-    judge = f", judged by {config.judge.model} at {config.judge.host}" if config.judge else ""
+    judge = f", judged by {config.judge.model} at {config.judge.whereabouts}" if config.judge else ""
     return f"{NAMES[config.set.kind]}{subset}, n = {asked}{judge}"
 
 
 def official_of(config: EvaluateConfig, rows: Rows, methods: Sequence[str]) -> dict[str, Any]:
     """Aggregates as the benchmark's own scripts make them, by method."""
-    if config.judge is None:
+    if config.judge is None or not config.judge.scores_rows:
         return {}
     aggregates = {"gedit_bench": gedit_aggregates, "imgedit_bench": imgedit_aggregates}.get(config.set.kind)
     if aggregates is None or (config.judge.protocol == "imgedit") != (config.set.kind == "imgedit_bench"):

@@ -2,7 +2,7 @@
 
     set       a benchmark becomes Parquet, once (set_files.py)
     edits     the job of `shardedit edit`, by all methods, which share inversions
-    scores    unit by unit: measured, judged, committed as one file of rows
+    scores    unit by unit: measured, judged, committed as one file of rows; then pairs of methods, if asked for
     tables    a function of these rows alone, so that a second run prints the same
 
 The same command goes on where an earlier one stopped: with the units that are not committed, and with the questions
@@ -33,6 +33,7 @@ from pipeline.evaluation.job.measuring import (
     load_unit,
     units_to_measure,
 )
+from pipeline.evaluation.job.preferring import prefer
 from pipeline.evaluation.job.results import write_results
 from pipeline.evaluation.judging.judged import Judging
 from pipeline.evaluation.score_rows import as_bytes, rows_in, schema
@@ -109,8 +110,10 @@ def evaluate(config: EvaluateConfig, *, progress: Display = "auto", retry_failed
                 work.finish(one)
                 _say(progress, f"measured {len(units) - len(left) + number:,} of {count(len(units), 'unit')}")
         rows = [(unit, work.rows(unit)) for unit in units]
-        tables = write_results(fs, root, config, rows, work.measures)
+        preferences = work.prefer(rows)
+        tables = write_results(fs, root, config, rows, work.measures, preferences)
         lock.check()
+    judged = [row for _, some in rows for row in some if not row["reason"]] if preferences is None else preferences
     return Evaluation(
         folder=config.sink.folder,
         tables=tables,
@@ -118,7 +121,7 @@ def evaluate(config: EvaluateConfig, *, progress: Display = "auto", retry_failed
         units=len(units),
         units_now=len(left),
         requests=work.judging.requests if work.judging else 0,
-        exit_code=_exit_code(config, summary, [row for _, some in rows for row in some]),
+        exit_code=_exit_code(config, summary, judged),
     )
 
 
@@ -199,6 +202,7 @@ class _Work:
         if config.judge is not None:
             journal = f"{root}/{FOLDER}/journal"
             self.judging = Judging(config.judge, fs, journal, ask_failed_again=retry_failed)
+        self._rows_are_judged = config.judge is not None and config.judge.scores_rows
 
     @property
     def measures(self) -> Measures:
@@ -215,13 +219,28 @@ class _Work:
         """Judge and commit."""
         self._settle(measured.measures)
         rows = measured.rows
-        if self.judging is not None:
+        if self._rows_are_judged:
+            assert self.judging is not None, "there is one"
             results = load_unit(self._config, measured.unit)
             judged = self.judging.columns(results, [row["reason"] for row in rows])
             rows = [row | columns for row, columns in zip(rows, judged, strict=True)]
-        columns = schema(measured.measures.columns, judged=self.judging is not None)
+        columns = schema(measured.measures.columns, judged=self._rows_are_judged)
         self._check()
         put(self._fs, f"{self._root}/{ROWS}/{measured.unit.name}.parquet", as_bytes(rows, columns))
+
+    def prefer(self, rows: Sequence[tuple[Unit, Sequence[dict[str, Any]]]]) -> list[dict[str, Any]] | None:
+        """Rows of pairs of methods; None: a judge is not asked about these."""
+        if self.judging is None or self._rows_are_judged:
+            return None
+        return prefer(
+            self._fs,
+            self._root,
+            self._config,
+            rows,
+            self.judging,
+            check=self._check,
+            retry_failed=self._retry_failed,
+        )
 
     def rows(self, unit: Unit) -> list[dict[str, Any]]:
         """A unit's rows, as committed."""
@@ -259,11 +278,10 @@ class _Work:
         put(self._fs, f"{self._root}/{MEASURES}", json.dumps(asdict(measures), indent=1).encode())
 
 
-def _exit_code(config: EvaluateConfig, summary: Summary | None, rows: Sequence[dict[str, Any]]) -> int:
+def _exit_code(config: EvaluateConfig, summary: Summary | None, judged: Sequence[dict[str, Any]]) -> int:
     if summary is not None and summary.exit_code:
         return summary.exit_code
     if config.judge is not None:
-        judged = [row for row in rows if not row["reason"]]
         failed = sum(bool(row["judge_reason"]) for row in judged)
         if len(judged) >= FEWEST_JUDGED and failed > config.judge.max_failed * len(judged):
             return TOO_MANY_FAILED

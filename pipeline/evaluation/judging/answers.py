@@ -1,6 +1,7 @@
 """From a judge's words to scores, or to a reason why there are none: never a guess.
 
-A class that is no score: empty, truncated, refusal, no_json, no_score, not_a_number, score_count, out_of_range.
+A class that is no score: empty, truncated, refusal, no_json, no_score, no_choice, not_a_number, score_count,
+out_of_range.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ APOLOGIES = re.compile(
     r"\b(sorry|apologi[sz]e|cannot|can't|can not|unable|not able to|won't|decline)\b|抱歉|无法|不能", re.IGNORECASE
 )
 NUMBER = r"[-+]?\d+(?:\.\d+)?"
+WITHOUT_SCORES = {"length": "truncated", "refusal": "refusal"}
+"""What an answer without scores is, by the endpoint's own reason of its end."""
+CHOICES = {"a": 1.0, "b": -1.0, "tie": 0.0}
+MOST_WHOLE = 1_000_000  # beyond any range
 CAPPED = "cap_broken"
 
 
@@ -55,18 +60,40 @@ def read_viescore(text: str, finish_reason: str = "stop", most: float = 10.0) ->
     return Read(scores=scores, flags=(*flags, *more), reasoning=reasoning if isinstance(reasoning, str) else "")
 
 
+def read_preference(text: str, finish_reason: str = "stop") -> Read:
+    """Which of two edits is better: one score, 1 for A, -1 for B, 0 for neither.
+
+    Args:
+        text: the answer, a JSON object with `better`.
+        finish_reason: as the endpoint says it; "length" where the answer was cut.
+    """
+    try:
+        document, flags = _document(text, "better")
+    except _NoScoreError as error:
+        bare = CHOICES.get(text.strip().strip(".*\"' ").casefold())
+        if bare is not None:
+            return Read(scores=(bare,), flags=("repaired",))
+        return Read(reason=_why(str(error), text, finish_reason))
+    said = document["better"]
+    choice = CHOICES.get(said.strip().casefold()) if isinstance(said, str) else None
+    if choice is None:
+        return Read(reason="no_choice")
+    reasoning = document.get("reasoning", "")
+    return Read(scores=(choice,), flags=flags, reasoning=reasoning if isinstance(reasoning, str) else "")
+
+
 def _why(reason: str, text: str, finish_reason: str) -> str:
     """The class of an answer without scores; a cut or a refusal says more than that JSON is missing."""
     if reason not in ("no_json", "no_score"):
         return reason
-    if finish_reason == "length":
-        return "truncated"
+    if finish_reason in WITHOUT_SCORES:
+        return WITHOUT_SCORES[finish_reason]
     said = _without_thoughts(text) or ""
     return "refusal" if reason == "no_json" and len(said) <= SHORT and APOLOGIES.search(said) else reason
 
 
-def _document(text: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The object with a score that an answer holds, or is meant to hold, and how it was found."""
+def _document(text: str, key: str = "score") -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The object with a key that an answer holds, or is meant to hold, and how it was found."""
     if not text.strip():
         raise _NoScoreError("empty")
     said = _without_thoughts(text)
@@ -74,14 +101,17 @@ def _document(text: str) -> tuple[dict[str, Any], tuple[str, ...]]:
         raise _NoScoreError("truncated")
     said = re.sub(r"```[a-zA-Z]*", " ", said).replace(MARKS, " ").strip()
     objects = list(_objects(said))
-    if scored := [one for one in objects if "score" in one]:
+    if scored := [one for one in objects if key in one] or list(_inner(objects, key)):
         return scored[-1], ()
-    if (repaired := _repaired(said)) is not None:
+    if (repaired := _repaired(said, key)) is not None:
         return repaired, ("repaired",)
     if objects:
         raise _NoScoreError("no_score")
-    if lists := re.findall(rf"\[\s*{NUMBER}\s*,\s*{NUMBER}\s*\]", said):
-        return {"score": json.loads(lists[-1].replace("+", ""))}, ("bare_list",)
+    if key != "score":
+        raise _NoScoreError("no_json")
+    for form, flags in ((said, ("bare_list",)), (_plain(said), ("repaired", "bare_list"))):
+        if lists := re.findall(rf"\[\s*({NUMBER})\s*,\s*({NUMBER})\s*\]", form):
+            return {"score": [float(one) for one in lists[-1]]}, flags
     if re.fullmatch(NUMBER, said):
         return {"score": [float(said)]}, ()
     raise _NoScoreError("no_json")
@@ -106,24 +136,40 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
             yield found
 
 
-def _repaired(text: str) -> dict[str, Any] | None:
-    """The last object with a score that almost is JSON; None where there is none.
+def _inner(found: Sequence[Any], key: str) -> Iterator[dict[str, Any]]:
+    """Objects with a key inside of objects."""
+    for one in found:
+        values = list(one.values()) if isinstance(one, dict) else one
+        yield from (value for value in values if isinstance(value, dict) and key in value)
+        yield from _inner([value for value in values if isinstance(value, (dict, list))], key)
+
+
+def _plain(text: str) -> str:
+    """Full-width forms and curly quotes as plain ones."""
+    return unicodedata.normalize("NFKC", text).translate({0x201C: '"', 0x201D: '"', 0x2018: "'", 0x2019: "'"})
+
+
+def _repaired(text: str, name: str) -> dict[str, Any] | None:
+    """The last object with a key that almost is JSON; None where there is none.
 
     A list of scores that is cut inside is none: libraries read "[7, " as 7.
     """
     from json_repair import repair_json
 
-    plain = unicodedata.normalize("NFKC", text).translate({0x201C: '"', 0x201D: '"', 0x2018: "'", 0x2019: "'"})
+    plain = _plain(text)
     for begin in reversed([found.start() for found in re.finditer(r"\{", plain)]):
         part = plain[begin:]
-        if not (key := re.search(r"score['\"]?\s*:", part)):
+        if not (key := re.search(rf"{name}['\"]?\s*:", part)):
             continue
         if re.match(r"\s*\[[^\]]*$", part[key.end() :]):
             raise _NoScoreError("truncated")
-        found = repair_json(part, return_objects=True)
+        try:
+            found = repair_json(part, return_objects=True)
+        except (ValueError, RecursionError):  # a number of thousands of digits, a thousand brackets
+            continue
         while isinstance(found, list) and found:  # words behind the object make it a list
             found = found[0]
-        if isinstance(found, dict) and "score" in found:
+        if isinstance(found, dict) and name in found:
             return found
     return None
 
@@ -144,7 +190,11 @@ def _two_scores(value: Any, most: float) -> tuple[tuple[float, ...], tuple[str, 
 def _number(value: Any) -> float:
     if isinstance(value, str) and re.fullmatch(NUMBER, value.strip()):
         value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _NoScoreError("not_a_number")
+    if isinstance(value, int) and abs(value) > MOST_WHOLE:  # which no float need hold
+        raise _NoScoreError("out_of_range")
+    if not math.isfinite(value):
         raise _NoScoreError("not_a_number")
     return float(value)
 
@@ -173,8 +223,8 @@ def read_imgedit(text: str, edit_type: str, finish_reason: str = "stop") -> Read
     if any(not 1 <= score <= 5 for score in scores):
         return Read(reason="out_of_range")
     if len(scores) < len(names):
-        if finish_reason == "length":
-            return Read(reason="truncated")
+        if finish_reason in WITHOUT_SCORES:
+            return Read(reason=WITHOUT_SCORES[finish_reason])
         is_refusal = not scores and len(said) <= SHORT and APOLOGIES.search(said)
         return Read(reason="refusal" if is_refusal else "score_count")
     if max(scores[1:]) > scores[0]:
@@ -185,17 +235,21 @@ def read_imgedit(text: str, edit_type: str, finish_reason: str = "stop") -> Read
 def _last_named(text: str, name: str) -> float | None:
     """The number that follows a criterion's name, where it stands last."""
     words = [r"\s+".join(re.escape(word) for word in part.split()) for part in name.casefold().split("&")]
-    spelled = r"\s*(?:&|\band\b)\s*".join(words)
+    spelled = r"\s*(?:&|＆|\band\b)\s*".join(words)
     # "Physical Consistency" begins another criterion's name, and "Naturalness" may end one: the colon decides.
     found = re.findall(
-        rf"{spelled}[\s\"'*_`]*[:：][\s\"'*_`]*({NUMBER})(?:\s*/\s*5\b)?", unicodedata.normalize("NFC", text.casefold())
+        rf"{spelled}[\s\"'*_`]*[:：][\s\"'*_`]*([-+]?\d[\d.]*(?:\s*/\s*\d+)?)",
+        unicodedata.normalize("NFC", text.casefold()),
     )
-    return float(found[-1]) if found else None
+    # A share of another number than 5 is no score, and neither is "4.5.6".
+    read = re.fullmatch(rf"({NUMBER})\.?(?:\s*/\s*5)?", found[-1]) if found else None
+    return float(read[1]) if read else None
 
 
 def _is_official(text: str, names: Sequence[str]) -> bool:
-    """Whether the official script reads every criterion, and nothing else, of an answer."""
-    lines = [line.strip() for line in text.splitlines() if re.search(r":\s*\d+$", line.strip())]
+    """Whether an answer has the form that was asked for: words, then one line with a whole number per criterion."""
+    stripped = [line.strip() for line in text.splitlines()]
+    lines = [line for line in stripped if re.search(r":\s*\d+$", line) and not line.startswith("Brief reasoning:")]
     return len(lines) == len(names) and all(
         re.fullmatch(rf"{re.escape(name)}: \d+", line) for name, line in zip(names, lines, strict=True)
     )

@@ -175,6 +175,11 @@ class Journal:
         )
         self._there = {path.rpartition("/")[2] for path in list_folder(fs, root)}
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it held no answer when it was opened."""
+        return not self._there
+
     def name(self, question: Question) -> str:
         """Of a question's file."""
         pictures = [hashlib.sha256(one).hexdigest() for one in question.pictures]

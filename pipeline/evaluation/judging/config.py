@@ -19,19 +19,20 @@ PLUG_IN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 class JudgeConfig(Section):
     """A vision-language model that says how good an edit is."""
 
-    kind: Literal["openai"] | Annotated[str, Field(pattern=PLUG_IN)] = "openai"
-    """openai: an endpoint that speaks OpenAI's protocol; or "package.module:factory" of one's own, which is called with
-    this section and returns an object with `answer(question)` (judging/asking.py)."""
+    kind: Literal["openai", "transformers"] | Annotated[str, Field(pattern=PLUG_IN)] = "openai"
+    """openai: an endpoint that speaks OpenAI's protocol; transformers: a checkpoint that the command's own process
+    loads; or "package.module:factory" of one's own, which is called with this section and returns an object with
+    `answer(question)` (judging/asking.py)."""
     base_url: str = "http://127.0.0.1:8000/v1"
     """Of the endpoint, up to and without /chat/completions."""
     model: Location
-    """As the endpoint names it."""
+    """As the endpoint names it; of kind transformers, a folder or a hub id."""
     revision: str | None = None
-    """As one states it; what the endpoint answers is kept beside it."""
+    """As one states it; what the endpoint answers is kept beside it. Of kind transformers, that of the hub id."""
     key_env: str = "JUDGE_API_KEY"
     """Name of the environment variable with the key. The key itself stands in no file."""
-    protocol: Literal["viescore", "imgedit", "editscore"] = "viescore"
-    """What is asked, and how answers are read."""
+    protocol: Literal["viescore", "imgedit", "editscore", "pairwise"] = "viescore"
+    """What is asked, and how answers are read. pairwise: which of two methods' results is better, in both orders."""
     prompts: Location | None = None
     """Folder with texts of one's own, such as viescore_sc.txt; none: ours, which no published table was made with."""
     passes: int = Field(default=1, ge=1, le=100)
@@ -73,9 +74,19 @@ class JudgeConfig(Section):
         return value.rstrip("/")
 
     @property
+    def scores_rows(self) -> bool:
+        """Whether each result is judged by itself."""
+        return self.protocol != "pairwise"
+
+    @property
     def host(self) -> str:
         """Of the endpoint."""
         return urlsplit(self.base_url).hostname or ""
+
+    @property
+    def whereabouts(self) -> str:
+        """Who answers: the endpoint's host, or the kind."""
+        return self.host if self.kind == "openai" else self.kind
 
     def is_here(self) -> bool:
         """Whether the endpoint is on this machine."""

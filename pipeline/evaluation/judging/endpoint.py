@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import email.utils
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -34,10 +35,16 @@ class Endpoint(Judge):
         config: of the judge.
         client: for tests; None: one of our own.
         wait: sleeps some seconds, and ends early, by an exception, where the run ends.
+        proven: it has answered before, so that a 400 is a question's own fault.
     """
 
     def __init__(
-        self, config: JudgeConfig, wait: Callable[[float], None] = time.sleep, client: httpx.Client | None = None
+        self,
+        config: JudgeConfig,
+        wait: Callable[[float], None] = time.sleep,
+        client: httpx.Client | None = None,
+        *,
+        proven: bool = False,
     ) -> None:
         try:
             self._key = config.key()
@@ -48,7 +55,7 @@ class Endpoint(Judge):
         self._client = client or httpx.Client(timeout=config.timeout_s, limits=limits, follow_redirects=False)
         self._lock = threading.Lock()
         self._not_before = 0.0  # by the monotonic clock: what a 429 has asked for
-        self._answered = False  # any request yet
+        self._answered = proven  # any request yet
 
     @override
     def answer(self, question: Question) -> Answer:
@@ -79,16 +86,17 @@ class Endpoint(Judge):
         try:
             data = response.json()
             choice = data["choices"][0]
-            content = choice["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+            content, refusal = choice["message"].get("content"), choice["message"].get("refusal")
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
             raise PassingError("bad_body") from error
         self._answered = True
         if choice.get("finish_reason") == "content_filter":
             raise RowFailedError("content_filter")
         usage = data.get("usage") if isinstance(data.get("usage"), dict) else {}
+        refused = isinstance(refusal, str) and bool(refusal) and not _text(content)
         return Answer(
-            text=_text(content),
-            finish_reason=str(choice.get("finish_reason") or "stop"),
+            text=refusal if refused else _text(content),
+            finish_reason="refusal" if refused else str(choice.get("finish_reason") or "stop"),
             model_reported=str(data.get("model") or ""),
             prompt_tokens=usage.get("prompt_tokens"),
             completion_tokens=usage.get("completion_tokens"),
@@ -151,7 +159,7 @@ def _message(response: httpx.Response) -> tuple[str, str]:
     try:
         error = response.json().get("error")
         if isinstance(error, dict):
-            return str(error.get("message") or ""), str(error.get("code") or "")
+            return str(error.get("message") or ""), str(error.get("code") or error.get("type") or "")
         return str(error or ""), ""
     except (ValueError, AttributeError, RecursionError):
         return " ".join(response.text.split()), ""
@@ -167,4 +175,4 @@ def _retry_after(response: httpx.Response) -> float | None:
             seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
         except (TypeError, ValueError):
             return None
-    return min(max(seconds, 0.0), LONGEST_NAMED)
+    return min(max(seconds, 0.0), LONGEST_NAMED) if math.isfinite(seconds) else None

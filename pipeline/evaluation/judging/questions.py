@@ -3,6 +3,7 @@
     viescore    two questions of two scores, 0..10 (Ku et al., arXiv 2312.14867, task "tie")
     editscore   the same, 0..25, the reasoning first (Luo et al., arXiv 2509.23909)
     imgedit     one question of three scores, 1..5, by the type of edit
+    pairwise    which of two edits is better, asked in both orders: judges favour one place
 
 The texts are ours, in prompts/. `judge.prompts` reads others, so that published numbers can be compared with.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,12 +23,19 @@ from typing import Literal
 from pipeline.common.showing import describe
 from pipeline.errors import RecipeError
 from pipeline.evaluation.benchmarks.imgedit_bench import CRITERIA
-from pipeline.evaluation.judging.answers import Read, read_imgedit, read_viescore
+from pipeline.evaluation.judging.answers import Read, read_imgedit, read_preference, read_viescore
 from pipeline.records import EditRequest
 
-Protocol = Literal["viescore", "editscore", "imgedit"]
-PARTS: dict[str, tuple[str, ...]] = {"viescore": ("sc", "pq"), "editscore": ("sc", "pq"), "imgedit": ("edit",)}
-"""Questions of a protocol: SC how the instruction was carried out, PQ how good the picture is."""
+Protocol = Literal["viescore", "editscore", "imgedit", "pairwise"]
+PARTS: dict[str, tuple[str, ...]] = {
+    "viescore": ("sc", "pq"),
+    "editscore": ("sc", "pq"),
+    "imgedit": ("edit",),
+    "pairwise": ("ab", "ba"),
+}
+"""Questions of a protocol: SC how the instruction was carried out, PQ how good the picture is; AB and BA which of two
+edits is better, the first shown first or second."""
+WHOLE = ("imgedit", "pairwise")  # protocols with one text for all of their questions
 BEST = {"viescore": 10.0, "editscore": 25.0}
 SHOWN_TYPES = {
     "style": "the picture before and after a change of style",
@@ -60,7 +69,7 @@ class Prompts:
     def __init__(self, protocol: Protocol, folder: str | None = None) -> None:
         self.protocol = protocol
         self.origin = "own" if folder is None else "folder"
-        names = ("imgedit",) if protocol == "imgedit" else tuple(f"{protocol}_{part}" for part in PARTS[protocol])
+        names = (protocol,) if protocol in WHOLE else tuple(f"{protocol}_{part}" for part in PARTS[protocol])
         if protocol == "imgedit" and folder is not None:
             names = tuple(f"imgedit_{kind}" for kind in CRITERIA)
         self._texts = {name: _text_of(name, folder) for name in names}
@@ -81,21 +90,41 @@ class Prompts:
             source, result: encoded.
             run: which pass.
         """
-        instruction = request.instruction or request.target_prompt
         return [
-            Question(
-                row=row,
-                part=part,
-                text=_filled(template := self._template(part, edit_type), instruction, edit_type),
-                # Of the quality one judges without having seen what it was made of.
-                pictures=(result,) if part == "pq" else (source, result),
-                prompt_hash=hashlib.sha256(template.encode()).hexdigest(),
-                run=run,
-            )
+            # Of the quality one judges without having seen what it was made of.
+            self._question(row, request, edit_type, part, (result,) if part == "pq" else (source, result), run)
             for part in PARTS[self.protocol]
         ]
 
+    def ask_which(
+        self, row: str, request: EditRequest, edit_type: str, source: bytes, results: tuple[bytes, bytes], run: int = 0
+    ) -> list[Question]:
+        """The questions about two results of one edit: the first shown first, then second.
+
+        Args:
+            row: names the pair.
+            request, edit_type, source, run: as in `ask`.
+            results: encoded.
+        """
+        orders = dict(zip(PARTS["pairwise"], (results, results[::-1]), strict=True))
+        return [self._question(row, request, edit_type, part, (source, *shown), run) for part, shown in orders.items()]
+
+    def _question(
+        self, row: str, request: EditRequest, edit_type: str, part: str, pictures: tuple[bytes, ...], run: int
+    ) -> Question:
+        template = self._template(part, edit_type)
+        return Question(
+            row=row,
+            part=part,
+            text=_filled(template, request.instruction or request.target_prompt, edit_type),
+            pictures=pictures,
+            prompt_hash=hashlib.sha256(template.encode()).hexdigest(),
+            run=run,
+        )
+
     def _template(self, part: str, edit_type: str) -> str:
+        if self.protocol == "pairwise":
+            return self._texts["pairwise"]
         if self.protocol != "imgedit":
             return self._texts[f"{self.protocol}_{part}"]
         return self._texts["imgedit" if self.origin == "own" else f"imgedit_{edit_type}"]
@@ -104,6 +133,8 @@ class Prompts:
         """An answer's scores."""
         if self.protocol == "imgedit":
             return read_imgedit(answer, edit_type, finish_reason)
+        if self.protocol == "pairwise":
+            return read_preference(answer, finish_reason)
         return read_viescore(answer, finish_reason, BEST[self.protocol])
 
 
@@ -127,6 +158,25 @@ def _filled(template: str, instruction: str, edit_type: str) -> str:
         text = text.replace("<edit_type>", edit_type, 1).replace("<pictures>", pictures, 1)
     before, mark, after = text.partition("<instruction>")
     return f"{before}{instruction}{after}" if mark else text
+
+
+def spread_of(protocol: Protocol, reads: Mapping[str, Sequence[Read]]) -> float | None:
+    """Standard deviation of a row's overall score between passes; None for one pass, or where a pass has no score."""
+    passes = len(next(iter(reads.values())))
+    single = [
+        scores_of(protocol, {part: [some[at]] for part, some in reads.items()})["overall"] for at in range(passes)
+    ]
+    numbers = [one for one in single if one is not None]
+    return statistics.stdev(numbers) if len(numbers) == passes > 1 else None
+
+
+def preference_of(reads: Mapping[str, Sequence[Read]]) -> float | None:
+    """How much the first of two results is preferred, -1..1: the mean over both orders and all passes. None where an
+    answer has no choice: one order alone would be another figure."""
+    choices = [
+        sign * one.scores[0] if one.scores else None for sign, part in ((1, "ab"), (-1, "ba")) for one in reads[part]
+    ]
+    return _mean(choices)
 
 
 def scores_of(protocol: Protocol, reads: Mapping[str, Sequence[Read]]) -> dict[str, float | None]:
