@@ -40,7 +40,7 @@ def test_scores_are_found(text, scores, flags):
         ('{"score": []}', "stop", "score_count"),
         ('{"score": [7, 11]}', "stop", "out_of_range"),
         ('{"score": [' + "9" * 400 + ", 8]}", "stop", "out_of_range"),
-        ('{"score": [' + "9" * 5000 + ", 8]}", "stop", "out_of_range"),
+        ('{"score": [' + "9" * 5000 + ", 8]}", "stop", "not_a_number"),
         ('{"score": {"success": 7, "restraint": 8}}', "stop", "not_a_number"),
         ('{"score": [[7, 8]]}', "stop", "not_a_number"),
         ("I would rather not say.", "refusal", "refusal"),  # as the endpoint has it

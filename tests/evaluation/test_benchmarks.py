@@ -137,7 +137,7 @@ def test_a_table_of_other_columns_is_no_gedit_bench(tmp_path):
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"a": [1]}), tmp_path / "x.parquet")
-    with pytest.raises(SourceError, match="needed are task_type"):
+    with pytest.raises(SourceError, match="needed are key, task_type"):
         list(gedit_bench.items_of(Folder(str(tmp_path))))
 
 
@@ -196,7 +196,7 @@ def test_whatever_is_wrong_with_an_entry_of_imgedit_bench_it_counts_and_says_so(
     entries: dict[str, Any] = {
         "1": good,
         "2": good | {"id": "b.jpg"},
-        "3": good | {"id": "../basic_edit.json"},
+        "3": good | {"id": "../../secret.jpg"},
         "4": good | {"edit_type": "dance"},
         "5": good | {"prompt": " "},
         "6": {"id": "a.jpg"},

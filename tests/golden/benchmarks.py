@@ -64,7 +64,8 @@ def replay_pie(folder: Path) -> Iterator[Check]:
             yield Check(f"mask of {item.key}", float((decode_mask(entries[item.key]["mask"]) != mask).sum()), 0)
         if known is not None:
             ours = [item.request.source_prompt, item.request.target_prompt, item.edit_type]
-            named = [known[name] for name in ("original_prompt", "editing_prompt", "editing_type_id")]
+            # A request has no blanks around its prompts, which no text encoder reads.
+            named = [known[name].strip() for name in ("original_prompt", "editing_prompt", "editing_type_id")]
             yield Check(f"prompts and type of {item.key}", float(ours != named), 0)
         else:  # one that no number is known of
             yield Check(f"{item.key} is excluded", float(not item.problem), 0)

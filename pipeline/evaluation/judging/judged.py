@@ -28,6 +28,8 @@ from pipeline.reading.decode import decode
 from pipeline.reading.storage import FileSystem
 from pipeline.writing.rows import encode_png, utf8_text
 
+EDITS_AT_ONCE = 8  # whose pictures are held together while pairs of their results are asked about
+
 
 class Judging:
     """Asks a judge about results, unit by unit.
@@ -100,21 +102,28 @@ class Judging:
         by_edit: dict[tuple[str, str], list[Result]] = {}
         for result in results:
             by_edit.setdefault((result.item.key, result.edit), []).append(result)
-        # By name, so that a pair is one question in whatever order the methods are listed.
-        by_name = (sorted(some, key=lambda one: one.method) for some in by_edit.values())
-        pairs = [pair for some in by_name for pair in combinations(some, 2)]
-        asked = [self._which(*pair) for pair in pairs]
-        outcomes = iter(self._interview.ask([question for questions in asked for question in questions]))
-        return [
-            self._preferred(pair, [(question, next(outcomes)) for question in questions])
-            for pair, questions in zip(pairs, asked, strict=True)
-        ]
+        edits, found = list(by_edit.values()), []
+        for begin in range(0, len(edits), EDITS_AT_ONCE):
+            pairs, asked = [], []
+            for some in edits[begin : begin + EDITS_AT_ONCE]:
+                # By name, so that a pair is one question in whatever order the methods are listed.
+                ordered = sorted(some, key=lambda one: one.method)
+                seen = {one.method: self._shown(one) for one in ordered}
+                for pair in combinations(ordered, 2):
+                    pairs.append(pair)
+                    asked.append(self._which(*pair, seen))
+            outcomes = iter(self._interview.ask([question for questions in asked for question in questions]))
+            found += [
+                self._preferred(pair, [(question, next(outcomes)) for question in questions])
+                for pair, questions in zip(pairs, asked, strict=True)
+            ]
+        return found
 
-    def _which(self, first: Result, second: Result) -> list[Question]:
+    def _which(self, first: Result, second: Result, seen: Mapping[str, tuple[bytes, bytes]]) -> list[Question]:
         item = first.item
         row = "\x1f".join((item.key, first.edit, first.method, second.method))
         self._types[row] = item.edit_type
-        (source, one), (_, other) = self._shown(first), self._shown(second)
+        (source, one), (_, other) = seen[first.method], seen[second.method]
         return [
             question
             for run in range(self._config.passes)
