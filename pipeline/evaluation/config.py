@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,8 @@ from pipeline.settings.sections import (
     StorageOptions,
 )
 from pipeline.settings.yaml_file import UnusableFileError, read_yaml_file
+
+EXTRA = ("scipy", "json_repair", "httpx2")  # modules of the extra `evaluate`
 
 
 class PieBench(Section):
@@ -221,6 +224,9 @@ def evaluation_from(data: Any, where: str = "evaluation") -> EvaluateConfig:
     """
     if not isinstance(data, Mapping):
         raise RecipeError(where, [("evaluation", f"should be a mapping, is {type(data).__name__}")])
+    if missing := [name for name in EXTRA if find_spec(name) is None]:
+        text = f"needs {', '.join(missing)}, which is not installed: pip install 'shardedit[evaluate]'"
+        raise RecipeError(where, [("evaluation", text)])
     try:
         return EvaluateConfig.model_validate(data)
     except ValidationError as error:

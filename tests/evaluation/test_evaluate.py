@@ -357,6 +357,13 @@ def test_a_configuration_that_cannot_work_is_refused_with_the_way_out(tmp_path, 
         evaluation_from(drawn(tmp_path) | change)
 
 
+@pytest.mark.parametrize("name", ["scipy", "json_repair", "httpx2"])
+def test_without_its_extra_an_evaluation_says_how_to_get_it(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(RecipeError, match=rf"needs {name}.*pip install 'shardedit\[evaluate\]'"):
+        evaluation_from(drawn(tmp_path))
+
+
 def test_the_command_prints_the_table_and_counts_without_doing(tmp_path):
     config = tmp_path / "evaluation.yaml"
     config.write_text(yaml.safe_dump(drawn(tmp_path / "out")))

@@ -20,7 +20,6 @@ from pipeline.evaluation.items import Result
 from pipeline.evaluation.judging.answers import Read
 from pipeline.evaluation.judging.asking import MOST_TEXT, Answer, Interview, Journal, Judge, Outcome
 from pipeline.evaluation.judging.config import JudgeConfig
-from pipeline.evaluation.judging.endpoint import Endpoint
 from pipeline.evaluation.judging.local import LocalJudge
 from pipeline.evaluation.judging.questions import PARTS, Prompts, Question, preference_of, scores_of, spread_of
 from pipeline.evaluation.scoring import JPEG_QUALITY, MAX_PIXELS
@@ -61,6 +60,8 @@ class Judging:
         book = Journal(fs, journal, config)
         waiting: list[Callable[[float], None]] = []
         if judge is None and config.kind == "openai":
+            from pipeline.evaluation.judging.endpoint import Endpoint
+
             judge = Endpoint(config, lambda seconds: waiting[0](seconds), proven=not book.is_empty)
         elif judge is None:
             judge = LocalJudge(config) if config.kind == "transformers" else plugged_in(config)
