@@ -28,6 +28,7 @@ LAYERS = [
     {"running"},
     {"studies"},
     {"looking"},
+    {"evaluation.job", "evaluation.from_run"},
     {"editor", "result"},
     {"cli"},
     {"entry"},
@@ -38,6 +39,8 @@ FOREIGN = {
     "transformers": {"models"},
     "fsspec": {"reading", "writing"},
     "typer": {"cli", "looking.ending"},
+    "httpx2": {"evaluation.judging"},
+    "scipy": {"evaluation"},
 }
 PLANTED = "from pipeline.cli import main\n"
 LOWEST = [
