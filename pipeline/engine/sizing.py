@@ -7,27 +7,28 @@ bits are equal within one call size.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import NetworkCall
+from pipeline.engine.tuning import Tell, tell_nobody
 
 CANDIDATES = (4, 8, 16, 32, 64, 128)  # ascending
 GOOD_ENOUGH = 0.95  # share of the best throughput at which the smaller call is preferred
 ROUNDS = 3  # timed calls per size, after one that is not
 
 
-def best_call_size(rows_per_second: Callable[[int], float | None]) -> int:
+def best_call_size(rows_per_second: Callable[[int], float | None]) -> tuple[int, Mapping[int, float]]:
     """The smallest call whose throughput is within 5 % of the best.
 
     Args:
         rows_per_second: measures a call size; None where it does not fit into memory. Larger ones are then not tried.
 
     Returns:
-        One of `CANDIDATES`; the smallest where none fits.
+        One of `CANDIDATES`, the smallest where none fits; and what was measured of those that do.
     """
     measured: dict[int, float] = {}
     for size in CANDIDATES:
@@ -36,18 +37,24 @@ def best_call_size(rows_per_second: Callable[[int], float | None]) -> int:
             break
         measured[size] = rate
     if not measured:
-        return CANDIDATES[0]
+        return CANDIDATES[0], {}
     # The autoencoder and fragmentation need memory, too: of sizes that ran into the limit the largest is not taken.
-    if len(measured) < len(CANDIDATES) and len(measured) > 1:
-        del measured[max(measured)]
-    best = max(measured.values())
-    return min(size for size, rate in measured.items() if rate >= GOOD_ENOUGH * best)
+    taken = dict(measured)
+    if len(taken) < len(CANDIDATES) and len(taken) > 1:
+        del taken[max(taken)]
+    best = max(taken.values())
+    return min(size for size, rate in taken.items() if rate >= GOOD_ENOUGH * best), measured
 
 
-def probe_call_size(backbone: Backbone, image_size: int) -> int:
-    """Time calls of several sizes on the model's own device, for square images of `image_size` pixels."""
+def probe_call_size(backbone: Backbone, image_size: int, tell: Tell = tell_nobody) -> tuple[int, Mapping[int, float]]:
+    """Time calls of several sizes on the model's own device, for square images of `image_size` pixels.
+
+    Returns:
+        As `best_call_size`.
+    """
 
     def rows_per_second(size: int) -> float | None:
+        tell(f"trying calls of {size} rows")
         call = trial_call(backbone, image_size, size)
         prompt = call.conditioning[0]
         if prompt.positions and backbone.offers.watches:

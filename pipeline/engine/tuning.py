@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -54,6 +54,7 @@ class Tuned:
 
     tuning: Tuning = UNTUNED
     rows_per_second: Mapping[str, float] = field(default_factory=dict)  # of every way that was tried and can be taken
+    by_call_size: Mapping[int, float] = field(default_factory=dict)  # rows per second as loaded, where sizes were tried
 
 
 NOT_TUNED = Tuned()
@@ -67,22 +68,31 @@ class Fit:
     tuned: Tuned
 
 
+Tell = Callable[[str], None]
+"""Says to the user what takes its time."""
+
+
+def tell_nobody(_: str) -> None:
+    """Nothing is said."""
+
+
 class _Try(NamedTuple):
     answer: NetworkAnswer
     rows_per_second: float
 
 
-def tune(backbone: Backbone, call: NetworkCall, ways: Ways) -> Tuned:
+def tune(backbone: Backbone, call: NetworkCall, ways: Ways, tell: Tell = tell_nobody) -> Tuned:
     """Find the fastest way for calls like this one, and let the backbone run that way from now on.
 
     One field after the other, each from the best found so far; compiled code last, as every other way would be compiled
-    by itself. A way is taken where it is faster, its predictions are
-    those of the way in which the backbone ran before, but for rounding, and a row's do not depend on the other rows.
+    by itself. A way is taken where it is faster, its predictions are those of the way in which the backbone ran before,
+    but for rounding, and a row's do not depend on the other rows.
 
     Args:
         backbone: the model.
         call: of full size, its rows different from each other.
         ways: to try, of those that the backbone has.
+        tell: of each before it is tried: a compiler takes minutes.
 
     Raises:
         Exception: what the backbone raises as it runs before.
@@ -93,7 +103,11 @@ def tune(backbone: Backbone, call: NetworkCall, ways: Ways) -> Tuned:
     best = before
     for name, values in ways.items():
         for way in [replace(best, **{name: value}) for value in values]:  # type: ignore[arg-type]
-            rate = None if way in tried else _rate(backbone, way, call, usual)
+            if way in tried:
+                continue
+            minutes = "; what is compiled takes minutes, once" if way.execution != "eager" else ""
+            tell(f"trying the network {way} (as loaded: {usual.rows_per_second:.3g} rows/s){minutes}")
+            rate = _rate(backbone, way, call, usual)
             if rate is None:
                 continue
             tried[way] = rate

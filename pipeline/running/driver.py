@@ -228,7 +228,7 @@ def _open(
     recipe: Recipe, todo: Todo, before: RunRecord | None, executor: Executor, claim: Claim, progress: Display
 ) -> None:
     """Load the model; write run.json, or see that this is the run which it describes."""
-    _say(executor.open(before), progress)
+    _say(executor.open(before, partial(_say, progress=progress)), progress)
     stopping.check()
     _say(recipe.model.caveat, progress)
     settings = executor.settings

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from pipeline.common import stopping
 from pipeline.engine.backbone import ModelRecord
+from pipeline.engine.tuning import Tell
 from pipeline.errors import RunAborted
 from pipeline.reading.units import read_units
 from pipeline.recipe import Recipe, SinkConfig
@@ -42,8 +43,8 @@ class Executor(Protocol):
     model: ModelRecord
     settings: WorkerSettings
 
-    def open(self, before: RunRecord | None) -> str:
-        """Get ready; fixes `model` and `settings`. Returns a line for the user, or ""."""
+    def open(self, before: RunRecord | None, tell: Tell) -> str:
+        """Get ready, and tell what takes its time; fixes `model` and `settings`. Returns a line for the user, or ""."""
 
     def edit(self, todo: Todo, claim: Claim) -> None:
         """Edit and commit every unit of the plan, for the driver that holds the run's folder."""
@@ -71,14 +72,14 @@ class LocalExecutor(Executor):
         self._threads_before = torch.get_num_threads()
 
     @override
-    def open(self, before: RunRecord | None) -> str:
+    def open(self, before: RunRecord | None, tell: Tell) -> str:
         from pipeline.models.loading import load_backbone
         from pipeline.running.worker import Worker, fit
 
         recipe = self._recipe
         pool = plan_pool(recipe.run.model_copy(update={"workers": 1}), resources_here())
         backbone = load_backbone(recipe.model, device=None if pool.gpus_per_worker else "cpu")
-        self.model, fitted = backbone.record, fit(recipe, backbone, before)
+        self.model, fitted = backbone.record, fit(recipe, backbone, before, tell)
         self.settings = pool.settings(fitted, before.threads if before else None)
         self._worker = Worker(recipe, self.settings, backbone, report=self._tally.advance)
         return pool.line(tuning=fitted.tuned.tuning)

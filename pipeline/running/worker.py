@@ -9,7 +9,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ from pipeline.engine.backbone import Backbone, ModelRecord
 from pipeline.engine.engine import Engine
 from pipeline.engine.faults import is_out_of_memory
 from pipeline.engine.sizing import probe_call_size, trial_call
-from pipeline.engine.tuning import Fit, Tuned, tune
+from pipeline.engine.tuning import Fit, Tell, Tuned, tell_nobody, tune
 from pipeline.flow import all_at_once, edit_unit
 from pipeline.models.loading import load_backbone
 from pipeline.reading.decoder import Decoder
@@ -49,32 +49,33 @@ KILLED = Refusal(
 )
 
 
-def fit(recipe: Recipe, backbone: Backbone, before: RunRecord | None = None) -> Fit:
+def fit(recipe: Recipe, backbone: Backbone, before: RunRecord | None = None, tell: Tell = tell_nobody) -> Fit:
     """Let a model run as an earlier driver has decided, or else as is fastest on its device."""
     if before is not None:
         backbone.tune(before.tuned.tuning)
         return Fit(call_size=before.call_size, tuned=before.tuned)
-    size = call_size_for(recipe, backbone)
+    size, rates = call_size_for(recipe, backbone, tell)
+    as_loaded = Tuned(tuning=backbone.tuning, by_call_size=rates)
     if recipe.model.compile is False or not backbone.ways:
-        return Fit(call_size=size, tuned=Tuned(tuning=backbone.tuning))
+        return Fit(call_size=size, tuned=as_loaded)
     try:
-        tuned = tune(backbone, trial_call(backbone, side_of(recipe, backbone), size), backbone.ways)
+        tuned = tune(backbone, trial_call(backbone, side_of(recipe, backbone), size), backbone.ways, tell)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         torch.cuda.empty_cache()  # the engine makes its calls smaller
         log.warning("calls of %d rows do not fit into memory, so the network runs as it is loaded", size)
-        tuned = Tuned(tuning=backbone.tuning)
-    return Fit(call_size=size, tuned=tuned)
+        tuned = as_loaded
+    return Fit(call_size=size, tuned=replace(tuned, by_call_size=rates))
 
 
-def call_size_for(recipe: Recipe, backbone: Backbone) -> int:
-    """Rows of a network call, where no earlier run has decided."""
+def call_size_for(recipe: Recipe, backbone: Backbone, tell: Tell) -> tuple[int, Mapping[int, float]]:
+    """Rows of a network call, where no earlier run has decided; and the rates that decided it, if any were measured."""
     if isinstance(recipe.run.call_size, int):
-        return recipe.run.call_size
+        return recipe.run.call_size, {}
     if backbone.device.type != "cuda":
-        return CPU_CALL_SIZE
-    return probe_call_size(backbone, side_of(recipe, backbone))
+        return CPU_CALL_SIZE, {}
+    return probe_call_size(backbone, side_of(recipe, backbone), tell)
 
 
 def side_of(recipe: Recipe, backbone: Backbone) -> int:
@@ -82,12 +83,12 @@ def side_of(recipe: Recipe, backbone: Backbone) -> int:
     return recipe.model.size or backbone.image_size
 
 
-def describe_model(recipe: Recipe, before: RunRecord | None) -> tuple[ModelRecord, Fit]:
+def describe_model(recipe: Recipe, before: RunRecord | None, tell: Tell = tell_nobody) -> tuple[ModelRecord, Fit]:
     """Load a model to say what it is, and how it runs on its device."""
     backbone = load_backbone(recipe.model)
     recipe.refuse_what_lacks(backbone.offers, backbone.record.name)
     refuse_other_directions(recipe, backbone)
-    return backbone.record, fit(recipe, backbone, before)
+    return backbone.record, fit(recipe, backbone, before, tell)
 
 
 class Worker:

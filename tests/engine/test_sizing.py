@@ -21,10 +21,15 @@ def test_the_smallest_call_that_is_nearly_the_fastest_is_chosen_with_memory_to_s
         tried.append(size)
         return RATES[size] if size <= fits else None
 
-    assert best_call_size(measure) == expected
+    size, measured = best_call_size(measure)
+    assert size == expected
+    assert measured == {one: RATES[one] for one in tried if one <= fits}
     assert tried == [size for size in RATES if size <= 2 * fits][: len(tried)]
 
 
 def test_a_probe_survives_running_out_of_memory() -> None:
-    assert probe_call_size(Poisoned(largest=8), 64) == 4
-    assert probe_call_size(AnalyticBackbone(), 64) in RATES
+    told: list[str] = []
+    size, measured = probe_call_size(Poisoned(largest=8), 64, told.append)
+    assert (size, list(measured)) == (4, [4, 8])
+    assert told == [f"trying calls of {rows} rows" for rows in (4, 8, 16)]
+    assert probe_call_size(AnalyticBackbone(), 64)[0] in RATES

@@ -78,8 +78,8 @@ def call_of(model: Tunable) -> NetworkCall:
 
 
 def test_each_choice_is_made_from_the_best_so_far(clock: Callable[[Tunable], Tunable]) -> None:
-    model = clock(Tunable(halved))
-    found = tune(model, call_of(model), WAYS)
+    model, told = clock(Tunable(halved)), []
+    found = tune(model, call_of(model), WAYS, told.append)
     assert found.tuning == model.tuning == Tuning(attention="cudnn", layout="channels_last", execution="graphs")
     assert found.rows_per_second == {
         "as loaded": 4.0,
@@ -90,6 +90,9 @@ def test_each_choice_is_made_from_the_best_so_far(clock: Callable[[Tunable], Tun
         "cudnn, channels_last, graphs": 32.0,
     }
     assert model.rows.count(("as loaded", ROWS)) == 2 + ROUNDS
+    assert len(told) == 5
+    assert told[1] == "trying the network cudnn (as loaded: 4 rows/s)"
+    assert told[3].endswith("compiled (as loaded: 4 rows/s); what is compiled takes minutes, once")
 
 
 def test_what_gains_too_little_is_not_taken(clock: Callable[[Tunable], Tunable]) -> None:
@@ -172,7 +175,8 @@ def test_compile_false_runs_the_network_as_it_is_loaded() -> None:
 
 def test_a_later_driver_runs_the_network_as_the_first_one_did() -> None:
     model, recipe = Tunable(halved), recipe_for()
-    before = run_record(recipe, [], model.record, 6, 1, tuning.Tuned(tuning=CHANNELS_LAST, rows_per_second={"x": 1.0}))
+    tuned = tuning.Tuned(tuning=CHANNELS_LAST, rows_per_second={"x": 1.0}, by_call_size={4: 2.0, 8: 3.5})
+    before = run_record(recipe, [], model.record, 6, 1, tuned)
     fitted = fit(recipe, model, type(before).model_validate_json(before.to_bytes()))
     assert model.tuning == CHANNELS_LAST
     assert not model.rows  # nothing is tried

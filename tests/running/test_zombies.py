@@ -99,7 +99,7 @@ class Prepared:
     def __init__(self, recipe: Recipe, failing: Iterable[str]) -> None:
         self._recipe, self._failing, self._tally = recipe, set(failing), Tally(recipe.run)
 
-    def open(self, before: Any) -> str:
+    def open(self, before: Any, tell: Any) -> str:
         return ""
 
     def edit(self, todo: Todo, claim: Claim) -> None:

@@ -33,7 +33,7 @@ from pipeline.common import stopping
 from pipeline.common.showing import describe
 from pipeline.common.stderr_filter import without_lines
 from pipeline.engine.backbone import ModelRecord
-from pipeline.engine.tuning import Fit
+from pipeline.engine.tuning import Fit, Tell
 from pipeline.errors import ClusterError, DeviceError, ModelError, RunAborted, ShardeditError, SinkError
 from pipeline.reading.shards import ReadTask, shard_slug
 from pipeline.reading.units import read_units
@@ -104,12 +104,12 @@ class RayExecutor(Executor):
         self._until_closed = ExitStack()
 
     @override
-    def open(self, before: RunRecord | None) -> str:
+    def open(self, before: RunRecord | None, tell: Tell) -> str:
         recipe = self._recipe
         self._ours = connect()
         self._until_closed.enter_context(without_lines(RAYS_WARNING, RAYS_COMPLAINT))
         self.pool = pool = plan_pool(recipe.run, resources_of_cluster())
-        self.model, fitted = self._describe_model(before)
+        self.model, fitted = self._describe_model(before, tell)
         self.settings = pool.settings(fitted, before.threads if before else None)
         # On the driver's own node, with which it lives and dies.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -117,16 +117,16 @@ class RayExecutor(Executor):
         self._tally = tally.remote(recipe.run, run_name(recipe.sink))
         return pool.line(tuning=fitted.tuned.tuning)
 
-    def _describe_model(self, before: RunRecord | None) -> tuple[ModelRecord, Fit]:
+    def _describe_model(self, before: RunRecord | None, tell: Tell) -> tuple[ModelRecord, Fit]:
         """What workers will load, from where they will load it."""
         from pipeline.running.worker import describe_model
 
         if self._ours and not self.pool.gpus_per_worker:
-            return describe_model(self._recipe, before)  # the same machine: saves the start of a process
+            return describe_model(self._recipe, before, tell)  # the same machine: saves the start of a process
         options = {"num_gpus": self.pool.gpus_per_worker, "num_cpus": self.pool.cpus_per_worker}
         try:
             described: tuple[ModelRecord, Fit] = waited_for(
-                ray.remote(**options)(describe_model).remote(self._recipe, before)
+                ray.remote(**options)(describe_model).remote(self._recipe, before, tell)
             )
         except ray.exceptions.RayError as error:
             raise named(error) from error
