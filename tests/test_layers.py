@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "pipeline"
 LAYERS = [
     {"errors", "common", "compat"},
     {"diffusion"},
-    {"records", "directions", "placement"},
+    {"records", "directions", "interventions", "recordings", "placement"},
     {"engine"},
     {"models"},
     {"inversion", "editing"},
@@ -28,6 +28,7 @@ LAYERS = [
     {"studies"},
     {"looking"},
     {"editor", "result"},
+    {"cli_sae"},
     {"cli"},
     {"entry"},
 ]
@@ -36,7 +37,7 @@ FOREIGN = {
     "diffusers": {"models"},
     "transformers": {"models"},
     "fsspec": {"reading", "writing"},
-    "typer": {"cli", "looking.ending"},
+    "typer": {"cli", "cli_sae", "looking.ending"},
 }
 PLANTED = "from pipeline.cli import main\n"
 LOWEST = [

@@ -177,7 +177,7 @@ class SparseTraining:
     def of_state(cls, state: dict[str, Any], k: int, loss: SparseLoss) -> SparseTraining:
         """Training as `state` left it."""
         names = ("encoder", "directions", "bias", "latent_bias")
-        autoencoder = SparseAutoencoder(*(state[name].clone() for name in names), k)
+        autoencoder = SparseAutoencoder(*(state[name].clone() for name in names), k=k)
         made = cls(autoencoder, loss, state["last_fired"].clone(), int(state["batches"]))
         if made.batches:
             step = torch.tensor(float(made.batches))

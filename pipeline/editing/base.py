@@ -14,6 +14,7 @@ from pipeline.engine.backbone import Offers
 from pipeline.engine.calls import Fork, Steps
 from pipeline.engine.pullback import LocalBasis
 from pipeline.inversion.base import Demand, Inversion, Provision
+from pipeline.recordings import RecordingKey
 from pipeline.records import EditedLatents, EditRequest, InversionPrompts, Trajectory
 
 
@@ -49,6 +50,21 @@ class EditingMethod(BaseModel, ABC):
     def reads(self) -> str:
         """The file of stored directions that it reads; "": none."""
         return ""
+
+    @property
+    def library(self) -> str:
+        """The folder of autoencoders that it reads; "": none."""
+        return ""
+
+    @property
+    def records(self) -> tuple[RecordingKey, ...]:
+        """What it records of the network's blocks, beside its edits."""
+        return ()
+
+    @property
+    def records_attention(self) -> bool:
+        """Whether it records where words are attended to."""
+        return False
 
     def model_problems(self, offers: Offers) -> Iterator[str]:
         """Why it cannot work on a model that offers this, and the way out."""

@@ -22,6 +22,7 @@ from pipeline.flow import all_at_once, edit_unit
 from pipeline.models.loading import load_backbone
 from pipeline.reading.decoder import Decoder
 from pipeline.reading.directions import refuse_other_directions
+from pipeline.reading.libraries import refuse_other_autoencoders
 from pipeline.recipe import Recipe
 from pipeline.records import Asked, Decoded, Refusal, Rejected, Sample, UnitInput, Unreadable
 from pipeline.running.pool import WorkerSettings
@@ -77,6 +78,7 @@ class Worker:
         self.backbone = backbone or load_backbone(recipe.model)
         recipe.refuse_what_lacks(self.backbone.offers, self.backbone.record.name)
         refuse_other_directions(recipe, self.backbone)
+        refuse_other_autoencoders(recipe, self.backbone)
         in_flight = recipe.run.images_in_flight
         self.engine = Engine(
             self.backbone,

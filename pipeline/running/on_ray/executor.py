@@ -35,6 +35,7 @@ from pipeline.common.stderr_filter import without_lines
 from pipeline.engine.backbone import ModelRecord
 from pipeline.errors import ClusterError, DeviceError, ModelError, RunAborted, ShardeditError, SinkError
 from pipeline.reading.directions import refuse_other_directions
+from pipeline.reading.libraries import refuse_other_autoencoders
 from pipeline.reading.shards import ReadTask, shard_slug
 from pipeline.reading.units import read_units
 from pipeline.recipe import Recipe, SinkConfig, SourceConfig
@@ -289,6 +290,7 @@ def describe_model(recipe: Recipe, call_size: int | None) -> tuple[ModelRecord, 
     backbone = load_backbone(recipe.model)
     recipe.refuse_what_lacks(backbone.offers, backbone.record.name)
     refuse_other_directions(recipe, backbone)
+    refuse_other_autoencoders(recipe, backbone)
     return backbone.record, call_size or call_size_for(recipe, backbone)
 
 
