@@ -73,12 +73,12 @@ def theirs(folder: Path, unet: Any | None = None) -> LEditsPPPipelineStableDiffu
 
 
 def edit_with_diffusers(
-    pipe: LEditsPPPipelineStableDiffusion, images: list[Image.Image], steps: int, edits: list[list[dict[str, Any]]]
+    pipe: Any, images: list[Image.Image], steps: int, edits: list[list[dict[str, Any]]], batch: int = 1
 ) -> None:
-    """One image after the other, as its authors' script does: batches mix up heads and images there."""
-    for image in images:
+    """One image after the other, as its authors' script does; or in batches, which mix up heads and images there."""
+    for start in range(0, len(images), batch):
         for concepts in edits:
-            pipe.invert(image=image, num_inversion_steps=steps, skip=0.15)
+            pipe.invert(image=images[start : start + batch], num_inversion_steps=steps, skip=0.15)
             pipe(
                 editing_prompt=[concept["prompt"] for concept in concepts],
                 edit_guidance_scale=[concept["guidance_scale"] for concept in concepts],
@@ -144,9 +144,9 @@ def wide_unet() -> UNet2DConditionModel:
     ).eval()
 
 
-def with_unet(backbone: StableDiffusion, unet: UNet2DConditionModel, compile_unet: bool) -> StableDiffusion:
-    """The tiny checkpoint around another UNet."""
-    return StableDiffusion(
+def with_unet(backbone: StableDiffusion, unet: UNet2DConditionModel) -> StableDiffusion:
+    """The tiny checkpoint around another UNet, which runs as that of the first."""
+    made = StableDiffusion(
         unet=unet,
         autoencoder=backbone.autoencoder,
         text=backbone.text,
@@ -154,8 +154,9 @@ def with_unet(backbone: StableDiffusion, unet: UNet2DConditionModel, compile_une
         offers=backbone.offers,
         record=ModelRecord(name="wide", revision="", digest="", dtype="float32", device="cpu"),
         device=backbone.device,
-        compile_unet=compile_unet,
     )
+    made.tune(backbone.tuning)
+    return made
 
 
 def rows(steps: int, edits: list[list[dict[str, Any]]]) -> tuple[int, int]:
@@ -210,7 +211,7 @@ class Ours:
         backbone = load_backbone(ModelConfig(name=str(TINY_SD), compile=self.compiled), device="cpu")
         assert isinstance(backbone, StableDiffusion)
         if case.wide:
-            backbone = with_unet(backbone, wide_unet(), self.compiled)
+            backbone = with_unet(backbone, wide_unet())
         self.engine = Engine(backbone, call_size=CPU_CALL_SIZE)
         self.recipe = recipe_for(SIZE, case.steps, case.edits)
         self.inputs = prepared(photographs(case.images, SIZE), self.recipe, SIZE)

@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks import against_diffusers, attention_memory, basis, commit_overhead, many_units, memory, ray_overhead
+from benchmarks.machine import machine, show
 
 BUILD = Path("build")
-
-
-def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """One table."""
-    table = Table(title=title, title_justify="left")
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "), justify="left" if column == "case" else "right")
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    console.print(table)
 
 
 def main() -> None:
     """Measure, print, write."""
     console = Console(width=120)
-    results: dict[str, Any] = {
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))},
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
+    results: dict[str, Any] = {"machine": machine()}
     parts = {
         "against_diffusers": ("Engine against diffusers' LEDITS++ (ratio above 1: faster)", against_diffusers.measure),
         "ray_overhead": ("Ray job against a plain loop (ratio 1.1: 10 % slower)", ray_overhead.measure),

@@ -234,6 +234,7 @@ def edit_prepared(
                 draw_from, seed_for(run_seed, sample.id, "editing"), tuple(latents.shape), latents.dtype
             ),
             pixels=prepared.pixels,
+            mask=prepared.mask,
             placement=prepared.placement,
             stored=stored,
             libraries=libraries,
@@ -318,7 +319,7 @@ def _edit_by_one(
             for edit, one in zip(edits, found, strict=True)
         ]
     edited = yield from method.editing.edit_all(trajectory, requests, mask)
-    ends = tuple(_shown(prepared, one, edit, name, seed) for edit, one in zip(edits, edited, strict=True))
+    ends = tuple(_shown(prepared, one, method, edit, name, seed) for edit, one in zip(edits, edited, strict=True))
     results: list[Decoded | Exception] = yield Fork(ends)
     return results
 
@@ -337,13 +338,16 @@ def _shown_basis(prepared: Prepared, basis: LocalBasis, edit: str, name: str, se
     )
 
 
-def _shown(prepared: Prepared, edited: EditedLatents | Exception, edit: str, name: str, seed: int) -> Steps[Decoded]:
+def _shown(
+    prepared: Prepared, edited: EditedLatents | Exception, method: Method, edit: str, name: str, seed: int
+) -> Steps[Decoded]:
     """One edit, at model size."""
     if isinstance(edited, Exception):
         raise edited
     if not bool(torch.isfinite(edited.latents).all()):
         raise EditError("the edit gave values that are not finite. Try lower guidance scales or model.dtype float32")
     pixels = yield DecodeLatents(edited.latents)
+    pixels = method.editing.composited(pixels, prepared.pixels, prepared.mask)
     # A decoder's NaN becomes 0 in uint8: finite latents alone do not tell.
     if not pixels.any() and prepared.pixels.max() > NEARLY_BLACK:
         raise BlackImageError("the result is black all over. Try model.dtype float32 or lower guidance scales")

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.directions import Direction, StoredDirection
 from pipeline.errors import Stage
+from pipeline.experts import AnyReward, NonEmptyPrompt, Prompt, TextExpert
 from pipeline.interventions import Intervention
 from pipeline.placement import Placement
 
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from pipeline.engine.pullback import LocalBasis
     from pipeline.interventions import Library
     from pipeline.recordings import Attended, Recorded
-
-Prompt = Annotated[str, StringConstraints(strip_whitespace=True, max_length=2000)]
-NonEmptyPrompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2000)]
 
 
 class Concept(BaseModel):
@@ -90,19 +88,23 @@ class EditRequest(BaseModel):
     """What it shall not show."""
     concepts: tuple[Concept, ...] = ()
     """What to add or remove, for methods that think in directions: ledits_pp."""
+    experts: tuple[TextExpert, ...] = ()
+    """More texts that act at once, each by its own direction. For h_edit."""
+    rewards: tuple[AnyReward, ...] = ()
+    """Losses of the image that the edit descends, with texts or without. For h_edit."""
     instruction: Prompt = ""
     """The edit as one would ask a person for it, for those who train on the results: no method reads it. Without one it
     is made of the concepts ("add sunglasses and remove the hat") or prompts (change "a cat" to "a dog")."""
     blend_words: WordPair | None = None
-    """What changes. prompt_to_prompt and proxedit keep everything outside of where these words attend; masactrl with
+    """What changes. prompt_to_prompt, proxedit, h_edit keep everything outside of where these words attend; masactrl's
     mask auto takes it for the foreground; diffedit and fast_diffedit compare these texts instead of the prompts."""
     subtract_words: WordPair | None = None
-    """What stays even inside of where blend_words attend. For prompt_to_prompt and proxedit."""
+    """What stays even inside of where blend_words attend. For prompt_to_prompt, proxedit and h_edit."""
     equalizer: dict[NonEmptyPrompt, float] = Field(default_factory=dict)
-    """Factor of a word's attention, by word of the target prompt; 1: unchanged. For prompt_to_prompt and proxedit."""
+    """Factor of a word's attention, by word of the target prompt; 1: unchanged. Read where cross_replace_steps is."""
     cross_replace_steps: dict[NonEmptyPrompt, Window] = Field(default_factory=dict)
     """Window of the steps in which a word's cross-attention is overwritten, by word of the target prompt; others have
-    the editor's. For prompt_to_prompt and proxedit."""
+    the editor's. For prompt_to_prompt, proxedit and h_edit."""
     direction: Direction | None = None
     """Where riemannian moves the image to, and how far. None: 16 moves along its strongest direction."""
     interventions: tuple[Intervention, ...] = Field(default=(), max_length=64)
@@ -226,6 +228,7 @@ class Source:
     draw_noise: DrawNoise  # the inversion's noise
     editing_noise: Callable[[], DrawNoise]  # an editor's noise, from its beginning: no edit shifts another's
     pixels: np.ndarray | None = None  # (H, W, 3) uint8, the image itself
+    mask: np.ndarray | None = None  # (H, W) in [0, 1], the row's own, for what looks at pixels; None: it brings none
     placement: Placement | None = None  # of the image on its canvas; None: it fills the canvas
     stored: Mapping[str, Mapping[str, StoredDirection]] = field(default_factory=dict)  # by file and name
     libraries: Mapping[str, Library] = field(default_factory=dict)  # of autoencoders, by folder
@@ -260,11 +263,11 @@ class Trajectory:
     data_preds: Tensor | None = None  # (N, C, h, w) predictions of the clean latents, for multistep solvers
     source_guidance: float = 1.0
     skipped_steps: int = 0  # steps of the whole schedule that were left out at its noisy end
+    level_above: Level | None = None  # that the last of these starts from; None: none was left out
     uncond: tuple[Conditioning, ...] | None = None  # N, one per step, that take the empty prompt's place. None: none
     uncond_scope: UncondScope = "all"  # which rows take `uncond`
     pinned: bool = False  # an editor's source branch is these latents, whatever is predicted for it
-    # N shares of the way back to these latents that a pinned source goes after each step. None: all of it, always.
-    pin_shares: tuple[float, ...] | None = None
+    pin_shares: tuple[float, ...] | None = None  # N, of the way back that a pinned source goes each step. None: all
 
     @property
     def source_prompt(self) -> str:

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "pipeline"
 LAYERS = [
     {"errors", "common", "compat"},
     {"diffusion"},
+    {"rewards", "experts"},
     {"records", "directions", "interventions", "recordings", "placement"},
     {"engine"},
     {"models"},

@@ -18,7 +18,7 @@ from pipeline.reading.decoder import Decoder
 from pipeline.reading.requests import asked_of
 from pipeline.recipe import Recipe
 from pipeline.records import Edited, Outcome, Rejected, Sample
-from pipeline.running.worker import call_size_for
+from pipeline.running.worker import fit
 from pipeline.writing.parquet import render_parquet
 from pipeline.writing.restoring import outcome_of
 from pipeline.writing.rows import as_written, encode_outcome, schema
@@ -58,8 +58,9 @@ def probe_model(
         ModelError: the model cannot be loaded.
     """
     backbone = load_backbone(recipe.model)
-    call_size = call_size_for(recipe, backbone)
-    timed = TimedBackbone(backbone, PROBE_SECONDS, compiles=recipe.model.compile)
+    fitted = fit(recipe, backbone)
+    call_size = fitted.call_size
+    timed = TimedBackbone(backbone, PROBE_SECONDS, compiles=fitted.tuned.tuning.execution != "eager")
     engine = Engine(cast(Backbone, timed), call_size=call_size)
     reasons = [] if why is None else why
     images, size = 0, None

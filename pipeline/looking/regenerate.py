@@ -98,6 +98,7 @@ def regenerate(run: Run, key: str, *, edit: str | None = None, method: str | Non
     about = stored.about
     with _threads(record.threads if on_cpu else None):
         backbone = load_backbone(recipe.model, device="cpu" if on_cpu else None)
+        backbone.tune(record.tuned.tuning)
         engine = Engine(backbone, call_size=record.call_size)
         made = [
             encode_outcome(outcome_of(result), recipe, backbone.record, record.call_size)
@@ -112,7 +113,7 @@ def regenerate(run: Run, key: str, *, edit: str | None = None, method: str | Non
     )
     seed = f"seed {made[0]['seed']}" if made and not isinstance(made[0], Rejected) else "no result"
     threads = f", {record.threads} thread(s)" if on_cpu else ""
-    now = run_record(recipe, [], backbone.record, record.call_size, record.threads)
+    now = run_record(recipe, [], backbone.record, record.call_size, record.threads, record.tuned)
     return Comparison(
         id=about["id"],
         edit=about["edit"],

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline.engine.backbone import Backbone, ModelRecord
+from pipeline.engine.tuning import Tuning
 from pipeline.errors import ModelError
 from pipeline.models.analytic import AnalyticBackbone
 from pipeline.models.checkpoint import Checkpoint, check_weights, digest, open_checkpoint, read_index
@@ -60,7 +61,7 @@ def _load_any(config: ModelConfig, dtype: torch.dtype | None, device: str | torc
     precision = dtype or _dtype(config.dtype, place)
     family, checkpoint, revision = find_checkpoint(config)
     check_weights(checkpoint)
-    if config.compile:
+    if config.compile is True:
         check_compiler(place)
     record = ModelRecord(
         name=config.name,
@@ -73,10 +74,12 @@ def _load_any(config: ModelConfig, dtype: torch.dtype | None, device: str | torc
         record=record,
         device=place,
         dtype=precision,
-        compiled=config.compile,
         empty_prompt=config.empty_prompt,
     )
-    return family.load(checkpoint, loading)
+    backbone = family.load(checkpoint, loading)
+    if config.compile is True:
+        backbone.tune(Tuning(execution="compiled"))
+    return backbone
 
 
 def find_checkpoint(config: ModelConfig) -> tuple[Family, Checkpoint, str]:

@@ -122,12 +122,14 @@ class ModelConfig(Section):
     empty_prompt: Literal["auto", "zeros", "encoded"] = "auto"
     """What stands for an empty prompt in Stable Diffusion XL, in inversion and edit alike. zeros: zeros; encoded: what
     the text encoders make of it; auto: zeros where the checkpoint says force_zeros_for_empty_prompt."""
-    compile: bool = False
-    """Compile the UNet with torch: faster calls, a minute or more at the start. Changes how results are rounded."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the UNet with torch: faster calls, minutes at the start; changes how results are rounded. auto: on a GPU
+    kernels, layouts, compiled code and CUDA graphs are tried, and the fastest taken (`run.json` says which); on a CPU
+    as false, which runs the network as it is loaded."""
 
     @model_validator(mode="after")
     def _something_to_compile(self) -> ModelConfig:
-        if self.compile and self.name == "analytic":
+        if self.compile is True and self.name == "analytic":
             raise ValueError("the closed-form model has no networks to compile. Leave compile out")
         return self
 

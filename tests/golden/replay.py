@@ -37,6 +37,7 @@ from pipeline.recipe import ModelConfig
 from pipeline.records import Concept, EditRequest, Trajectory
 from tests.golden.checks import Check, ObservedLatents, edit, equal, observed, relative, source_of
 from tests.golden.diffedit import replay_diffedit
+from tests.golden.h_edit import read_h_edit, replay_h_edit
 from tests.golden.masactrl import replay_masactrl
 from tests.golden.proxedit import replay_proxedit
 from tests.golden.riemannian import replay_riemannian
@@ -56,12 +57,8 @@ TINY_SDXL = HERE / "tiny-sdxl"
 
 def replay(path: Path, model: Path | None = None, dtype: torch.dtype = torch.float32) -> list[Check]:
     """Replay one file, on the model that it was made with; `model` is another folder of that."""
-    archive = np.load(path)
-    golden = {name: torch.from_numpy(archive[name]) for name in archive.files if name not in ("settings", "meta_json")}
-    for name, tensor in golden.items():
-        golden[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    settings = json.loads(str(archive["settings"]) if "settings" in archive.files else bytes(archive["meta_json"]))
     kind = path.parent.name
+    golden, settings = (read_h_edit if kind == "h_edit" else read_golden)(path, dtype)
     name = settings.get("model", TINY_SDXL.name if kind.startswith("sdxl") else TINY_SD.name)
     # diffusers encodes an empty prompt that is given, whatever the checkpoint says of one that is not.
     empty_prompt = "encoded" if "" in (settings.get("negative_prompts") or ()) else "auto"
@@ -69,6 +66,16 @@ def replay(path: Path, model: Path | None = None, dtype: torch.dtype = torch.flo
     if ids := settings.get("size_ids"):
         backbone = with_size_ids(backbone, ids)
     return list(KINDS[kind](golden, settings, Engine(backbone, call_size=8, pad=False)))
+
+
+def read_golden(path: Path, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of one file, and its settings."""
+    archive = np.load(path)
+    golden = {name: torch.from_numpy(archive[name]) for name in archive.files if name not in ("settings", "meta_json")}
+    for name, tensor in golden.items():
+        golden[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    settings = json.loads(str(archive["settings"]) if "settings" in archive.files else bytes(archive["meta_json"]))
+    return golden, settings
 
 
 @cache
@@ -312,6 +319,7 @@ KINDS: dict[str, Callable[..., Iterator[Check]]] = {
     "ddpm_inversion": replay_ddpm_inversion,
     "diffedit": replay_diffedit,
     "direct_inversion": replay_direct_inversion,
+    "h_edit": replay_h_edit,
     "ledits_pp": replay_ledits_pp,
     "masactrl": replay_masactrl,
     "negative_prompt_inversion": replay_negative_prompt,

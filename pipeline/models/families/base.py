@@ -25,7 +25,6 @@ class Loading:
     record: ModelRecord
     device: torch.device
     dtype: torch.dtype  # of the networks, but where a part needs a wider one
-    compiled: bool  # whether the network that denoises is compiled
     empty_prompt: Literal["auto", "zeros", "encoded"]  # what stands for one; see the recipe's `model.empty_prompt`
 
     @property

@@ -1,0 +1,101 @@
+"""The GPU benchmark without a GPU: its architectures are the true ones, gaps are told from work, and all of it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.against_diffusers import photographs, prepared, recipe_for
+from benchmarks.architectures import SD15, SDXL, Architecture
+from benchmarks.ledits_on_gpu import requests, with_own_words
+
+META = torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "unet", "text"),
+    [
+        # As published: the sums of the shapes in the checkpoints' files, without what the vocabulary takes.
+        (SD15, 859_520_964, [123_060_480 - 49_408 * 768]),
+        (SDXL, 2_567_463_684, [123_060_480 - 49_408 * 768, 694_659_840 - 49_408 * 1280]),
+    ],
+    ids=lambda value: value.name if isinstance(value, Architecture) else "",
+)
+def test_networks_have_as_many_weights_as_the_published_ones(
+    architecture: Architecture, unet: int, text: list[int]
+) -> None:
+    def weights(network: torch.nn.Module) -> int:
+        return sum(parameter.numel() for parameter in network.parameters())
+
+    assert weights(architecture.make_unet(META, torch.float32)) == unet
+    assert weights(architecture.make_vae(META, torch.float32)) == 83_653_863
+    encoders = architecture.make_texts(META, torch.float32)
+    assert [weights(one) - one.config.vocab_size * one.config.hidden_size for one in encoders] == text
+
+
+def test_a_row_of_stable_diffusion_takes_800_gflop() -> None:
+    assert gpu.tflop_per_row(SD15) == pytest.approx(0.803, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("times", "share", "longest"),
+    [
+        ([(0.0, 1.0)], 0.0, 0.0),
+        ([(5.0, 6.0), (0.0, 1.0), (1.5, 3.0)], 2.5 / 6.0, 2.0),
+        ([(0.0, 4.0), (1.0, 2.0), (3.0, 5.0)], 0.0, 0.0),  # one within the other
+    ],
+)
+def test_gaps_are_what_no_work_covers(times: list[tuple[float, float]], share: float, longest: float) -> None:
+    assert gpu.idle(times) == pytest.approx((share, longest))
+
+
+def test_without_any_work_nothing_is_said_of_gaps() -> None:
+    with pytest.raises(ValueError, match="nothing ran"):
+        gpu.idle([])
+
+
+def test_images_that_have_words_of_their_own_ask_for_as_much() -> None:
+    edits = requests(2, 3)
+    assert [[concept["guidance_scale"] for concept in edit] for edit in edits] == [[5.0, 4.0], [6.0, 5.0], [7.0, 6.0]]
+
+    shared = prepared(photographs(2, 64), recipe_for(64, 2, edits), 64)
+    own = [with_own_words(one, number) for number, one in enumerate(shared)]
+    prompts = [[concept.prompt for concept in one.requests["edit2"].concepts] for one in own]
+    assert prompts == [["sunglasses 0", "red hat 0"], ["sunglasses 1", "red hat 1"]]
+    assert [concept.guidance_scale for concept in own[1].requests["edit2"].concepts] == [7.0, 6.0]
+
+
+def test_without_a_gpu_the_whole_benchmark_is_refused_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "--small" in capsys.readouterr().err
+
+
+def test_a_dry_run_fills_every_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "BUILD", tmp_path)
+    monkeypatch.setattr("sys.argv", ["gpu", "--small"])
+    gpu.main()
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["dry_run"] is True
+    assert {"date", "cpu", "torch"} <= set(found["machine"])
+    assert found["peak"][0]["tflops"] >= 0
+    assert {row["model"] for row in found["network"]} == {"tiny SD", "tiny SDXL"}
+    assert {row["call_size"] for row in found["network"]} == {1, 2}
+    assert all(row["rows_per_s"] > 0 for row in found["network"])
+    assert [row["model"] for row in found["engine"]] == ["tiny SD", "tiny SDXL"]
+    assert all(row["ratio"] > 0 and 0 <= row["idle_share"] < 1 for row in found["engine"])
+    cases = {(row["model"], row["concepts"], row["edits"], row["of"]) for row in found["ledits"]}
+    assert len(cases) == len(found["ledits"]) == 2 * 3 * 2 * 2
+    assert all(row["ratio"] > 0 for row in found["ledits"])
+    assert {row["diffusers_batch"] for row in found["ledits"] if row["of"] == "each image"} == {1}
+    assert "LEDITS++ against diffusers" in capsys.readouterr().out
