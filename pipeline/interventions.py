@@ -98,6 +98,11 @@ class Intervention(BaseModel):
         return (*self.add, *self.remove)
 
     @property
+    def row(self) -> GuidanceBranch:
+        """Whose autoencoders it is written with."""
+        return "uncond" if self.branch == "uncond" else "cond"
+
+    @property
     def located_by(self) -> tuple[str, ...]:
         """The concepts whose place is its region, where that is predicted."""
         return self.remove or self.add
@@ -113,14 +118,27 @@ class Intervention(BaseModel):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ConceptFeatures:
-    """A concept as features of one autoencoder: what tells where it is, and what writes it."""
+class Telling:
+    """A region as codes of one autoencoder tell it."""
 
     features: tuple[int, ...]
     weights: tuple[float, ...]
-    threshold: float  # the concept is where the weighted sum of codes is above
+    threshold: float  # it is where the weighted sum of codes is above
     iou: float  # of that with the labelled regions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConceptFeatures:
+    """A concept as features of one autoencoder: what tells it, what writes it, and what tells its place."""
+
+    telling: Telling  # whether it is there, and where
     amounts: tuple[float, ...]  # codes that the features have where the concept is, less those that they have elsewhere
+    placing: Telling  # where it is in an image that shows it
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """That write it."""
+        return self.telling.features
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -182,8 +200,8 @@ class Autoencoders:
     def targets(self, wanted: Intervention, timestep: float, reach: float) -> Sequence[Target]:
         """See `Library`."""
         found = []
-        for block in wanted.blocks or self._blocks_of(wanted):
-            entry = self._nearest(block, "uncond" if wanted.branch == "uncond" else "cond", timestep, reach)
+        for block in self.blocks_of(wanted):
+            entry = self.nearest(block, wanted.row, timestep, reach)
             numbered = self._numbered(entry, wanted.features.get(block, ()))
             add = (*numbered, *(entry.concepts[name] for name in wanted.add if name in entry.concepts))
             remove = tuple(entry.concepts[name] for name in wanted.remove if name in entry.concepts)
@@ -196,22 +214,26 @@ class Autoencoders:
 
     def located(self, name: str, timestep: float, reach: float) -> tuple[BlockAutoencoder, ConceptFeatures]:
         """See `Library`."""
-        near = [self._nearest(block, "cond", timestep, reach) for block in self._blocks()]
+        near = [self.nearest(block, "cond", timestep, reach) for block in self._blocks()]
         knowing = [entry for entry in near if name in entry.concepts]
         if not knowing:
             raise ValueError(self.unknown(name, f"at timestep {timestep:g}"))
-        best = max(knowing, key=lambda entry: entry.concepts[name].iou)
+        best = max(knowing, key=lambda entry: entry.concepts[name].placing.iou)
         return best, best.concepts[name]
 
     def _blocks(self) -> list[str]:
         return list(dict.fromkeys(entry.block for entry in self.entries))
 
-    def _blocks_of(self, wanted: Intervention) -> list[str]:
-        if wanted.names:
-            return self._blocks()
-        return list(wanted.features)
+    def blocks_of(self, wanted: Intervention) -> Sequence[str]:
+        """The blocks that an intervention writes to."""
+        return wanted.blocks or (self._blocks() if wanted.names else tuple(wanted.features))
 
-    def _nearest(self, block: str, branch: GuidanceBranch, timestep: float, reach: float) -> BlockAutoencoder:
+    def nearest(self, block: str, branch: GuidanceBranch, timestep: float, reach: float) -> BlockAutoencoder:
+        """The autoencoder of a block that was trained nearest to a timestep; of another branch where there is no other.
+
+        Raises:
+            ValueError: there is none, or only farther ones than `reach`.
+        """
         of_block = [entry for entry in self.entries if entry.block == block]
         if not of_block:
             raise ValueError(self.lacking(block))
@@ -235,10 +257,8 @@ class Autoencoders:
             raise ValueError(
                 f"feature {beyond[0]} is named, and the autoencoder of '{entry.block}' has {count} from 0 on"
             )
-        return tuple(
-            ConceptFeatures(features=(number,), weights=(1.0,), threshold=0.0, iou=0.0, amounts=(1.0,))
-            for number in features
-        )
+        alone = [Telling(features=(number,), weights=(1.0,), threshold=0.0, iou=0.0) for number in features]
+        return tuple(ConceptFeatures(telling=one, amounts=(1.0,), placing=one) for one in alone)
 
     def lacking(self, block: str) -> str:
         """What is said where there is no autoencoder of a block."""

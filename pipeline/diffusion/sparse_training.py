@@ -177,7 +177,8 @@ class SparseTraining:
     def of_state(cls, state: dict[str, Any], k: int, loss: SparseLoss) -> SparseTraining:
         """Training as `state` left it."""
         names = ("encoder", "directions", "bias", "latent_bias")
-        autoencoder = SparseAutoencoder(*(state[name].clone() for name in names), k=k)
+        encoder, directions, bias, latent_bias = (state[name].clone() for name in names)
+        autoencoder = SparseAutoencoder(encoder, directions, bias, latent_bias, k)
         made = cls(autoencoder, loss, state["last_fired"].clone(), int(state["batches"]))
         if made.batches:
             step = torch.tensor(float(made.batches))

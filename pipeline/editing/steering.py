@@ -97,8 +97,9 @@ def resized(found: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def predicted_place(entry: BlockAutoencoder, concept: ConceptFeatures, written: Tensor) -> Tensor:
     """(h', w') bool: where a concept is, by what a block wrote, (C, h', w')."""
-    codes = codes_of_map(entry.autoencoder, written)[..., list(concept.features)]
-    return (codes @ codes.new_tensor(concept.weights)) > concept.threshold
+    told_by = concept.placing
+    codes = codes_of_map(entry.autoencoder, written)[..., list(told_by.features)]
+    return (codes @ codes.new_tensor(told_by.weights)) > told_by.threshold
 
 
 def direction_of(entry: BlockAutoencoder, concepts: Sequence[ConceptFeatures]) -> Tensor:

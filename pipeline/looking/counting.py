@@ -22,7 +22,7 @@ from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, Pixe
 from pipeline.engine.controls import Openings, Transformer
 from pipeline.engine.engine import Engine
 from pipeline.flow import edit_prepared
-from pipeline.interventions import BlockAutoencoder, ConceptFeatures, Intervention, Library, Target
+from pipeline.interventions import BlockAutoencoder, ConceptFeatures, Intervention, Library, Target, Telling
 from pipeline.recipe import Recipe
 from pipeline.records import EditRequest, Placement, Prepared, Sample
 
@@ -117,9 +117,8 @@ class _AnyDirection(dict[str, StoredDirection]):
 
 
 BLOCKS = tuple(Transformer("mid", number, 8, 1) for number in range(64))
-FEATURE = ConceptFeatures(
-    features=(0,), weights=(1.0,), threshold=-1.0, iou=0.0, amounts=(1.0,)
-)  # a concept that is everywhere
+EVERYWHERE = Telling(features=(0,), weights=(1.0,), threshold=-1.0, iou=0.0)
+FEATURE = ConceptFeatures(telling=EVERYWHERE, amounts=(1.0,), placing=EVERYWHERE)
 
 
 class _AnyBlock(dict[str, Transformer]):

@@ -91,8 +91,9 @@ def of_file(data: bytes, path: str, config: bytes | None = None) -> tuple[Sparse
                 f"'{path}' holds no sparse autoencoder: it has {', '.join(sorted(tensors)[:6])}. Expected are "
                 f"files of `shardedit sae train`, or published ones with {', '.join(PUBLISHED)}"
             )
-        parts = (tensors[name] for name in ("encoder", "directions", "bias", "latent_bias"))
-        made = SparseAutoencoder(*parts, k=int(said["k"]))
+        made = SparseAutoencoder(
+            tensors["encoder"], tensors["directions"], tensors["bias"], tensors["latent_bias"], int(said["k"])
+        )
     except (KeyError, ValueError) as error:
         raise ModelError(f"'{path}' is a damaged autoencoder ({error}). Train it again") from None
     names = ("block", "branch", "timestep", "time", "model", "model_digest")

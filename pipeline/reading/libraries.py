@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import posixpath
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,13 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.common.showing import describe, public_url
+from pipeline.editing.concepts import Concepts
+from pipeline.editing.recording import TIMESTEPS
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.blocks import blocks_of
 from pipeline.errors import ModelError, RecipeError, SourceError
-from pipeline.interventions import Autoencoders, BlockAutoencoder, ConceptFeatures, Library
+from pipeline.interventions import Autoencoders, BlockAutoencoder, ConceptFeatures, Intervention, Library, Telling
 from pipeline.models.sparse_autoencoders import Origin, of_file
 from pipeline.reading.storage import FileSystem, open_fs, retrying
-from pipeline.recipe import Recipe
+from pipeline.recipe import Method, Recipe
 
 CONCEPTS_FILE = "concepts.parquet"
 CONCEPT_COLUMNS: dict[str, pa.DataType] = {
@@ -34,6 +37,10 @@ CONCEPT_COLUMNS: dict[str, pa.DataType] = {
     "threshold": pa.float64(),
     "iou": pa.float64(),
     "amounts": pa.list_(pa.float64()),
+    "place_features": pa.list_(pa.int64()),
+    "place_weights": pa.list_(pa.float64()),
+    "place_threshold": pa.float64(),
+    "place_iou": pa.float64(),
 }
 """Those that are read; others may stand beside them."""
 
@@ -115,16 +122,12 @@ def _named(
                 "Label the folder again"
             )
         concepts[key][row["concept"]] = ConceptFeatures(
-            features=tuple(row["features"]),
-            weights=tuple(row["weights"]),
-            threshold=row["threshold"],
-            iou=row["iou"],
-            amounts=tuple(row["amounts"]),
+            telling=_telling(row, ""), amounts=tuple(row["amounts"]), placing=_telling(row, "place_")
         )
     for (entry, _), key in zip(read, keys, strict=True):
         most = entry.autoencoder.num_features
         for name, one in concepts[key].items():
-            if beyond := [number for number in one.features if number >= most]:
+            if beyond := [number for number in (*one.features, *one.placing.features) if number >= most]:
                 raise ModelError(
                     f"the concept '{name}' of '{where}' names feature {beyond[0]}, and the autoencoder has {most}. "
                     "Label the folder again"
@@ -132,9 +135,18 @@ def _named(
         yield replace(entry, concepts=concepts[key])
 
 
+def _telling(row: Mapping[str, Any], prefix: str) -> Telling:
+    return Telling(
+        features=tuple(row[f"{prefix}features"]),
+        weights=tuple(row[f"{prefix}weights"]),
+        threshold=row[f"{prefix}threshold"],
+        iou=row[f"{prefix}iou"],
+    )
+
+
 def refuse_other_autoencoders(recipe: Recipe, backbone: Backbone) -> None:
-    """See that autoencoders are of this model, of blocks that it has, as wide as these, and know what the recipe's
-    edits name. What rows name of their own is seen when it is their turn.
+    """See that autoencoders are of this model, of blocks that it has, as wide as these, know what the recipe's edits
+    name, and are of steps near those of their windows. What rows name of their own is seen when it is their turn.
 
     Raises:
         RecipeError: names those that are not, and the way out.
@@ -145,13 +157,13 @@ def refuse_other_autoencoders(recipe: Recipe, backbone: Backbone) -> None:
         (f"methods.{name}.editing" if recipe.methods else "editing", text)
         for name, method in recipe.all_methods.items()
         if method.editing.library
-        for text in _problems(recipe, libraries[method.editing.library], backbone)
+        for text in _problems(recipe, method, libraries[method.editing.library], backbone)
     ]
     if problems:
         raise RecipeError("recipe", problems)
 
 
-def _problems(recipe: Recipe, library: Library, backbone: Backbone) -> Iterator[str]:
+def _problems(recipe: Recipe, method: Method, library: Library, backbone: Backbone) -> Iterator[str]:
     assert isinstance(library, Autoencoders), "what is read from a folder"
     known, digest = blocks_of(backbone.offers.openings), backbone.record.digest
     for entry in library.entries:
@@ -175,6 +187,28 @@ def _problems(recipe: Recipe, library: Library, backbone: Backbone) -> Iterator[
             for name in one.names:
                 if name not in library.names:
                     yield f"edits.{edit}: {library.unknown(name)}"
-            for block in (*one.blocks, *one.features):
-                if block not in {entry.block for entry in library.entries}:
-                    yield f"edits.{edit}: {library.lacking(block)}"
+    yield from _far_steps(recipe, method, library, backbone)
+
+
+def _far_steps(recipe: Recipe, method: Method, library: Autoencoders, backbone: Backbone) -> Iterator[str]:
+    """Edits that write to a block without an autoencoder, or at a step without one near enough: the first such step of
+    each. The steps of `ddpm` are its own, and seen at their turn."""
+    editor, inversion = method.editing, method.inversion
+    assert isinstance(editor, Concepts), "who else reads a library"
+    reach = math.inf if inversion.method == "ddpm" else editor.reach * TIMESTEPS
+    side = (recipe.model.size or backbone.image_size) // backbone.latent_scale
+    steps = backbone.schedule.steps(inversion.schedule_steps, (side, side))[-inversion.num_steps :]
+    for edit, request in recipe.edits.items():
+        for one in request.interventions:
+            acting = [step for number, step in enumerate(steps) if one.in_window(number, len(steps))]
+            told = [text for step in acting for text in _far(library, one, step.start.timestep, reach)]
+            yield from (f"edits.{edit}: {text}" for text in told[:1])
+
+
+def _far(library: Autoencoders, wanted: Intervention, timestep: float, reach: float) -> Iterator[str]:
+    """What is said of a step that has no autoencoder near enough."""
+    for block in library.blocks_of(wanted):
+        try:
+            library.nearest(block, wanted.row, timestep, reach)
+        except ValueError as error:
+            yield str(error)

@@ -19,25 +19,35 @@ from pipeline.engine.calls import Denoise, Denoised
 from pipeline.engine.controls import Control, Plan, Record, Records, Transformer
 from pipeline.engine.engine import Engine
 from pipeline.errors import EditError, PrepareError
-from pipeline.interventions import Autoencoders, BlockAutoencoder, ConceptFeatures, Intervention, Target
+from pipeline.interventions import Autoencoders, BlockAutoencoder, ConceptFeatures, Intervention, Target, Telling
 from pipeline.inversion.base import Inversion
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.inversion.direct import DirectInversion
 from pipeline.inversion.noise import NoiseStart
 from pipeline.looking.counting import RowCounter
+from pipeline.models.loading import load_backbone
 from pipeline.models.unet_layout import openings_of_config
 from pipeline.placement import Placement
-from pipeline.recipe import recipe_from
+from pipeline.recipe import ModelConfig, recipe_from
 from pipeline.recordings import Attended, Recording
 from pipeline.records import EditRequest, Source
 from tests.facts import EditorFacts
+from tests.golden.replay import TINY_SD, TINY_SDXL
 from tests.methods import SIDE, levels, source, tiny_sd
 
 FACTS = EditorFacts(rows=3, rows_after={"ddim": 2, "ddpm": 2, "noise": 2})
 UP, DOWN = "up_blocks.1.attentions.0", "down_blocks.2.attentions.1"
 N = 4  # steps
-WHOLE = ConceptFeatures(features=(3,), weights=(1.0,), threshold=-1.0, iou=0.9, amounts=(1.0,))
-PAIR = ConceptFeatures(features=(1, 5), weights=(2.0, -1.0), threshold=0.1, iou=0.4, amounts=(1.0, -0.5))
+EVERYWHERE = Telling(features=(3,), weights=(1.0,), threshold=-1.0, iou=0.9)
+TWO = Telling(features=(1, 5), weights=(2.0, -1.0), threshold=0.1, iou=0.4)
+WHOLE = ConceptFeatures(telling=EVERYWHERE, amounts=(1.0,), placing=EVERYWHERE)
+PAIR = ConceptFeatures(telling=TWO, amounts=(1.0, -0.5), placing=TWO)
+EARLY = {"blocks": [UP], "times": [0.75, 0.5], "positions": None}
+
+
+def placed(**changes: float) -> ConceptFeatures:
+    """The second concept, with its place told otherwise."""
+    return dataclasses.replace(PAIR, placing=dataclasses.replace(TWO, **changes))
 
 
 def blocks() -> Mapping[str, Transformer]:
@@ -101,9 +111,16 @@ def test_blocks_have_the_names_that_diffusers_gives_them() -> None:
         *(f"up_blocks.{level}.attentions.{number}" for level in (1, 2, 3) for number in range(3)),
     ]
     assert (found[UP].factor, found[UP].channels, found[DOWN].factor) == (4, 1280, 4)
-    modules = dict(tiny_sd()._network.unet.named_modules())  # type: ignore[attr-defined]
-    for name, block in blocks().items():
-        assert modules[name].in_channels == block.channels
+
+
+@pytest.mark.parametrize("name", [str(TINY_SD), str(TINY_SDXL), "demo"], ids=["sd", "sdxl", "demo"])
+def test_blocks_of_loaded_models_are_their_modules(name: str) -> None:
+    backbone = load_backbone(ModelConfig(name=name), dtype=torch.float32, device="cpu")
+    modules = dict(backbone._network.unet.named_modules())  # type: ignore[attr-defined]
+    found = blocks_of(backbone.offers.openings)
+    assert {name: block.channels for name, block in found.items()} == {
+        name: module.in_channels for name, module in modules.items() if type(module).__name__ == "Transformer2DModel"
+    }
 
 
 # What is written ----------------------------------------------------------------------------------------------------
@@ -114,6 +131,21 @@ def test_without_strength_or_outside_of_its_window_nothing_differs_in_any_bit() 
     assert torch.equal(made({"add": ["hat"], "strength": 0.0}).latents, plain)
     changed = made({"add": ["hat"], "strength": 2.0, "window": [0.5, 1.0]}).latents
     assert not torch.allclose(changed, plain)
+
+
+def test_a_write_of_nothing_is_the_untouched_network_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is left out for having no strength, and in steps before a window of one that has."""
+    plain = made().latents
+    monkeypatch.setattr(Intervention, "can_matter", True)
+    for more in ({}, {"relative": True}, {"branch": "both"}, {"region": [0.0, 0.0, 0.5, 0.5], "subtract": "elsewhere"}):
+        assert torch.equal(made({"add": ["hat", "beard"], "strength": 0.0, **more}).latents, plain), more
+    engine = Engine(tiny_sd(), call_size=8)
+    late = made({"add": ["hat"], "strength": 2.0, "window": [0.75, 1.0]}, engine=engine, record=EARLY)
+    early = made(record=EARLY)
+    assert not torch.equal(late.latents, plain)
+    assert all(
+        torch.equal(one.vectors, other.vectors) for one, other in zip(late.recorded, early.recorded, strict=True)
+    )
 
 
 def written(terms: list[Any], channels: int, grid: tuple[int, int]) -> Tensor:
@@ -243,15 +275,14 @@ def test_an_image_comes_back_without_interventions_and_differs_in_a_region_with_
 
 def test_a_predicted_region_is_where_the_concept_is_when_the_window_begins() -> None:
     one = {"add": ["hat"], "remove": ["beard"], "region": "predicted", "window": [0.25, 1.0], "strength": 0.5}
-    low = dataclasses.replace(PAIR, threshold=-1e9)
-    everywhere = made(one, books=library(hat=WHOLE, beard=low))
+    everywhere = made(one, books=library(hat=WHOLE, beard=placed(threshold=-1e9)))
     assert bool(everywhere.masks.all())
     with pytest.raises(EditError, match="beard was predicted nowhere"):
-        made(one, books=library(hat=WHOLE, beard=dataclasses.replace(PAIR, threshold=1e9)))
+        made(one, books=library(hat=WHOLE, beard=placed(threshold=1e9)))
 
 
 def test_the_autoencoder_that_tells_a_concept_best_says_where_it_is() -> None:
-    good = dataclasses.replace(PAIR, iou=0.8)
+    good = placed(iou=0.8)
     books = library(UP, DOWN)
     first, second = books.entries
     books = Autoencoders((first, dataclasses.replace(second, concepts={"beard": good})), "lib")

@@ -39,21 +39,21 @@ def autoencoder_of(golden: dict[str, Tensor], settings: dict[str, Any], prefix: 
 
 def replay_sae_concepts(golden: dict[str, Tensor], settings: dict[str, Any], engine: Engine) -> Iterator[Check]:
     """Codes, losses, gradients, counters and parameters of every recorded batch; then what hooks add."""
+    if "X" in golden:
+        yield from replay_training(golden, settings)
+    yield from replay_hooks(golden, settings)
+
+
+def replay_training(golden: dict[str, Tensor], settings: dict[str, Any]) -> Iterator[Check]:
+    """The codes of the first batch, then every batch as it is learnt from."""
     autoencoder = autoencoder_of(golden, settings)
     yield equal("sizes", autoencoder.encoder.shape, torch.tensor([settings["n_features"], settings["d"]]))
     codes = autoencoder.encode(golden["X"][0])
-    yield close("codes", codes.dense(autoencoder.num_features), golden["encode0"])
-    yield close("decoded", autoencoder.decode(codes), golden["recon0"])
-    loss = SparseLoss(
-        scale=float(golden["mse_scale"]),
-        dead_after=settings["dead_steps_threshold"],
-        aux_k=settings["auxk"] or 0,
-        aux_coefficient=settings["auxk_coef"],
-        learning_rate=settings["lr"],
-        adam_eps=settings["adam_eps"],
-        as_published=True,
-    )
-    training = SparseTraining.begin(autoencoder, loss)
+    if "encode0" in golden:
+        yield close("codes", codes.dense(autoencoder.num_features), golden["encode0"])
+    if "recon0" in golden:
+        yield close("decoded", autoencoder.decode(codes), golden["recon0"])
+    training = SparseTraining.begin(autoencoder, loss_of(golden, settings))
     for step in range(len(golden["X"])):  # the last ones may be recorded by what they leave alone
         yield from replay_step(step, golden, training)
     for name, place in STATE.items():
@@ -61,7 +61,20 @@ def replay_sae_concepts(golden: dict[str, Tensor], settings: dict[str, Any], eng
             yield close(
                 f"final {name}", as_recorded(name, autoencoder.parameters[place].detach()), golden[f"final_{name}"]
             )
-    yield from replay_hooks(golden, settings)
+
+
+def loss_of(golden: dict[str, Tensor], settings: dict[str, Any]) -> SparseLoss:
+    """What was minimised. What a file does not say is the published default; without auxk there is one term."""
+    aux_k = settings.get("auxk")
+    return SparseLoss(
+        scale=float(golden["mse_scale"]),
+        dead_after=settings["dead_steps_threshold"],
+        aux_k=aux_k or 0,
+        aux_coefficient=0.0 if aux_k is None else settings.get("auxk_coef", 1 / 32),
+        learning_rate=settings.get("lr", 1e-4),
+        adam_eps=settings.get("adam_eps", 6.25e-10),
+        as_published=True,
+    )
 
 
 def replay_step(step: int, golden: dict[str, Tensor], training: SparseTraining) -> Iterator[Check]:
@@ -71,7 +84,7 @@ def replay_step(step: int, golden: dict[str, Tensor], training: SparseTraining) 
         preactivations = autoencoder.preactivations(vectors)
         decoded = autoencoder.decode(autoencoder.encode(vectors))
     losses = training.backward(vectors)
-    if step < len(golden["losses"]):
+    if step < len(golden.get("losses", ())):
         yield close(f"losses {step}", torch.tensor(losses).double(), golden["losses"][step].double())
     if f"recons_{step}" in golden:
         yield close(f"reconstruction {step}", decoded, golden[f"recons_{step}"])
@@ -108,15 +121,21 @@ def replay_hooks(golden: dict[str, Tensor], settings: dict[str, Any]) -> Iterato
     """What is added to a block's output (B, D, h, w), and the output that codes alone make."""
     if "h_out" not in golden:
         return
-    autoencoder = autoencoder_of(golden, settings, "final_")
-    given, output = golden["h_in"], golden["h_out"]
-    direction = autoencoder.directions[int(golden["feature"])]
+    autoencoder = autoencoder_of(golden, settings, "final_" if "final_W_enc" in golden else "")
+    output = golden["h_out"]
     if "add_global" in golden:
-        everywhere = settings["global_value"] * direction[:, None, None]
+        everywhere = settings["global_value"] * direction_of(golden, autoencoder)
         yield close("added everywhere", output + everywhere, golden["add_global"])
-    if "add_area" in golden:
-        yield close("added by a map", output + golden["amap"] * direction[:, None, None], golden["add_area"])
+    if "add_area" in golden:  # one map (h, w) for all, or one for each
+        by_map = golden["amap"][..., None, :, :] * direction_of(golden, autoencoder)
+        yield close("added by a map", output + by_map, golden["add_area"])
     if "recon_block" in golden:
+        given = golden["h_in"]
         codes = torch.stack([codes_of_map(autoencoder, written) for written in output - given])
         decoded = (codes @ autoencoder.directions + autoencoder.bias).permute(0, 3, 1, 2)
         yield close("output of codes alone", given + decoded, golden["recon_block"])
+
+
+def direction_of(golden: dict[str, Tensor], autoencoder: SparseAutoencoder) -> Tensor:
+    """(D, 1, 1): the direction of the recorded feature."""
+    return autoencoder.directions[int(golden["feature"])][:, None, None]

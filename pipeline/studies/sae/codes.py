@@ -1,7 +1,8 @@
 """The codes of whole images beside what is to be seen there, and how well some codes tell it.
 
 Codes are kept sparse: k features and values for each of M places, all images after each other. A region is kept as the
-share of each place that it covers, so that maps of few places are compared by area.
+places of the block's map that it covers: on a map of 8 x 8 places a drawn mouth is smaller than one of them, so that
+by area no choice of places could tell it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from pipeline.diffusion.sparse_autoencoder import SparseAutoencoder
-from pipeline.studies.sae.plugins import Regions
 
-LADDER = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)  # thresholds that are tried, as shares of a score's largest value
+LADDER = tuple(step / 20 for step in range(20))  # thresholds of a feature that are tried, as shares of its largest code
+TRIED = 40  # thresholds of a set's score, between its least and its largest value
 CANDIDATES = 64  # features that a set is chosen of
 
 
@@ -32,7 +33,7 @@ class CodedImages:
     values: Tensor  # (M, k) float32
     num_features: int
     tags: tuple[str, ...]
-    covered: Tensor  # (M, T) float32 in [0, 1]
+    covered: Tensor  # (M, T) float32 in {0, 1}
 
     @property
     def places(self) -> int:
@@ -41,7 +42,7 @@ class CodedImages:
 
     def of(self, images: Sequence[int]) -> CodedImages:
         """Some of the images, by number."""
-        rows = (torch.tensor(images)[:, None] * self.places + torch.arange(self.places)).flatten()
+        rows = (torch.tensor(images, dtype=torch.int64)[:, None] * self.places + torch.arange(self.places)).flatten()
         return CodedImages(
             ids=tuple(self.ids[number] for number in images),
             grid=self.grid,
@@ -51,6 +52,11 @@ class CodedImages:
             tags=self.tags,
             covered=self.covered[rows],
         )
+
+    def showing(self, tag: int) -> list[int]:
+        """Numbers of the images that show a tag."""
+        found: list[int] = self.covered[:, tag].view(len(self.ids), -1).any(dim=1).nonzero()[:, 0].tolist()
+        return found
 
     def score(self, features: Sequence[int], weights: Sequence[float]) -> Tensor:
         """(M,): the weighted sum of some features' codes."""
@@ -85,14 +91,12 @@ class CodedImages:
         return found.index_put((rows, self.features), self.values, accumulate=True) / self.places
 
 
-def covered_shares(regions: Regions, tags: Sequence[str], grid: tuple[int, int]) -> Tensor:
-    """(places, T): the share of each place of a map that each tag's region covers."""
-    found = torch.zeros((grid[0] * grid[1], len(tags)))
-    for number, tag in enumerate(tags):
-        if tag in regions:
-            mask = torch.from_numpy(np.ascontiguousarray(regions[tag], dtype=np.float32))
-            found[:, number] = adaptive_avg_pool2d(mask[None, None], grid).flatten()
-    return found
+def covered_places(region: np.ndarray, grid: tuple[int, int]) -> Tensor:
+    """(places,) in {0, 1}: the places of a map of which a region (H, W) covers at least half as much as of the one that
+    it covers most. Of a large region these are the places that lie in it by half; a small one has a place, too."""
+    shares = adaptive_avg_pool2d(torch.from_numpy(np.ascontiguousarray(region, dtype=np.float32))[None, None], grid)
+    most = float(shares.max())
+    return (shares.flatten() >= most / 2).float() if most > 0 else torch.zeros(grid[0] * grid[1])
 
 
 @torch.no_grad()
@@ -110,19 +114,39 @@ class Told(NamedTuple):
 
 
 def iou_of(found: Tensor, covered: Tensor) -> Tensor:
-    """Intersection over union of places (..., M) in {0, 1} and covered shares (M,), by area; 0 where both are empty."""
+    """Intersection over union of places (..., M) and (M,), both in {0, 1}; 0 where both are empty."""
     both = (found * covered).sum(dim=-1)
     union = found.sum(dim=-1) + covered.sum() - both
     return torch.where(union > 0, both / union.clamp_min(1e-9), torch.zeros_like(union))
 
 
+def mean_iou(found: Tensor, covered: Tensor) -> Tensor:
+    """Mean over images of the IoU of places (..., images, places) and (images, places), both in {0, 1}."""
+    both = (found * covered).sum(dim=-1)
+    union = found.sum(dim=-1) + covered.sum(dim=-1) - both
+    return (both / union.clamp_min(1e-9)).mean(dim=-1)
+
+
 def best_threshold(score: Tensor, covered: Tensor) -> Told:
-    """The threshold under which a score (M,) tells shares (M,) best, over all images together."""
-    largest = float(score.max())
-    tried = [share * max(largest, 0.0) for share in LADDER]
+    """The threshold under which a score (M,) tells a region (M,) best, over all images together."""
+    tried = _tried(score)
     ious = iou_of(torch.stack([(score > one).float() for one in tried]), covered)
     best = int(ious.argmax())
     return Told(float(ious[best]), tried[best])
+
+
+def best_place_threshold(score: Tensor, covered: Tensor) -> Told:
+    """The same for scores and regions (images, places) of images that all show it: by the mean over images."""
+    tried = _tried(score)
+    ious = mean_iou(torch.stack([(score > one).float() for one in tried]), covered)
+    best = int(ious.argmax())
+    return Told(float(ious[best]), tried[best])
+
+
+def _tried(score: Tensor) -> list[float]:
+    """Also below zero: a region may be told by features that are elsewhere."""
+    between: list[float] = torch.linspace(float(score.min()), float(score.max()), TRIED + 1)[:-1].tolist()
+    return [0.0, *between]
 
 
 def single_ious(images: CodedImages) -> tuple[Tensor, Tensor]:

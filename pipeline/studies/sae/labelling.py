@@ -30,11 +30,13 @@ from pipeline.recordings import RecordingKey
 from pipeline.studies.sae.codes import (
     CodedImages,
     amounts_of,
+    best_place_threshold,
     best_threshold,
     chosen_set,
     coded,
-    covered_shares,
+    covered_places,
     iou_of,
+    mean_iou,
     single_ious,
 )
 from pipeline.studies.sae.config import LabelConfig
@@ -176,9 +178,8 @@ def collect(runs: RecordedRuns, entries: dict[RecordingKey, BlockAutoencoder], w
             found.codes.setdefault(key, []).append(coded(entry.autoencoder, written))
             found.grids[key] = (written.shape[1], written.shape[2])
         for grid in set(found.grids.values()):
-            tags = list(regions)
-            shares = covered_shares(regions, tags, grid)
-            found.covered.setdefault(grid, []).append({tag: shares[:, at] for at, tag in enumerate(tags)})
+            places = {tag: covered_places(region, grid) for tag, region in regions.items()}
+            found.covered.setdefault(grid, []).append({tag: one for tag, one in places.items() if one.any()})
     return found
 
 
@@ -287,7 +288,8 @@ def dictionary_rows(images: CodedImages, vectors: WordVectors) -> Iterator[dict[
 
 
 def concept_rows(chosen: CodedImages, judged: CodedImages, set_size: int) -> Iterator[dict[str, Any]]:
-    """A row for each tag: the feature and the set that tell it best where they are chosen, judged on other images."""
+    """A row for each tag: the feature and the set that tell it best where they are chosen, judged on other images; and
+    the set that tells its place best in images that show it."""
     ious, thresholds = single_ious(chosen)
     for tag, name in enumerate(chosen.tags):
         covered = judged.covered[:, tag]
@@ -308,6 +310,7 @@ def concept_rows(chosen: CodedImages, judged: CodedImages, set_size: int) -> Ite
             "threshold": told.threshold if use_set else limit,
             "iou": set_iou if use_set else single_iou,
             "amounts": amounts_of(chosen, tag, features if use_set else [single]),
+            **place_of(chosen, judged, tag, set_size),
             "single_feature": single,
             "single_threshold": limit,
             "single_iou": single_iou,
@@ -316,6 +319,22 @@ def concept_rows(chosen: CodedImages, judged: CodedImages, set_size: int) -> Ite
             "_single_iou": float(ious[single, tag]),  # where it was chosen
             "_set_iou": max(told.iou, float(ious[single, tag])),
         }
+
+
+def place_of(chosen: CodedImages, judged: CodedImages, tag: int, set_size: int) -> dict[str, Any]:
+    """What tells where a tag is in images that show it, chosen and judged on such alone.
+
+    Another question than whether it is there: the place of a green face is that of any face.
+    """
+    some, others = (images.of(images.showing(tag)) for images in (chosen, judged))
+    features, weights = chosen_set(some, tag, set_size)
+    score, covered = (one.view(len(some.ids), -1) for one in (some.score(features, weights), some.covered[:, tag]))
+    told = best_place_threshold(score, covered)
+    iou = told.iou
+    if others.ids:
+        found = (others.score(features, weights) > told.threshold).float().view(len(others.ids), -1)
+        iou = float(mean_iou(found, others.covered[:, tag].view_as(found)))
+    return {"place_features": features, "place_weights": weights, "place_threshold": told.threshold, "place_iou": iou}
 
 
 def gallery_of(

@@ -1,9 +1,10 @@
 """How early the layout of an image can be told: `shardedit sae layout`.
 
 At every recorded time concepts are looked for in what blocks wrote, and compared with where they are in the finished
-image. Two ways: `concepts`, the weighted codes of each concept against its threshold; and `words`, as in the paper: a
-place has the mean word vector of its strongest features, and belongs to the noun that it is nearest to. Beside them
-stands the constant mask: the one region that suits all images of a concept best, without a look at any.
+image, on images that show them. Two ways: `concepts`, the weighted codes that tell each concept's place against their
+threshold; and `words`, as in the paper: a place has the mean word vector of its strongest features, and belongs to the
+noun that it is nearest to. Beside them stands the constant mask: the one region that suits all images of a concept
+best, without a look at any.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pipeline.reading.libraries import read_library
 from pipeline.reading.storage import open_fs
 from pipeline.recordings import RecordingKey
 from pipeline.studies.plots import Line, plot
-from pipeline.studies.sae.codes import CodedImages
+from pipeline.studies.sae.codes import CodedImages, mean_iou
 from pipeline.studies.sae.config import LayoutConfig
 from pipeline.studies.sae.labelling import DICTIONARY_FILE, collect, entries_of, split
 from pipeline.studies.sae.plugins import word_vectors
@@ -120,14 +121,15 @@ def rows_of(
         concept = entry.concepts.get(name)
         predicted = None
         if concept is not None:
-            predicted = (images.score(concept.features, concept.weights) > concept.threshold).view_as(covered)
+            told = concept.placing
+            predicted = (images.score(told.features, told.weights) > told.threshold).view_as(covered).float()
         rows.append(
             {
                 "block": key.block,
                 "time": key.time,
                 "branch": key.branch,
                 "concept": name,
-                "concepts_iou": None if predicted is None else mean_iou(predicted.float()[shown], covered[shown]),
+                "concepts_iou": None if predicted is None else float(mean_iou(predicted[shown], covered[shown])),
                 "words_iou": best_words_iou(nearest, tag, covered, shown, images.ids),
                 "constant_iou": constant_iou(covered[shown]),
                 "images": int(shown.sum()),
@@ -173,23 +175,16 @@ def best_words_iou(
         return None
 
     def iou(some: Tensor, limit: float) -> float:
-        return mean_iou(((tags[some] == tag) & (cosines[some] > limit)).float(), covered[some])
+        return float(mean_iou(((tags[some] == tag) & (cosines[some] > limit)).float(), covered[some]))
 
     limit = max(COSINES, key=lambda one: iou(chosen, one))
     return iou(judged, limit)
 
 
-def mean_iou(predicted: Tensor, covered: Tensor) -> float:
-    """Mean over images of what is predicted (images, places) in {0, 1} with what is covered."""
-    both = (predicted * covered).sum(dim=1)
-    union = predicted.sum(dim=1) + covered.sum(dim=1) - both
-    return float((both / union.clamp_min(1e-9)).mean())
-
-
 def constant_iou(covered: Tensor) -> float:
     """Of the one mask that suits these images (images, places) best: places that so many of them cover."""
     mean = covered.mean(dim=0)
-    return max(mean_iou((mean >= level).float().expand_as(covered), covered) for level in LEVELS)
+    return max(float(mean_iou((mean >= level).float().expand_as(covered), covered)) for level in LEVELS)
 
 
 def best_rows(rows: Sequence[dict[str, Any]], entries: Mapping[RecordingKey, BlockAutoencoder]) -> list[dict[str, Any]]:
@@ -199,8 +194,8 @@ def best_rows(rows: Sequence[dict[str, Any]], entries: Mapping[RecordingKey, Blo
         key = RecordingKey(row["block"], row["time"], row["branch"])
         concept = entries[key].concepts.get(row["concept"])
         place = (row["time"], row["concept"])
-        if concept is not None and (place not in best or concept.iou > best[place][0]):
-            best[place] = (concept.iou, {**row, "block": "best"})
+        if concept is not None and (place not in best or concept.placing.iou > best[place][0]):
+            best[place] = (concept.placing.iou, {**row, "block": "best"})
     return [row for _, row in best.values()]
 
 

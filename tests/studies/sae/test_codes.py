@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import RecipeError
-from pipeline.interventions import BlockAutoencoder, ConceptFeatures
+from pipeline.interventions import BlockAutoencoder, ConceptFeatures, Telling
 from pipeline.recordings import RecordingKey
 from pipeline.studies.sae.codes import (
     CodedImages,
@@ -16,13 +16,14 @@ from pipeline.studies.sae.codes import (
     best_threshold,
     chosen_set,
     coded,
-    covered_shares,
+    covered_places,
     iou_of,
+    mean_iou,
     single_ious,
 )
 from pipeline.studies.sae.gallery import GalleryEntry, page_of
-from pipeline.studies.sae.labelling import concept_rows, dictionary_rows, split
-from pipeline.studies.sae.layout import constant_iou, mean_iou, rows_of
+from pipeline.studies.sae.labelling import concept_rows, dictionary_rows, place_of, split
+from pipeline.studies.sae.layout import constant_iou, rows_of
 from pipeline.studies.sae.plugins import attended_regions, hashed_words, in_turn, named
 from tests.editing.test_concepts import UP, autoencoder
 
@@ -115,7 +116,8 @@ def test_every_feature_has_the_tags_that_it_covers_best_and_none_by_default() ->
 
 def test_a_layout_of_planted_features_is_told_at_iou_1_by_codes_and_by_words() -> None:
     images = planted()
-    hat = ConceptFeatures(features=(7,), weights=(1.0,), threshold=0.1, iou=1.0, amounts=(1.0,))
+    told = Telling(features=(7,), weights=(1.0,), threshold=0.1, iou=1.0)
+    hat = ConceptFeatures(telling=told, amounts=(1.0,), placing=told)
     entry = BlockAutoencoder(
         autoencoder=autoencoder(UP),
         block=UP,
@@ -141,16 +143,35 @@ def test_a_constant_mask_is_the_one_that_suits_all_images_best() -> None:
     assert mean_iou(covered, covered) == 1.0
 
 
-def test_areas_count_by_the_share_of_a_place_that_is_covered() -> None:
-    mask = np.zeros((8, 8), dtype=bool)
-    mask[:2, :3] = True
-    shares = covered_shares({"hat": mask}, ["hat", "beard"], GRID)
-    assert shares[:, 0].tolist() == [1.0, 0.5] + [0.0] * 14
-    assert not shares[:, 1].any()
-    found = torch.zeros(16)
-    found[:2] = 1.0
-    assert float(iou_of(found, shares[:, 0])) == pytest.approx(1.5 / 2.0)
+def test_a_region_has_the_places_that_it_covers_by_half_and_one_at_least() -> None:
+    mask = np.zeros((16, 16), dtype=bool)
+    mask[:4, :6] = True  # the first place, and half of the second
+    mask[4, :4] = True  # a quarter of the first one below
+    assert covered_places(mask, GRID).tolist() == [1.0, 1.0] + [0.0] * 14
+    small = np.zeros((16, 16), dtype=bool)
+    small[5, 5:7] = True
+    assert covered_places(small, GRID).nonzero().tolist() == [[5]]
+    assert not covered_places(np.zeros((16, 16), dtype=bool), GRID).any()
+    found, region = torch.zeros(16), torch.zeros(16)
+    found[:2], region[:4] = 1.0, 1.0
+    assert float(iou_of(found, region)) == 0.5
     assert float(iou_of(torch.zeros(16), torch.zeros(16))) == 0.0
+
+
+def test_a_place_is_told_by_images_that_show_the_concept_alone() -> None:
+    """Feature 5 is where things are, in images with a hat as in others: it tells the hat's place, not the hat."""
+    places = torch.arange(12 * 16) % 16 < 6
+    with_hat = (torch.arange(12) % 2 == 0).repeat_interleave(16)
+    hat = places & with_hat
+    values = torch.stack([places * 1.0, torch.rand(192, generator=torch.Generator().manual_seed(0)) * 0.1], dim=1)
+    features = torch.tensor([[5, 9]]).expand(192, 2)
+    images = images_of(features, values, hat[:, None].float(), ("hat",))
+    (row,) = concept_rows(images, images, 1)
+    assert row["iou"] == pytest.approx(0.5)
+    assert row["place_features"] == [5]
+    assert row["place_iou"] == 1.0
+    far = images.of([1, 3])
+    assert place_of(images, far, 0, 1)["place_iou"] == 1.0, "none shows it: that of those it was chosen on"
 
 
 def test_places_are_coded_row_by_row() -> None:
