@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "common", "compat"},
     {"diffusion"},
     {"rewards", "experts"},
-    {"records", "directions", "interventions", "recordings", "placement"},
+    {"records", "samples", "directions", "interventions", "recordings", "placement"},
     {"engine"},
     {"models"},
     {"inversion", "editing"},
