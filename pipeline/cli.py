@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 import pipeline
+from pipeline.cli_sae import sae
 from pipeline.common.partition import WHOLE, Partition
 from pipeline.common.showing import typed
 from pipeline.looking.ending import reported
@@ -43,6 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(sae)
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The recipe, a YAML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,

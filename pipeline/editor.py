@@ -26,9 +26,11 @@ from pipeline.engine.calls import Steps
 from pipeline.engine.engine import Engine
 from pipeline.errors import RecipeError
 from pipeline.flow import edit_prepared
+from pipeline.interventions import Intervention
 from pipeline.looking.counting import RowCounter
 from pipeline.models.loading import checked_device, load_backbone
 from pipeline.reading.directions import refuse_other_directions, stored_directions
+from pipeline.reading.libraries import libraries_of, refuse_other_autoencoders
 from pipeline.reading.pictures import AnyImage, picture
 from pipeline.reading.prepare import Pictures, prepare
 from pipeline.reading.requests import requests_of
@@ -62,6 +64,7 @@ class EditSettings(TypedDict, total=False):
     subtract_words: Mapping[str, Any] | WordPair
     equalizer: Mapping[str, float]
     cross_replace_steps: Mapping[str, Any]
+    interventions: Sequence[Mapping[str, Any] | Intervention]
     experts: Sequence[Mapping[str, Any] | TextExpert]
     rewards: Sequence[Mapping[str, Any] | Reward]
 
@@ -171,7 +174,7 @@ class Editor:
             on_progress: called with (rows done, rows in all) after each network call. What may end early counts as if
                 it did not, and the last call has all rows done.
             more: other fields of the edit request (`EditRequest`): blend_words, subtract_words, equalizer,
-                cross_replace_steps, experts, rewards.
+                cross_replace_steps, experts, rewards, interventions.
 
         Raises:
             RecipeError: settings that cannot work, or no edit is asked; lists every problem.
@@ -293,6 +296,7 @@ class Editor:
         recipe.refuse_what_lacks(self.backbone.offers, self.backbone.record.name)
         prepared = self._prepared(image, mask, name, recipe)
         refuse_other_directions(recipe, self.backbone)
+        refuse_other_autoencoders(recipe, self.backbone)
         return (
             yield from edit_prepared(
                 prepared,
@@ -300,6 +304,7 @@ class Editor:
                 recipe.run.seed,
                 self.backbone,
                 stored=stored_directions(recipe),
+                libraries=libraries_of(recipe),
                 round_trip=recipe.sink.round_trip,
             )
         )

@@ -13,7 +13,7 @@ generators over one image that ask for model calls; the engine runs those of man
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -26,14 +26,18 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from pipeline.engine.backbone import Backbone
+from pipeline.engine.blocks import blocks_of
 from pipeline.engine.calls import DecodeLatents, EncodeImage, Fork, Steps
+from pipeline.engine.controls import Transformer
 from pipeline.engine.engine import Engine
 from pipeline.engine.pullback import LocalBasis
 from pipeline.errors import BlackImageError, ClusterError, EditError, InvertError, Stage
+from pipeline.interventions import Library
 from pipeline.inversion.base import Inversion, draw_from
 from pipeline.reading.ahead import Ahead
 from pipeline.reading.decoder import Decodes
 from pipeline.reading.directions import Stored, stored_directions
+from pipeline.reading.libraries import libraries_of
 from pipeline.reading.prepare import prepare
 from pipeline.reading.requests import asked_of, refusal_by
 from pipeline.recipe import Method, Recipe
@@ -143,6 +147,7 @@ def _edit_ready(
         backbone,
         round_trip=recipe.sink.round_trip and not recipe.writes_bases,
         stored=stored_directions(recipe),
+        libraries=libraries_of(recipe),
         bases=recipe.writes_bases,
     )
     return (yield from steps)
@@ -171,6 +176,8 @@ def edit_prepared(
     *,
     round_trip: bool = True,
     stored: Stored = MappingProxyType({}),
+    libraries: Mapping[str, Library] = MappingProxyType({}),
+    blocks: Mapping[str, Transformer] | None = None,
     bases: bool = False,
 ) -> Steps[list[Decoded | Rejected]]:
     """Invert once per inversion and prompts that it runs under, then edit by every request and method, side by side.
@@ -182,6 +189,8 @@ def edit_prepared(
         backbone: the model.
         round_trip: the input's latents are decoded as they are, too, for `sink.round_trip`.
         stored: directions that methods read.
+        libraries: autoencoders that methods read.
+        blocks: of the network, by name; None: as it says itself.
         bases: find the local bases that the edits would move along, and edit nothing.
     """
     sample = prepared.sample
@@ -218,6 +227,8 @@ def edit_prepared(
             mask=prepared.mask,
             placement=prepared.placement,
             stored=stored,
+            libraries=libraries,
+            blocks=blocks_of(backbone.offers.openings) if blocks is None else blocks,
         )
         layer = backbone.offers.bottleneck.layer if bases and backbone.offers.bottleneck else None
         children.append(_invert_and_edit(prepared, inversion, source, pairs, methods, seed, layer))
@@ -338,6 +349,7 @@ def _shown(
         round_trip=None,  # comes beside
         masks=None if edited.masks is None else tuple(at_image_size(one.bool(), pixels) for one in edited.masks),
         seed=seed,
+        recorded=edited.recorded,
     )
 
 

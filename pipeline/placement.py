@@ -31,11 +31,38 @@ class Placement:
         )
         return rows, columns
 
+    def part_in(self, box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[slice, slice]:
+        """Rows and columns of a (height, width) map of the canvas that show a part of the image.
 
-def _cells(start: int, length: int, whole: int, count: int) -> slice:
+        Args:
+            box: left, top, right, bottom of the part, as shares of the original's sides.
+            size: of the map.
+
+        Raises:
+            ValueError: the part was cut away.
+        """
+        starts, lengths = [], []
+        for axis, (begin, end) in enumerate(((box[1], box[3]), (box[0], box[2]))):
+            scale = self.scaled[axis] / self.crop[2 + axis]
+            first, last = (share * self.original[axis] - self.crop[axis] for share in (begin, end))
+            first, last = (min(max(place, 0.0), float(self.crop[2 + axis])) * scale for place in (first, last))
+            starts.append(self.offset[axis] + first)
+            lengths.append(last - first)
+        if min(lengths) <= 0:
+            raise ValueError(
+                f"the region {list(box)} lies in what model.fit crop cuts away. Set model.fit pad, or another region"
+            )
+        rows, columns = (
+            _cells(start, length, whole, count)
+            for start, length, whole, count in zip(starts, lengths, self.canvas, size, strict=True)
+        )
+        return rows, columns
+
+
+def _cells(start: float, length: float, whole: int, count: int) -> slice:
     first = math.ceil(start * count / whole - 0.5)
     stop = math.floor((start + length) * count / whole + 0.5)
     if stop > first:
         return slice(first, stop)
-    middle = int((start + length / 2) * count / whole)
+    middle = min(int((start + length / 2) * count / whole), count - 1)
     return slice(middle, middle + 1)

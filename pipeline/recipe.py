@@ -39,6 +39,7 @@ from pipeline.errors import PrepareError, RecipeError
 from pipeline.inversion import INVERSIONS
 from pipeline.inversion.base import Inversion
 from pipeline.inversion.ddpm import DDPMInversion
+from pipeline.recordings import RecordingKey
 from pipeline.records import EditRequest
 from pipeline.settings.explain import problems_in_words
 from pipeline.settings.overrides import apply_overrides
@@ -130,6 +131,16 @@ class Recipe(Section):
         """Whether results are local bases, and not edited images."""
         return False
 
+    @property
+    def recorded(self) -> tuple[RecordingKey, ...]:
+        """What its methods record of the network's blocks, together."""
+        return tuple(dict.fromkeys(key for method in self.all_methods.values() for key in method.editing.records))
+
+    @property
+    def records_attention(self) -> bool:
+        """Whether a method records where words are attended to."""
+        return any(method.editing.records_attention for method in self.all_methods.values())
+
     def canonical_json(self) -> str:
         """Every setting, resolved, in one fixed spelling; without storage options, which may hold secrets."""
         data = self.model_dump(mode="json", exclude={"source": {"storage_options"}, "sink": {"storage_options"}})
@@ -194,6 +205,8 @@ class Recipe(Section):
                     (f"edits.{edit}", problem.text + (f" (method '{name}')" if self.methods else ""))
                     for problem in editing.problems(request, inversion, caption_follows=follows)
                 ]
+        if self.recorded and self.sink.format != "parquet":
+            found.append(("sink.format", "what editing.record asks for is written as Parquet. Leave format out"))
         return found
 
     @model_validator(mode="after")
@@ -275,10 +288,10 @@ def parse_edits(value: Any, where: str, most: int = 256) -> dict[str, EditReques
 
 
 def _weight(request: Any) -> int:
-    """Concepts, texts and rewards of a request that was not checked yet, or the results of its direction."""
+    """Concepts and other parts of a request that was not checked yet, or the results of its direction."""
     if not isinstance(request, Mapping):
         return 1
-    lists = [request.get(name) for name in ("concepts", "experts", "rewards")]
+    lists = [request.get(name) for name in ("concepts", "experts", "rewards", "interventions")]
     direction = request.get("direction")
     moves = [direction.get(name) for name in ("vectors", "strengths")] if isinstance(direction, Mapping) else []
     results = math.prod(max(1, len(one)) for one in moves if isinstance(one, Sequence))

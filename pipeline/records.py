@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pipeline.directions import Direction, StoredDirection
 from pipeline.errors import Stage
 from pipeline.experts import AnyReward, NonEmptyPrompt, Prompt, TextExpert
+from pipeline.interventions import Intervention
 from pipeline.placement import Placement
 from pipeline.samples import Sample
 
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
     from pipeline.diffusion.levels import Level, Schedule
     from pipeline.diffusion.steps import Solver
     from pipeline.engine.calls import Conditioning
+    from pipeline.engine.controls import Transformer
     from pipeline.engine.pullback import LocalBasis
+    from pipeline.interventions import Library
+    from pipeline.recordings import Attended, Recorded
 
 
 class Concept(BaseModel):
@@ -104,6 +108,8 @@ class EditRequest(BaseModel):
     the editor's. For prompt_to_prompt, proxedit and h_edit."""
     direction: Direction | None = None
     """Where riemannian moves the image to, and how far. None: 16 moves along its strongest direction."""
+    interventions: tuple[Intervention, ...] = Field(default=(), max_length=64)
+    """What concepts writes into the network, and takes out of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +178,8 @@ class Source:
     mask: np.ndarray | None = None  # (H, W) in [0, 1], the row's own, for what looks at pixels; None: it brings none
     placement: Placement | None = None  # of the image on its canvas; None: it fills the canvas
     stored: Mapping[str, Mapping[str, StoredDirection]] = field(default_factory=dict)  # by file and name
+    libraries: Mapping[str, Library] = field(default_factory=dict)  # of autoencoders, by folder
+    blocks: Mapping[str, Transformer] = field(default_factory=dict)  # of the network, by name
 
     @property
     def size(self) -> tuple[int, int]:
@@ -247,6 +255,7 @@ class EditedLatents:
     # (E, h, w) bool: the regions that the edit found for itself, one per concept of the request or one in all. E is 0
     # where nothing was edited. None: it found no region, and acted wherever it was let.
     masks: Tensor | None
+    recorded: tuple[Recorded | Attended, ...] = ()  # what blocks wrote, where that was asked for
 
     @property
     def mask(self) -> Tensor | None:
@@ -266,6 +275,7 @@ class Decoded:
     masks: tuple[np.ndarray, ...] | None  # (h, w) bool, as those of `EditedLatents`
     seed: int
     basis: LocalBasis | None = None  # of a run that writes bases; the pixels then show where it lies
+    recorded: tuple[Recorded | Attended, ...] = ()  # as that of `EditedLatents`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,6 +294,7 @@ class Edited:
     seed: int  # of this image's noise
     figures: Mapping[str, float | None]  # see evaluation/metrics.py; empty of a basis
     basis: LocalBasis | None = None
+    recorded: tuple[Recorded | Attended, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "common", "compat"},
     {"diffusion"},
     {"rewards", "experts"},
-    {"records", "samples", "directions", "placement"},
+    {"records", "samples", "directions", "interventions", "recordings", "placement"},
     {"engine"},
     {"models"},
     {"inversion", "editing"},
@@ -30,6 +30,7 @@ LAYERS = [
     {"looking"},
     {"evaluation.job", "evaluation.from_run"},
     {"editor", "result"},
+    {"cli_sae"},
     {"cli"},
     {"entry"},
 ]
@@ -38,7 +39,7 @@ FOREIGN = {
     "diffusers": {"models"},
     "transformers": {"models"},
     "fsspec": {"reading", "writing"},
-    "typer": {"cli", "looking.ending"},
+    "typer": {"cli", "cli_sae", "looking.ending"},
     "httpx2": {"evaluation.judging"},
     "scipy": {"evaluation"},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeline.editing.base import EditingMethod
 from pipeline.editing.cfg import ClassifierFreeGuidance
+from pipeline.editing.concepts import Concepts
 from pipeline.editing.diffedit import DiffEdit
 from pipeline.editing.fast_diffedit import FastDiffEdit
 from pipeline.editing.h_edit import HEdit
@@ -18,6 +19,7 @@ from pipeline.editing.riemannian import Riemannian
 
 EDITORS: dict[str, type[EditingMethod]] = {
     "cfg": ClassifierFreeGuidance,
+    "concepts": Concepts,
     "diffedit": DiffEdit,
     "fast_diffedit": FastDiffEdit,
     "h_edit": HEdit,

@@ -15,6 +15,7 @@ from pipeline.engine.backbone import Offers
 from pipeline.engine.calls import Fork, Steps
 from pipeline.engine.pullback import LocalBasis
 from pipeline.inversion.base import Demand, Inversion, Provision
+from pipeline.recordings import RecordingKey
 from pipeline.records import EditedLatents, EditRequest, InversionPrompts, Trajectory
 
 
@@ -50,6 +51,21 @@ class EditingMethod(BaseModel, ABC):
     def reads(self) -> str:
         """The file of stored directions that it reads; "": none."""
         return ""
+
+    @property
+    def library(self) -> str:
+        """The folder of autoencoders that it reads; "": none."""
+        return ""
+
+    @property
+    def records(self) -> tuple[RecordingKey, ...]:
+        """What it records of the network's blocks, beside its edits."""
+        return ()
+
+    @property
+    def records_attention(self) -> bool:
+        """Whether it records where words are attended to."""
+        return False
 
     def composited(self, pixels: np.ndarray, image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         """What becomes of decoded pixels (H, W, 3) uint8: they stay, unless the method puts them into the image.

@@ -30,7 +30,7 @@ from pipeline.directions import Direction, StoredDirection
 from pipeline.editing.base import EditingMethod
 from pipeline.editing.observing import StepRecord, observer
 from pipeline.editing.problems import Problem, raise_first
-from pipeline.editing.walk import Predict, guided, no_masks, start_of, take_step
+from pipeline.editing.walk import Predict, guided, no_masks, source_residuals, start_of, take_step
 from pipeline.engine.backbone import Offers
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Fork, Steps
 from pipeline.engine.prompts import GuidedPrompt
@@ -375,20 +375,3 @@ class Sampling:
                 source = trajectory.latents[step + 1] if trajectory.pinned else None
                 tell(StepRecord(step=step, latents=latents, masks=no_masks(latents), source_latents=source))
         return latents
-
-
-def source_residuals(trajectory: Trajectory, prompt: GuidedPrompt, first_step: int) -> Steps[Tensor]:
-    """(N - first_step, C, h, w): what the source's own steps miss its trajectory by, as far as it is put back.
-
-    The steps start from stored latents, so that all are asked for at once.
-    """
-    steps = range(first_step, trajectory.num_steps)
-    predictions = yield from prompt.predict_all(
-        trajectory.latents[first_step:-1], [trajectory.levels[step] for step in steps]
-    )
-    missed = []
-    for number, step in enumerate(steps):
-        landed, _ = take_step(trajectory, step, trajectory.latents[step], predictions[number], None)
-        share = 1.0 if trajectory.pin_shares is None else trajectory.pin_shares[step]
-        missed.append(share * (trajectory.latents[step + 1] - landed))
-    return torch.stack(missed)

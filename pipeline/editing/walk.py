@@ -84,3 +84,20 @@ def walk(trajectory: Trajectory, first_step: int, predict: Predict) -> Steps[Ten
         if tell := observer():
             tell(StepRecord(step=step, latents=latents, masks=no_masks(latents)))
     return latents
+
+
+def source_residuals(trajectory: Trajectory, prompt: GuidedPrompt, first_step: int) -> Steps[Tensor]:
+    """(N - first_step, C, h, w): what the source's own steps miss its trajectory by, as far as it is put back.
+
+    The steps start from stored latents, so that all are asked for at once.
+    """
+    steps = range(first_step, trajectory.num_steps)
+    predictions = yield from prompt.predict_all(
+        trajectory.latents[first_step:-1], [trajectory.levels[step] for step in steps]
+    )
+    missed = []
+    for number, step in enumerate(steps):
+        landed, _ = take_step(trajectory, step, trajectory.latents[step], predictions[number], None)
+        share = 1.0 if trajectory.pin_shares is None else trajectory.pin_shares[step]
+        missed.append(share * (trajectory.latents[step + 1] - landed))
+    return torch.stack(missed)

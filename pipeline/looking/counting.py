@@ -15,12 +15,14 @@ from typing_extensions import override
 
 from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
+from pipeline.diffusion.sparse_autoencoder import SparseAutoencoder
 from pipeline.directions import StoredDirection
 from pipeline.engine.backbone import Backbone, Bottleneck, ModelRecord, Offers
 from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Product, Span
-from pipeline.engine.controls import Openings
+from pipeline.engine.controls import Openings, Transformer
 from pipeline.engine.engine import Engine
 from pipeline.flow import edit_prepared
+from pipeline.interventions import BlockAutoencoder, ConceptFeatures, Intervention, Library, Target, Telling
 from pipeline.recipe import Recipe
 from pipeline.records import EditRequest, Placement, Prepared
 from pipeline.samples import Sample
@@ -71,6 +73,8 @@ class RowCounter:
             0,
             backbone,
             stored=_AnyFile(),
+            libraries=_AnyLibrary(),
+            blocks=_AnyBlock(),
             bases=self.recipe.writes_bases,
         )
         (finished,) = engine.run([steps])
@@ -113,6 +117,54 @@ class _AnyDirection(dict[str, StoredDirection]):
         )
 
 
+BLOCKS = tuple(Transformer("mid", number, 8, 1) for number in range(64))
+EVERYWHERE = Telling(features=(0,), weights=(1.0,), threshold=-1.0, iou=0.0)
+FEATURE = ConceptFeatures(telling=EVERYWHERE, amounts=(1.0,), placing=EVERYWHERE)
+
+
+class _AnyBlock(dict[str, Transformer]):
+    """Whatever block is named, each another one: of one channel."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: str) -> Transformer:
+        self[name] = BLOCKS[len(self)]
+        return self[name]
+
+
+class _AnyLibrary(dict[str, Library]):
+    """Whatever folder of autoencoders is named, and whatever concept in it: one feature of one block, at every step."""
+
+    def __missing__(self, folder: str) -> Library:
+        return _OneFeature()
+
+
+class _OneFeature:
+    """A library of one autoencoder."""
+
+    def __init__(self) -> None:
+        one, zero = torch.ones((1, 1)), torch.zeros(1)
+        autoencoder = SparseAutoencoder(one, one.clone(), zero, zero.clone(), 1)
+        self._entry = BlockAutoencoder(
+            autoencoder=autoencoder,
+            block="mid_block.attentions.0",
+            branch="cond",
+            timestep=None,
+            model="zeros",
+            model_digest="",
+        )
+
+    def targets(self, wanted: Intervention, timestep: float, reach: float) -> list[Target]:
+        """The one feature, for all that is named."""
+        add = (FEATURE,) if wanted.add or wanted.features else ()
+        return [Target(self._entry, add, (FEATURE,) if wanted.remove else ())]
+
+    def located(self, name: str, timestep: float, reach: float) -> tuple[BlockAutoencoder, ConceptFeatures]:
+        """The one feature."""
+        return self._entry, FEATURE
+
+
 class ZeroBackbone(Backbone):
     """A model that answers nearly everything with zeros, at once. Only how often it is asked has a meaning."""
 
@@ -123,7 +175,7 @@ class ZeroBackbone(Backbone):
     latent_scale = 8
     multiple = 64
     offers = Offers(
-        openings=Openings(watched=frozenset({0})),
+        openings=Openings(watched=frozenset({0}), transformers=BLOCKS),
         embedding_gradients=True,
         bottleneck=Bottleneck(layer="none", channels=128, factor=8, latent_channels=4, latent_scale=8, side=16),
     )
@@ -165,6 +217,12 @@ class ZeroBackbone(Backbone):
         return NetworkAnswer(
             predictions=prediction_of("epsilon", output, call.latents, call.levels),
             attention=None if call.watch is None else torch.zeros(rows, call.plan.sums, height // 4, width // 4),
+            recorded={
+                room.where: torch.zeros(
+                    rows // call.group * room.slots, 1, -(-height // BLOCKS[0].factor), -(-width // BLOCKS[0].factor)
+                )
+                for room in call.plan.records
+            },
             embedding_grads=None
             if call.cotangents is None
             else torch.zeros_like(torch.stack([one.embedding for one in call.conditioning])),

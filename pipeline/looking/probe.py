@@ -117,7 +117,9 @@ def _bytes_per_result(outcomes: Sequence[Outcome], recipe: Recipe, backbone: Bac
     written = [as_written(row, recipe.sink) for row in encoded]
     if not written:
         return None
-    columns = schema(recipe.sink, bases=recipe.writes_bases)
+    columns = schema(
+        recipe.sink, bases=recipe.writes_bases, recorded=recipe.recorded, attention=recipe.records_attention
+    )
     return (len(render_parquet(written, columns)) - len(render_parquet([], columns))) / len(written)
 
 

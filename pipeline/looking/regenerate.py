@@ -242,7 +242,9 @@ def _compared(stored: _StoredRow, made: OutputRow | Rejected, recipe: Recipe, la
         now: Mapping[str, Any] = parts
     else:
         # Through a file and back, so that both have gone the same way.
-        columns = schema(recipe.sink, labels, bases=recipe.writes_bases)
+        columns = schema(
+            recipe.sink, labels, bases=recipe.writes_bases, recorded=recipe.recorded, attention=recipe.records_attention
+        )
         data = render_parquet([as_written(made, recipe.sink, labels)], columns)
         now = pq.read_table(pa.BufferReader(data)).to_pylist()[0]
     names = [*stored.parts, *(name for name in now if name not in stored.parts)]

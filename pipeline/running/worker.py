@@ -25,6 +25,7 @@ from pipeline.flow import all_at_once, edit_unit
 from pipeline.models.loading import load_backbone
 from pipeline.reading.decoder import Decoder
 from pipeline.reading.directions import refuse_other_directions
+from pipeline.reading.libraries import refuse_other_autoencoders
 from pipeline.recipe import Recipe
 from pipeline.records import Asked, Decoded, Refusal, Rejected
 from pipeline.running.pool import WorkerSettings
@@ -88,6 +89,7 @@ def describe_model(recipe: Recipe, before: RunRecord | None, tell: Tell = tell_n
     backbone = load_backbone(recipe.model)
     recipe.refuse_what_lacks(backbone.offers, backbone.record.name)
     refuse_other_directions(recipe, backbone)
+    refuse_other_autoencoders(recipe, backbone)
     return backbone.record, fit(recipe, backbone, before, tell)
 
 
@@ -120,6 +122,7 @@ class Worker:
             self.backbone.denoise(trial_call(self.backbone, side_of(recipe, self.backbone), settings.call_size))
         recipe.refuse_what_lacks(self.backbone.offers, self.backbone.record.name)
         refuse_other_directions(recipe, self.backbone)
+        refuse_other_autoencoders(recipe, self.backbone)
         in_flight = recipe.run.images_in_flight
         self.engine = Engine(
             self.backbone,

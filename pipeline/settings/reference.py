@@ -13,9 +13,11 @@ from pipeline.compat import SETTINGS
 from pipeline.directions import Direction
 from pipeline.editing import EDITORS
 from pipeline.editing.base import EditingMethod
+from pipeline.interventions import Intervention
 from pipeline.inversion import INVERSIONS
 from pipeline.inversion.base import Inversion
 from pipeline.recipe import Method, ModelConfig, Recipe, RunConfig, SinkConfig, SourceConfig
+from pipeline.recordings import Recording
 from pipeline.records import Concept, EditRequest, TextExpert, WordPair
 from pipeline.rewards import REWARDS
 from pipeline.settings.sections import WorkerRange
@@ -26,6 +28,8 @@ TITLES = {  # of a section's own table
     "Concept": "concepts",
     "WordPair": "blend_words and subtract_words",
     "Direction": "direction",
+    "Intervention": "interventions",
+    "Recording": "record",
     "TextExpert": "experts",
     "ModelConfig": "model",
     "Method": "methods",
@@ -47,6 +51,7 @@ def _lines() -> Iterator[str]:
     yield from _part("###", "concepts", Concept)
     yield from _part("###", TITLES["WordPair"], WordPair)
     yield from _part("###", TITLES["Direction"], Direction)
+    yield from _part("###", TITLES["Intervention"], Intervention)
     yield from _part("###", TITLES["TextExpert"], TextExpert)
     yield from _rewards()
     yield from _part("##", "model", ModelConfig)
@@ -58,6 +63,7 @@ def _lines() -> Iterator[str]:
         for name, method in methods.items():
             yield from _part("###", f"{section}: {name}", method)
             yield from (f"{method.paper}. See [its page](methods/{name}.md).", "")
+    yield from _part("###", TITLES["Recording"], Recording)
     yield from _part("##", "methods", Method)
     yield from _part("##", "sink", SinkConfig)
     yield from _part("##", "run", RunConfig)

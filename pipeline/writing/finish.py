@@ -86,7 +86,11 @@ def _render(rows: Sequence[OutputRow], recipe: Recipe, labels: Labels) -> bytes:
     if sink.format == "webdataset":
         return render_tar(rows, sink)
     written = [as_written(row, sink, labels) for row in rows]
-    return render_parquet(written, schema(sink, labels, bases=recipe.writes_bases), shared_columns(sink))
+    return render_parquet(
+        written,
+        schema(sink, labels, bases=recipe.writes_bases, recorded=recipe.recorded, attention=recipe.records_attention),
+        shared_columns(sink),
+    )
 
 
 def labels_of(rows: Sequence[ReadRow]) -> Labels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.interventions import Intervention
 from pipeline.records import Concept, EditRequest
 
 
@@ -16,7 +17,9 @@ def instruction_of(request: EditRequest) -> str:
         return request.instruction
     if (direction := request.direction) is not None:
         return f"move along {direction.stored or f'vector {direction.vector}'} by {direction.strength:+d}"
-    if clauses := [_clause(concept) for concept in request.concepts if concept.guidance_scale]:
+    clauses = [_clause(concept) for concept in request.concepts if concept.guidance_scale]
+    clauses += [f"{verb} {name}" for one in request.interventions for verb, name in _verbs(one)]
+    if clauses:
         *others, last = clauses
         return f"{', '.join(others)} and {last}" if others else last
     source = request.source_prompt
@@ -25,6 +28,14 @@ def instruction_of(request: EditRequest) -> str:
     if not targets:
         return ""
     return f'change "{source}" to {targets}' if source else f"change the image to {targets}"
+
+
+def _verbs(intervention: Intervention) -> list[tuple[str, str]]:
+    """What an intervention does to each concept; a negative strength turns it round, none is none."""
+    adds, removes = ("remove", "add") if intervention.strength < 0 else ("add", "remove")
+    if not intervention.strength:
+        return []
+    return [*((adds, name) for name in intervention.add), *((removes, name) for name in intervention.remove)]
 
 
 def _clause(concept: Concept) -> str:

@@ -38,6 +38,7 @@ def restored(decoded: Decoded) -> Edited:
         mask=union,
         seed=decoded.seed,
         basis=decoded.basis,
+        recorded=decoded.recorded,
         figures={}
         if decoded.basis is not None
         else figures(

@@ -24,10 +24,12 @@ from pipeline.errors import EncodeError
 from pipeline.evaluation.metrics import NAMES as FIGURES
 from pipeline.reading.rows_as_json import Labels
 from pipeline.recipe import Recipe, SinkConfig
+from pipeline.recordings import RecordingKey
 from pipeline.records import Edited, Outcome, Rejected
 from pipeline.samples import Sample
 from pipeline.writing.basis_columns import BASIS_COLUMNS, basis_columns
 from pipeline.writing.instructions import instruction_of
+from pipeline.writing.recorded_columns import recorded_columns, recorded_schema
 
 OutputRow = dict[str, Any]
 """One output row under our own names, and `LABELS`; `as_written` makes it ready for `schema`."""
@@ -49,13 +51,22 @@ _FEATURES: dict[Any, Any] = {  # how Hugging Face `datasets` spells these types
 }
 
 
-def schema(sink: SinkConfig, labels: Labels | None = None, *, bases: bool = False) -> pa.Schema:
+def schema(
+    sink: SinkConfig,
+    labels: Labels | None = None,
+    *,
+    bases: bool = False,
+    recorded: Sequence[RecordingKey] = (),
+    attention: bool = False,
+) -> pa.Schema:
     """Columns of `data/`, with the metadata by which `datasets.load_dataset("parquet")` sees images as images.
 
     Args:
         sink: decides names, and whether the input is kept.
         labels: of the source; each becomes a column of its own.
         bases: the rows hold bases, too.
+        recorded: what the rows hold of the network's blocks.
+        attention: they hold where words were attended to, too.
     """
     columns: dict[str, pa.DataType] = {
         "id": pa.string(),
@@ -82,6 +93,7 @@ def schema(sink: SinkConfig, labels: Labels | None = None, *, bases: bool = Fals
     columns["call_size"] = pa.int64()
     columns |= dict.fromkeys(FIGURES, pa.float64())
     columns |= BASIS_COLUMNS if bases else {}
+    columns |= recorded_schema(recorded, attention=attention)
     columns |= {"columns": pa.string(), "members": pa.list_(_MEMBER)}
     columns = {sink.column_names.get(name, name): kind for name, kind in columns.items()}
     features = {name: feature_of(kind) for name, kind in columns.items()}
@@ -183,6 +195,7 @@ def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> 
     }
     if edited.basis is not None:
         row |= basis_columns(edited.basis)
+    row |= recorded_columns(edited.recorded)
     if sink.keeps_input:  # its own bytes: encoded anew, they would be other pixels, or many times as many bytes
         row["input"] = _named(sample.image, utf8_text(sample.image_path) or f"{stem}.input.{format_of(sample.image)}")
     else:

@@ -44,6 +44,7 @@ from tests.golden.h_edit import read_h_edit, replay_h_edit
 from tests.golden.masactrl import replay_masactrl
 from tests.golden.proxedit import replay_proxedit
 from tests.golden.riemannian import replay_riemannian
+from tests.golden.sae_concepts import replay_sae_concepts
 from tests.golden.sdxl import replay_sdxl_sample, with_size_ids
 from tests.golden.two_branch import (
     replay_direct_inversion,
@@ -341,6 +342,7 @@ KINDS: dict[str, Callable[..., Iterator[Check]]] = {
     "prompt_to_prompt": replay_prompt_to_prompt,
     "proxedit": replay_proxedit,
     "riemannian": replay_riemannian,
+    "sae_concepts": replay_sae_concepts,
     "sd3_sample": replay_flow_sample,
     "sdxl_ledits_pp": partial(replay_ledits_pp, xl=True),
     "sdxl_sample": replay_sdxl_sample,
