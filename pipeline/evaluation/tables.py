@@ -50,6 +50,7 @@ class Tables:
     pairs: dict[str, list[Compared]]  # by measure
     unavailable: dict[str, str]
     remarks: tuple[str, ...] = ()
+    official: tuple[tuple[str, list[str], list[list[str]]], ...] = ()  # (title, heads, rows) as a benchmark's scripts
 
     @property
     def methods(self) -> list[str]:
@@ -222,6 +223,8 @@ def markdown(tables: Tables) -> str:
         "adjusted for all pairs of a measure.",
         _table(*pair_grid(tables)),
     ]
+    for title, heads, cells in tables.official:
+        parts += [f"## {title}", _table(heads, cells)]
     if tables.unavailable:
         parts += ["## Unavailable", _table(["measure", "why, and the way to get it"], _items(tables.unavailable))]
     parts += tables.remarks
