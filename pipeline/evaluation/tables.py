@@ -57,6 +57,14 @@ class Tables:
         """In the order of the rows."""
         return list(self.asked)
 
+    @property
+    def without_model(self) -> dict[str, str]:
+        """Why measures could not be had, by their names side by side: those of one model have one reason."""
+        found: dict[str, list[str]] = {}
+        for name, text in self.unavailable.items():
+            found.setdefault(" ".join(text.split()), []).append(name)
+        return {", ".join(names): text for text, names in found.items()}
+
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return {
@@ -226,13 +234,13 @@ def markdown(tables: Tables) -> str:
     for title, heads, cells in tables.official:
         parts += [f"## {title}", _table(heads, cells)]
     if tables.unavailable:
-        parts += ["## Unavailable", _table(["measure", "why, and the way to get it"], _items(tables.unavailable))]
+        parts += ["## Unavailable", _table(["measures", "why, and the way to get it"], _items(tables.without_model))]
     parts += tables.remarks
     return "\n\n".join(parts) + "\n"
 
 
 def _items(mapping: Mapping[str, str]) -> list[list[str]]:
-    return [[name, " ".join(text.split())] for name, text in mapping.items()]
+    return [[name, text] for name, text in mapping.items()]
 
 
 def _reason_rows(tables: Tables) -> list[list[str]]:

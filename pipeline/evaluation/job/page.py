@@ -112,6 +112,7 @@ def page_of(
         "version": pipeline.__version__,
         "tables": tables,
         "heads": heads,
+        "odd": any([*tables.reasons.values(), *tables.notes.values()]),
         "cells": cells,
         "type_heads": type_heads,
         "type_rows": type_rows,
