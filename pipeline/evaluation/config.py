@@ -153,6 +153,10 @@ class EvaluateConfig(Section):
             problems.append(("edits", f"the set {self.set.kind} brings its own edits. Leave edits out"))
         if not self.sink.include_input or self.sink.columns != "full" or self.sink.format != "parquet":
             problems.append(("sink", "an evaluation reads its edits back: leave include_input, columns and format out"))
+        if self.judge and not self.judge.scores_rows and len(self.methods or self.results) < 2:
+            problems.append(
+                ("judge.protocol", "pairwise compares methods, and there is one. Add another, or score rows")
+            )
         if self.judge and self.judge.protocol == "imgedit" and self.set.kind != "imgedit_bench":
             problems.append(
                 ("judge.protocol", "imgedit asks by the types of ImgEdit-Bench. Use viescore for other sets")

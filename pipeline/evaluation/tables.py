@@ -50,11 +50,20 @@ class Tables:
     pairs: dict[str, list[Compared]]  # by measure
     unavailable: dict[str, str]
     remarks: tuple[str, ...] = ()
+    official: tuple[tuple[str, list[str], list[list[str]]], ...] = ()  # (title, heads, rows) as a benchmark's scripts
 
     @property
     def methods(self) -> list[str]:
         """In the order of the rows."""
         return list(self.asked)
+
+    @property
+    def without_model(self) -> dict[str, str]:
+        """Why measures could not be had, by their names side by side: those of one model have one reason."""
+        found: dict[str, list[str]] = {}
+        for name, text in self.unavailable.items():
+            found.setdefault(" ".join(text.split()), []).append(name)
+        return {", ".join(names): text for text, names in found.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -222,14 +231,16 @@ def markdown(tables: Tables) -> str:
         "adjusted for all pairs of a measure.",
         _table(*pair_grid(tables)),
     ]
+    for title, heads, cells in tables.official:
+        parts += [f"## {title}", _table(heads, cells)]
     if tables.unavailable:
-        parts += ["## Unavailable", _table(["measure", "why, and the way to get it"], _items(tables.unavailable))]
+        parts += ["## Unavailable", _table(["measures", "why, and the way to get it"], _items(tables.without_model))]
     parts += tables.remarks
     return "\n\n".join(parts) + "\n"
 
 
 def _items(mapping: Mapping[str, str]) -> list[list[str]]:
-    return [[name, " ".join(text.split())] for name, text in mapping.items()]
+    return [[name, text] for name, text in mapping.items()]
 
 
 def _reason_rows(tables: Tables) -> list[list[str]]:

@@ -101,8 +101,7 @@ def load_vision_language(name: str, revision: str | None = None) -> VisionLangua
     silence()
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    folder = located(name, revision, WANTED)
-    reported = checked(folder, name)
+    folder, reported = found_safe(name, revision)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
@@ -115,8 +114,13 @@ def load_vision_language(name: str, revision: str | None = None) -> VisionLangua
     return VisionLanguageModel(name, reported, model.to(device).eval(), processor, device)
 
 
-def checked(folder: Path, name: str) -> str:
-    """The model's type; refuses what asks for code of its own or has pickled weights only."""
+def found_safe(name: str, revision: str | None = None) -> tuple[Path, str]:
+    """A checkpoint's folder, downloaded where it is a hub id, and its type.
+
+    Raises:
+        ModelError: it is missing, asks for code of its own, or has pickled weights only.
+    """
+    folder = located(name, revision, WANTED)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = str(config["model_type"])
@@ -129,4 +133,4 @@ def checked(folder: Path, name: str) -> str:
             f"the model '{name}' asks for code of its own, which is not run. Give one that transformers knows"
         )
     refuse_unsafe_weights(folder, name)
-    return kind
+    return folder, kind

@@ -5,6 +5,7 @@ from __future__ import annotations
 import email.utils
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pipeline.evaluation.items import Item, Result
 from pipeline.evaluation.judging.asking import JudgeError
 from pipeline.evaluation.judging.config import JudgeConfig
 from pipeline.evaluation.judging.judged import Judging
-from pipeline.records import EditRequest
+from pipeline.records import Concept, EditRequest
 from pipeline.writing.rows import encode_png
 from tests.evaluation.fake_judge import GOOD, FakeJudge, Reply, Script, fake_judge
 
@@ -199,6 +200,25 @@ def test_passes_differ_in_their_seeds_and_their_mean_counts(tmp_path):
     assert sorted(body["seed"] for body in judge.bodies) == [5, 5, 6, 6, 7, 7]
     assert (row["judge_sc"], row["judge_pq"], row["judge_overall"]) == (6, 6, 6)
     assert row["judge_pass_sd"] == pytest.approx(2.0), "of 4, 6 and 8"
+
+
+def test_a_judge_is_told_concepts_in_words_and_not_asked_about_an_edit_that_no_words_name(tmp_path):
+    concepts = (
+        Concept(prompt="a hat"),
+        Concept(prompt="a beard", direction="remove"),
+        Concept(prompt="fog", guidance_scale=-3),
+        Concept(prompt="nothing", guidance_scale=0),
+    )
+    requests = [EditRequest(concepts=concepts), EditRequest(source_prompt="a face")]
+    results = [
+        replace(one, item=replace(one.item, request=request)) for one, request in zip(rows(2), requests, strict=True)
+    ]
+    with fake_judge() as judge:
+        found = judging(judge, tmp_path).columns(results, ["", ""])
+        texts = [body["messages"][0]["content"][0]["text"] for body in judge.bodies]
+    assert sum("Add a hat. Remove a beard. Remove fog." in text for text in texts) == 1
+    assert len(texts) == 2
+    assert [row["judge_reason"] for row in found] == [None, "no_instruction"]
 
 
 def test_what_has_no_picture_is_not_asked_about(tmp_path):

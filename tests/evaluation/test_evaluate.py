@@ -20,7 +20,7 @@ import yaml
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from pipeline.errors import RecipeError, RunAborted, SinkError, SourceError
+from pipeline.errors import RecipeError, RunAborted, ShardeditError, SinkError, SourceError
 from pipeline.evaluation.config import EvaluateConfig, evaluation_from, load_evaluation
 from pipeline.evaluation.job import run as job
 from pipeline.evaluation.job.counted import counts_of
@@ -133,6 +133,22 @@ def test_the_page_stands_alone_and_holds_what_strangers_wrote_as_text(calm):
     assert page.count('<section class="item"') == 12
     assert page.count("<svg") >= 3
     assert "strong" in page
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"judge": {"model": "m", "base_url": "https://example.org/v1", "key_env": "NOWHERE_KEY"}}, "NOWHERE_KEY"),
+        ({"judge": {"model": "/nowhere", "kind": "transformers"}}, "no folder here"),
+        ({"judge": {"model": "m", "kind": "nowhere.at_all:judge"}}, "gives no judge"),
+        ({"judge": {"model": "m", "prompts": "/nowhere"}}, "cannot be read"),
+        ({"metrics": {"own": ["nowhere.at_all:measures"]}}, "gives no measures"),
+    ],
+)
+def test_what_cannot_be_asked_or_measured_is_told_before_the_first_edit(tmp_path, more, words):
+    with pytest.raises(ShardeditError, match=words):
+        done(drawn(tmp_path / "out", **more))
+    assert not list(tmp_path.rglob("*.parquet"))
 
 
 def test_another_evaluation_in_the_same_folder_is_refused(calm):
@@ -298,7 +314,8 @@ def test_whatever_is_wrong_is_named_counted_and_excluded_and_the_run_goes_on(tmp
     assert found.tables.notes == {"made": {"brackets_unbalanced": 4, "psnr_infinite": 1}}
     assert found.tables.lines["mse"]["made"].own.n == 1
     table = (tmp_path / "out" / "evaluate" / "table.md").read_text()
-    assert all(f"| {name} |" in table for name in (*reasons, "clip_sim_dir"))
+    assert all(f"| {name} |" in table for name in reasons)
+    assert re.search(r"\| clip_similarity_source_image, .*, clip_sim_image \| .*no folder here", table)
     assert "no folder here" in table
 
 
@@ -344,6 +361,7 @@ def test_results_are_laid_out_as_the_official_scripts_read_them(tmp_path):
         ({"edits": {"a": {"target_prompt": "x"}}}, "brings its own edits"),
         ({"sink": {"folder": "x", "format": "webdataset"}}, "reads its edits back"),
         ({"judge": {"model": "m", "protocol": "imgedit"}}, "types of ImgEdit"),
+        ({"judge": {"model": "m", "protocol": "pairwise"}, "methods": {"weak": METHODS["weak"]}}, "there is one"),
         ({"set": {"kind": "pie_bensch", "folder": "x"}}, "pie_bench"),
         ({"metrics": {"clipp": "x"}}, "clipp"),
         (

@@ -132,16 +132,16 @@ def test_what_has_no_picture_is_in_no_pair(tmp_path):
     assert [(row["first"], row["second"]) for row in rows if row["item"] == "3"] == [("dark", "white")]
 
 
-def test_own_edits_are_compared_and_counted_and_a_second_run_writes_the_same_bytes(tmp_path):
+def test_own_edits_are_compared_as_the_plan_counts_them_and_a_second_command_writes_the_same_bytes(tmp_path):
     with fake_judge(lambda *_: Reply(content='{"better": "tie"}')) as judge:
         section = {"base_url": judge.url, "model": "fake", "protocol": "pairwise"}
-        counted = counts_of(evaluation_from(drawn(tmp_path / "one", judge=section)))
+        counted = counts_of(evaluation_from(drawn(tmp_path, judge=section)))
         assert counted.questions == 12 * 1 * 2
-        for name in ("one", "two"):
-            before = sum(judge.asked.values())
-            found = done(drawn(tmp_path / name, judge=section))
-            assert sum(judge.asked.values()) - before == found.requests == counted.questions
-    assert written(tmp_path / "one") == written(tmp_path / "two")
+        found = done(drawn(tmp_path, judge=section))
+        assert sum(judge.asked.values()) == found.requests == counted.questions
+        before = written(tmp_path)
+        assert done(drawn(tmp_path, judge=section)).requests == 0
+    assert written(tmp_path) == before
 
 
 @pytest.mark.parametrize("methods", [("a", "b"), ("b", "a")])

@@ -20,6 +20,7 @@ from pipeline.common.wording import shown
 from pipeline.evaluation.items import Result
 from pipeline.evaluation.job.measuring import Unit
 from pipeline.evaluation.job.plots import boxes, trade_off
+from pipeline.evaluation.judging.questions import asked_for
 from pipeline.evaluation.layouts import FOLDERS, place
 from pipeline.evaluation.tables import Tables, grid, number, pair_grid, type_grid
 from pipeline.looking.report.thumbnails import data_uri, mask_uri, small_mask, small_rgb
@@ -111,6 +112,7 @@ def page_of(
         "version": pipeline.__version__,
         "tables": tables,
         "heads": heads,
+        "odd": any([*tables.reasons.values(), *tables.notes.values()]),
         "cells": cells,
         "type_heads": type_heads,
         "type_rows": type_rows,
@@ -158,7 +160,7 @@ def _card(name: str, result: Result, row: Row) -> dict[str, Any]:
     return {
         "name": name,
         "type": item.edit_type,
-        "asked": item.request.instruction or item.request.target_prompt,
+        "asked": asked_for(item.request),
         # What the decoder in its own process has refused is not opened here.
         "source": "" if row["reason"].startswith(UNREADABLE) else _picture(item.image),
         "region": "" if row["reason"] else _region(item.region),

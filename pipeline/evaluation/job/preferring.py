@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.common import stopping
 from pipeline.evaluation.config import EvaluateConfig
+from pipeline.evaluation.items import Result
 from pipeline.evaluation.job.measuring import Unit, load_unit
 from pipeline.evaluation.judging.judged import Judging
 from pipeline.evaluation.score_rows import as_bytes, preference_schema, preferences_in
@@ -84,9 +85,9 @@ def _pairs(units: Measured) -> set[tuple[str, str, str, str]]:
     return {(*edit, *pair) for edit, some in methods.items() for pair in combinations(sorted(some), 2)}
 
 
-def _results(config: EvaluateConfig, units: Measured) -> list[Any]:
+def _results(config: EvaluateConfig, units: Measured) -> list[Result]:
     """The results with a picture, of units of the same items."""
-    results = []
+    results: list[Result] = []
     for unit, rows in units:
         good = {(row["item"], row["edit"], row["method"]) for row in rows if not row["reason"]}
         results += [one for one in load_unit(config, unit) if (utf8_text(one.item.key), one.edit, one.method) in good]

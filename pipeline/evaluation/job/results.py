@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeline.evaluation.judging.judged import remarks_of
 from pipeline.evaluation.layouts import FOLDERS
 from pipeline.evaluation.measures import MEASURES, Measure, measure_of
 from pipeline.evaluation.official import gedit_aggregates, gedit_files, imgedit_aggregates, imgedit_files, pie_csv
+from pipeline.evaluation.official_tables import official_grids
 from pipeline.evaluation.set_files import FOLDER
 from pipeline.evaluation.statistics import Settings
 from pipeline.evaluation.tables import Tables, tables_of
@@ -70,6 +72,7 @@ def write_results(
         differences=None if preferences is None else {MEASURE: differences_in(preferences, methods)},
     )
     official = official_of(config, rows, methods)
+    tables = replace(tables, official=tuple(official_grids(config.set.kind, official)))
     files = {
         "table.md": printed.markdown(tables),
         "table.csv": printed.as_csv(tables),

@@ -35,8 +35,9 @@ from pipeline.evaluation.job.measuring import (
 )
 from pipeline.evaluation.job.preferring import prefer
 from pipeline.evaluation.job.results import write_results
-from pipeline.evaluation.judging.judged import Judging
+from pipeline.evaluation.judging.judged import Judging, refuse_unusable
 from pipeline.evaluation.score_rows import as_bytes, rows_in, schema
+from pipeline.evaluation.scoring import own_measures
 from pipeline.evaluation.set_files import FOLDER, source_of, write_set
 from pipeline.evaluation.tables import Tables
 from pipeline.reading.storage import FileSystem, open_fs
@@ -86,6 +87,10 @@ def evaluate(config: EvaluateConfig, *, progress: Display = "auto", retry_failed
         RunAborted, ModelError, ClusterError, Stopped: as `driver.run`.
     """
     refuse_unusable_sink(_recipe_to_check(config))
+    if config.judge is not None:
+        refuse_unusable(config.judge)
+    for name in config.metrics.own:
+        own_measures(name)
     fs, root = open_fs(config.sink.folder, config.sink.storage_options)
     own = config.set if isinstance(config.set, OwnSet) else None
     is_new = _is_new(fs, root, config)

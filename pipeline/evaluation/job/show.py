@@ -55,7 +55,7 @@ def show_tables(tables: Tables) -> None:
     for method in tables.methods:
         for name, number in tables.reasons[method].items():
             out.print(f"{method}: {number} of {tables.asked[method]} without a number: {name}", markup=False)
-    for name, text in tables.unavailable.items():
+    for name, text in tables.without_model.items():
         out.print(f"unavailable: {name}: {text}", markup=False)
     for remark in tables.remarks:
         out.print(remark, markup=False)

@@ -36,6 +36,18 @@ class JudgeError(ShardeditError):
     """The judge cannot be asked: wrong key, model or address, or the quota is spent."""
 
 
+def key_of(config: JudgeConfig) -> str:
+    """The key of an endpoint; "" where one on this machine needs none.
+
+    Raises:
+        JudgeError: it is missing.
+    """
+    try:
+        return config.key()
+    except ValueError as error:
+        raise JudgeError(f"judge: {error}. Set it, and start again") from None
+
+
 class RowFailedError(Exception):
     """A question that gets no answer; its text is the class."""
 

@@ -17,7 +17,7 @@ from typing import Any
 import httpx2 as httpx
 from typing_extensions import override
 
-from pipeline.evaluation.judging.asking import Answer, Judge, JudgeError, PassingError, RowFailedError
+from pipeline.evaluation.judging.asking import Answer, Judge, JudgeError, PassingError, RowFailedError, key_of
 from pipeline.evaluation.judging.config import JudgeConfig
 from pipeline.evaluation.judging.questions import Question
 
@@ -46,10 +46,7 @@ class Endpoint(Judge):
         *,
         proven: bool = False,
     ) -> None:
-        try:
-            self._key = config.key()
-        except ValueError as error:
-            raise JudgeError(f"judge: {error}. Set it, and start again") from None
+        self._key = key_of(config)
         self._config, self._wait = config, wait
         limits = httpx.Limits(max_connections=config.concurrency)
         self._client = client or httpx.Client(timeout=config.timeout_s, limits=limits, follow_redirects=False)

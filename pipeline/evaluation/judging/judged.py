@@ -18,15 +18,25 @@ from pipeline.errors import RecipeError
 from pipeline.evaluation.benchmarks.imgedit_bench import CRITERIA
 from pipeline.evaluation.items import Result
 from pipeline.evaluation.judging.answers import Read
-from pipeline.evaluation.judging.asking import MOST_TEXT, Answer, Interview, Journal, Judge, Outcome
+from pipeline.evaluation.judging.asking import MOST_TEXT, Answer, Interview, Journal, Judge, Outcome, key_of
 from pipeline.evaluation.judging.config import JudgeConfig
 from pipeline.evaluation.judging.local import LocalJudge
-from pipeline.evaluation.judging.questions import PARTS, Prompts, Question, preference_of, scores_of, spread_of
+from pipeline.evaluation.judging.questions import (
+    PARTS,
+    Prompts,
+    Question,
+    asked_for,
+    preference_of,
+    scores_of,
+    spread_of,
+)
 from pipeline.evaluation.scoring import JPEG_QUALITY, MAX_PIXELS
+from pipeline.models.vision_language import found_safe
 from pipeline.reading.decode import decode
 from pipeline.reading.storage import FileSystem
 from pipeline.writing.rows import encode_png, utf8_text
 
+NO_INSTRUCTION = "no_instruction"  # class of a row whose edit no words name: a judge cannot be asked about it
 EDITS_AT_ONCE = 8  # whose pictures are held together while pairs of their results are asked about
 
 
@@ -42,7 +52,6 @@ class Judging:
     Raises:
         RecipeError: its prompts or its factory cannot be had.
         JudgeError: its key is missing.
-        ModelError: it cannot be loaded.
     """
 
     def __init__(
@@ -86,10 +95,10 @@ class Judging:
         asked = [
             (at, self._questions(result))
             for at, (result, reason) in enumerate(zip(results, reasons, strict=True))
-            if not reason
+            if not reason and asked_for(result.item.request)
         ]
         outcomes = iter(self._interview.ask([question for _, questions in asked for question in questions]))
-        found = [self._without_answers(reason) for reason in reasons]
+        found = [self._without_answers(reason or NO_INSTRUCTION) for reason in reasons]
         for at, questions in asked:
             found[at] = self._with_answers([(question, next(outcomes)) for question in questions])
         return found
@@ -122,6 +131,8 @@ class Judging:
 
     def _which(self, first: Result, second: Result, seen: Mapping[str, tuple[bytes, bytes]]) -> list[Question]:
         item = first.item
+        if not asked_for(item.request):
+            return []
         row = "\x1f".join((item.key, first.edit, first.method, second.method))
         self._types[row] = item.edit_type
         (source, one), (_, other) = seen[first.method], seen[second.method]
@@ -144,7 +155,7 @@ class Judging:
             "first": first.method,
             "second": second.method,
             "preference": value,
-            **self._about(asked),
+            **(self._about(asked) if asked else self._without_answers(NO_INSTRUCTION)),
         }
         # A judge that takes whatever it is shown first has said nothing of the edits.
         changed = ["order_decides"] if {1.0, -1.0} <= votes else []
@@ -243,6 +254,23 @@ def shown(pixels: np.ndarray, config: JudgeConfig) -> bytes:
     buffer = BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()
+
+
+def refuse_unusable(config: JudgeConfig) -> None:
+    """See that the judge can be asked, as far as that is known without asking: told before hours of edits, not after.
+
+    Raises:
+        RecipeError: its prompts or its factory cannot be had.
+        JudgeError: its key is missing.
+        ModelError: its checkpoint is missing or of no use.
+    """
+    Prompts(config.protocol, config.prompts)
+    if config.kind == "openai":
+        key_of(config)
+    elif config.kind == "transformers":
+        found_safe(config.model, config.revision)
+    else:
+        plugged_in(config)
 
 
 def plugged_in(config: JudgeConfig) -> Judge:

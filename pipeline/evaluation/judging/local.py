@@ -16,24 +16,22 @@ from typing_extensions import override
 from pipeline.evaluation.judging.asking import Answer, Judge
 from pipeline.evaluation.judging.config import JudgeConfig
 from pipeline.evaluation.judging.questions import Question
-from pipeline.models.vision_language import load_vision_language
+from pipeline.models.vision_language import VisionLanguageModel, load_vision_language
 
 MOST_TOKENS = 512  # of an answer, as the official scripts let their local judge write
 
 
 class LocalJudge(Judge):
-    """May be asked by many threads, and answers one at a time.
+    """May be asked by many threads, and answers one at a time. Loads its model with the first question: where all are
+    answered it is not needed.
 
     Args:
         config: of the judge; `model` is a folder or a hub id.
-
-    Raises:
-        ModelError: it cannot be loaded.
     """
 
     def __init__(self, config: JudgeConfig) -> None:
         self._config = config
-        self._model = load_vision_language(config.model, config.revision)
+        self._model: VisionLanguageModel | None = None
         self._lock = threading.Lock()
 
     @override
@@ -41,6 +39,9 @@ class LocalJudge(Judge):
         pictures = [np.asarray(Image.open(io.BytesIO(one)).convert("RGB")) for one in question.pictures]
         config = self._config
         with self._lock:
+            if self._model is None:
+                self._model = load_vision_language(config.model, config.revision)
+            reported = self._model.reported
             said = self._model.answer(
                 question.text,
                 pictures,
@@ -51,7 +52,7 @@ class LocalJudge(Judge):
         return Answer(
             text=said.text,
             finish_reason="length" if said.is_cut else "stop",
-            model_reported=self._model.reported,
+            model_reported=reported,
             prompt_tokens=said.prompt_tokens,
             completion_tokens=said.completion_tokens,
         )

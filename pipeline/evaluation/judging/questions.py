@@ -85,7 +85,7 @@ class Prompts:
 
         Args:
             row: names it.
-            request: gives the instruction or, without one, the target prompt.
+            request: gives the instruction, see `asked_for`.
             edit_type: of the item.
             source, result: encoded.
             run: which pass.
@@ -116,7 +116,7 @@ class Prompts:
         return Question(
             row=row,
             part=part,
-            text=_filled(template, request.instruction or request.target_prompt, edit_type),
+            text=_filled(template, asked_for(request), edit_type),
             pictures=pictures,
             prompt_hash=hashlib.sha256(template.encode()).hexdigest(),
             run=run,
@@ -136,6 +136,17 @@ class Prompts:
         if self.protocol == "pairwise":
             return read_preference(answer, finish_reason)
         return read_viescore(answer, finish_reason, BEST[self.protocol])
+
+
+def asked_for(request: EditRequest) -> str:
+    """What a judge is told that was asked for: the instruction, or the target prompt, or the concepts in words; "" for
+    an edit that no words name, such as a direction."""
+    concepts = (
+        f"{'Add' if (one.direction == 'add') == (one.guidance_scale > 0) else 'Remove'} {one.prompt}."
+        for one in request.concepts
+        if one.guidance_scale and one.weight
+    )
+    return request.instruction.strip() or request.target_prompt.strip() or " ".join(concepts)
 
 
 @cache
