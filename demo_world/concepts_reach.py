@@ -28,7 +28,7 @@ class Kind:
     """One attribute that is written, and how."""
 
     attribute: Attribute
-    window: str  # that its figure is of; chosen, like the strength, on scenes of other seeds
+    window: str  # that its figure is of
     strength: float
     region: tuple[float, float, float, float] | None = None  # None: where what it replaces is predicted
 
