@@ -41,8 +41,9 @@ from pipeline.models.stable_diffusion import StableDiffusion
 from pipeline.reading.prepare import prepare
 from pipeline.reading.requests import asked_of
 from pipeline.recipe import ModelConfig, Recipe, recipe_from
-from pipeline.records import Prepared, Sample
+from pipeline.records import Prepared
 from pipeline.running.worker import CPU_CALL_SIZE
+from pipeline.samples import Sample
 
 TINY_SD = Path(__file__).parents[1] / "tests" / "golden" / "tiny-sd"
 SIZE = 256  # pixels

@@ -33,9 +33,10 @@ from pipeline.reading.pictures import AnyImage, picture
 from pipeline.reading.prepare import Pictures, prepare
 from pipeline.reading.requests import requests_of
 from pipeline.recipe import Recipe, recipe_from
-from pipeline.records import Asked, Concept, Decoded, Prepared, Rejected, Sample, TextExpert, WordPair
+from pipeline.records import Asked, Concept, Decoded, Prepared, Rejected, TextExpert, WordPair
 from pipeline.result import Result
 from pipeline.rewards import Reward
+from pipeline.samples import Sample
 from pipeline.writing.restoring import restored
 
 COMPILED_CALL_SIZE = 8  # rows of a compiled network call, where nothing is said

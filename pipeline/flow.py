@@ -37,18 +37,8 @@ from pipeline.reading.directions import Stored, stored_directions
 from pipeline.reading.prepare import prepare
 from pipeline.reading.requests import asked_of, refusal_by
 from pipeline.recipe import Method, Recipe
-from pipeline.records import (
-    Asked,
-    Decoded,
-    EditedLatents,
-    InversionPrompts,
-    Prepared,
-    Rejected,
-    Sample,
-    Source,
-    Trajectory,
-    UnitInput,
-)
+from pipeline.records import Asked, Decoded, EditedLatents, InversionPrompts, Prepared, Rejected, Source, Trajectory
+from pipeline.samples import Sample, UnitInput
 from pipeline.writing.commit import FinishedUnit
 from pipeline.writing.encoding import Encoders
 from pipeline.writing.finish import finish_unit

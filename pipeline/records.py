@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -16,6 +16,7 @@ from pipeline.directions import Direction, StoredDirection
 from pipeline.errors import Stage
 from pipeline.experts import AnyReward, NonEmptyPrompt, Prompt, TextExpert
 from pipeline.placement import Placement
+from pipeline.samples import Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,60 +104,6 @@ class EditRequest(BaseModel):
     the editor's. For prompt_to_prompt, proxedit and h_edit."""
     direction: Direction | None = None
     """Where riemannian moves the image to, and how far. None: 16 moves along its strongest direction."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One row of the source as read: nothing decoded, nothing checked."""
-
-    id: str  # shard path relative to the source, "/" and the key; "#index" follows where a shard repeats a key
-    shard: str  # shard path relative to the source
-    key: str  # the row's label; unique within its shard only
-    index: int  # ordinal of the sample in its shard, from 0
-    image: bytes  # encoded, as stored
-    image_name: str = ""  # member or column that held the image, e.g. "png"
-    image_path: str = ""  # name of the image's file, as the source tells it; "" where it tells none
-    caption: str = ""
-    mask: bytes | None = None  # encoded user mask, where the row brings one
-    edits: Any = None  # the row's own edit request(s), unparsed; None: the job's edits apply
-    columns: Mapping[str, Any] = field(default_factory=dict)  # JSON-able source columns
-    members: Mapping[str, bytes] = field(default_factory=dict)  # other binary members of the sample
-    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # columns that are numbers of classes: names
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unreadable:
-    """A row that stands in the source but could not be read: its sample holds what is known, mostly coordinates."""
-
-    sample: Sample
-    error_class: str
-    message: str  # without addresses, times and hosts; names the offset where a shard is damaged
-
-
-ReadRow = Sample | Unreadable
-"""A row as it was read, or why it could not be."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unit:
-    """A fixed chunk of one input shard: what is planned, edited and committed as a whole."""
-
-    id: str  # safe as a file name; derives from the shard's relative path and the chunk alone
-    shard: str  # path relative to the source
-    chunk: int  # from 0
-    start: int  # index of its first row in the shard
-    stop: int  # index after its last row
-    is_last: bool  # whether it is the shard's last unit
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnitInput:
-    """A unit and its rows, in the order of the shard."""
-
-    unit: Unit
-    shard_size: int  # bytes of the shard, as listed
-    shard_etag: str  # version of the shard as the store tells it; "" where it tells none
-    rows: tuple[ReadRow, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

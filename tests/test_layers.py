@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "common", "compat"},
     {"diffusion"},
     {"rewards", "experts"},
-    {"records", "directions", "placement"},
+    {"records", "samples", "directions", "placement"},
     {"engine"},
     {"models"},
     {"inversion", "editing"},

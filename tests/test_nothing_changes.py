@@ -20,7 +20,8 @@ from pipeline.inversion import INVERSIONS
 from pipeline.models.demo.world import draw
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import Method, ModelConfig
-from pipeline.records import Concept, Decoded, EditRequest, Placement, Prepared, Sample
+from pipeline.records import Concept, Decoded, EditRequest, Placement, Prepared
+from pipeline.samples import Sample
 from tests.facts import editor_facts, inversion_facts
 
 SIDE = 32  # pixels

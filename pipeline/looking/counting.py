@@ -22,7 +22,8 @@ from pipeline.engine.controls import Openings
 from pipeline.engine.engine import Engine
 from pipeline.flow import edit_prepared
 from pipeline.recipe import Recipe
-from pipeline.records import EditRequest, Placement, Prepared, Sample
+from pipeline.records import EditRequest, Placement, Prepared
+from pipeline.samples import Sample
 
 
 @dataclass(slots=True)

@@ -24,8 +24,8 @@ from pipeline.reading.rows import light
 from pipeline.reading.shards import ReadTask, Shard
 from pipeline.reading.units import count_rows, plan_reads, read_units
 from pipeline.recipe import Recipe
-from pipeline.records import ReadRow, Sample
 from pipeline.running.preflight import check_captions, todo_of_plan
+from pipeline.samples import ReadRow, Sample
 from pipeline.settings.sections import RunConfig, WorkerRange
 
 COUNTED_SHARDS = 64  # shards whose rows are counted; those of others are estimated from their bytes

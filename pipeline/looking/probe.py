@@ -17,8 +17,9 @@ from pipeline.models.loading import load_backbone
 from pipeline.reading.decoder import Decoder
 from pipeline.reading.requests import asked_of
 from pipeline.recipe import Recipe
-from pipeline.records import Edited, Outcome, Rejected, Sample
+from pipeline.records import Edited, Outcome, Rejected
 from pipeline.running.worker import fit
+from pipeline.samples import Sample
 from pipeline.writing.parquet import render_parquet
 from pipeline.writing.restoring import outcome_of
 from pipeline.writing.rows import as_written, encode_outcome, schema

@@ -29,7 +29,8 @@ from pipeline.reading.shards import Shard
 from pipeline.reading.storage import FileSystem, open_fs
 from pipeline.reading.units import list_shards, plan_reads, read_units
 from pipeline.recipe import Recipe, recipe_from
-from pipeline.records import Decoded, ReadRow, Rejected, Unreadable
+from pipeline.records import Decoded, Rejected
+from pipeline.samples import ReadRow, Unreadable
 from pipeline.writing.commit import committed_units
 from pipeline.writing.finish import labels_of
 from pipeline.writing.manifest import Manifest

@@ -17,10 +17,10 @@ from pipeline.engine.backbone import ModelRecord
 from pipeline.errors import RunAborted
 from pipeline.reading.units import read_units
 from pipeline.recipe import Recipe, SinkConfig
-from pipeline.records import Sample, UnitInput
 from pipeline.running.pool import UNITS_AT_ONCE, Resources, WorkerSettings, plan_pool
 from pipeline.running.tally import Seen, Tally
 from pipeline.running.todo import Todo
+from pipeline.samples import UnitInput
 from pipeline.writing.commit import FinishedUnit, commit
 from pipeline.writing.lock import Claim
 from pipeline.writing.merged import Contents
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 SECONDS_BETWEEN_CHECKS = 0.1  # for a signal, while units are at work
-HELD_BYTES = 64 << 20  # of images at work, beyond which the next unit is not read yet
+HELD_BYTES = 64 << 20  # of rows at work, beyond which the next unit is not read yet
 
 
 class Executor(Protocol):
@@ -106,7 +106,7 @@ class LocalExecutor(Executor):
                     if (unit_input := next(units, None)) is None:
                         break
                     stopping.check()
-                    size = sum(len(row.image) for row in unit_input.rows if isinstance(row, Sample))
+                    size = unit_input.nbytes
                     at_work.append((pool.submit(self._worker.finish, unit_input, generation), size))
                     del unit_input
                 while at_work:

@@ -26,9 +26,10 @@ from pipeline.models.loading import load_backbone
 from pipeline.reading.decoder import Decoder
 from pipeline.reading.directions import refuse_other_directions
 from pipeline.recipe import Recipe
-from pipeline.records import Asked, Decoded, Refusal, Rejected, Sample, UnitInput, Unreadable
+from pipeline.records import Asked, Decoded, Refusal, Rejected
 from pipeline.running.pool import WorkerSettings
 from pipeline.running.tally import InFlight
+from pipeline.samples import Sample, UnitInput, Unreadable
 from pipeline.writing.attempts import ALONE_FROM, Attempt
 from pipeline.writing.commit import FinishedUnit
 from pipeline.writing.encoding import Encoders

@@ -16,7 +16,7 @@ from pipeline.reading import parquet
 from pipeline.reading.tar import Damage, Entry, Stream, TarWalk
 from pipeline.reading.webdataset import read_rows
 from pipeline.recipe import SourceConfig
-from pipeline.records import Sample, Unreadable
+from pipeline.samples import Sample, Unreadable
 
 SOURCE = SourceConfig(shards=("nowhere",))
 
