@@ -9,7 +9,7 @@ IMAGES ?= 24
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench demo-score geometry-score faults methods-table h-edit-score recipe-reference clean
+.PHONY: help demo test test-slow lint bench demo-score geometry-score audit-score faults methods-table h-edit-score recipe-reference clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ demo-score: $(STAMP) ## score the bundled model on 256 fresh scenes, write build
 
 geometry-score: $(STAMP) ## move drawn scenes along their latent bases, compare these, write build/geometry.json
 	$(BIN)/python -m demo_world.geometry_score
+
+audit-score: $(STAMP) ## plant defects in 2,000 pairs of photographs, audit them, write build/audit.json
+	$(BIN)/python -m benchmarks.audit
 
 faults: $(STAMP) ## disturb runs in a thousand ways, compare, write build/faults.json; goes on where it was ended
 	$(BIN)/python -m benchmarks.faults

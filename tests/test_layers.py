@@ -20,7 +20,7 @@ LAYERS = [
     {"models"},
     {"inversion", "editing"},
     {"recipe", "settings"},
-    {"reading", "evaluation.metrics"},
+    {"reading", "evaluation.metrics", "pairs.alignment", "pairs.affine"},
     {"writing"},
     {"flow"},
     {"evaluation"},
@@ -28,8 +28,9 @@ LAYERS = [
     {"running"},
     {"studies"},
     {"looking"},
+    {"pairs"},
     {"editor", "result"},
-    {"cli"},
+    {"cli", "pairs_cli"},
     {"entry"},
 ]
 FOREIGN = {
@@ -37,7 +38,7 @@ FOREIGN = {
     "diffusers": {"models"},
     "transformers": {"models"},
     "fsspec": {"reading", "writing"},
-    "typer": {"cli", "looking.ending"},
+    "typer": {"cli", "pairs_cli", "looking.ending"},
 }
 PLANTED = "from pipeline.cli import main\n"
 LOWEST = [

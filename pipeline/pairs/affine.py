@@ -1,9 +1,9 @@
 """An affine map between two gray pictures, and how sure it is.
 
-Each Gauss-Newton step solves for the map and for gain and offset of the brightness at once, with the mean of both
-pictures' gradients (Benhimane and Malis 2004, "efficient second-order minimisation"): few steps, and less bias by noise
-than one picture's own. Coordinates are counted from the pictures' centres, so that a map of one size is that of another
-but for its shift.
+Each Gauss-Newton step solves for the map, and for gain, offset and ramp of the brightness, at once, with the mean of
+both pictures' gradients (Benhimane and Malis 2004, "efficient second-order minimisation"): few steps, and less bias by
+noise than one picture's own. Coordinates are counted from the pictures' centres, so that a map of one size is that of
+another but for its shift.
 """
 
 from __future__ import annotations
@@ -159,6 +159,8 @@ class _System:
                 down,
                 centred,
                 torch.ones_like(centred),
+                self.x.expand_as(centred),
+                self.y.expand_as(centred),
             ]
         )
         weighted = columns * weights
@@ -175,8 +177,8 @@ class _System:
         return _Step(step, self._error(weighted * left, inverse))
 
     def _error(self, scores: Tensor, inverse: Tensor) -> float:
-        """Standard error of a corner, by the sandwich of Huber and White over blocks: what is left over, of JPEG's blocks or of
-        an edit that was not told, is no noise that differs from pixel to pixel."""
+        """Standard error of a corner, by the sandwich of Huber and White over blocks: what is left over, of JPEG's
+        blocks or of an edit that was not told, is no noise that differs from pixel to pixel."""
         area = CLUSTER * CLUSTER
         bottom, right = -scores.shape[1] % CLUSTER, -scores.shape[2] % CLUSTER
         clusters = avg_pool2d(pad(scores, (0, right, 0, bottom)), CLUSTER).flatten(1).double() * area

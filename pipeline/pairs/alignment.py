@@ -1,17 +1,19 @@
 """Does the background of a result lie on the background of its input? Shift, zoom, stretch and turn, in pixels.
 
-The model: content at (x, y) of the input is found in the result at c + S (x - c) + t, c being the centre. It is fitted
-to the luma outside the edit, from coarse to fine (`affine.py`); gain and offset of the brightness do not matter. Without
-a mask the half of the blocks that agrees best is taken for what the edit left alone.
+The model: content at (x, y) of the input is found in the result at c + S (x - c) + t, c being the centre. It is
+fitted to the luma outside the edit, from coarse to fine (`affine.py`); gain and offset of the brightness do not matter.
+Without a mask the half of the blocks that agrees best is taken for what the edit left alone.
 
-Verdicts go by the corner of the image that moved most: a shift of half a pixel is undecided or worse, and so is a zoom of 0.2 %
-at 512 pixels, or of 0.4 % at 256. A fit whose error could turn the verdict is `undetermined`.
+Verdicts go by the corner of the image that moved most: a shift of half a pixel is undecided or worse, and so is a zoom
+of 0.2 % at 512 pixels, or of 0.4 % at 256. A fit whose error could turn the verdict is `undetermined`.
+
+Cost: about 0.12 s for a pair of 512 x 512 on one core, 0.05 s for 256 x 256; no model.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -32,14 +34,21 @@ FEWEST = 0.05  # share of the image that must be left outside of the edit
 TEXTURE = 2e-6  # smaller eigenvalue of the mean structure tensor of the luma (0..1): plain areas are below
 ONE_WAY = 0.01  # smaller eigenvalue as a share of the larger one: stripes are below
 RELATED = 0.8  # correlation of the input and of the result that is laid on it
-HOPELESS = 0.5  # the same, of the coarsest pictures: nothing finer is tried
+ALIKE = 0.7  # the same of their texture alone: unrelated photographs stay below 0.55, heavy noise above 0.9
+HOPELESS = 0.4  # the same, of the coarsest pictures: nothing finer is tried
+LOOSE = 1.0  # pixels of standard error: such a map was bent to some blocks
 LARGEST_SCALE, LARGEST_SHIFT = 0.3, 0.25  # of a fit that is believed; the shift as a share of the longer side
 COARSEST = 48  # pixels of the shorter side of the coarsest picture, at least
 SIGMA = 1.0  # pixels of the blur at each size: evens out what JPEG and resampling do
+SETTLED = 0.8  # the same, with which no other start is tried
+MIRROR_IMAGE = 0.9  # the same, of a mirror image
+MIRRORED = 2.0  # pixels of the coarsest pictures that a mirror image may be displaced by
 SHADE = 8  # pixels, at each size: slower changes are of light, not of texture, and are taken off before a fit
 SCALES = (0.8, 0.9, 1.0, 1.11, 1.25)  # tried where the correlation is weak
 BLOCK = 32  # pixels, at full size
-NEAR_BEST = 0.9  # of the correlation of the best blocks: where most of what has texture was edited, the middle one was, too
+NEAR_BEST = (
+    0.9  # of the correlation of the best blocks: where most of what has texture was edited, the middle one was, too
+)
 STEPS = 12  # at each size, at most
 COARSE_STEPS = 30
 
@@ -91,25 +100,20 @@ def align(
     levels = [_Level(one, two, support, by_blocks=mask is None, block=BLOCK)]
     while min(levels[0].one.shape) >= 2 * COARSEST:
         levels.insert(0, levels[0].half())
+    if levels[0].is_mirrored():
+        return Alignment(verdict="unrelated", note="mirrored")
     found = _found(levels)
-    judged = Alignment(verdict="unrelated") if found is None else _judged(found, levels[-1])
-    if judged.verdict == "unrelated":
-        mirrored = levels[0].mirrored()
-        if mirrored.score(mirrored.refine(identity(), COARSE_STEPS)) >= RELATED:
-            return replace(judged, note="mirrored")
-    return judged
+    return Alignment(verdict="unrelated") if found is None else _judged(found, levels[-1])
 
 
 def _found(levels: list[_Level]) -> Map | None:
     """From coarse to fine; None where the pictures do not correlate."""
     found = levels[0].start()
-    if levels[0].score(found) < HOPELESS:
+    if found is None or levels[0].score(found) < HOPELESS:
         return None
     for before, level in zip([None, *levels[:-1]], levels, strict=True):
-        assert found is not None
-        if before is not None:
-            found = found.rescaled(before.size, level.size)
-        found = level.refine(found)
+        start = found if before is None else found.rescaled(before.size, level.size)
+        found = level.refine(start)
         if found is None:
             return None
     last = levels[-1]
@@ -118,9 +122,10 @@ def _found(levels: list[_Level]) -> Map | None:
 
 def _judged(found: Map, level: _Level) -> Alignment:
     height, width = level.size
-    correlated = level.score(found)
+    correlated = level.likeness(found)
     scaled, shifted = max(abs(found.sx - 1), abs(found.sy - 1)), max(abs(found.dx), abs(found.dy))
-    if correlated < RELATED or scaled > LARGEST_SCALE or shifted > LARGEST_SHIFT * max(level.size):
+    alike = level.score(found) >= ALIKE and correlated >= RELATED
+    if not alike or found.error > LOOSE or scaled > LARGEST_SCALE or shifted > LARGEST_SHIFT * max(level.size):
         return Alignment(verdict="unrelated", correlation=correlated)
     moved, error = found.corner(height, width), found.error
     low, high = moved - SURE * error, moved + SURE * error
@@ -148,7 +153,10 @@ class _Level:
     def __init__(self, one: Tensor, two: Tensor, support: Tensor, *, by_blocks: bool, block: int) -> None:
         self._raw = one, two
         self.one, self.two = blur(one, SIGMA), blur(two, SIGMA)
-        self.fine_one, self.fine_two = (_without_shades(smooth) for smooth in (self.one, self.two))
+        # Around a mask the means would hold the edit; there a ramp of light is all that the fit takes off.
+        self.fine_one, self.fine_two = (
+            _without_shades(smooth) if by_blocks else smooth for smooth in (self.one, self.two)
+        )
         self.support, self.by_blocks, self.block = support, by_blocks, block
         self.size: tuple[int, int] = (one.shape[0], one.shape[1])
 
@@ -157,14 +165,19 @@ class _Level:
         one, two, support = (resized(each, size) for each in (*self._raw, self.support))
         return _Level(one, two, support, by_blocks=self.by_blocks, block=max(8, self.block // 2))
 
-    def mirrored(self) -> _Level:
+    def is_mirrored(self) -> bool:
+        """Whether the other picture's mirror image lies on this one, and it itself does not."""
+        if self.score(self.refine(identity(), COARSE_STEPS)) >= MIRROR_IMAGE:
+            return False
         one, two = self._raw
-        return _Level(one, two.flip(1), self.support, by_blocks=self.by_blocks, block=self.block)
+        mirrored = _Level(one, two.flip(1), self.support, by_blocks=self.by_blocks, block=self.block)
+        found = mirrored.refine(identity(), COARSE_STEPS)
+        return found is not None and mirrored.score(found) >= MIRROR_IMAGE and found.corner(*self.size) < MIRRORED
 
     def start(self) -> Map | None:
         """Nothing moved, where that fits; else the best of several scales with phase correlation's shift."""
         plain = self.refine(identity(), COARSE_STEPS)
-        if self.score(plain) >= RELATED:
+        if self.score(plain) >= SETTLED:
             return plain
         found = [plain]
         for scale in SCALES:
@@ -177,23 +190,29 @@ class _Level:
         return refine(self.fine_one, self.fine_two, self._weight(start), start, steps)
 
     def score(self, found: Map | None) -> float:
-        """Correlation under the weights of a map; -1 for none."""
+        """Correlation of the texture under a map, without a mask on the better half of the blocks; -1 for no map."""
         if found is None:
             return -1.0
+        warped, inside = found.warp(self.fine_two)
+        return correlation(self.fine_one, warped, self._weight(found, sharply=False) * inside)
+
+    def likeness(self, found: Map) -> float:
+        """Correlation of the lumas under a map."""
         warped, inside = found.warp(self.two)
         return correlation(self.one, warped, self._weight(found) * inside)
 
-    def _weight(self, found: Map) -> Tensor:
-        """Where the pictures are to agree: outside of the mask, or on the textured blocks that do so at least as well as the
-        middle one. There each block counts alike, else the edit may be all that has contrast."""
+    def _weight(self, found: Map, *, sharply: bool = True) -> Tensor:
+        """Where the pictures are to agree: outside of the mask, or on the textured blocks that do so at least as well
+        as the middle one; `sharply`: of these on those that come near the best, since most of what has texture may
+        have been edited. Each block counts alike, else the edit may be all that has contrast."""
         if not self.by_blocks:
             return self.support
         warped, inside = found.warp(self.fine_two)
         agreed, textured, power = _blocks(self.fine_one, warped, inside.float(), self.block)
         if int(textured.sum()) < 4:
             return self.support
-        middle, best = agreed[textured].quantile(torch.tensor([0.5, 0.9])).tolist()
-        kept = textured & (agreed >= max(middle, NEAR_BEST * best))
+        middle, fourth, best = agreed[textured].quantile(torch.tensor([0.5, 0.75, 0.9])).tolist()
+        kept = textured & (agreed >= (max(middle, min(fourth, NEAR_BEST * best)) if sharply else middle))
         votes = torch.where(kept, 1 / power.clamp(min=1e-6), torch.zeros_like(power))
         votes = votes / votes.max()
         whole = votes.repeat_interleave(self.block, 0).repeat_interleave(self.block, 1)
@@ -231,6 +250,7 @@ def _has_texture(image: Float[Tensor, "h w"], support: Float[Tensor, "h w"]) -> 
 
 
 def _without_shades(image: Float[Tensor, "h w"]) -> Float[Tensor, "h w"]:
+    """Less its mean over some pixels around."""
     size = (-(-image.shape[0] // SHADE), -(-image.shape[1] // SHADE))
     shades = blur(resized(image, size), 0.7)
     return image - interpolate(shades[None, None], size=image.shape, mode="bilinear", align_corners=False)[0, 0]

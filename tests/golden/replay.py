@@ -1,6 +1,7 @@
 """Replays golden tensors, recorded from the methods' reference implementations, through this package's own methods.
 
     python -m tests.golden.replay FILE.npz [FILE.npz ...] [--model FOLDER] [--dtype float32]
+    python -m tests.golden.replay FOLDER        of drawn pairs: see pair_sets.py
 
 The kind of a golden is the name of the folder that it lies in. Prints, per quantity, the deviation relative to the
 largest golden value beside its tolerance; the exit code is 1 where one is exceeded.
@@ -39,6 +40,7 @@ from tests.golden.checks import Check, ObservedLatents, edit, equal, observed, r
 from tests.golden.diffedit import replay_diffedit
 from tests.golden.h_edit import read_h_edit, replay_h_edit
 from tests.golden.masactrl import replay_masactrl
+from tests.golden.pair_sets import set_of
 from tests.golden.proxedit import replay_proxedit
 from tests.golden.riemannian import replay_riemannian
 from tests.golden.sdxl import replay_sdxl_sample, with_size_ids
@@ -55,7 +57,13 @@ TINY_SDXL = HERE / "tiny-sdxl"
 
 
 def replay(path: Path, model: Path | None = None, dtype: torch.dtype = torch.float32) -> list[Check]:
-    """Replay one file, on the model that it was made with; `model` is another folder of that."""
+    """Replay one file, on the model that it was made with; `model` is another folder of that.
+
+    A folder of drawn pairs, or a file in one, is replayed as a whole.
+    """
+    if (found := set_of(path)) is not None:
+        replay_set, folder = found
+        return list(replay_set(folder))
     kind = path.parent.name
     golden, settings = (read_h_edit if kind == "h_edit" else read_golden)(path, dtype)
     name = settings.get("model", TINY_SDXL.name if kind.startswith("sdxl") else TINY_SD.name)
