@@ -9,7 +9,7 @@ IMAGES ?= 24
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench demo-score geometry-score concepts-score faults methods-table methods-evaluation h-edit-score recipe-reference clean
+.PHONY: help demo test test-slow lint bench demo-score geometry-score concepts-score audit-score faults methods-table methods-evaluation h-edit-score recipe-reference clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ geometry-score: $(STAMP) ## move drawn scenes along their latent bases, compare 
 
 concepts-score: $(STAMP) ## collect, train, name and write concepts on drawn scenes, write build/concepts.json
 	$(BIN)/python -m demo_world.concepts_score
+
+audit-score: $(STAMP) ## plant defects in 2,000 pairs of photographs, audit them, write build/audit.json
+	$(BIN)/python -m benchmarks.audit
 
 faults: $(STAMP) ## disturb runs in a thousand ways, compare, write build/faults.json; goes on where it was ended
 	$(BIN)/python -m benchmarks.faults

@@ -35,6 +35,7 @@ from pipeline.looking.printing import (
     whole_streams,
 )
 from pipeline.models.allocator import keep_freed_memory
+from pipeline.pairs_cli import audit
 
 app = typer.Typer(
     name="shardedit",
@@ -382,6 +383,9 @@ def config(
 def methods() -> None:
     """List inversions and editors: where they come from, which fit together, their settings."""
     show_methods()
+
+
+app.command()(audit)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

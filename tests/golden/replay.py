@@ -1,7 +1,7 @@
 """Replays golden tensors, recorded from the methods' reference implementations, through this package's own methods.
 
     python -m tests.golden.replay FILE.npz [FILE.npz ...] [--model FOLDER] [--dtype float32]
-    python -m tests.golden.replay FOLDER        of a benchmark in miniature: see benchmarks.py
+    python -m tests.golden.replay FOLDER        a benchmark in miniature (benchmarks.py), drawn pairs (pair_sets.py)
 
 The kind of a golden is the name of the folder that it lies in. Prints, per quantity, the deviation relative to the
 largest golden value beside its tolerance; the exit code is 1 where one is exceeded.
@@ -36,12 +36,13 @@ from pipeline.inversion.noise import NoiseStart
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig
 from pipeline.records import Concept, EditRequest, Trajectory
-from tests.golden.benchmarks import set_of
+from tests.golden.benchmarks import set_of as benchmark_of
 from tests.golden.checks import Check, ObservedLatents, edit, equal, observed, relative, source_of
 from tests.golden.diffedit import replay_diffedit
 from tests.golden.flow import model_of, replay_flow_sample
 from tests.golden.h_edit import read_h_edit, replay_h_edit
 from tests.golden.masactrl import replay_masactrl
+from tests.golden.pair_sets import set_of as pairs_of
 from tests.golden.proxedit import replay_proxedit
 from tests.golden.riemannian import replay_riemannian
 from tests.golden.sae_concepts import replay_sae_concepts
@@ -64,9 +65,9 @@ TINY_SCHNELL = HERE / "tiny-flux-schnell"
 def replay(path: Path, model: Path | None = None, dtype: torch.dtype = torch.float32) -> list[Check]:
     """Replay one file, on the model that it was made with; `model` is another folder of that.
 
-    A folder of a benchmark in miniature, or a file in one, is replayed as a whole.
+    A folder of a benchmark in miniature or of drawn pairs, or a file in one, is replayed as a whole.
     """
-    if (found := set_of(path)) is not None:
+    if (found := benchmark_of(path) or pairs_of(path)) is not None:
         replay_set, folder = found
         return list(replay_set(folder))
     kind = path.parent.name

@@ -1,0 +1,1 @@
+"""Sets of edit pairs: what trainers read, checked and written."""
