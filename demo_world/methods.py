@@ -43,6 +43,8 @@ WITHOUT_SOURCE_PROMPT = frozenset({"ledits_pp", "masactrl"})
 # Editors that move an image along directions which no word names, or need autoencoders that were trained before: they
 # are scored apart (geometry_score.py, concepts_score.py).
 AIMLESS = frozenset({"concepts", "riemannian"})
+# Editors whose models read the image itself, which the bundled one does not.
+WITH_REFERENCE = frozenset({"instruct"})
 # Editors that are told the words whose place changes.
 READS_WORDS = frozenset({"prompt_to_prompt", "proxedit"})
 
@@ -63,10 +65,14 @@ INVERSION_SETTINGS: dict[str, dict[str, Any]] = {
     "null_text": {"num_inner_steps": 3, "edit_guidance_scale": GUIDANCE_SCALE},
 }
 EDITOR_SETTINGS: dict[str, dict[str, Any]] = {
+    # The authors' scales are flow-matching models', of photographs.
+    "flow_edit": {"n_max": 16, "source_guidance_scale": 1.5},
     # The papers begin at step 4 of 50. The first steps of 20 settle as much.
     "masactrl": {"start_step": 2},
     "prox_masactrl": {"start_step": 2},
     "h_edit": H_EDIT,
+    # Inverted under the source prompt, as nearly all others are; its guidance would be for a network that is told one.
+    "uniedit_flow": {"inverts": "source", "guidance_scale": None},
 }
 # Share of the schedule that is inverted and walked back, where a method's paper does not take all of it.
 STRENGTHS: dict[tuple[str, str], float] = {
@@ -74,6 +80,8 @@ STRENGTHS: dict[tuple[str, str], float] = {
     ("direct", "diffedit"): 0.8,
     ("ddim", "fast_diffedit"): 0.8,
     ("direct", "fast_diffedit"): 0.8,
+    ("uni_inv", "uniedit_flow"): 0.8,
+    ("ddim", "uniedit_flow"): 0.8,
     ("ddpm", "ledits_pp"): 0.8,
     ("ddpm", "cfg"): 0.75,
     ("ddpm", "masactrl"): 0.75,
@@ -202,7 +210,7 @@ def valid_pairs() -> list[tuple[str, str]]:
         (name, editor)
         for editor in EDITORS
         for name, inversion in INVERSIONS.items()
-        if EDITORS[editor].fits(inversion) and editor not in AIMLESS
+        if EDITORS[editor].fits(inversion) and editor not in AIMLESS | WITH_REFERENCE
     ]
 
 

@@ -17,6 +17,8 @@ SETTINGS = {  # of the methods' settings, by method
     "diffedit": ("background",),
     "fast_diffedit": ("background",),
     "plug_and_play": ("compat_shift",),
+    "uni_inv": ("clean_end",),
+    "uniedit_flow": ("cell",),
 }
 PUBLISHED = {"l0": "soft", "l1": "l1_compat"}  # ProxEdit's names in the published code: what they compute
 

@@ -273,7 +273,8 @@ class Editor:
             raise RecipeError("recipe", [("edits", "no edit is asked. Say what to change")])
         total, on_rows = 0, None
         if on_progress is not None:
-            total = RowCounter(recipe).rows(recipe.edits, masked=mask is not None)
+            counter = RowCounter(recipe, told_guidance=self.backbone.offers.embedded_guidance)
+            total = counter.rows(recipe.edits, masked=mask is not None)
             on_rows = _reporting(on_progress, total)
         outcomes = self.engine.run_one(self._edit(image, mask, name, recipe), on_rows=on_rows)
         if on_progress is not None:

@@ -94,7 +94,7 @@ class EditRequest(BaseModel):
     rewards: tuple[AnyReward, ...] = ()
     """Losses of the image that the edit descends, with texts or without. For h_edit."""
     instruction: Prompt = ""
-    """The edit as one would ask a person for it, for those who train on the results: no method reads it. Without one it
+    """The edit as one would ask a person for it. For instruct, and for those who train on the results. Without one it
     is made of the concepts ("add sunglasses and remove the hat") or prompts (change "a cat" to "a dog")."""
     blend_words: WordPair | None = None
     """What changes. prompt_to_prompt, proxedit, h_edit keep everything outside of where these words attend; masactrl's
@@ -208,6 +208,8 @@ class Trajectory:
     latents: Tensor  # (N + 1, C, h, w), float32 or wider
     noise_maps: Tensor | None = None  # (N, C, h, w)
     data_preds: Tensor | None = None  # (N, C, h, w) predictions of the clean latents, for multistep solvers
+    # (N, C, h, w) velocities that an inversion by DDIM went up along, by step; None: it went otherwise.
+    velocities: Tensor | None = None
     source_guidance: float = 1.0
     skipped_steps: int = 0  # steps of the whole schedule that were left out at its noisy end
     level_above: Level | None = None  # that the last of these starts from; None: none was left out

@@ -68,6 +68,10 @@ class ClosedFormFlow(Backbone):
         mean = torch.tensor([octet / 127.5 - 1.0 for octet in octets], dtype=self.dtype) * bool(prompt)
         return Conditioning(prompt, {"embedding": mean[None], "pooled": mean.mean()[None]})
 
+    def mean_of(self, prompt: str) -> Tensor:
+        """Of the images under a prompt, (16, 1, 1)."""
+        return self.encode_text(prompt).embedding[0][:, None, None]
+
     @override
     def encode_images(self, pixels: Tensor) -> Tensor:
         image = pixels.permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1.0

@@ -20,11 +20,11 @@ from pipeline.engine.backbone import Backbone
 from pipeline.engine.engine import Engine
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig
-from tests.golden.replay import TINY_SD, TINY_SDXL
+from tests.golden.replay import TINY_FLUX, TINY_SD, TINY_SD3, TINY_SDXL
 from tests.methods import network_calls
 from tests.test_every_pair import PAIRS, whole
 
-MODELS = {"tiny_sd": TINY_SD, "tiny_sdxl": TINY_SDXL}
+MODELS = {"tiny_sd": TINY_SD, "tiny_sdxl": TINY_SDXL, "tiny_sd3": TINY_SD3, "tiny_flux": TINY_FLUX}
 
 
 class OtherDevice(TorchDispatchMode):
@@ -61,6 +61,8 @@ OF_XL = [
     ("negative_prompt", "prox_masactrl"),
     ("noise", "cfg"),
 ]
+# And of flow matching: what the network is told, and values that rows take from each other.
+OF_FLOW = [("ddim", "direct_edit"), ("noise", "flow_edit"), ("uni_inv", "uniedit_flow")]
 CASES = [
     pytest.param(
         name,
@@ -69,7 +71,7 @@ CASES = [
         # Optimisation takes a quarter of a minute on this device, and is the same whatever comes after it.
         marks=[pytest.mark.slow] if pair[0] == "null_text" and pair not in OF_XL else [],
     )
-    for name, pairs in (("tiny_sd", PAIRS), ("tiny_sdxl", OF_XL))
+    for name, pairs in (("tiny_sd", PAIRS), ("tiny_sdxl", OF_XL), ("tiny_sd3", OF_FLOW), ("tiny_flux", OF_FLOW))
     for pair in pairs
 ]
 

@@ -26,7 +26,7 @@ from pipeline.records import EditedLatents, EditRequest, Source, Trajectory
 class ToyInversion(Inversion):
     """The image under the same noise at every level."""
 
-    provides: ClassVar = frozenset({"DDIM steps"})
+    provides: ClassVar = frozenset({"DDIM steps", "levels alone"})
     exact: ClassVar = "none"
     paper: ClassVar = "Toys, arXiv 0000.00000"
 

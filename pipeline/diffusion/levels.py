@@ -27,6 +27,16 @@ class Level(NamedTuple):
     noise: float  # amplitude: 0 at the clean latents
     timestep: float  # what the network is told, from 0 to about 1000
 
+    @property
+    def scale(self) -> float:
+        """Latents over it lie on the straight line from the clean ones to the noise; 1 for rectified flow."""
+        return self.signal + self.noise
+
+    @property
+    def share(self) -> float:
+        """Where on that line: 0 at the clean latents, 1 at the noise. Rectified flow's sigma."""
+        return self.noise / self.scale
+
     def noised(self, clean: Tensor, noise: Tensor) -> Tensor:
         """Clean latents brought to this level: the forward process."""
         return self.signal * clean + self.noise * noise
@@ -96,6 +106,11 @@ class Prediction:
     def __getitem__(self, rows: int | slice | Tensor) -> Prediction:
         """Rows of predictions (R, C, h, w)."""
         return Prediction(self.noise[rows], self.data[rows])
+
+    @property
+    def velocity(self) -> Tensor:
+        """Rectified flow's: from the data towards the noise, the change of `latents / scale` with `share`."""
+        return self.noise - self.data
 
     @property
     def contrast(self) -> Tensor:

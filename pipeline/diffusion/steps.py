@@ -50,6 +50,23 @@ def ddim_move(prediction: Prediction, level: Level) -> Tensor:
     return level.signal * prediction.data + level.noise * prediction.noise
 
 
+def along(latents: Tensor, prediction: Prediction, start: Level, end: Level) -> Tensor:
+    """Carry latents from one level to another along a prediction that was made for other latents at one of these.
+
+    What is kept of the prediction is what the network puts out: rectified flow's velocity between levels of that, and
+    else the noise, as in DDIM. Up or down; nothing is divided by the signal of a rectified flow's level.
+    """
+    if is_straight(start) and is_straight(end):
+        return latents + (end.noise - start.noise) * prediction.velocity
+    kept = end.signal / start.signal
+    return kept * latents + (end.noise - kept * start.noise) * prediction.noise
+
+
+def is_straight(level: Level) -> bool:
+    """Whether a level is one of rectified flow; the clean one is of every model."""
+    return abs(level.scale - 1.0) < 1e-6
+
+
 LastMap = Literal["as others", "residual", "none"]
 """The noise map of the last step. residual: where the step ends at clean latents, and so scales no noise, its map is
 whatever is missing there; none: it adds nothing."""

@@ -6,8 +6,11 @@ from pipeline.editing.base import EditingMethod
 from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.concepts import Concepts
 from pipeline.editing.diffedit import DiffEdit
+from pipeline.editing.direct_edit import DirectEdit
 from pipeline.editing.fast_diffedit import FastDiffEdit
+from pipeline.editing.flow_edit import FlowEdit
 from pipeline.editing.h_edit import HEdit
+from pipeline.editing.instruct import Instruct
 from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.editing.masactrl import MasaCtrl
 from pipeline.editing.plug_and_play import PlugAndPlay
@@ -16,13 +19,17 @@ from pipeline.editing.prox_masactrl import ProxMasaCtrl
 from pipeline.editing.proxedit import ProxEdit
 from pipeline.editing.reconstruct import Reconstruct
 from pipeline.editing.riemannian import Riemannian
+from pipeline.editing.uniedit_flow import UniEditFlow
 
 EDITORS: dict[str, type[EditingMethod]] = {
     "cfg": ClassifierFreeGuidance,
     "concepts": Concepts,
     "diffedit": DiffEdit,
+    "direct_edit": DirectEdit,
     "fast_diffedit": FastDiffEdit,
+    "flow_edit": FlowEdit,
     "h_edit": HEdit,
+    "instruct": Instruct,
     "ledits_pp": LEditsPP,
     "masactrl": MasaCtrl,
     "plug_and_play": PlugAndPlay,
@@ -31,4 +38,5 @@ EDITORS: dict[str, type[EditingMethod]] = {
     "proxedit": ProxEdit,
     "reconstruct": Reconstruct,
     "riemannian": Riemannian,
+    "uniedit_flow": UniEditFlow,
 }

@@ -30,6 +30,8 @@ class EditingMethod(BaseModel, ABC):
     takes: ClassVar[frozenset[Demand]] = frozenset()  # what it has for inversions that are wasted without
     paper: ClassVar[str]
     keeps_to_masks: ClassVar[bool] = True  # whether it can leave alone what is outside of a user's mask
+    # Settings by which it does not guide, for models that cannot be guided.
+    unguided: ClassVar[str] = "editing.guidance_scale: 1 where the method has one"
     finds_bases: ClassVar[bool] = False  # whether it moves along local latent bases, which a run may write instead
 
     @classmethod
@@ -82,7 +84,7 @@ class EditingMethod(BaseModel, ABC):
         if offers.distilled and self.guides:
             yield (
                 f"{offers.distilled}: such a model knows no guidance, which editing.method '{self.method}' uses. Set "
-                "editing.guidance_scale: 1 where the method has one, or use the checkpoint that it was distilled from"
+                f"{self.unguided}, or use the checkpoint that it was distilled from"
             )
         if "inpaint" in offers.inputs - self.gives:
             yield (

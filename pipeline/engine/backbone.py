@@ -59,6 +59,7 @@ class Offers:
     embedding_gradients: bool = False  # of a prediction with respect to the text's embedding
     # Whether a row is told the guidance scale that it shall answer for: `guidance` () among its conditioning's parts.
     embedded_guidance: bool = False
+    references: bool = False  # whether a row may bring an image to read: "reference" (R, C, h', w') beside the latents
     # Why it cannot be guided away from a prompt or walked backwards: it was distilled to few steps or to one guidance.
     # "": it can be.
     distilled: str = ""
@@ -81,7 +82,8 @@ class Offers:
         Raises:
             EditError: names the grid that would be needed, and those that there are.
         """
-        if self.watches and not height % WATCHED_FACTOR and not width % WATCHED_FACTOR:
+        factor = self.openings.watched_factor
+        if self.watches and not height % factor and not width % factor:
             return
         layers = sorted(self.openings.layers, key=lambda layer: layer.factor)
         grids = dict.fromkeys(layer.grid(height, width) for layer in layers if layer.place != "mid")

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pipeline.diffusion.levels import Level, Prediction
@@ -80,6 +81,19 @@ class Conditioning:
         return [
             place for span in self.spans for place, word in zip(span.places, span.words, strict=True) if word in words
         ]
+
+    def telling(self, guidance_scale: float) -> Conditioning:
+        """The same prompt with another guidance scale, for a network that is told one; else itself."""
+        told = self.parts.get("guidance")
+        if told is None or float(told) == guidance_scale:
+            return self
+        parts = {**self.parts, "guidance": torch.full_like(told, guidance_scale)}
+        return Conditioning(self.prompt, parts, self.spans)
+
+    @property
+    def is_told_guidance(self) -> bool:
+        """Whether the network takes a guidance scale: then one row is a guided prediction already."""
+        return "guidance" in self.parts
 
     def replacing(self, **parts: Tensor) -> Conditioning:
         """The same with other tensors, of no prompt."""
@@ -153,7 +167,8 @@ class Denoise:
     conditioning: Sequence[Conditioning]  # R
     watch: Sequence[Sequence[int]] | None = None  # R
     control: Control | None = None  # makes a group of the R rows
-    # What some networks take beside the latents, by name: "inpaint" (R, 1 + C, h, w), a mask and the masked image.
+    # What some networks take beside the latents, by name: "inpaint" (R, 1 + C, h, w), a mask and the masked image;
+    # "reference" (R, C, h', w'), latents of an image to read.
     beside: Mapping[str, Tensor] = field(default_factory=dict)
     cotangent: Callable[[Prediction], Prediction] | None = None
 

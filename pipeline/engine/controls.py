@@ -23,7 +23,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-NetworkPart = Literal["down", "mid", "up"]
+NetworkPart = Literal["down", "mid", "up", "double", "single"]
+"""Of a UNet; or of a transformer: blocks that hold image and text apart, and blocks that hold them in one stream."""
 
 WATCHED_FACTOR = 4  # latents' side over the side of the maps that are watched (LEDITS++, section 3.3)
 
@@ -36,11 +37,13 @@ HIDDEN, BACKGROUND, FOREGROUND, ANY = 0, 1, 2, 3
 class Layer:
     """One attention layer of the network, told by its name; never by counting calls."""
 
-    kind: Literal["self", "cross"]
+    kind: Literal["self", "cross", "joint"]  # joint: over image and text, of a transformer without a UNet's stages
     index: int  # of its transformer block, in order of execution, from 0; its self- and cross-attention share it
     place: NetworkPart
     index_in_place: int  # among the blocks of its place, from 0
     factor: int  # latents' side over the side of its map
+    # Whether its values are swapped between rows where a method swaps values alone: of FLUX in some blocks only.
+    swaps_values: bool = True
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of its map for latents of (height, width)."""
@@ -76,7 +79,9 @@ class Openings:
     """Where a network lets controls in, in order of execution. One per model."""
 
     layers: tuple[Layer, ...] = ()  # self-attention, one per transformer block
-    watched: frozenset[int] = frozenset()  # indices of those whose cross-attention is watched
+    joint: tuple[Layer, ...] = ()  # joint attention, one per block; a model has these or those
+    watched: frozenset[int] = frozenset()  # indices of those whose attention to the text is watched
+    watched_factor: int = WATCHED_FACTOR  # latents' side over that of what is watched
     residuals: tuple[ResidualBlock, ...] = ()
     transformers: tuple[Transformer, ...] = ()
 
@@ -92,8 +97,10 @@ Where = tuple[NetworkPart, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layers:
-    """Chooses self-attention layers: those that fulfil every condition."""
+    """Chooses self-attention layers, or joint ones: those that fulfil every condition."""
 
+    kind: Literal["self", "joint", "any"] = "self"
+    swapping_values: bool = False  # those alone whose values are swapped
     place: NetworkPart | None = None
     min_factor: int = 1
     max_factor: int | None = None
@@ -104,7 +111,9 @@ class Layers:
     def picks(self, layer: Layer) -> bool:
         """Whether a layer is one of them."""
         return (
-            layer.kind == "self"
+            layer.kind != "cross"
+            and self.kind in (layer.kind, "any")
+            and (layer.swaps_values or not self.swapping_values)
             and self.place in (None, layer.place)
             and self.min_factor <= layer.factor
             and (self.max_factor is None or layer.factor <= self.max_factor)
@@ -117,7 +126,7 @@ class Layers:
 @lru_cache(maxsize=1024)
 def resolved(layers: Layers, openings: Openings) -> frozenset[int]:
     """Indices of the transformer blocks that a choice means in a network."""
-    return frozenset(layer.index for layer in openings.layers if layers.picks(layer))
+    return frozenset(layer.index for layer in (*openings.layers, *openings.joint) if layers.picks(layer))
 
 
 @dataclass(frozen=True, slots=True)

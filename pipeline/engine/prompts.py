@@ -32,6 +32,14 @@ class GuidedPrompt:
         cond, uncond = yield EncodeText((prompt, negative_prompt))
         return cls(cond, uncond, 1.0 if cond is uncond else guidance_scale)
 
+    @classmethod
+    def as_model_guides(cls, cond: Conditioning, uncond: Conditioning, guidance_scale: float) -> GuidedPrompt:
+        """Guidance as the model has it: one row that is told the scale, or two of which one has another prompt."""
+        if cond.is_told_guidance:
+            told = cond.telling(guidance_scale)
+            return cls(told, told, 1.0)
+        return cls(cond, uncond, 1.0 if cond is uncond else guidance_scale)
+
     def predict(self, latents: Tensor, level: Level) -> Steps[Prediction]:
         """Prediction (C, h, w) for latents (C, h, w)."""
         return (yield from self.predict_all(latents[None], [level]))[0]

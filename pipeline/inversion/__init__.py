@@ -9,6 +9,7 @@ from pipeline.inversion.direct import DirectInversion
 from pipeline.inversion.negative_prompt import NegativePromptInversion
 from pipeline.inversion.noise import NoiseStart
 from pipeline.inversion.null_text import NullTextInversion
+from pipeline.inversion.uni_inv import UniInv
 
 INVERSIONS: dict[str, type[Inversion]] = {
     "ddim": DDIMInversion,
@@ -17,4 +18,5 @@ INVERSIONS: dict[str, type[Inversion]] = {
     "negative_prompt": NegativePromptInversion,
     "noise": NoiseStart,
     "null_text": NullTextInversion,
+    "uni_inv": UniInv,
 }

@@ -20,9 +20,11 @@ def draw_from(seed: int, shape: tuple[int, ...], dtype: torch.dtype = torch.floa
     return lambda: torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
 
 
-Provision = Literal["noise maps", "DDIM steps", "path", "faithful source"]
+Provision = Literal["noise maps", "DDIM steps", "path", "faithful source", "levels alone", "upward velocities"]
 """What a trajectory has for an editor. noise maps: one per step; DDIM steps: its solver is DDIM; path: replayed, it
-returns the image, at least about; faithful source: a source branch follows it without guidance."""
+returns the image, at least about; faithful source: a source branch follows it without guidance; levels alone: it took
+no network row, for editors that read nothing but image and levels; upward velocities: it tells along what it went up,
+step by step."""
 Demand = Literal["source branch", "unconditional prompt"]
 """What a trajectory is made for, and wasted on an editor without: a branch that shows the source; a prompt to guide
 away from, in whose place the inversion's own embeddings stand."""

@@ -1,7 +1,7 @@
 """DDIM inversion (Song et al., arXiv 2010.02502, section 4.3; Dhariwal and Nichol, arXiv 2105.05233, appendix F).
 
 Cost: one network row per step at guidance 1 or 0, two otherwise; steps depend on each other, so no two share a call.
-Reconstruction: approximate, it drifts with guidance. Memory: N + 1 latents per image. Deterministic.
+Reconstruction: approximate, it drifts with guidance. Memory: 2 N + 1 latents per image. Deterministic.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.records import Source, Trajectory
 class DDIMInversion(Inversion):
     """Walk the deterministic sampler upwards, predicting each step at the timestep that it leads to."""
 
-    provides: ClassVar = frozenset({"DDIM steps", "path"})
+    provides: ClassVar = frozenset({"DDIM steps", "path", "upward velocities"})
     exact: ClassVar = "approximate"
     paper: ClassVar = "Denoising Diffusion Implicit Models, arXiv 2010.02502"
 
@@ -61,15 +61,17 @@ class DDIMInversion(Inversion):
         steps = source.schedule.steps(self.schedule_steps, source.size)
         solver = DDIM(steps=steps[self.skip_steps :])
         prompt = yield from GuidedPrompt.encode(source.prompt, self.guidance_scale, source.negative_prompt)
-        latents = [source.latents]
+        latents, velocities = [source.latents], []
         for step in reversed(range(self.num_steps)):
             prediction = yield from prompt.predict(latents[-1], solver.level_below(step))
             latents.append(solver.inverse(step, prediction))
+            velocities.append(prediction.velocity)
         return Trajectory(
             method=self.method,
             source=source,
             solver=solver,
             latents=torch.stack(latents[::-1]),
+            velocities=torch.stack(velocities[::-1]),
             source_guidance=self.guidance_scale,
             skipped_steps=self.skip_steps,
             level_above=steps[self.skip_steps - 1].start if self.skip_steps else None,

@@ -4,7 +4,7 @@ Plain DDIM inversion whose latents are kept and put back after every step of an 
 source; the target branch is left alone. The paper adds the difference instead, which is the same up to rounding.
 
 Cost: that of `ddim`; where only a part of the difference is put back, an editor must predict the source as well, for up
-to two rows more per step. Reconstruction of the source branch: exact, by copying. Memory: N + 1 latents per image.
+to two rows more per step. Reconstruction of the source branch: exact, by copying. Memory: 2 N + 1 latents per image.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.records import Source, Trajectory
 class DirectInversion(DDIMInversion):
     """DDIM inversion, pinned."""
 
-    provides: ClassVar = frozenset({"DDIM steps", "path", "faithful source"})
+    provides: ClassVar = frozenset({"DDIM steps", "path", "faithful source", "upward velocities"})
     demands: ClassVar = frozenset({"source branch"})
     exact: ClassVar = "exactly in the source branch of editors that have one, approximately elsewhere"
     paper: ClassVar = "Direct Inversion: Boosting Diffusion-based Editing with 3 Lines of Code, arXiv 2310.01506"

@@ -4,7 +4,8 @@ With the source prompt as the unconditional one guidance cancels in the source b
 what unguided sampling does: the closed-form limit of null-text optimisation, without the optimisation. Targets are
 guided away from the source prompt.
 
-Cost: that of `ddim`. Reconstruction: approximate, as unguided DDIM. Memory: N + 1 latents and one embedding per image.
+Cost: that of `ddim`. Reconstruction: approximate, as unguided DDIM. Memory: 2 N + 1 latents and one embedding per
+image.
 """
 
 from __future__ import annotations

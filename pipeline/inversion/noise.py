@@ -21,7 +21,7 @@ from pipeline.records import Source, Trajectory
 class NoiseStart(Inversion):
     """No inversion at all: the same noise over the image at every level, and nothing but noise at the first."""
 
-    provides: ClassVar = frozenset({"DDIM steps"})
+    provides: ClassVar = frozenset({"DDIM steps", "levels alone"})
     exact: ClassVar = "none"
     paper: ClassVar = "SDEdit, arXiv 2108.01073"
 

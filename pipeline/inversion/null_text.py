@@ -4,9 +4,9 @@ After plain DDIM inversion the unconditional text embedding is optimised step by
 that one guided step lands on the inverted latents. Guided sampling of the source prompt then returns the image.
 
 Cost: N rows of inversion, then per step 2 + 3 J with J updates of the embedding (a backward pass counts as two forward
-ones), fewer where the loss falls under its limit early. Updates of different images share network calls. Memory: N + 1
-latents and N embeddings per image, 12 MB at 77 x 768 and 50 steps. Deterministic. Reconstruction: nearly exact, at the
-guidance that was optimised for and no other.
+ones), fewer where the loss falls under its limit early. Updates of different images share network calls. Memory: 2 N +
+1 latents and N embeddings per image, 12 MB at 77 x 768 and 50 steps. Deterministic. Reconstruction: nearly exact, at
+the guidance that was optimised for and no other.
 """
 
 from __future__ import annotations

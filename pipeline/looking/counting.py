@@ -34,6 +34,7 @@ class RowCounter:
     once."""
 
     recipe: Recipe
+    told_guidance: bool = False  # whether the model takes a guidance scale, so that one row is guided already
     known: dict[Any, int] = field(default_factory=dict)
 
     def rows(
@@ -53,7 +54,7 @@ class RowCounter:
         return self.known[case]
 
     def _count(self, requests: Mapping[str, EditRequest], masked: bool) -> int:
-        backbone = ZeroBackbone()
+        backbone = ZeroBackbone(told_guidance=self.told_guidance)
         side = ZeroBackbone.image_size
         blank = np.zeros((side, side, 3), dtype=np.uint8)
         whole = (side, side)
@@ -92,7 +93,7 @@ def _anonymous(requests: Mapping[str, EditRequest]) -> str:
             return {name: hide(item, name) for name, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [hide(item) for item in value]
-        if key.endswith("prompt"):
+        if key.endswith("prompt") or key == "instruction":
             return numbers.setdefault(value, f"text {len(numbers)}")
         return value
 
@@ -181,7 +182,8 @@ class ZeroBackbone(Backbone):
     )
     image_size = 128  # latents of 16 x 16
 
-    def __init__(self) -> None:
+    def __init__(self, *, told_guidance: bool = False) -> None:
+        self._told: dict[str, Tensor] = {"guidance": torch.ones(())} if told_guidance else {}
         self._products = torch.Generator().manual_seed(0)
 
     @override
@@ -189,7 +191,7 @@ class ZeroBackbone(Backbone):
         count = min(len(prompt.split()), 75)
         number = float(zlib.crc32(prompt.encode()))  # equal embeddings for equal prompts alone, as a model has them
         span = Span(0, (0, *range(2, 2 + count), 1), range(1, 1 + count), tuple(range(count)))
-        return Conditioning(prompt, {"embedding": torch.full((77, 1), number)}, (span,))
+        return Conditioning(prompt, {"embedding": torch.full((77, 1), number), **self._told}, (span,))
 
     @override
     def encode_images(self, pixels: Tensor) -> Tensor:

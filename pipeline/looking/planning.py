@@ -19,6 +19,7 @@ import torch
 from pipeline.common.partition import WHOLE, Partition
 from pipeline.looking.counting import RowCounter
 from pipeline.looking.probe import PROBE_SECONDS, Probe, probe_model
+from pipeline.models.outline import outline_of
 from pipeline.reading.requests import asked_of
 from pipeline.reading.rows import light
 from pipeline.reading.shards import ReadTask, Shard
@@ -209,7 +210,8 @@ def look_at_rows(shards: Sequence[Shard], recipe: Recipe, images: int) -> Looked
     """Look at all rows of a small source, or at the first ones of a large one. Memory: one unit's rows."""
     read_all = images <= READ_ROWS and sum(shard.size for shard in shards) <= READ_BYTES
     looked = Looked()
-    counter = RowCounter(recipe)
+    offers = outline_of(recipe.model).offers
+    counter = RowCounter(recipe, told_guidance=offers is not None and offers.embedded_guidance)
     for task in plan_reads(shards, recipe.run.unit_size, _nothing, _nothing):
         for row in _rows_of(task, recipe):
             add_cost(looked.cost, row, recipe, counter)

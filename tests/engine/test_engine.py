@@ -247,11 +247,15 @@ def test_a_prompt_is_encoded_once_per_worker(monkeypatch: pytest.MonkeyPatch) ->
     assert len(encoded) == 1
 
 
-def test_the_prompt_that_was_not_used_for_longest_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", ["CACHED_PROMPTS", "CACHED_BYTES"])
+def test_the_prompt_that_was_not_used_for_longest_is_forgotten_first(
+    limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backbone = AnalyticBackbone()
+    most = 2 * (1 if limit == "CACHED_PROMPTS" else backbone.encode_text("hat").num_bytes)
     encode, encoded = backbone.encode_text, []
     monkeypatch.setattr(backbone, "encode_text", lambda prompt: encoded.append(prompt) or encode(prompt))
-    monkeypatch.setattr("pipeline.engine.texts.CACHED_PROMPTS", 2)
+    monkeypatch.setattr(f"pipeline.engine.texts.{limit}", most)
 
     def words(*prompts: str) -> Steps[None]:
         for prompt in prompts:

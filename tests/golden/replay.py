@@ -39,7 +39,14 @@ from pipeline.records import Concept, EditRequest, Trajectory
 from tests.golden.benchmarks import set_of as benchmark_of
 from tests.golden.checks import Check, ObservedLatents, edit, equal, observed, relative, source_of
 from tests.golden.diffedit import replay_diffedit
-from tests.golden.flow import model_of, replay_flow_sample
+from tests.golden.flow import (
+    model_of,
+    replay_direct_edit,
+    replay_flow_edit,
+    replay_flow_sample,
+    replay_joint_attention,
+    replay_kontext,
+)
 from tests.golden.h_edit import read_h_edit, replay_h_edit
 from tests.golden.masactrl import replay_masactrl
 from tests.golden.pair_sets import set_of as pairs_of
@@ -53,6 +60,7 @@ from tests.golden.two_branch import (
     replay_null_text,
     replay_prompt_to_prompt,
 )
+from tests.golden.uniedit_flow import replay_uniedit_flow
 
 HERE = Path(__file__).parent
 TINY_SD = HERE / "tiny-sd"
@@ -74,7 +82,8 @@ def replay(path: Path, model: Path | None = None, dtype: torch.dtype = torch.flo
     golden, settings = (read_h_edit if kind == "h_edit" else read_golden)(path, dtype)
     name = settings.get("model", TINY_SDXL.name if kind.startswith("sdxl") else TINY_SD.name)
     # diffusers encodes an empty prompt that is given, whatever the checkpoint says of one that is not.
-    empty_prompt = "encoded" if "" in (settings.get("negative_prompts") or ()) else "auto"
+    given = (*(settings.get("negative_prompts") or ()), settings.get("inversion_prompt"))
+    empty_prompt = "encoded" if "" in given else "auto"
     backbone = loaded(model or HERE / name, dtype, empty_prompt, **model_of(settings))
     if ids := settings.get("size_ids"):
         backbone = with_size_ids(backbone, ids)
@@ -333,9 +342,13 @@ KINDS: dict[str, Callable[..., Iterator[Check]]] = {
     "ddim": replay_ddim,
     "ddpm_inversion": replay_ddpm_inversion,
     "diffedit": replay_diffedit,
+    "direct_edit": replay_direct_edit,
     "direct_inversion": replay_direct_inversion,
+    "flow_edit": replay_flow_edit,
+    "flux_kontext": replay_kontext,
     "flux_sample": replay_flow_sample,
     "h_edit": replay_h_edit,
+    "joint_attention": replay_joint_attention,
     "ledits_pp": replay_ledits_pp,
     "masactrl": replay_masactrl,
     "negative_prompt_inversion": replay_negative_prompt,
@@ -347,6 +360,7 @@ KINDS: dict[str, Callable[..., Iterator[Check]]] = {
     "sd3_sample": replay_flow_sample,
     "sdxl_ledits_pp": partial(replay_ledits_pp, xl=True),
     "sdxl_sample": replay_sdxl_sample,
+    "uniedit_flow": replay_uniedit_flow,
 }
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pipeline.common.wording import count
 from pipeline.editing import EDITORS
 from pipeline.engine.backbone import Backbone, Offers
-from pipeline.engine.controls import WATCHED_FACTOR, watched_grid
 from pipeline.inversion import INVERSIONS
 from pipeline.looking.check_model.records import Check, Pair
 from pipeline.looking.check_model.subject import Subject
@@ -71,9 +70,10 @@ def loaded(backbone: Backbone, checkpoint: tuple[Family, Checkpoint] | None, sec
 def offers(subject: Subject) -> Check:
     """What methods can have of the model."""
     found, size = subject.backbone.offers, subject.latent_size
-    has_maps = found.watches and not any(side % WATCHED_FACTOR for side in size)
+    factor = found.openings.watched_factor
+    has_maps = found.watches and not any(side % factor for side in size)
     grids, inputs = list(_grids(found, size)), sorted(found.inputs)
-    grid = "x".join(str(side) for side in watched_grid(*size)) if has_maps else None
+    grid = "x".join(str(side) for side in (side // factor for side in size)) if has_maps else None
     layers, blocks = len(found.openings.layers), len(found.openings.residuals)
     values = {
         "attention_grids": grids,

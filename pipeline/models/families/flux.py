@@ -1,8 +1,9 @@
-"""FLUX.1 dev and schnell (Black Forest Labs, 2024).
+"""FLUX.1 dev, schnell and Kontext (Black Forest Labs, 2024; arXiv 2506.15742).
 
 A transformer of blocks in which image and text attend to each other, and of blocks that hold both in one stream; T5
 text, and CLIP's pooled; latents of 16 channels, packed two by two; levels shifted by the image's size. dev was
-distilled from a guided model, and is told a guidance scale; schnell into few steps. Page: docs/families/flux.md.
+distilled from a guided model, and is told a guidance scale; schnell into few steps. Kontext
+reads a reference image. Page: docs/families/flux.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing_extensions import override
 from pipeline.diffusion.flow_schedule import PATCH, FlowSchedule
 from pipeline.engine.backbone import Backbone, Offers
 from pipeline.engine.calls import Conditioning
+from pipeline.engine.controls import Layer
 from pipeline.errors import ModelError
 from pipeline.models.autoencoder import Autoencoder
 from pipeline.models.checkpoint import Checkpoint, Component, Configurations
@@ -28,13 +30,16 @@ from pipeline.models.families.flow_matching import (
     check_channels,
     check_scheduler,
     check_widths,
+    joint_openings,
     load_networks,
 )
 from pipeline.models.families.sd3 import refuse_zeros
 from pipeline.models.flow_transformer import FlowText, FlowTransformer, Velocity
+from pipeline.models.joint_attention import JointLayer
 from pipeline.models.networks import check_tokenizer, load_tokenizer
 from pipeline.models.t5 import T5Text, check_t5
 
+KONTEXT = "FluxKontextPipeline"  # trained to read a reference image
 SIDE = 128  # latents: the configuration says none, and this is what diffusers' pipeline samples unasked
 TEXT_TOKENS = {"dev": 512, "schnell": 256}  # what each was trained with
 NO_GUIDANCE = 1.0  # that dev is told: its prediction as if it were not guided
@@ -45,7 +50,7 @@ class FluxFamily(Family):
     """See the module."""
 
     name = "flux"
-    pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
+    pipelines = ("FluxPipeline", "FluxImg2ImgPipeline", KONTEXT)
     components: ClassVar = {
         **PARTS,
         "transformer": Component("network", "diffusers", ("FluxTransformer2DModel",)),
@@ -67,8 +72,13 @@ class FluxFamily(Family):
     @override
     def offers(self, configurations: Configurations) -> Offers:
         told = _is_told_guidance(configurations)
+        transformer = configurations.parts["transformer"]
         return Offers(
+            openings=joint_openings(
+                joint_layers(transformer.get("num_layers", 19), transformer.get("num_single_layers", 38))
+            ),
             embedded_guidance=told,
+            references=configurations.pipeline == KONTEXT,
             distilled=""
             if told
             else "this checkpoint was distilled into few unguided steps, as FLUX.1-schnell (its transformer takes no "
@@ -161,6 +171,14 @@ class FluxText(FlowText):
         ]
 
 
+def joint_layers(num_double: int, num_single: int) -> tuple[Layer, ...]:
+    """One per block; blocks of one stream come last. DirectEdit's code swaps values in these alone."""
+    return (
+        *(Layer("joint", number, "double", number, PATCH, swaps_values=False) for number in range(num_double)),
+        *(Layer("joint", num_double + number, "single", number, PATCH) for number in range(num_single)),
+    )
+
+
 class FluxVelocity(Velocity):
     """One call of the transformer: packed latents, with the place of each token."""
 
@@ -170,21 +188,37 @@ class FluxVelocity(Velocity):
         self.transformer = transformer
 
     @override
-    def __call__(self, latents: Tensor, times: Tensor, told: Mapping[str, Tensor]) -> Tensor:
+    def joint_layers(self) -> dict[int, JointLayer]:
+        double, single = self.transformer.transformer_blocks, self.transformer.single_transformer_blocks
+        layers = [JointLayer(block.attn, text_first=True, one_stream=False) for block in double]
+        layers += [JointLayer(block.attn, text_first=True, one_stream=True) for block in single]
+        return dict(enumerate(layers))
+
+    @override
+    def __call__(
+        self, latents: Tensor, times: Tensor, told: Mapping[str, Tensor], reference: Tensor | None = None
+    ) -> Tensor:
+        """A reference's tokens stand behind those of the latents, as of another image; what is said of them is left."""
         dtype, (height, width) = latents.dtype, latents.shape[-2:]
         embedding = told["embedding"].to(dtype)
         guidance = told.get("guidance")
+        tokens, where = packed(latents), places(height, width, latents.device)
+        count = tokens.shape[1]
+        if reference is not None:
+            tokens = torch.cat([tokens, packed(reference)], dim=1)
+            beside = places(reference.shape[-2], reference.shape[-1], latents.device, image=1)
+            where = torch.cat([where, beside])
         output: Tensor = self.transformer(
-            hidden_states=packed(latents),
+            hidden_states=tokens,
             encoder_hidden_states=embedding,
             pooled_projections=told["pooled"].to(dtype),
             timestep=times / TOLD_TIME,
-            img_ids=places(height, width, latents.device),
+            img_ids=where,
             txt_ids=torch.zeros((embedding.shape[1], 3), device=latents.device),
             guidance=None if guidance is None else guidance.to(times.dtype),
             return_dict=False,
         )[0]
-        return unpacked(output, height, width)
+        return unpacked(output[:, :count], height, width)
 
 
 def packed(latents: Tensor) -> Tensor:

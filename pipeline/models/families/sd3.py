@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
-from pipeline.diffusion.flow_schedule import FlowSchedule
+from pipeline.diffusion.flow_schedule import PATCH, FlowSchedule
 from pipeline.engine.backbone import Backbone, Offers
 from pipeline.engine.calls import Conditioning
+from pipeline.engine.controls import Layer
 from pipeline.errors import ModelError
 from pipeline.models.autoencoder import Autoencoder
 from pipeline.models.checkpoint import Checkpoint, Component, Configurations
@@ -29,12 +30,15 @@ from pipeline.models.families.flow_matching import (
     check_channels,
     check_scheduler,
     check_widths,
+    joint_openings,
     load_networks,
 )
 from pipeline.models.flow_transformer import FlowText, FlowTransformer, Velocity
+from pipeline.models.joint_attention import JointLayer
 from pipeline.models.networks import check_tokenizer, load_tokenizer
 from pipeline.models.t5 import T5Text, check_t5
 
+MOST_SWAPPED = 37  # blocks
 TEXT_TOKENS = 256  # of T5, where the recipe does not say
 
 
@@ -65,7 +69,8 @@ class StableDiffusion3Family(Family):
 
     @override
     def offers(self, configurations: Configurations) -> Offers:
-        return Offers()
+        count = configurations.parts["transformer"].get("num_layers", 18)
+        return Offers(openings=joint_openings(joint_layers(count)))
 
     @override
     def load(self, checkpoint: Checkpoint, loading: Loading) -> Backbone:
@@ -183,6 +188,14 @@ class StableDiffusion3Text(FlowText):
         return (*spans, *(() if self.t5 is None else (self.t5.span(prompt, clip_places),)))
 
 
+def joint_layers(num_blocks: int) -> tuple[Layer, ...]:
+    """One per block. DirectEdit's code swaps the values of the first 37 blocks: all but the last of SD3.5-large."""
+    return tuple(
+        Layer("joint", number, "double", number, PATCH, swaps_values=number < MOST_SWAPPED)
+        for number in range(num_blocks)
+    )
+
+
 class StableDiffusion3Velocity(Velocity):
     """One call of the transformer: unpacked latents, and times as the schedule has them."""
 
@@ -192,7 +205,17 @@ class StableDiffusion3Velocity(Velocity):
         self.max_side = int(transformer.config.pos_embed_max_size * transformer.config.patch_size)
 
     @override
-    def __call__(self, latents: Tensor, times: Tensor, told: Mapping[str, Tensor]) -> Tensor:
+    def joint_layers(self) -> dict[int, JointLayer]:
+        blocks = self.transformer.transformer_blocks
+        return {
+            number: JointLayer(block.attn, text_first=False, one_stream=False) for number, block in enumerate(blocks)
+        }
+
+    @override
+    def __call__(
+        self, latents: Tensor, times: Tensor, told: Mapping[str, Tensor], reference: Tensor | None = None
+    ) -> Tensor:
+        """There is no reference: the family offers none."""
         output: Tensor = self.transformer(
             hidden_states=latents,
             encoder_hidden_states=told["embedding"].to(latents.dtype),

@@ -11,7 +11,6 @@ from torch import Tensor
 from pipeline.diffusion.flow_schedule import level_of
 from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.h_edit import HEdit
-from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.engine.backbone import Backbone, Offers
 from pipeline.engine.calls import Denoise, Steps
 from pipeline.engine.engine import Engine
@@ -28,10 +27,8 @@ OF_A_UNET = {"prompt_to_prompt", "proxedit", "masactrl", "prox_masactrl", "plug_
 
 
 def able(pair: Pair, offers: Offers) -> Method | None:
-    """The pair, with masks of noise where it would read attention; None: it needs what the model has not."""
+    """The pair, without attention's control where it can do without; None: it needs what the model has not."""
     made = method(*pair)
-    if isinstance(made.editing, LEditsPP):
-        made = made.model_copy(update={"editing": LEditsPP(mask="noise")})
     if isinstance(made.editing, HEdit):
         made = made.model_copy(update={"editing": HEdit(control="none")})
     return None if list(made.model_problems(offers)) else made

@@ -231,6 +231,9 @@ PUBLISHED: dict[str, Files] = {
     ),
     "black-forest-labs/FLUX.1-dev": flux({**FLOW, "use_dynamic_shifting": True}),
     "black-forest-labs/FLUX.1-schnell": flux({**FLOW, "shift": 1.0}, {**FLUX_TRANSFORMER, "guidance_embeds": False}),
+    "black-forest-labs/FLUX.1-Kontext-dev": flux(
+        {**FLOW, "use_dynamic_shifting": True}, _class_name="FluxKontextPipeline"
+    ),
     "black-forest-labs/FLUX.1-Fill-dev": flux(
         {**FLOW, "use_dynamic_shifting": True}, {**FLUX_TRANSFORMER, "in_channels": 384, "out_channels": 64},
         _class_name="FluxFillPipeline",

@@ -219,8 +219,10 @@ def test_what_is_no_flux_is_refused_by_its_files(files: Files, reason: str, tmp_
 
 
 def test_published_checkpoints_are_known_by_their_files(tmp_path: Path) -> None:
-    dev, schnell = (f"black-forest-labs/FLUX.1-{kind}" for kind in ("dev", "schnell"))
-    assert offered(PUBLISHED[dev], tmp_path / "dev").distilled == ""
+    dev, schnell, kontext = (f"black-forest-labs/FLUX.1-{kind}" for kind in ("dev", "schnell", "Kontext-dev"))
+    offers = offered(PUBLISHED[dev], tmp_path / "dev")
+    assert (offers.distilled, offers.references) == ("", False)
+    assert offered(PUBLISHED[kontext], tmp_path / "kontext") == dataclasses.replace(offers, references=True)
     assert "guidance_embeds is false" in offered(PUBLISHED[schnell], tmp_path / "schnell").distilled
     assert {file.split("/")[0] for file in PUBLISHED[dev] if "/" in file} == set(FluxFamily.components)
 

@@ -128,16 +128,16 @@ def test_edit_friendly_inversion_returns_the_image_exactly() -> None:
 def test_it_edits_a_picture_and_says_what_it_cannot() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)
     with Editor.load(str(TINY_SD3), size=64, fit="bucket", device="cpu") as editor:
-        result = editor.edit(
-            pixels,
-            "hat",
-            inversion={"method": "ddpm", "num_steps": 3},
-            editing={"method": "ledits_pp", "mask": "noise"},
-        )
-        assert result.image.size == (64, 40)
-        assert not np.array_equal(np.asarray(result.image), pixels)
-        with pytest.raises(RecipeError, match="no such maps"):
-            editor.edit(pixels, "hat", editing={"method": "ledits_pp", "mask": "attention"})
+        by_mask = {}
+        for mask in ("noise", "attention"):
+            editing = {"method": "ledits_pp", "mask": mask}
+            result = editor.edit(pixels, "hat", inversion={"method": "ddpm", "num_steps": 3}, editing=editing)
+            assert result.image.size == (64, 40)
+            by_mask[mask] = np.asarray(result.image)
+        assert not np.array_equal(by_mask["noise"], pixels)
+        assert not np.array_equal(by_mask["attention"], by_mask["noise"])
+        with pytest.raises(RecipeError, match="no cross-attention"):
+            editor.edit(pixels, target_prompt="a dog", editing={"method": "prompt_to_prompt"})
         with pytest.raises(RecipeError, match="no gradients to them"):
             editor.edit(pixels, target_prompt="a dog", inversion={"method": "null_text"}, editing={"method": "cfg"})
 

@@ -1,0 +1,138 @@
+"""Joint attention over image and text, opened once when a model is loaded: a row may use another row's values, and what
+image places attend to of the text can be watched. Outside of such calls the layers answer as they always did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+
+class JointLayer(NamedTuple):
+    """One joint attention module of diffusers, and how its sequence is laid out."""
+
+    attention: Any
+    text_first: bool  # of the sequence; else the image comes first
+    one_stream: bool  # text and image come in as one sequence already
+
+    @property
+    def values(self) -> list[Any]:
+        """The modules that make its values, (R, N, D)."""
+        return [self.attention.to_v] if self.one_stream else [self.attention.to_v, self.attention.add_v_proj]
+
+    @property
+    def projections(self) -> dict[str, Any]:
+        """The modules that make its queries and keys, by the names below."""
+        names = {"query": "to_q", "key": "to_k"}
+        if not self.one_stream:
+            names |= {"text_key": "add_k_proj"}
+        return {name: getattr(self.attention, module) for name, module in names.items()}
+
+
+class Watched(NamedTuple):
+    """What is watched in one call."""
+
+    layers: frozenset[int]
+    weights: Tensor  # (R, S, L) of the text's keys
+    image_places: int  # of the sequence, without a reference's
+
+
+class OpenedJoint:
+    """The joint attention of one transformer: see the module.
+
+    Args:
+        layers: by number, in order of execution.
+    """
+
+    def __init__(self, layers: Mapping[int, JointLayer]) -> None:
+        self._swaps: Mapping[int, Tensor] = {}
+        self._watch: Watched | None = None
+        self._made: dict[str, Tensor] = {}
+        self._sums: list[Tensor] = []
+        for number, layer in layers.items():
+            for module in layer.values:
+                module.register_forward_hook(partial(self._take, number))
+            for name, module in layer.projections.items():
+                module.register_forward_hook(partial(self._keep, number, name))
+            layer.attention.register_forward_hook(partial(self._look, number, layer), with_kwargs=True)
+
+    @contextmanager
+    def acting(self, swaps: Mapping[int, Tensor], watch: Watched | None) -> Iterator[None]:
+        """For one call: by layer the rows (R,) whose values each row uses, and what is watched."""
+        self._swaps, self._watch, self._sums = swaps, watch, []
+        try:
+            yield
+        finally:
+            self._swaps, self._watch = {}, None
+            self._made.clear()
+
+    @property
+    def watched(self) -> Tensor:
+        """Of the last call, (R, S, N) over N image places: the weighted sum of attention to the text, mean over heads
+        and over the watched layers. The softmax is over all keys."""
+        return torch.stack(self._sums).mean(dim=0)
+
+    def _take(self, number: int, _module: Any, _inputs: Any, values: Tensor) -> Tensor:
+        rows = self._swaps.get(number)
+        return values if rows is None else values[rows]
+
+    def _keep(self, number: int, name: str, _module: Any, _inputs: Any, made: Tensor) -> None:
+        if self._watch is not None and number in self._watch.layers:
+            self._made[name] = made
+
+    def _look(
+        self, number: int, layer: JointLayer, attention: Any, _inputs: Any, given: Mapping[str, Any], _output: Any
+    ) -> None:
+        if self._watch is None or number not in self._watch.layers:
+            return
+        query, key = _queries_and_keys(layer, self._made, self._watch, given.get("image_rotary_emb"))
+        self._sums.append(attended(query, key, self._watch.weights, text_first=layer.text_first))
+        self._made.clear()
+
+
+def _queries_and_keys(
+    layer: JointLayer, made: Mapping[str, Tensor], watch: Watched, rotation: Any
+) -> tuple[Tensor, Tensor]:
+    """Queries (R, heads, N, d) of image places, and all keys (R, heads, M, d), as the layer used them."""
+    attention, num_text = layer.attention, watch.weights.shape[-1]
+
+    def heads(states: Tensor, norm: Any) -> Tensor:  # (R, M, heads, d)
+        split = states.unflatten(-1, (attention.heads, -1))
+        return split if norm is None else norm(split)
+
+    query, key = heads(made["query"], attention.norm_q), heads(made["key"], attention.norm_k)
+    if not layer.one_stream:
+        text = heads(made["text_key"], attention.norm_added_k)
+        key = torch.cat([text, key] if layer.text_first else [key, text], dim=1)
+        if layer.text_first:  # rotated by its place in the whole sequence
+            query = torch.cat([query.new_zeros((len(query), num_text, *query.shape[2:])), query], dim=1)
+    if rotation is not None:
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        query, key = (apply_rotary_emb(states, rotation, sequence_dim=1) for states in (query, key))
+    first = num_text if layer.text_first else 0
+    return query[:, first : first + watch.image_places].transpose(1, 2), key.transpose(1, 2)
+
+
+def attended(query: Tensor, key: Tensor, weights: Tensor, *, text_first: bool) -> Tensor:
+    """Attention of places (R, heads, N, d) to M keys, summed by weights (R, S, L) of the text's; mean over heads,
+    (R, S, N).
+
+    A fused attention whose values are the weights: no map is held. They are as wide as a head, as kernels want it.
+    """
+    rows, heads, keys, width = key.shape
+    sums, num_text = weights.shape[1:]
+    if sums > width:
+        parts = [attended(query, key, some, text_first=text_first) for some in weights.split(width, dim=1)]
+        return torch.cat(parts, dim=1)
+    others = keys - num_text
+    values = weights.mT.to(key.dtype)  # (R, L, S)
+    values = pad(values, (0, width - sums, *((0, others) if text_first else (others, 0))))
+    seen = scaled_dot_product_attention(query, key, values[:, None].expand(rows, heads, keys, width))
+    return seen[..., :sums].to(weights.dtype).mean(dim=1).mT

@@ -1,0 +1,86 @@
+"""Joint attention that is watched: by which formula, and that a call leaves nothing behind."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.diffusion.flow_schedule import level_of
+from pipeline.engine.calls import Denoise, Steps
+from pipeline.engine.engine import Engine
+from pipeline.models.joint_attention import attended
+from pipeline.models.loading import load_backbone
+from pipeline.recipe import ModelConfig
+from tests.golden.replay import TINY_FLUX, TINY_SD3
+
+PROMPTS = ("a cat on a mat", "a dog with a hat", "snow")
+
+
+@cache
+def tiny(folder: Path) -> Any:
+    return load_backbone(ModelConfig(name=str(folder), text_tokens=16), device="cpu")
+
+
+def asked(backbone: Any, watched: list[list[int]] | None, rows: int = 3, call_size: int = 3) -> Any:
+    latents = torch.randn((rows, 16, 6, 8), generator=torch.Generator().manual_seed(0))
+    told = [backbone.encode_text(prompt) for prompt in PROMPTS[:rows]]
+
+    def ask() -> Steps[Any]:
+        return (yield Denoise(latents, [level_of(0.6)] * rows, told, watch=watched))
+
+    return Engine(backbone, call_size=call_size).run_one(ask())
+
+
+@pytest.mark.parametrize("text_first", [True, False])
+@pytest.mark.parametrize("sums", [1, 3, 9])  # more than a head is wide, too
+def test_sums_of_attention_are_those_of_its_explicit_map(text_first: bool, sums: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    query, key, weights = drawn(2, 3, 6, 4), drawn(2, 3, 11, 4), drawn(2, sums, 5)
+    probabilities = (query @ key.mT / 2.0).softmax(dim=-1)
+    text = probabilities[..., :5] if text_first else probabilities[..., 6:]
+    expected = torch.einsum("rhnl,rsl->rsn", text, weights) / 3
+    torch.testing.assert_close(attended(query, key, weights, text_first=text_first), expected)
+
+
+@pytest.mark.parametrize("folder", [TINY_SD3, TINY_FLUX], ids=["sd3", "flux"])
+def test_watching_changes_no_prediction_and_leaves_nothing_behind(folder: Path) -> None:
+    backbone = tiny(folder)
+    before = asked(backbone, None)
+    places = [list(backbone.encode_text(prompt).positions) for prompt in PROMPTS]
+    seen = asked(backbone, places)
+    after = asked(backbone, None)
+    assert torch.equal(seen.predictions.noise, before.predictions.noise)
+    assert torch.equal(after.predictions.noise, before.predictions.noise)
+    assert after.attention is None
+    assert seen.attention.shape == (3, 3, 4)  # half the latents' side
+    assert bool((seen.attention > 0).all())
+    assert bool((seen.attention < 1).all())
+
+
+@pytest.mark.parametrize("folder", [TINY_SD3, TINY_FLUX], ids=["sd3", "flux"])
+def test_a_row_that_watches_nothing_sees_nothing_and_others_have_their_own_bits(folder: Path) -> None:
+    backbone = tiny(folder)
+    places = [list(backbone.encode_text(prompt).positions) for prompt in PROMPTS]
+    together = asked(backbone, [places[0], [], places[2]]).attention
+    assert not together[1].any()
+    alone = asked(backbone, [places[0]], rows=1).attention
+    assert torch.equal(alone[0], together[0])
+
+
+def test_all_of_the_text_and_all_of_the_image_make_one() -> None:
+    """The softmax is over all keys: what is not attended to of the text is attended to of the image."""
+    backbone = tiny(TINY_FLUX)
+    length = backbone.encode_text("").length
+    everything = asked(backbone, [[*range(length)]], rows=1).attention
+    halves = [asked(backbone, [[*half]], rows=1).attention for half in (range(8), range(8, length))]
+    torch.testing.assert_close(halves[0] + halves[1], everything)
+    assert float(everything.max()) < 1.0
