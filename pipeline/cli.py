@@ -35,7 +35,7 @@ from pipeline.looking.printing import (
     whole_streams,
 )
 from pipeline.models.allocator import keep_freed_memory
-from pipeline.pairs_cli import audit
+from pipeline.pairs_cli import audit, export
 
 app = typer.Typer(
     name="shardedit",
@@ -386,6 +386,7 @@ def methods() -> None:
 
 
 app.command()(audit)
+app.command()(export)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

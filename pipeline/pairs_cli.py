@@ -1,4 +1,4 @@
-"""The commands over sets of edit pairs: `shardedit audit`."""
+"""The commands over sets of edit pairs: `shardedit audit`, `shardedit export`."""
 
 from __future__ import annotations
 
@@ -45,3 +45,35 @@ def audit(
         layout = layout_of_options(columns) if columns is not None else None
         config = AuditConfig(url=folder, out=out, layout=layout, sample=sample, engine=engine.value)
         raise typer.Exit(show_audit(config))
+
+
+class PresetChoice(StrEnum):
+    """Whose columns are written."""
+
+    instructpix2pix = "instructpix2pix"
+    ip2p_original = "ip2p_original"
+    magicbrush = "magicbrush"
+    x2edit = "x2edit"
+
+
+def export(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Folders of finished runs, paths or URLs.", show_default=False)
+    ],
+    out: Annotated[str, typer.Option(help="Folder to write to, a path or URL.", show_default=False)],
+    preset: Annotated[PresetChoice, typer.Option(help="Whose columns to write.")] = PresetChoice.instructpix2pix,
+    validation: Annotated[
+        float, typer.Option(min=0, max=0.99, help="Share of the source images that is held out, with all their edits.")
+    ] = 0.02,
+    shard_mb: Annotated[int, typer.Option("--shard-mb", min=1, help="Megabytes of pictures in a file, about.")] = 500,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
+) -> None:
+    """Write the results of runs as a data set that a trainer reads. The same command goes on where one stopped."""
+    with reported(debug):
+        from pipeline.pairs.export import ExportConfig
+        from pipeline.pairs.show import show_export
+
+        config = ExportConfig(
+            runs=tuple(runs), out=out, preset=preset.value, validation=validation, shard_bytes=shard_mb * 10**6
+        )
+        show_export(config)

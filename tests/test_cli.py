@@ -58,19 +58,8 @@ def test_help_loads_neither_torch_nor_ray():
         "assert not {'torch', 'ray', 'diffusers', 'pydantic'} & set(sys.modules), 'slow imports'"
     )
     assert done.returncode == 0, done.stderr
-    commands = (
-        "edit",
-        "evaluate",
-        "plan",
-        "status",
-        "verify",
-        "regenerate",
-        "audit",
-        "report",
-        "demo",
-        "schema",
-        "methods",
-    )
+    commands = "edit evaluate plan status verify regenerate export audit report demo schema methods"
+    for command in commands.split():
     for command in commands:
         assert re.search(rf"\b{command}\b", done.stdout)
 
@@ -332,7 +321,7 @@ def test_a_finished_demo_has_nothing_left_to_do(tmp_path):
     assert "--images 4" in other.stderr
 
 
-@pytest.mark.parametrize("job", ["plan", "status", "verify", "regenerate", "audit", "report", "demo"])
+@pytest.mark.parametrize("job", ["plan", "status", "verify", "regenerate", "audit", "export", "report", "demo"])
 def test_a_job_is_the_command_of_its_name(job):
     done = subprocess.run(
         [sys.executable, "-m", f"jobs.{job}", "--help"], capture_output=True, text=True, check=False, timeout=120

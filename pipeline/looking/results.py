@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -143,6 +143,11 @@ class RunFolder:
     def name(self) -> str:
         """Last part of the folder's path."""
         return posixpath.basename(self.root.replace("\\", "/").rstrip("/")) or self.root
+
+    @property
+    def column_names(self) -> Mapping[str, str]:
+        """Names of columns that are not our own."""
+        return self._names
 
     def spans(self, kind: str) -> list[Span]:
         """The rows of every committed unit, of "data" or "quarantine", in the order of the units."""

@@ -1,4 +1,4 @@
-"""What `shardedit audit` prints."""
+"""What `shardedit audit` and `shardedit export` print."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from pipeline.common.showing import public_url
 from pipeline.common.wording import count
 from pipeline.pairs.audit import AuditConfig, audit
+from pipeline.pairs.export import ExportConfig, export
 
 
 def show_audit(config: AuditConfig) -> int:
@@ -20,3 +21,11 @@ def show_audit(config: AuditConfig) -> int:
     print(f"{count(found.failed, 'row')} of {found.rows:,} with an error; {found.pictures / seconds:,.0f} images/s")
     print(f"{public_url(config.out)}/index.html has examples, rows-*.parquet a row per finding")
     return found.exit_code
+
+
+def show_export(config: ExportConfig) -> None:
+    """Write a set and print what is in it."""
+    made = export(config, lambda text: print(text, file=sys.stderr, flush=True))
+    print(", ".join(f"{split} {rows:,}" for split, rows in made.splits.items()))
+    left_out = f"; {made.duplicates:,} duplicates left out" if made.duplicates else ""
+    print(f"{count(len(made.files), 'file')}, {made.written} written now{left_out}: {public_url(config.out)}")
