@@ -40,6 +40,7 @@ from pipeline.recipe import Method, Recipe
 from pipeline.records import (
     Asked,
     Decoded,
+    DrawNoise,
     EditedLatents,
     InversionPrompts,
     Prepared,
@@ -208,13 +209,14 @@ def edit_prepared(
     if not groups:
         return outcomes
     try:
-        latents = yield EncodeImage(prepared.pixels)
+        latents = yield from _encode(prepared, backbone)
     except Exception as error:
         return outcomes + [rejected(sample, *pair, "invert", error) for pairs in groups.values() for pair in pairs]
 
+    round_trip = round_trip and not sample.blank
     children: list[Steps[Any]] = [_decode(latents)] if round_trip else []
     for (inversion, prompts), pairs in groups.items():
-        seed = seed_for(run_seed, sample.id, inversion.method)
+        seed = seed_for(run_seed, sample.noise_id, inversion.method)
         source = Source(
             latents=latents,
             prompt=prompts.prompt,
@@ -222,11 +224,12 @@ def edit_prepared(
             schedule=backbone.schedule,
             draw_noise=draw_from(seed, tuple(latents.shape), latents.dtype),
             editing_noise=partial(
-                draw_from, seed_for(run_seed, sample.id, "editing"), tuple(latents.shape), latents.dtype
+                draw_from, seed_for(run_seed, sample.noise_id, "editing"), tuple(latents.shape), latents.dtype
             ),
             pixels=prepared.pixels,
             placement=prepared.placement,
             stored=stored,
+            draws=partial(_draws, run_seed, sample.noise_id, latents),
         )
         layer = backbone.offers.bottleneck.layer if bases and backbone.offers.bottleneck else None
         children.append(_invert_and_edit(prepared, inversion, source, pairs, methods, seed, layer))
@@ -237,6 +240,19 @@ def edit_prepared(
             raise results
         outcomes += [_with_round_trip(result, back) for result in results]
     return outcomes
+
+
+def _encode(prepared: Prepared, backbone: Backbone) -> Steps[Tensor]:
+    """An image's latents; of a row that brings none zeros, of which nothing shows in noise."""
+    if not prepared.sample.blank:
+        return (yield EncodeImage(prepared.pixels))
+    height, width = (side // backbone.latent_scale for side in prepared.pixels.shape[:2])
+    return torch.zeros((backbone.latent_channels, height, width))
+
+
+def _draws(run_seed: int, noise_id: str, latents: Tensor, purpose: str) -> DrawNoise:
+    """Noise of its own for each purpose."""
+    return draw_from(seed_for(run_seed, noise_id, f"editing {purpose}"), tuple(latents.shape), latents.dtype)
 
 
 def _decode(latents: Tensor) -> Steps[np.ndarray]:
@@ -307,7 +323,8 @@ def _edit_by_one(
             for edit, one in zip(edits, found, strict=True)
         ]
     edited = yield from method.editing.edit_all(trajectory, requests, mask)
-    ends = tuple(_shown(prepared, one, edit, name, seed) for edit, one in zip(edits, edited, strict=True))
+    compared = method.editing.shows_input and not prepared.sample.blank
+    ends = tuple(_shown(prepared, one, edit, name, seed, compared) for edit, one in zip(edits, edited, strict=True))
     results: list[Decoded | Exception] = yield Fork(ends)
     return results
 
@@ -326,7 +343,9 @@ def _shown_basis(prepared: Prepared, basis: LocalBasis, edit: str, name: str, se
     )
 
 
-def _shown(prepared: Prepared, edited: EditedLatents | Exception, edit: str, name: str, seed: int) -> Steps[Decoded]:
+def _shown(
+    prepared: Prepared, edited: EditedLatents | Exception, edit: str, name: str, seed: int, compared: bool
+) -> Steps[Decoded]:
     """One edit, at model size."""
     if isinstance(edited, Exception):
         raise edited
@@ -344,6 +363,7 @@ def _shown(prepared: Prepared, edited: EditedLatents | Exception, edit: str, nam
         round_trip=None,  # comes beside
         masks=None if edited.masks is None else tuple(at_image_size(one.bool(), pixels) for one in edited.masks),
         seed=seed,
+        is_compared=compared,
     )
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from pipeline.directions import Direction, StoredDirection
 from pipeline.errors import Stage
 from pipeline.placement import Placement
+from pipeline.subjects import Subject
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,6 +102,8 @@ class EditRequest(BaseModel):
     the editor's. For prompt_to_prompt and proxedit."""
     direction: Direction | None = None
     """Where riemannian moves the image to, and how far. None: 16 moves along its strongest direction."""
+    subject: Subject | None = None
+    """What consistory keeps the same in all scenes of a set. A scene is an edit, and target_prompt what it shows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +123,13 @@ class Sample:
     columns: Mapping[str, Any] = field(default_factory=dict)  # JSON-able source columns
     members: Mapping[str, bytes] = field(default_factory=dict)  # other binary members of the sample
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # columns that are numbers of classes: names
+    set_id: str = ""  # noise derives from it where it is one of several rows of a set; "": from the row's own id
+    blank: bool = False  # there is no image: a grey canvas of the model's size stands for it
+
+    @property
+    def noise_id(self) -> str:
+        """What the noise of its results derives from."""
+        return self.set_id or self.id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +232,8 @@ class Source:
     pixels: np.ndarray | None = None  # (H, W, 3) uint8, the image itself
     placement: Placement | None = None  # of the image on its canvas; None: it fills the canvas
     stored: Mapping[str, Mapping[str, StoredDirection]] = field(default_factory=dict)  # by file and name
+    # Noise of its own for each purpose that an editor names, from its beginning. None: nobody asks for any.
+    draws: Callable[[str], DrawNoise] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -316,6 +328,7 @@ class Decoded:
     masks: tuple[np.ndarray, ...] | None  # (h, w) bool, as those of `EditedLatents`
     seed: int
     basis: LocalBasis | None = None  # of a run that writes bases; the pixels then show where it lies
+    is_compared: bool = True  # whether the result shows the input, changed, so that figures compare the two
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeline.editing.base import EditingMethod
 from pipeline.editing.cfg import ClassifierFreeGuidance
+from pipeline.editing.consistory import ConsiStory
 from pipeline.editing.diffedit import DiffEdit
 from pipeline.editing.fast_diffedit import FastDiffEdit
 from pipeline.editing.ledits_pp import LEditsPP
@@ -17,6 +18,7 @@ from pipeline.editing.riemannian import Riemannian
 
 EDITORS: dict[str, type[EditingMethod]] = {
     "cfg": ClassifierFreeGuidance,
+    "consistory": ConsiStory,
     "diffedit": DiffEdit,
     "fast_diffedit": FastDiffEdit,
     "ledits_pp": LEditsPP,

@@ -28,6 +28,7 @@ class EditingMethod(BaseModel, ABC):
     takes: ClassVar[frozenset[Demand]] = frozenset()  # what it has for inversions that are wasted without
     paper: ClassVar[str]
     keeps_to_masks: ClassVar[bool] = True  # whether it can leave alone what is outside of a user's mask
+    shows_input: ClassVar[bool] = True  # whether results show the input, changed: else no figure compares the two
     finds_bases: ClassVar[bool] = False  # whether it moves along local latent bases, which a run may write instead
 
     @classmethod

@@ -18,8 +18,9 @@ from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.directions import StoredDirection
 from pipeline.engine.backbone import Backbone, Bottleneck, ModelRecord, Offers
 from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, Product, Span
-from pipeline.engine.controls import Openings
+from pipeline.engine.controls import DecoderBlock, Openings
 from pipeline.engine.engine import Engine
+from pipeline.engine.placing import rows_recorded
 from pipeline.flow import edit_prepared
 from pipeline.recipe import Recipe
 from pipeline.records import EditRequest, Placement, Prepared, Sample
@@ -86,8 +87,8 @@ def _anonymous(requests: Mapping[str, EditRequest]) -> str:
         if isinstance(value, dict):
             return {name: hide(item, name) for name, item in value.items()}
         if isinstance(value, (list, tuple)):
-            return [hide(item) for item in value]
-        if key.endswith("prompt"):
+            return [hide(item, key) for item in value]
+        if key.endswith(("prompt", "prompts")):
             return numbers.setdefault(value, f"text {len(numbers)}")
         return value
 
@@ -122,7 +123,7 @@ class ZeroBackbone(Backbone):
     latent_scale = 8
     multiple = 64
     offers = Offers(
-        openings=Openings(watched=frozenset({0})),
+        openings=Openings(watched=frozenset({0}), decoder=(DecoderBlock(1, 4), DecoderBlock(2, 4))),
         embedding_gradients=True,
         bottleneck=Bottleneck(layer="none", channels=128, factor=8, latent_channels=4, latent_scale=8, side=16),
     )
@@ -159,6 +160,10 @@ class ZeroBackbone(Backbone):
         return NetworkAnswer(
             predictions=prediction_of("epsilon", output, call.latents, call.levels),
             attention=None if call.watch is None else torch.zeros(rows, call.plan.sums, height // 4, width // 4),
+            recorded={
+                where: torch.ones(len(of), 4, height // where[1], width // where[1])
+                for where, of in rows_recorded(call).items()
+            },
             embedding_grads=None
             if call.cotangents is None
             else torch.zeros_like(torch.stack([one.embedding for one in call.conditioning])),

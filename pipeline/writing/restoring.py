@@ -39,7 +39,7 @@ def restored(decoded: Decoded) -> Edited:
         seed=decoded.seed,
         basis=decoded.basis,
         figures={}
-        if decoded.basis is not None
+        if decoded.basis is not None or not decoded.is_compared
         else figures(
             original=prepared.original,
             round_trip=None  # or one that is held nowhere else

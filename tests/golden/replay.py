@@ -36,6 +36,7 @@ from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig
 from pipeline.records import Concept, EditRequest, Trajectory
 from tests.golden.checks import Check, ObservedLatents, edit, equal, observed, relative, source_of
+from tests.golden.consistory import replay_consistory
 from tests.golden.diffedit import replay_diffedit
 from tests.golden.masactrl import replay_masactrl
 from tests.golden.proxedit import replay_proxedit
@@ -307,6 +308,7 @@ def answer(method: Any, denoise: Callable[[Denoise], Denoised]) -> Any:
 
 
 KINDS: dict[str, Callable[..., Iterator[Check]]] = {
+    "consistory": replay_consistory,
     "ddim": replay_ddim,
     "ddpm_inversion": replay_ddpm_inversion,
     "diffedit": replay_diffedit,
