@@ -25,6 +25,7 @@ WORDS: dict[str, Any] = {  # in which every editor finds its own
     **PROMPTS,
     "blend_words": {"source": ["cat"], "target": ["dog"]},
     "concepts": CONCEPTS[:1],
+    "subject": {"words": ["mat"], "anchor_prompts": ["a mat"]},
 }
 
 
@@ -82,6 +83,9 @@ def from_latents(job: Job, backbone: Backbone, images: int, size: tuple[int, int
                     schedule=backbone.schedule,
                     draw_noise=draw_from(number, shape),
                     editing_noise=partial(draw_from, number, shape),
+                    draws=lambda purpose, number=number, shape=shape: draw_from(
+                        zlib.crc32(purpose.encode()) + number, shape
+                    ),
                 )
                 yield _edit(source, request, method)
 

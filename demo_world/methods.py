@@ -40,8 +40,9 @@ GUIDANCE_SCALE = 4.0  # of every method with a target prompt
 UNGUIDED_SOURCE = frozenset({("ddpm", "prompt_to_prompt"), ("ddpm", "masactrl")})
 # Editors whose papers invert under the empty prompt.
 WITHOUT_SOURCE_PROMPT = frozenset({"ledits_pp", "masactrl"})
-# Editors that move an image along directions which no word names: they are scored apart (geometry_score.py).
-AIMLESS = frozenset({"riemannian"})
+# Editors that move an image along directions which no word names, or make other images than it: they are scored apart
+# (geometry_score.py, consistory_score.py).
+AIMLESS = frozenset({"consistory", "riemannian"})
 # Editors that are told the words whose place changes.
 READS_WORDS = frozenset({"prompt_to_prompt", "proxedit"})
 

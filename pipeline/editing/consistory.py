@@ -28,7 +28,7 @@ from pipeline.diffusion.levels import Level
 from pipeline.editing.alignment import word_positions
 from pipeline.editing.base import EditingMethod
 from pipeline.editing.consistory_group import SUMS, Group, SetImage
-from pipeline.editing.problems import Problem, missing_word, places_of, raise_first, start_problems, target_problems
+from pipeline.editing.problems import Problem, missing_word, places_of, raise_first, target_problems
 from pipeline.editing.sharing import strengths
 from pipeline.engine.backbone import Offers
 from pipeline.engine.calls import EncodeText, Fork, Steps
@@ -78,7 +78,7 @@ class ConsiStory(EditingMethod):
     """Steps from the start in which there is dropout; none: all."""
     share: Literal["up", "all", "none"] = "up"
     """Self-attention layers in which images read the anchors: the decoder's, all, or none."""
-    start_step: int = Field(default=1, ge=1)
+    first_shared_step: int = Field(default=1, ge=1)
     """First step in which they do, from 0: before it there are no masks."""
     query_strength: tuple[Strength, Strength] | None = (0.9, 0.81836735)
     """Share of plain sampling's queries, at the first and at the last step of their window; none: no mixing, and no
@@ -143,7 +143,8 @@ class ConsiStory(EditingMethod):
             return {}
         count = math.floor(self.query_steps * num_steps + NEARLY) + 1
         found = dict(enumerate(strengths(self.query_strength, count)))
-        return {step: share for step, share in found.items() if self.start_step <= step < num_steps and share > 0}
+        steps = range(self.first_shared_step, num_steps)
+        return {step: share for step, share in found.items() if step in steps and share > 0}
 
     def injection_range(self, num_steps: int) -> range:
         """Steps in which features are injected."""
@@ -185,7 +186,11 @@ class ConsiStory(EditingMethod):
 
     @override
     def pair_problems(self, inversion: Inversion) -> Iterator[str]:
-        yield from start_problems(self.start_step, inversion.num_steps)
+        if self.shares and self.first_shared_step >= inversion.num_steps:
+            yield (
+                f"first_shared_step {self.first_shared_step} leaves none of the {inversion.num_steps} steps, which "
+                f"count from 0 to {inversion.num_steps - 1}. Lower it, or set editing.share: none"
+            )
         if skipped := inversion.schedule_steps - inversion.num_steps:
             yield (
                 f"the inversion leaves out {skipped} steps at the noisy end, and scenes begin with noise alone. Set "

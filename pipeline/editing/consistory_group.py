@@ -202,7 +202,7 @@ class Group:
         cond = [self.rows.cond(image) for image in range(len(self.images))]
         parts: list[Part] = [Watch(row, image.weights) for row, image in zip(cond, self.images, strict=True)]
         reads: tuple[Reads, ...] = ()
-        if settings.shares and step >= settings.start_step:
+        if settings.shares and step >= settings.first_shared_step:
             for factor in FACTORS:
                 layers = settings.shared_layers(factor)
                 parts += shared_attention(self.reads, self._shown(step, factor, masks), layers, self.size, self.rows)

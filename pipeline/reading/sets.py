@@ -4,8 +4,8 @@
      "prompts": ["a dog on a beach", "a dog in the snow"]}
 
 A row holds some scenes of a set, `source.scenes_per_row`; the first one also what anchors are generated. Every row says
-all that its scenes need, so that a set may be cut anywhere: whoever makes a row makes the anchors anew, by the set's own
-noise. Memory: one line.
+all that its scenes need, so that a set may be cut anywhere: whoever makes a row makes the anchors anew, by the set's
+own noise. Memory: one line.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadTask:
-    """What one worker reads in one go: a whole tar or file of sets, some units of a Parquet file, a chunk of a folder."""
+    """What one worker reads in one go: a whole tar, or file of sets; some units of a Parquet file; a folder's chunk."""
 
     shard: Shard
     start: int  # first row, with which a unit begins
