@@ -9,7 +9,7 @@ IMAGES ?= 24
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench demo-score geometry-score faults methods-table recipe-reference clean
+.PHONY: help demo test test-slow lint bench demo-score geometry-score consistory-score faults methods-table recipe-reference clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ demo-score: $(STAMP) ## score the bundled model on 256 fresh scenes, write build
 
 geometry-score: $(STAMP) ## move drawn scenes along their latent bases, compare these, write build/geometry.json
 	$(BIN)/python -m demo_world.geometry_score
+
+consistory-score: $(STAMP) ## make sets of drawn faces that share their looks, write build/consistory.json
+	$(BIN)/python -m demo_world.consistory_score
 
 faults: $(STAMP) ## disturb runs in a thousand ways, compare, write build/faults.json; goes on where it was ended
 	$(BIN)/python -m benchmarks.faults

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "pipeline"
 LAYERS = [
     {"errors", "common", "compat"},
     {"diffusion"},
-    {"records", "directions", "placement"},
+    {"records", "directions", "placement", "subjects"},
     {"engine"},
     {"models"},
     {"inversion", "editing"},

@@ -226,12 +226,10 @@ class ConsiStory(EditingMethod):
                 "words. Add subject.background, or set editing.mask: subject",
             )
             return
-        prompts = [*subject.anchor_prompts, request.target_prompt]
-        if has_image and not caption_follows:
-            prompts.insert(0, request.source_prompt)
+        prompts = [request.source_prompt] if has_image and not caption_follows else []
+        prompts += [*subject.anchor_prompts, *([request.target_prompt] if request.target_prompt else [])]
         for prompt in dict.fromkeys(prompts):
-            if prompt or has_image:
-                yield from self._word_problems(subject, prompt)
+            yield from self._word_problems(subject, prompt)
 
     def words_of(self, subject: Subject) -> tuple[str, ...]:
         """Words whose attention tells where the subject is."""

@@ -190,8 +190,11 @@ def _image(path: str, url: str, source: SourceConfig) -> bytes:
     limit = source.max_member_bytes
     try:
         for attempt in retrying():
-            with attempt, fs.open(here, "rb") as file:
-                data: bytes = file.read(limit + 1)
+            with attempt:
+                if not fs.isfile(here):  # a pipe would be waited for
+                    raise FileNotFoundError(path)
+                with fs.open(here, "rb") as file:
+                    data: bytes = file.read(limit + 1)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise SetProblemError(f"anchor_image '{path}' cannot be read ({type(error).__name__})") from error
     if len(data) > limit:

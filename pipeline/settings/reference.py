@@ -18,6 +18,7 @@ from pipeline.inversion.base import Inversion
 from pipeline.recipe import Method, ModelConfig, Recipe, RunConfig, SinkConfig, SourceConfig
 from pipeline.records import Concept, EditRequest, WordPair
 from pipeline.settings.sections import WorkerRange
+from pipeline.subjects import Subject
 
 TITLES = {  # of a section's own table
     "SourceConfig": "source",
@@ -25,6 +26,7 @@ TITLES = {  # of a section's own table
     "Concept": "concepts",
     "WordPair": "blend_words and subtract_words",
     "Direction": "direction",
+    "Subject": "subject",
     "ModelConfig": "model",
     "Method": "methods",
     "SinkConfig": "sink",
@@ -45,6 +47,7 @@ def _lines() -> Iterator[str]:
     yield from _part("###", "concepts", Concept)
     yield from _part("###", TITLES["WordPair"], WordPair)
     yield from _part("###", TITLES["Direction"], Direction)
+    yield from _part("###", TITLES["Subject"], Subject)
     yield from _part("##", "model", ModelConfig)
     for section, registry in (("inversion", INVERSIONS), ("editing", EDITORS)):
         methods: Mapping[str, type[Any]] = registry
