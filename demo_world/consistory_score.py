@@ -49,6 +49,7 @@ SMALL: dict[str, Any] = {
     "mask_layers": [5],
     "mask_dropout": 0.0,
     "share": "all",
+    "injection_strength": 0.0,
     "free_u": None,
     "guidance_scale": 4.0,
 }

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.errors import SourceError
+from pipeline.errors import RunAborted, SourceError
 from pipeline.looking.planning import plan
 from pipeline.reading.listing import list_shards
 from pipeline.reading.units import plan_reads, read_units
@@ -180,8 +180,8 @@ def test_a_run_that_ended_early_goes_on_where_it_was_to_the_same_bits(
 
 def test_a_set_without_an_image_is_not_inverted_and_planning_counts_scenes(tmp_path: Path) -> None:
     source = write(tmp_path / "in", DOG)
-    summary = driver.run(recipe_for(source, tmp_path / "out", inversion="ddim"), progress="off")
-    assert summary.done == 0
+    with pytest.raises(RunAborted, match="5 of 5 results failed"):
+        driver.run(recipe_for(source, tmp_path / "out", inversion="ddim"), progress="off")
     assert all("brings no image" in row["message"] for row in stored(tmp_path / "out", "quarantine"))
     found = plan(recipe_for(source, tmp_path / "planned"), probe=False)
     # Two rows of two scenes and one, of 4 images in 2 halves, in 3 steps and 2 passes.
