@@ -41,8 +41,9 @@ from pipeline.models.stable_diffusion import StableDiffusion
 from pipeline.reading.prepare import prepare
 from pipeline.reading.requests import asked_of
 from pipeline.recipe import ModelConfig, Recipe, recipe_from
-from pipeline.records import Prepared, Sample
+from pipeline.records import Prepared
 from pipeline.running.worker import CPU_CALL_SIZE
+from pipeline.samples import Sample
 
 TINY_SD = Path(__file__).parents[1] / "tests" / "golden" / "tiny-sd"
 SIZE = 256  # pixels
@@ -144,9 +145,9 @@ def wide_unet() -> UNet2DConditionModel:
     ).eval()
 
 
-def with_unet(backbone: StableDiffusion, unet: UNet2DConditionModel, compile_unet: bool) -> StableDiffusion:
-    """The tiny checkpoint around another UNet."""
-    return StableDiffusion(
+def with_unet(backbone: StableDiffusion, unet: UNet2DConditionModel) -> StableDiffusion:
+    """The tiny checkpoint around another UNet, which runs as that of the first."""
+    made = StableDiffusion(
         unet=unet,
         autoencoder=backbone.autoencoder,
         text=backbone.text,
@@ -154,8 +155,9 @@ def with_unet(backbone: StableDiffusion, unet: UNet2DConditionModel, compile_une
         offers=backbone.offers,
         record=ModelRecord(name="wide", revision="", digest="", dtype="float32", device="cpu"),
         device=backbone.device,
-        compile_unet=compile_unet,
     )
+    made.tune(backbone.tuning)
+    return made
 
 
 def rows(steps: int, edits: list[list[dict[str, Any]]]) -> tuple[int, int]:
@@ -210,7 +212,7 @@ class Ours:
         backbone = load_backbone(ModelConfig(name=str(TINY_SD), compile=self.compiled), device="cpu")
         assert isinstance(backbone, StableDiffusion)
         if case.wide:
-            backbone = with_unet(backbone, wide_unet(), self.compiled)
+            backbone = with_unet(backbone, wide_unet())
         self.engine = Engine(backbone, call_size=CPU_CALL_SIZE)
         self.recipe = recipe_for(SIZE, case.steps, case.edits)
         self.inputs = prepared(photographs(case.images, SIZE), self.recipe, SIZE)

@@ -83,7 +83,7 @@ class Architecture:
         factor = 2 ** (len(self.config("vae")["block_out_channels"]) - 1)
         return XLText(*clips, factor, zeros_for_empty=True) if self.is_xl else LastState(*clips)
 
-    def model(self, device: torch.device, dtype: torch.dtype, *, compile_unet: bool = False) -> StableDiffusion:
+    def model(self, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
         """The product's own model around all of these."""
         return StableDiffusion(
             unet=self.make_unet(device, dtype),
@@ -93,7 +93,6 @@ class Architecture:
             offers=Offers(embedding_gradients=True),
             record=self.record(device, dtype),
             device=device,
-            compile_unet=compile_unet,
         )
 
     def record(self, device: torch.device, dtype: torch.dtype) -> ModelRecord:

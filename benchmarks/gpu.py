@@ -8,8 +8,10 @@ Stable Diffusion 1.5 at 512 pixels and XL at 1024, of their true shapes with ran
 build/gpu.json after every part:
 
     peak      TFLOP/s of products of large matrices: what every share below is a share of
-    network   rows/s of the network alone, by attention backend and rows of a call
-    engine    rows/s of the engine over those of the network in calls of the same size; gaps between kernels; memory
+    network   rows/s of the network alone: by kernels of attention and rows of a call, then, at the best of these, by
+              layout, projections, compiled code and CUDA graphs
+    engine    rows/s of the engine over those of the network in calls of the same size, both tuned as for a run; gaps
+              between kernels; memory
     ledits    whole LEDITS++ edits, from pixels to pixels, against diffusers' pipeline at its best batch
 """
 
@@ -19,40 +21,32 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch.autograd import DeviceType
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.architectures import SD15, SDXL, TINY_SD, TINY_SDXL, Architecture
 from benchmarks.jobs import LEDITS, from_latents
-from benchmarks.ledits_on_gpu import compare
+from benchmarks.ledits_on_gpu import compare, tuned_model
 from benchmarks.machine import machine, show
 from benchmarks.peak import peak_mib
 from pipeline.engine.engine import Engine, EngineStats
-from pipeline.engine.sizing import probe_call_size
+from pipeline.engine.tuning import UNTUNED, Tuning
+from pipeline.models.stable_diffusion import WAYS
 from pipeline.models.unet import OpenedUNet
 
 BUILD = Path("build")
 META = torch.device("meta")
-BACKENDS = {
-    "default": None,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 TOKENS = 77
 ROUNDS = 5  # timed calls, after one that is not
-NO_KERNEL = ("No available kernel", "No viable backend")  # torch, of attention that cannot serve a call: GPU, CPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,58 +147,50 @@ def tflop_per_row(architecture: Architecture) -> float:
 
 
 def network(scale: Scale, peak_tflops: float) -> Iterator[dict[str, Any]]:
-    """Rows/s of the network alone. Compiled: at the best of these, since a graph takes a minute."""
+    """Rows/s of the network alone, one way after the other, each from the best so far. Compiled last, and at one size:
+    a graph takes a minute."""
     for architecture in scale.architectures:
         per_row = tflop_per_row(architecture)
         network = Network(scale, architecture)
-        tried = [(backend, rows) for backend in BACKENDS for rows in scale.call_sizes]
-        best = (0.0, *tried[0])
-        for backend, rows in tried:
-            if rate := network.rows_per_second(rows, backend):
-                best = max(best, (rate, backend, rows))
-                yield network_line(network, rate, backend, rows, per_row, peak_tflops)
-        if scale.compiled:
-            _, backend, rows = best
-            network = Network(scale, architecture, compiled=True)
-            if rate := network.rows_per_second(rows, backend):
-                yield network_line(network, rate, backend, rows, per_row, peak_tflops)
+        best, best_rows, best_rate = UNTUNED, 0, 0.0
+        for name, values in WAYS.items():
+            if name == "execution" and not scale.compiled:
+                continue
+            is_first = name == next(iter(WAYS))
+            ways = [*([best] if is_first else []), *(replace(best, **{name: value}) for value in values)]
+            for way, rows in product(ways, scale.call_sizes if is_first else [best_rows]):
+                if rate := network.rows_per_second(rows, way):
+                    yield network_line(network, rate, rows, per_row, peak_tflops)
+                    if rate > best_rate:
+                        best, best_rows, best_rate = way, rows, rate
 
 
 class Network:
     """The network of an architecture alone, as the product opens it."""
 
-    def __init__(self, scale: Scale, architecture: Architecture, *, compiled: bool = False) -> None:
-        self.device, self.dtype, self.architecture, self.compiled = scale.device, scale.dtype, architecture, compiled
-        self._opened = OpenedUNet(architecture.make_unet(scale.device, scale.dtype), compile_unet=compiled)
+    def __init__(self, scale: Scale, architecture: Architecture) -> None:
+        self.device, self.dtype, self.architecture = scale.device, scale.dtype, architecture
+        self.opened = OpenedUNet(architecture.make_unet(scale.device, scale.dtype))
 
     @torch.no_grad()
-    def rows_per_second(self, rows: int, backend: str = "default") -> float | None:
-        """None: a call does not fit into memory, or there is no such backend for it here."""
+    def rows_per_second(self, rows: int, tuning: Tuning) -> float | None:
+        """None: a call does not fit into memory."""
         latents, times, context, added = network_inputs(self.architecture, rows, self.device, self.dtype)
-        chosen = BACKENDS[backend]
-        kernel: AbstractContextManager[Any] = nullcontext() if chosen is None else sdpa_kernel(chosen)
+        if tuning != self.opened.tuning:
+            self.opened.tune(tuning)
         forget_peak(self.device)
         try:
-            with kernel:
-                work = partial(self._opened.predict, latents, times, context, None, added)
-                return rows / seconds_of(work, self.device)
+            return rows / seconds_of(partial(self.opened.predict, latents, times, context, None, added), self.device)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return None
-        except RuntimeError as error:
-            if str(error).startswith(NO_KERNEL):
-                return None
-            raise
 
 
-def network_line(
-    network: Network, rate: float, backend: str, rows: int, per_row: float, peak_tflops: float
-) -> dict[str, Any]:
+def network_line(network: Network, rate: float, rows: int, per_row: float, peak_tflops: float) -> dict[str, Any]:
     """One row of the table."""
     return {
         "model": network.architecture.name,
-        "backend": backend,
-        "compiled": "yes" if network.compiled else "no",
+        "tuning": str(network.opened.tuning),
         "call_size": rows,
         "rows_per_s": round(rate, 2),
         "tflops": round(rate * per_row, 3),
@@ -229,8 +215,7 @@ def memory_gib(device: torch.device) -> float:
 def engine_rows(scale: Scale) -> Iterator[dict[str, Any]]:
     """LEDITS++ with three concepts from latents to latents, against the same model called over and over."""
     for architecture in scale.architectures:
-        model = architecture.model(scale.device, scale.dtype, compile_unet=scale.compiled)
-        size = scale.call_size or probe_call_size(model, architecture.image_size)
+        model, size = tuned_model(scale, architecture)
         engine = Engine(model, call_size=size)
         images = max(scale.images, size)
         run_job(engine, architecture, 1, scale.profiled_steps)  # not counted: kernels, caches, the compiler
@@ -241,13 +226,14 @@ def engine_rows(scale: Scale) -> Iterator[dict[str, Any]]:
         rate = (engine.stats.network_rows - engine.stats.shared_rows) / (time.perf_counter() - started)
         memory = memory_gib(scale.device)
         share, longest = idle(device_times(partial(run_job, engine, architecture, images, scale.profiled_steps)))
+        tuning = model.tuning
         del model, engine
-        alone = Network(scale, architecture, compiled=scale.compiled).rows_per_second(size)
+        alone = Network(scale, architecture).rows_per_second(size, tuning)
         if alone is None:
             raise RuntimeError(f"a call of {size} rows fits into memory in the engine, and not alone")
         yield {
             "model": architecture.name,
-            "compiled": "yes" if scale.compiled else "no",
+            "tuning": str(tuning),
             "call_size": size,
             "images": images,
             "network_rows_per_s": round(alone, 2),

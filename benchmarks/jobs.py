@@ -109,8 +109,8 @@ def _job(name: str, images: int, edit: Mapping[str, Any], inversion: str, editor
 
 
 LEDITS = _job("LEDITS++, three concepts", 64, {"concepts": CONCEPTS}, "ddpm", "ledits_pp")
-PROMPT_TO_PROMPT = _job("Prompt-to-Prompt, LocalBlend", 32, WORDS, "direct", "prompt_to_prompt")
-MASACTRL = _job("MasaCtrl", 32, PROMPTS, "direct", "masactrl")
+PROMPT_TO_PROMPT = _job("Prompt-to-Prompt, LocalBlend", 64, WORDS, "direct", "prompt_to_prompt")
+MASACTRL = _job("MasaCtrl", 64, PROMPTS, "direct", "masactrl")
 MASACTRL_AUTO = _job("MasaCtrl, automatic masks", 32, WORDS, "direct", "masactrl", mask="auto")
 INVERSION = _job("edit-friendly inversion alone", 64, {}, "ddpm", "ledits_pp")  # no concept: nothing is walked
 MAIN = (LEDITS, PROMPT_TO_PROMPT, MASACTRL, INVERSION)

@@ -31,9 +31,11 @@ from benchmarks.against_diffusers import (
     rows,
 )
 from benchmarks.architectures import Architecture
+from benchmarks.jobs import LEDITS
 from pipeline.engine.engine import Engine
-from pipeline.engine.sizing import probe_call_size
+from pipeline.models.stable_diffusion import StableDiffusion
 from pipeline.records import EditRequest, Prepared
+from pipeline.running.worker import fit
 
 if TYPE_CHECKING:
     from benchmarks.gpu import Scale
@@ -106,8 +108,8 @@ def compare(scale: Scale, architecture: Architecture) -> Iterator[dict[str, Any]
     del pipe
     if scale.device.type == "cuda":
         torch.cuda.empty_cache()
-    model = architecture.model(scale.device, scale.dtype, compile_unet=scale.compiled)
-    engine = Engine(model, call_size=scale.call_size or probe_call_size(model, architecture.image_size))
+    model, size = tuned_model(scale, architecture)
+    engine = Engine(model, call_size=size)
     for count in CONCEPT_COUNTS:
         for edits in EDIT_COUNTS:
             for shared in (True, False):
@@ -126,6 +128,16 @@ def compare(scale: Scale, architecture: Architecture) -> Iterator[dict[str, Any]
                     "ratio": round(edits * batches[batch] / ours, 2),
                     "row_ratio": round(reference / lossless, 2),
                 }
+
+
+def tuned_model(scale: Scale, architecture: Architecture) -> tuple[StableDiffusion, int]:
+    """The product's model as a run would run it, and the rows of a call."""
+    model = architecture.model(scale.device, scale.dtype)
+    recipe = LEDITS.recipe(
+        model={"size": architecture.image_size, "compile": "auto" if scale.compiled else False},
+        run={"call_size": scale.call_size or "auto"},
+    )
+    return model, fit(recipe, model).call_size
 
 
 def requests(concepts: int, edits: int) -> list[list[dict[str, Any]]]:

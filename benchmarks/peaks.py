@@ -1,8 +1,9 @@
 """Peak memory of a run on large input: a tar of 2 GB, a Parquet file of 5 GB, images of 64 megapixels.
 
-Each run is a process of its own, in one piece, with the closed-form model, so that no weights are measured. Beside its
-peak stands that of the processes which read what strangers wrote (`pipeline/reading/guarded.py`): the sum is what a
-worker needs beside its model, since both may be at their peaks together.
+Each run is a process of its own, in one piece, with the closed-form model, so that no weights are measured. The same
+run on three small images goes first: its peak is what the libraries take. Beside the run's own peak stands that of the
+processes which read what strangers wrote (`pipeline/reading/guarded.py`): the sum is what a worker needs beside its
+model, since both may be at their peaks together.
 
     python -m benchmarks.peaks tar parquet pixels
 """
@@ -23,6 +24,7 @@ MB = 10**6
 TAR_ROWS, TAR_MEMBER = 20, 100 * MB  # 2 GB
 PARQUET_ROWS, PARQUET_VALUE, PARQUET_GROUP = 1000, 5 * MB, 100  # 5 GB, in row groups of one page of 500 MB
 PIXEL_ROWS, PIXEL_SIDE = 4, 8000
+SMALL_ROWS = 3
 
 WORKER = """
 import json, sys
@@ -30,9 +32,10 @@ from benchmarks.peak import peak_mib
 from benchmarks.peaks import children_peaks
 from pipeline import run
 from pipeline.recipe import recipe_from
-import pipeline.running.driver, pipeline.running.worker
+small, large = (recipe_from(data) for data in json.loads(sys.argv[1]))
+run(small, progress="off")
 before = peak_mib()
-summary = run(recipe_from(json.loads(sys.argv[1])), progress="off")
+summary = run(large, progress="off")
 print(json.dumps({"peak_mib": round(peak_mib()), "libraries_mib": round(before), "guarded_mib": children_peaks(),
                   "done": summary.done, "failed": summary.failed}))
 """
@@ -96,14 +99,14 @@ def write_pixels(folder: Path) -> None:
 KINDS: dict[str, Callable[[Path], None]] = {"tar": write_tar, "parquet": write_parquet, "pixels": write_pixels}
 
 
-def recipe(folder: Path) -> dict[str, Any]:
+def recipe(folder: Path, source: str) -> dict[str, Any]:
     """The shortest edit: what is measured is what travels."""
     return {
-        "source": {"shards": str(folder / "in")},
+        "source": {"shards": str(folder / source)},
         "edits": {"concepts": [{"prompt": "hat"}]},
         "model": {"name": "analytic", "size": 64},
         "inversion": {"method": "ddpm", "num_steps": 2},
-        "sink": {"folder": str(folder / "out")},
+        "sink": {"folder": str(folder / f"{source}-out")},
         "run": {"engine": "local"},
     }
 
@@ -112,10 +115,12 @@ def measure(kind: str) -> dict[str, Any]:
     """One run on input of that kind."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "in").mkdir()
-        KINDS[kind](folder / "in")
-        size = sum(path.stat().st_size for path in (folder / "in").iterdir())
-        command = [sys.executable, "-c", WORKER, json.dumps(recipe(folder))]
+        for source in ("small", "large"):
+            (folder / source).mkdir()
+        _write_tar(folder / "small" / "small.tar", [(f"{row:04d}.jpg", _jpeg(64, row)) for row in range(SMALL_ROWS)])
+        KINDS[kind](folder / "large")
+        size = sum(path.stat().st_size for path in (folder / "large").iterdir())
+        command = [sys.executable, "-c", WORKER, json.dumps([recipe(folder, "small"), recipe(folder, "large")])]
         finished = subprocess.run(command, capture_output=True, text=True, check=True)
         figures: dict[str, Any] = json.loads(finished.stdout.strip().splitlines()[-1])
         return {"kind": kind, "input_mb": size // MB, **figures}

@@ -34,9 +34,12 @@ from pipeline.studies.geometry import compare
 SEED = 5  # of the scenes; strengths were chosen on others
 STEPS = 20
 VECTORS = 4
-STRENGTHS = (8, 16, 32)  # moves, in both ways
+STRENGTHS = (8, 16)  # moves, in both ways
+TOLERANCE = 1e-2  # of the bases, in radians; distances between them are of the order of 1
 TIMES = (0.9, 0.5)  # of the edits
 LEVELS = (0.9, 0.7, 0.5, 0.3)  # of the bases
+PROMPTED = 4  # scenes whose bases are found under prompts, too
+PROMPTS = {"red_hat": "a face with a red hat", "black_hat": "a face with a black hat"}
 CELL, MARGIN = 64, 4  # pixels of the picture
 
 
@@ -52,6 +55,11 @@ class MovedScene:
         return [name for name, found in self.changed.items() if len(found) == 1]
 
 
+def editing(edit_time: float) -> dict[str, Any]:
+    """The editor's settings, of edits and bases."""
+    return {"method": "riemannian", "num_vectors": VECTORS, "tolerance": TOLERANCE, "edit_time": edit_time}
+
+
 def edit_recipe(edit_time: float) -> Recipe:
     """Every vector, both ways, at several strengths, and the unmoved image; under the empty prompt, as in the paper."""
     strengths = [0, *(sign * count for count in STRENGTHS for sign in (1, -1))]
@@ -60,7 +68,7 @@ def edit_recipe(edit_time: float) -> Recipe:
             "source": {"shards": "-"},
             "edits": {"d": {"direction": {"vectors": list(range(VECTORS)), "strengths": strengths}}},
             "inversion": {"method": "ddim", "num_steps": STEPS},
-            "editing": {"method": "riemannian", "num_vectors": VECTORS, "edit_time": edit_time},
+            "editing": editing(edit_time),
             "sink": {"folder": "-"},
         },
         "geometry score",
@@ -83,6 +91,7 @@ def move(editor: Editor, scenes: Sequence[Scene], edit_time: float) -> tuple[lis
         }
         judged.append(MovedScene(changed=changed))
         images.append(made)
+        print(f"  {edit_time:g} T, scene {number}: {', '.join(judged[-1].single) or 'no single attribute'}")
     return judged, images
 
 
@@ -99,37 +108,42 @@ def write_scenes(folder: Path, scenes: Sequence[Scene]) -> None:
             tar.addfile(member, drawn)
 
 
+def basis_recipe(place: Path, prompts: Mapping[str, str]) -> Recipe:
+    """Bases of the scenes in a folder, at every level."""
+    return recipe_from(
+        {
+            "job": "basis",
+            "source": {"shards": str(place / "in")},
+            "edits": {name: {"target_prompt": prompt} for name, prompt in prompts.items()},
+            "methods": {
+                f"t{level:g}".replace(".", "_"): {
+                    "inversion": {"method": "ddim", "num_steps": STEPS},
+                    "editing": editing(level),
+                }
+                for level in LEVELS
+            },
+            "sink": {"folder": str(place / "bases")},
+            "run": {"engine": "local", "call_size": 32},
+        },
+        "geometry score",
+    )
+
+
 def compared(scenes: Sequence[Scene], out: Path) -> dict[str, Any]:
     """The geometry of their bases: by the commands' own functions, in a folder that goes when it is done."""
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        write_scenes(place / "in", scenes)
-        prompts = {"none": "", "red_hat": "a face with a red hat", "black_hat": "a face with a black hat"}
-        recipe = recipe_from(
-            {
-                "job": "basis",
-                "source": {"shards": str(place / "in")},
-                "edits": {name: {"target_prompt": prompt} for name, prompt in prompts.items()},
-                "methods": {
-                    f"t{level:g}".replace(".", "_"): {
-                        "inversion": {"method": "ddim", "num_steps": STEPS},
-                        "editing": {"method": "riemannian", "num_vectors": VECTORS, "edit_time": level},
-                    }
-                    for level in LEVELS
-                },
-                "sink": {"folder": str(place / "bases")},
-                "run": {"engine": "local"},
-            },
-            "geometry score",
-        )
-        run(recipe, progress="off")
+        for name, some, prompts in (("all", scenes, {"none": ""}), ("prompted", scenes[:PROMPTED], PROMPTS)):
+            write_scenes(place / name / "in", some)
+            recipe = basis_recipe(place / name, prompts)
+            run(recipe, progress="off")
         directions = {
             f"v{vector}-{level}": {"id": "scenes.tar/000", "edit": "none", "method": level, "vector": vector}
             for level in recipe.methods
             for vector in range(VECTORS)
         }
         config = {
-            "bases": str(place / "bases"),
+            "bases": [str(place / name / "bases") for name in ("all", "prompted")],
             "directions": directions,
             "sink": {"folder": str(place / "geometry")},
         }
@@ -158,6 +172,11 @@ def picture(scenes: Sequence[Scene], images: Sequence[Mapping[str, Pixels]]) -> 
     return sheet.quantize(256, dither=Image.Dither.NONE)
 
 
+def write(found: Mapping[str, Any], out: Path) -> None:
+    """What has been found so far."""
+    (out / "geometry.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
 def main(
     scenes: Annotated[int, typer.Option(min=2, help="Drawn scenes.")] = 12,
     model: Annotated[str, typer.Option(help="'demo', or a folder with a model of the same world.")] = "demo",
@@ -169,25 +188,25 @@ def main(
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     drawn = fresh_scenes(scenes, seed)
-    levels: dict[str, Any] = {}
+    found: dict[str, Any] = {"scenes": scenes, "seed": seed, "edits": {}}
     with Editor.load(model) as editor:
         for edit_time in TIMES:
             judged, images = move(editor, drawn, edit_time)
             hits = [one.single for one in judged]
-            levels[f"{edit_time:g}"] = {
+            found["edits"][f"{edit_time:g}"] = {
                 "scenes_with_a_single_attribute": sum(map(bool, hits)),
                 "scenes": [asdict(one) for one in judged],
             }
+            write(found, out)
             print(
                 f"at {edit_time:g} T: a result with exactly one attribute changed on {sum(map(bool, hits))} of {scenes}"
             )
             if edit_time == TIMES[0]:
                 (docs / "images" / "methods").mkdir(parents=True, exist_ok=True)
                 picture(drawn[:4], images[:4]).save(docs / "images" / "methods" / "riemannian.png")
-    summary = compared(drawn, out)
-    found = {"scenes": scenes, "seed": seed, "edits": levels, "geometry": summary}
-    (out / "geometry.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for row in summary["samples"]:
+    found["geometry"] = compared(drawn, out)
+    write(found, out)
+    for row in found["geometry"]["samples"]:
         print(f"t {row['timestep']:g}: distance {row['distance']:.3f} between samples, kept {row['kept']:.3f}")
     print(f"{(time.monotonic() - started) / 60:.1f} minutes; wrote {out}/geometry.json")
 

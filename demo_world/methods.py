@@ -31,13 +31,13 @@ from pipeline.inversion.base import Inversion, draw_from
 from pipeline.models.demo.networks import IMAGE_SIZE
 from pipeline.models.demo.world import Attribute, Scene, changed_region, draw, edited, object_phrases, with_article
 from pipeline.recipe import Method, recipe_from
-from pipeline.records import Concept, EditedLatents, EditRequest, Source, Trajectory, WordPair
+from pipeline.records import Concept, EditedLatents, EditRequest, Source, TextExpert, Trajectory, WordPair
 
 SEED = 3  # of the scenes; the settings below were chosen on others
 NUM_STEPS = 20
 GUIDANCE_SCALE = 4.0  # of every method with a target prompt
 # Pairs with edit-friendly inversion whose source is not guided, as its authors pair it with Prompt-to-Prompt.
-UNGUIDED_SOURCE = frozenset({("ddpm", "prompt_to_prompt"), ("ddpm", "masactrl")})
+UNGUIDED_SOURCE = frozenset({("ddpm", "prompt_to_prompt"), ("ddpm", "masactrl"), ("ddpm", "h_edit")})
 # Editors whose papers invert under the empty prompt.
 WITHOUT_SOURCE_PROMPT = frozenset({"ledits_pp", "masactrl"})
 # Editors that move an image along directions which no word names, or make other images than it: they are scored apart
@@ -45,6 +45,18 @@ WITHOUT_SOURCE_PROMPT = frozenset({"ledits_pp", "masactrl"})
 AIMLESS = frozenset({"consistory", "riemannian"})
 # Editors that are told the words whose place changes.
 READS_WORDS = frozenset({"prompt_to_prompt", "proxedit"})
+
+
+# h-Edit on drawn faces. The source's side is guided near the targets': far below, each of several texts also pulls
+# towards all else that it says.
+H_EDIT: dict[str, Any] = {"form": "explicit", "control": "none", "mask": "otsu", "source_guidance_scale": 3.0}
+H_EDIT_SCALES = {"sunglasses": 4.0, "mouth": 4.0, "face_color": 5.0}  # of a text that changes an attribute
+
+
+def h_edit_strength(inversion: str) -> float:
+    """Factor of both sides' guidance: a deterministic step gives less weight to what is predicted than a noisy one."""
+    return 1.0 if inversion == "ddpm" else 2.0
+
 
 # Settings other than the defaults, `num_steps` and `guidance_scale`.
 INVERSION_SETTINGS: dict[str, dict[str, Any]] = {
@@ -54,6 +66,7 @@ EDITOR_SETTINGS: dict[str, dict[str, Any]] = {
     # The papers begin at step 4 of 50. The first steps of 20 settle as much.
     "masactrl": {"start_step": 2},
     "prox_masactrl": {"start_step": 2},
+    "h_edit": H_EDIT,
 }
 # Share of the schedule that is inverted and walked back, where a method's paper does not take all of it.
 STRENGTHS: dict[tuple[str, str], float] = {
@@ -133,6 +146,8 @@ class SceneEdit:
         if thinks_in_concepts(editor):
             return EditRequest(concepts=(self.edit.concept,))
         source = "" if without_source_prompt(inversion, editor) else description(self.before)
+        if editor == "h_edit":  # whose texts have a strength of their own
+            return EditRequest(source_prompt=source, experts=text_experts(self.before, [self.edit.after], inversion))
         request = EditRequest(source_prompt=source, target_prompt=description(self.after))
         if editor not in READS_WORDS:
             return request
@@ -151,6 +166,17 @@ class EditedScene:
 def without_source_prompt(inversion: str, editor: str) -> bool:
     """Whether a pair inverts under the empty prompt. Null-text embeddings stand for the source prompt's guidance."""
     return editor in WITHOUT_SOURCE_PROMPT and inversion != "null_text"
+
+
+def text_experts(before: Scene, changes: Iterable[Mapping[str, Any]], inversion: str) -> tuple[TextExpert, ...]:
+    """One text per change: all that is to be seen when it alone is made."""
+    return tuple(
+        TextExpert(
+            prompt=description(edited(before, **change)),
+            guidance_scale=h_edit_strength(inversion) * max(H_EDIT_SCALES[name] for name in change),
+        )
+        for change in changes
+    )
 
 
 @cache
@@ -194,7 +220,9 @@ def method_of(inversion: str, editor: str, num_steps: int) -> Method:
         given["source_guidance_scale"] = 1.0
     editing = {"method": editor, **EDITOR_SETTINGS.get(editor, {})}
     if "guidance_scale" in EDITORS[editor].model_fields:
-        editing["guidance_scale"] = GUIDANCE_SCALE
+        editing.setdefault("guidance_scale", GUIDANCE_SCALE)
+    if editor == "h_edit":
+        editing["source_guidance_scale"] *= h_edit_strength(inversion)
     recipe = recipe_from(
         {"source": {"shards": "-"}, "inversion": given, "editing": editing, "sink": {"folder": "-"}},
         f"{inversion}+{editor}",
@@ -336,18 +364,18 @@ def markdown(table: Sequence[Pair]) -> str:
 BEGIN, END = "<!-- written by `make methods-table` -->", "<!-- end of what is written -->"
 
 
-def write_between_marks(path: Path, text: str) -> None:
+def write_between_marks(path: Path, text: str, mark: str = BEGIN) -> None:
     """Replace what stands between the two marks of a page, which keeps the words around it.
 
     Raises:
         ValueError: the page has no such marks.
     """
     page = path.read_text(encoding="utf-8")
-    before, begin, rest = page.partition(BEGIN)
+    before, begin, rest = page.partition(mark)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{path} lacks the lines '{BEGIN}' and '{END}'. Restore them: the table goes between")
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
+        raise ValueError(f"{path} lacks the lines '{mark}' and '{END}'. Restore them: the table goes between")
+    path.write_text(f"{before}{mark}\n\n{text}\n{END}{after}", encoding="utf-8")
 
 
 def as_json(table: Sequence[Pair]) -> str:

@@ -33,7 +33,8 @@ from pipeline.models.demo.world import Attribute, Scene, changed_region, complet
 from pipeline.reading.prepare import HERE
 from pipeline.reading.requests import asked_of
 from pipeline.recipe import Recipe, load_recipe, recipe_from
-from pipeline.records import Edited, Sample
+from pipeline.records import Edited
+from pipeline.samples import Sample
 from pipeline.writing.restoring import outcome_of
 
 Pixels = UInt8[np.ndarray, "H W 3"]

@@ -33,8 +33,10 @@ from pipeline.reading.pictures import AnyImage, picture
 from pipeline.reading.prepare import Pictures, prepare
 from pipeline.reading.requests import requests_of
 from pipeline.recipe import Recipe, recipe_from
-from pipeline.records import Asked, Concept, Decoded, Prepared, Rejected, Sample, WordPair
+from pipeline.records import Asked, Concept, Decoded, Prepared, Rejected, TextExpert, WordPair
 from pipeline.result import Result
+from pipeline.rewards import Reward
+from pipeline.samples import Sample
 from pipeline.writing.restoring import restored
 
 COMPILED_CALL_SIZE = 8  # rows of a compiled network call, where nothing is said
@@ -60,6 +62,8 @@ class EditSettings(TypedDict, total=False):
     subtract_words: Mapping[str, Any] | WordPair
     equalizer: Mapping[str, float]
     cross_replace_steps: Mapping[str, Any]
+    experts: Sequence[Mapping[str, Any] | TextExpert]
+    rewards: Sequence[Mapping[str, Any] | Reward]
 
 
 class Editor:
@@ -97,7 +101,7 @@ class Editor:
         """
         config = _recipe({"model": {"name": model, **settings}}).model
         backbone = load_backbone(config, device=None if device is None else checked_device(device, model))
-        return cls(backbone, call_size=call_size or (COMPILED_CALL_SIZE if config.compile else None))
+        return cls(backbone, call_size=call_size or (COMPILED_CALL_SIZE if config.compile is True else None))
 
     @property
     def engine(self) -> Engine:
@@ -167,7 +171,7 @@ class Editor:
             on_progress: called with (rows done, rows in all) after each network call. What may end early counts as if
                 it did not, and the last call has all rows done.
             more: other fields of the edit request (`EditRequest`): blend_words, subtract_words, equalizer,
-                cross_replace_steps.
+                cross_replace_steps, experts, rewards.
 
         Raises:
             RecipeError: settings that cannot work, or no edit is asked; lists every problem.

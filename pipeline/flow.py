@@ -45,11 +45,10 @@ from pipeline.records import (
     InversionPrompts,
     Prepared,
     Rejected,
-    Sample,
     Source,
     Trajectory,
-    UnitInput,
 )
+from pipeline.samples import Sample, UnitInput
 from pipeline.writing.commit import FinishedUnit
 from pipeline.writing.encoding import Encoders
 from pipeline.writing.finish import finish_unit
@@ -227,6 +226,7 @@ def edit_prepared(
                 draw_from, seed_for(run_seed, sample.noise_id, "editing"), tuple(latents.shape), latents.dtype
             ),
             pixels=prepared.pixels,
+            mask=prepared.mask,
             placement=prepared.placement,
             stored=stored,
             draws=partial(_draws, run_seed, sample.noise_id, latents),
@@ -323,8 +323,7 @@ def _edit_by_one(
             for edit, one in zip(edits, found, strict=True)
         ]
     edited = yield from method.editing.edit_all(trajectory, requests, mask)
-    compared = method.editing.shows_input and not prepared.sample.blank
-    ends = tuple(_shown(prepared, one, edit, name, seed, compared) for edit, one in zip(edits, edited, strict=True))
+    ends = tuple(_shown(prepared, one, method, edit, name, seed) for edit, one in zip(edits, edited, strict=True))
     results: list[Decoded | Exception] = yield Fork(ends)
     return results
 
@@ -344,7 +343,7 @@ def _shown_basis(prepared: Prepared, basis: LocalBasis, edit: str, name: str, se
 
 
 def _shown(
-    prepared: Prepared, edited: EditedLatents | Exception, edit: str, name: str, seed: int, compared: bool
+    prepared: Prepared, edited: EditedLatents | Exception, method: Method, edit: str, name: str, seed: int
 ) -> Steps[Decoded]:
     """One edit, at model size."""
     if isinstance(edited, Exception):
@@ -352,6 +351,7 @@ def _shown(
     if not bool(torch.isfinite(edited.latents).all()):
         raise EditError("the edit gave values that are not finite. Try lower guidance scales or model.dtype float32")
     pixels = yield DecodeLatents(edited.latents)
+    pixels = method.editing.composited(pixels, prepared.pixels, prepared.mask)
     # A decoder's NaN becomes 0 in uint8: finite latents alone do not tell.
     if not pixels.any() and prepared.pixels.max() > NEARLY_BLACK:
         raise BlackImageError("the result is black all over. Try model.dtype float32 or lower guidance scales")
@@ -363,7 +363,7 @@ def _shown(
         round_trip=None,  # comes beside
         masks=None if edited.masks is None else tuple(at_image_size(one.bool(), pixels) for one in edited.masks),
         seed=seed,
-        is_compared=compared,
+        is_compared=method.editing.shows_input and not prepared.sample.blank,
     )
 
 

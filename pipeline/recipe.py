@@ -249,7 +249,7 @@ def parse_edits(value: Any, where: str, most: int = 256) -> dict[str, EditReques
     Args:
         value: text or object.
         where: what holds it, for errors.
-        most: concepts that all requests together may have; a request without any counts as one.
+        most: concepts that all requests together may have, experts and rewards counted as such; none counts as one.
 
     Raises:
         PrepareError: what stands there is no edit request, or too many; says what is wrong with it.
@@ -275,13 +275,14 @@ def parse_edits(value: Any, where: str, most: int = 256) -> dict[str, EditReques
 
 
 def _weight(request: Any) -> int:
-    """Concepts of a request that was not checked yet, or the results of its direction."""
+    """Concepts, texts and rewards of a request that was not checked yet, or the results of its direction."""
     if not isinstance(request, Mapping):
         return 1
-    concepts, direction = request.get("concepts"), request.get("direction")
-    lists = [direction.get(name) for name in ("vectors", "strengths")] if isinstance(direction, Mapping) else []
-    results = math.prod(max(1, len(one)) for one in lists if isinstance(one, Sequence))
-    return max(results, len(concepts) if isinstance(concepts, Sequence) else 1)
+    lists = [request.get(name) for name in ("concepts", "experts", "rewards")]
+    direction = request.get("direction")
+    moves = [direction.get(name) for name in ("vectors", "strengths")] if isinstance(direction, Mapping) else []
+    results = math.prod(max(1, len(one)) for one in moves if isinstance(one, Sequence))
+    return max(results, sum(len(some) for some in lists if isinstance(some, Sequence)))
 
 
 def _one_edit(value: Any, name: str, where: str) -> EditRequest:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.directions import Direction, StoredDirection
 from pipeline.errors import Stage
+from pipeline.experts import AnyReward, NonEmptyPrompt, Prompt, TextExpert
 from pipeline.placement import Placement
+from pipeline.samples import Sample
 from pipeline.subjects import Subject
 
 if TYPE_CHECKING:
@@ -24,9 +26,6 @@ if TYPE_CHECKING:
     from pipeline.diffusion.steps import Solver
     from pipeline.engine.calls import Conditioning
     from pipeline.engine.pullback import LocalBasis
-
-Prompt = Annotated[str, StringConstraints(strip_whitespace=True, max_length=2000)]
-NonEmptyPrompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2000)]
 
 
 class Concept(BaseModel):
@@ -87,84 +86,27 @@ class EditRequest(BaseModel):
     """What it shall not show."""
     concepts: tuple[Concept, ...] = ()
     """What to add or remove, for methods that think in directions: ledits_pp."""
+    experts: tuple[TextExpert, ...] = ()
+    """More texts that act at once, each by its own direction. For h_edit."""
+    rewards: tuple[AnyReward, ...] = ()
+    """Losses of the image that the edit descends, with texts or without. For h_edit."""
     instruction: Prompt = ""
     """The edit as one would ask a person for it, for those who train on the results: no method reads it. Without one it
     is made of the concepts ("add sunglasses and remove the hat") or prompts (change "a cat" to "a dog")."""
     blend_words: WordPair | None = None
-    """What changes. prompt_to_prompt and proxedit keep everything outside of where these words attend; masactrl with
+    """What changes. prompt_to_prompt, proxedit, h_edit keep everything outside of where these words attend; masactrl's
     mask auto takes it for the foreground; diffedit and fast_diffedit compare these texts instead of the prompts."""
     subtract_words: WordPair | None = None
-    """What stays even inside of where blend_words attend. For prompt_to_prompt and proxedit."""
+    """What stays even inside of where blend_words attend. For prompt_to_prompt, proxedit and h_edit."""
     equalizer: dict[NonEmptyPrompt, float] = Field(default_factory=dict)
-    """Factor of a word's attention, by word of the target prompt; 1: unchanged. For prompt_to_prompt and proxedit."""
+    """Factor of a word's attention, by word of the target prompt; 1: unchanged. Read where cross_replace_steps is."""
     cross_replace_steps: dict[NonEmptyPrompt, Window] = Field(default_factory=dict)
     """Window of the steps in which a word's cross-attention is overwritten, by word of the target prompt; others have
-    the editor's. For prompt_to_prompt and proxedit."""
+    the editor's. For prompt_to_prompt, proxedit and h_edit."""
     direction: Direction | None = None
     """Where riemannian moves the image to, and how far. None: 16 moves along its strongest direction."""
     subject: Subject | None = None
     """What consistory keeps the same in all scenes of a set. A scene is an edit, and target_prompt what it shows."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One row of the source as read: nothing decoded, nothing checked."""
-
-    id: str  # shard path relative to the source, "/" and the key; "#index" follows where a shard repeats a key
-    shard: str  # shard path relative to the source
-    key: str  # the row's label; unique within its shard only
-    index: int  # ordinal of the sample in its shard, from 0
-    image: bytes  # encoded, as stored
-    image_name: str = ""  # member or column that held the image, e.g. "png"
-    image_path: str = ""  # name of the image's file, as the source tells it; "" where it tells none
-    caption: str = ""
-    mask: bytes | None = None  # encoded user mask, where the row brings one
-    edits: Any = None  # the row's own edit request(s), unparsed; None: the job's edits apply
-    columns: Mapping[str, Any] = field(default_factory=dict)  # JSON-able source columns
-    members: Mapping[str, bytes] = field(default_factory=dict)  # other binary members of the sample
-    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # columns that are numbers of classes: names
-    set_id: str = ""  # noise derives from it where it is one of several rows of a set; "": from the row's own id
-    blank: bool = False  # there is no image: a grey canvas of the model's size stands for it
-
-    @property
-    def noise_id(self) -> str:
-        """What the noise of its results derives from."""
-        return self.set_id or self.id
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unreadable:
-    """A row that stands in the source but could not be read: its sample holds what is known, mostly coordinates."""
-
-    sample: Sample
-    error_class: str
-    message: str  # without addresses, times and hosts; names the offset where a shard is damaged
-
-
-ReadRow = Sample | Unreadable
-"""A row as it was read, or why it could not be."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unit:
-    """A fixed chunk of one input shard: what is planned, edited and committed as a whole."""
-
-    id: str  # safe as a file name; derives from the shard's relative path and the chunk alone
-    shard: str  # path relative to the source
-    chunk: int  # from 0
-    start: int  # index of its first row in the shard
-    stop: int  # index after its last row
-    is_last: bool  # whether it is the shard's last unit
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnitInput:
-    """A unit and its rows, in the order of the shard."""
-
-    unit: Unit
-    shard_size: int  # bytes of the shard, as listed
-    shard_etag: str  # version of the shard as the store tells it; "" where it tells none
-    rows: tuple[ReadRow, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +172,7 @@ class Source:
     draw_noise: DrawNoise  # the inversion's noise
     editing_noise: Callable[[], DrawNoise]  # an editor's noise, from its beginning: no edit shifts another's
     pixels: np.ndarray | None = None  # (H, W, 3) uint8, the image itself
+    mask: np.ndarray | None = None  # (H, W) in [0, 1], the row's own, for what looks at pixels; None: it brings none
     placement: Placement | None = None  # of the image on its canvas; None: it fills the canvas
     stored: Mapping[str, Mapping[str, StoredDirection]] = field(default_factory=dict)  # by file and name
     # Noise of its own for each purpose that an editor names, from its beginning. None: nobody asks for any.
@@ -264,11 +207,11 @@ class Trajectory:
     data_preds: Tensor | None = None  # (N, C, h, w) predictions of the clean latents, for multistep solvers
     source_guidance: float = 1.0
     skipped_steps: int = 0  # steps of the whole schedule that were left out at its noisy end
+    level_above: Level | None = None  # that the last of these starts from; None: none was left out
     uncond: tuple[Conditioning, ...] | None = None  # N, one per step, that take the empty prompt's place. None: none
     uncond_scope: UncondScope = "all"  # which rows take `uncond`
     pinned: bool = False  # an editor's source branch is these latents, whatever is predicted for it
-    # N shares of the way back to these latents that a pinned source goes after each step. None: all of it, always.
-    pin_shares: tuple[float, ...] | None = None
+    pin_shares: tuple[float, ...] | None = None  # N, of the way back that a pinned source goes each step. None: all
 
     @property
     def source_prompt(self) -> str:

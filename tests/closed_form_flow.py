@@ -16,9 +16,9 @@ from typing_extensions import override
 
 from pipeline.diffusion.levels import Level, Schedule, Step, prediction_of
 from pipeline.engine.backbone import Backbone, ModelRecord, Offers
-from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall
+from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Valued
 from pipeline.errors import EditError
-from pipeline.models.gradients import gradients
+from pipeline.models.gradients import gradients, pulled_back
 
 SPREAD = 0.5  # standard deviation of the images around their mean
 
@@ -78,6 +78,10 @@ class ClosedFormFlow(Backbone):
     def decode_latents(self, latents: Tensor) -> Tensor:
         image = pixel_shuffle(latents, self.latent_scale)[:, :3].permute(0, 2, 3, 1)
         return ((image + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    @override
+    def decode_gradient(self, latents: Tensor, function: PixelFunction) -> Valued:
+        return pulled_back(latents, lambda leaf: pixel_shuffle(leaf, self.latent_scale)[:3], function)
 
     @override
     def denoise(self, call: NetworkCall) -> NetworkAnswer:

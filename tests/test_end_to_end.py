@@ -19,8 +19,8 @@ from pipeline.reading.placement import restore
 from pipeline.reading.prepare import prepare
 from pipeline.reading.requests import asked_of
 from pipeline.recipe import ModelConfig, recipe_from
-from pipeline.records import Sample
 from pipeline.running.driver import run
+from pipeline.samples import Sample
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline import Editor
 from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.errors import EditError, InvertError
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.recipe import recipe_from
+from pipeline.rewards.closed_form import MaskedColor
 from tests.methods import tiny_sd
 
 EDITING = {"method": "diffedit", "mask_thresholding_ratio": 2.0}
@@ -52,3 +54,27 @@ def test_the_noise_of_an_editor_is_the_same_after_any_inversion() -> None:
     one, other = (np.asarray(result.mask) for result in Editor(tiny_sd()).edit_many(PICTURE, recipe))
     assert 0 < one.mean() < 1
     np.testing.assert_array_equal(one, other)
+
+
+def test_a_reward_reads_the_rows_mask_pixel_by_pixel_and_not_by_cells_of_latents(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen, loss = [], MaskedColor.loss
+
+    def noting(reward: MaskedColor, pixels: torch.Tensor, sample: Any) -> torch.Tensor:
+        seen.append(sample.mask)
+        return loss(reward, pixels, sample)
+
+    monkeypatch.setattr(MaskedColor, "loss", noting)
+    stripes = np.zeros((64, 64), dtype=bool)
+    stripes[:, ::2] = True
+    Editor.load("analytic").edit(
+        (np.random.default_rng(0).random((64, 64, 3)) * 255).astype(np.uint8),
+        rewards=[{"method": "masked_color", "color": [0, 200, 0]}],
+        inversion={"method": "ddim", "num_steps": 2},
+        editing={"method": "h_edit", "user_mask": "rewards"},
+        mask=stripes,
+        size=64,
+    )
+    assert len(seen) == 2
+    assert all(torch.equal(mask, torch.from_numpy(stripes).float()) for mask in seen)

@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "pipeline"
 LAYERS = [
     {"errors", "common", "compat"},
     {"diffusion"},
-    {"records", "directions", "placement", "subjects"},
+    {"rewards", "experts"},
+    {"records", "samples", "directions", "placement", "subjects"},
     {"engine"},
     {"models"},
     {"inversion", "editing"},
@@ -27,6 +28,7 @@ LAYERS = [
     {"running"},
     {"studies"},
     {"looking"},
+    {"evaluation.job", "evaluation.from_run"},
     {"editor", "result"},
     {"cli"},
     {"entry"},
@@ -37,6 +39,8 @@ FOREIGN = {
     "transformers": {"models"},
     "fsspec": {"reading", "writing"},
     "typer": {"cli", "looking.ending"},
+    "httpx2": {"evaluation.judging"},
+    "scipy": {"evaluation"},
 }
 PLANTED = "from pipeline.cli import main\n"
 LOWEST = [

@@ -20,7 +20,8 @@ from pipeline.inversion import INVERSIONS
 from pipeline.models.demo.world import draw
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import Method, ModelConfig
-from pipeline.records import Concept, Decoded, EditRequest, Placement, Prepared, Sample
+from pipeline.records import Concept, Decoded, EditRequest, Placement, Prepared
+from pipeline.samples import Sample
 from tests.facts import editor_facts, inversion_facts
 
 SIDE = 32  # pixels
@@ -48,8 +49,8 @@ def method(inversion: str, editor: str) -> Method:
     """A pair that guides the edit as the inversion guides its source."""
     inverts, edits = inversion_facts(inversion), editor_facts(editor)
     settings: dict[str, Any] = {**edits.quick, **(edits.unguided if inverts.guidance == 1 else {})}
-    if "guidance_scale" in EDITORS[editor].model_fields:
-        settings["guidance_scale"] = inverts.guidance
+    sides = {"guidance_scale", "source_guidance_scale"} & EDITORS[editor].model_fields.keys()
+    settings |= dict.fromkeys(sides, inverts.guidance)
     return Method(
         inversion=INVERSIONS[inversion](method=inversion, num_steps=STEPS, **inverts.quick, **inverts.guided_by),
         editing=EDITORS[editor](method=editor, **settings),

@@ -19,7 +19,8 @@ from pipeline.inversion.ddim import DDIMInversion
 from pipeline.reading.prepare import HERE
 from pipeline.reading.requests import asked_of
 from pipeline.recipe import recipe_from
-from pipeline.records import Edited, Outcome, Rejected, Sample
+from pipeline.records import Edited, Outcome, Rejected
+from pipeline.samples import Sample
 from pipeline.writing.restoring import outcome_of
 from tests.facts import editor_facts, inversion_facts
 from tests.methods import BACKBONES, SIDE, invert_and_edit, source

@@ -110,3 +110,49 @@ def dilated(mask: Bool[Tensor, "h w"], passes: int) -> Bool[Tensor, "h w"]:
     for _ in range(passes):
         grown = max_pool2d(grown, 3, stride=1, padding=1)
     return grown[0, 0] > 0.5
+
+
+def otsu_threshold(values: Float[Tensor, "N"]) -> float:
+    """The value above which the upper of two classes begins: the variance between these is largest (Otsu 1979).
+
+    Of all splits of the sorted values; of equally good ones the first. Of equal values, nothing lies above.
+    """
+    ordered = values.double().sort().values
+    count = torch.arange(1, len(ordered), dtype=torch.float64)  # of the lower class
+    sums = ordered.cumsum(0)
+    lower, upper = sums[:-1] / count, (sums[-1] - sums[:-1]) / (len(ordered) - count)
+    between = count * (len(ordered) - count) * (upper - lower).square()
+    between[ordered[1:] == ordered[:-1]] = 0.0  # no threshold divides equal values
+    if len(between) == 0 or not bool((between > 0).any()):
+        return float(ordered[-1])
+    return float(ordered[int(between.argmax())])
+
+
+def above_otsu(scores: Float[Tensor, "E h w"], of_image: OfImage = everything) -> Bool[Tensor, "E h w"]:
+    """Keep, of each of E score maps, the upper one of the two classes that its values in the image fall into."""
+    thresholds = [otsu_threshold(of_image(one).flatten()) for one in scores]
+    return scores > torch.tensor(thresholds, dtype=torch.float64)[:, None, None].to(scores)
+
+
+def softly_eroded(
+    mask: Float[Tensor, "H W"], size: int = 13, passes: int = 7, threshold: float = 0.9
+) -> Float[Tensor, "H W"]:
+    """Shrink a mask in [0, 1] and let its edge fall off, for compositing (h-Edit's face recipe, arXiv 2503.02187).
+
+    Each pass takes the smaller of the mask and its mean under a cone of `size` x `size` pixels; the last one is the
+    mean alone. What reaches the threshold is 1, what does not is scaled by the largest such value. Nowhere does it
+    exceed the mask.
+    """
+    radius = size // 2
+    offsets = torch.arange(-radius, radius + 1, dtype=mask.dtype)
+    distance = (offsets[:, None].square() + offsets.square()).sqrt()
+    cone = distance.max() - distance
+    cone = (cone / cone.sum())[None, None]
+    soft = mask[None, None]
+    for _ in range(passes - 1):
+        soft = torch.minimum(soft, conv2d(soft, cone, padding=radius))
+    soft = conv2d(soft, cone, padding=radius)[0, 0]
+    inside = soft >= threshold
+    below = torch.where(inside, torch.zeros_like(soft), soft)
+    scaled = below / below.amax().clamp_min(torch.finfo(mask.dtype).tiny)
+    return torch.minimum(torch.where(inside, torch.ones_like(soft), scaled), mask)

@@ -7,6 +7,7 @@ from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.consistory import ConsiStory
 from pipeline.editing.diffedit import DiffEdit
 from pipeline.editing.fast_diffedit import FastDiffEdit
+from pipeline.editing.h_edit import HEdit
 from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.editing.masactrl import MasaCtrl
 from pipeline.editing.plug_and_play import PlugAndPlay
@@ -21,6 +22,7 @@ EDITORS: dict[str, type[EditingMethod]] = {
     "consistory": ConsiStory,
     "diffedit": DiffEdit,
     "fast_diffedit": FastDiffEdit,
+    "h_edit": HEdit,
     "ledits_pp": LEditsPP,
     "masactrl": MasaCtrl,
     "plug_and_play": PlugAndPlay,

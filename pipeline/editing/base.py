@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -50,6 +51,16 @@ class EditingMethod(BaseModel, ABC):
     def reads(self) -> str:
         """The file of stored directions that it reads; "": none."""
         return ""
+
+    def composited(self, pixels: np.ndarray, image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+        """What becomes of decoded pixels (H, W, 3) uint8: they stay, unless the method puts them into the image.
+
+        Args:
+            pixels: the decoded edit.
+            image: the source, (H, W, 3) uint8.
+            mask: the row's own, (H, W) in [0, 1]; None: it brings none.
+        """
+        return pixels
 
     def model_problems(self, offers: Offers) -> Iterator[str]:
         """Why it cannot work on a model that offers this, and the way out."""

@@ -50,10 +50,13 @@ def start_problems(start_step: int, num_steps: int) -> Iterator[str]:
         )
 
 
-def window_problems(name: str, window: Window, inversion: Inversion) -> Iterator[str]:
-    """Of a window of steps, shares of the whole schedule that are counted from the first step that is walked."""
+def window_problems(name: str, window: Window, inversion: Inversion, *, of_walked: bool = False) -> Iterator[str]:
+    """Of a window of steps, shares of the whole schedule that are counted from the first step that is walked.
+
+    `of_walked`: shares of the steps that are walked.
+    """
     start, stop = window
-    first = int(start * (inversion.schedule_steps + 1))
+    first = int(start * ((inversion.num_steps if of_walked else inversion.schedule_steps) + 1))
     if stop < start:
         yield f"{name} ends at {stop:g}, before it begins at {start:g}. Write the smaller share first"
     elif stop > start and first >= inversion.num_steps:
@@ -99,6 +102,21 @@ def pair_of_words_problems(
     if not caption_follows:
         yield from word_problems(words.source, what, request.source_prompt, "source")
     yield from word_problems(words.target, what, request.target_prompt, "target")
+
+
+def pairs_without_words_problems(request: EditRequest) -> Iterator[Problem]:
+    """Blend and subtract words that name none, or that take away from nothing."""
+    for what, words in (("blend", request.blend_words), ("subtract", request.subtract_words)):
+        if words is not None and not words.source and not words.target:
+            yield Problem(
+                f"{what}_words without a word",
+                f"{what}_words names no word. Name words of the source or the target prompt",
+            )
+    if request.blend_words is None and request.subtract_words is not None:
+        yield Problem(
+            "subtract_words without blend_words",
+            "subtract_words takes away from what blend_words name, and there are none. Add these",
+        )
 
 
 def word_problems(words: Iterable[str], what: str, prompt: str, which: str) -> Iterator[Problem]:

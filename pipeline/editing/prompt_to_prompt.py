@@ -35,6 +35,7 @@ from pipeline.editing.problems import (
     negative_prompt_problems,
     overlap_problems,
     pair_of_words_problems,
+    pairs_without_words_problems,
     target_problems,
     window_problems,
     word_count_problems,
@@ -42,7 +43,7 @@ from pipeline.editing.problems import (
 )
 from pipeline.editing.two_branch import BranchEdit, Branches, BranchRows, two_branch
 from pipeline.engine.backbone import Offers
-from pipeline.engine.calls import Steps
+from pipeline.engine.calls import Conditioning, Steps
 from pipeline.engine.controls import Control, Layers, Mix, Part, Route, Seen, Watch
 from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, Trajectory, Window
@@ -119,18 +120,8 @@ class PromptToPrompt(EditingMethod):
     ) -> Iterator[Problem]:
         for what, words in (("blend", request.blend_words), ("subtract", request.subtract_words)):
             yield from pair_of_words_problems(words, f"{what} word", request, caption_follows=caption_follows)
-            if words is not None and not words.source and not words.target:
-                yield Problem(
-                    f"{what}_words without a word",
-                    f"{what}_words names no word. Name words of the source or the target prompt",
-                )
-        if request.blend_words is None:
-            if request.subtract_words is not None:
-                yield Problem(
-                    "subtract_words without blend_words",
-                    "subtract_words takes away from what blend_words name, and there are none. Add these",
-                )
-        elif int(self.start_blend * inversion.schedule_steps) >= inversion.num_steps:
+        yield from pairs_without_words_problems(request)
+        if request.blend_words is not None and int(self.start_blend * inversion.schedule_steps) >= inversion.num_steps:
             yield Problem(
                 "start_blend beyond the steps that are walked",
                 f"start_blend {self.start_blend:g} of {inversion.schedule_steps} steps leaves none of the "
@@ -172,15 +163,7 @@ class PromptToPromptEdit(BranchEdit):
         # Windows are shares of the whole schedule, counted from the first step that is walked.
         self.schedule = word_schedule(target, total, settings.cross_replace_steps, request.cross_replace_steps)
         self.self_steps = range(*(int(total * share) for share in settings.self_replace_steps))
-        length = target.length
-        self.mapper, keep = torch.eye(length), torch.ones(length)
-        if settings.kind == "replace":
-            self.mapper = replacement_mapper(source, target, aligned_tail=settings.aligned_tail)
-        elif settings.kind == "refine":
-            index, keep = refinement_mapper(source, target)
-            self.mapper = torch.zeros((length, length))
-            self.mapper[index, torch.arange(length)] = keep
-        self.keep = keep
+        self.mapper, self.keep = mapper_of(settings.kind, source, target, aligned_tail=settings.aligned_tail)
         self.factors = equalizer_weights(target, request.equalizer)
         self.blend = self._selectors(branches, request, "blend")
         self.subtract = self._selectors(branches, request, "subtract")
@@ -260,6 +243,29 @@ class PromptToPromptEdit(BranchEdit):
         return self.last_mask
 
 
+def mapper_of(
+    kind: Literal["refine", "replace", "reweight"],
+    source: Conditioning,
+    target: Conditioning,
+    *,
+    aligned_tail: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Source tokens in target tokens' maps, (L, L), and (L,): 0 where a target token keeps its own map.
+
+    Raises:
+        PrepareError: `replace` with prompts of different numbers of words.
+    """
+    length = target.length
+    if kind == "replace":
+        return replacement_mapper(source, target, aligned_tail=aligned_tail), torch.ones(length)
+    if kind == "reweight":
+        return torch.eye(length), torch.ones(length)
+    index, keep = refinement_mapper(source, target)
+    mapper = torch.zeros((length, length))
+    mapper[index, torch.arange(length)] = keep
+    return mapper, keep
+
+
 def local_blend_mask(
     fields: Tensor, threshold: float, size: tuple[int, int], of_image: OfImage = everything, *, dilate: bool
 ) -> Tensor:
@@ -295,17 +301,30 @@ def attention_replacement(
         selectors: (S, L) tokens whose maps are collected, of source and target in turn. The S fields are the sums of
             what both rows watch: the target's map is made of the source's and its own.
     """
-    parts: list[Part] = []
-    shares = factors.double() * active  # the float64 networks of golden replays see the folding's rounding
-    take, own = mapper * shares, (1 - keep) * shares + (1 - active)
-    if active.any():
-        parts.append(Mix(row=target, source=source, take=take, keep=own))
-    if replaces_self:
-        # Self-attention maps are replaced by attending with the source's queries and keys: no map is made.
-        parts.append(Route(row=target, query=source, key=source, layers=COARSE))
+    take, own = folded(mapper, keep, factors, active)
+    parts = replacing_parts(source, target, take, own, mixes=bool(active.any()), replaces_self=replaces_self)
     if selectors is not None:
         of_source, of_target = selectors.double()[0::2], selectors.double()[1::2]
         watched_at_source = torch.stack([of_source, of_target @ take.T], dim=1).flatten(0, 1)
         watched_at_target = torch.stack([torch.zeros_like(of_target), of_target * own], dim=1).flatten(0, 1)
         parts += [Watch(source, watched_at_source), Watch(target, watched_at_target)]
     return Control(tuple(parts))
+
+
+def folded(mapper: Tensor, keep: Tensor, factors: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+    """A target's map is `source's @ take + own * keep` with these (L, L) and (L,): see `attention_replacement`."""
+    shares = factors.double() * active  # the float64 networks of golden replays see the folding's rounding
+    return mapper * shares, (1 - keep) * shares + (1 - active)
+
+
+def replacing_parts(
+    source: int, target: int, take: Tensor, own: Tensor, *, mixes: bool, replaces_self: bool, layers: Layers = COARSE
+) -> list[Part]:
+    """How a target row's attention is overwritten; `layers`: in which of its self-attention."""
+    parts: list[Part] = []
+    if mixes:
+        parts.append(Mix(row=target, source=source, take=take, keep=own))
+    if replaces_self:
+        # Self-attention maps are replaced by attending with the source's queries and keys: no map is made.
+        parts.append(Route(row=target, query=source, key=source, layers=layers))
+    return parts

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -10,9 +12,10 @@ from torch import Tensor
 
 from pipeline.diffusion.levels import Schedule
 from pipeline.engine.arriving import Wait, mark
-from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, Product
+from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Product
 from pipeline.engine.controls import WATCHED_FACTOR, Openings
-from pipeline.errors import EditError
+from pipeline.engine.tuning import UNTUNED, Tuning, Ways
+from pipeline.errors import EditError, ModelError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,8 @@ class Offers:
     openings: Openings = field(default_factory=Openings)  # where calls may let controls in
     inputs: frozenset[str] = frozenset()  # what it must be given beside the latents, by name
     embedding_gradients: bool = False  # of a prediction with respect to the text's embedding
+    # Whether a row is told the guidance scale that it shall answer for: `guidance` () among its conditioning's parts.
+    embedded_guidance: bool = False
     # Why it cannot be guided away from a prompt or walked backwards: it was distilled to few steps or to one guidance.
     # "": it can be.
     distilled: str = ""
@@ -102,9 +107,16 @@ class Backbone(Protocol):
     latent_channels: int
     latent_scale: int  # pixels per latent, along a side
     multiple: int  # sides in pixels are multiples of this
+    max_side: int | None = None  # pixels; None: any
+    tuning: Tuning = UNTUNED  # how it runs at present
+    ways: Ways = MappingProxyType({})  # in which it can run besides, on its device
 
     def encode_text(self, prompt: str) -> Conditioning:
         """Embed one prompt; text beyond the encoder's length is cut."""
+
+    def encode_texts(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """Embed several prompts in one call, whose size decides their last bits; these lie on its device."""
+        return [self.encode_text(prompt) for prompt in prompts]
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 to scaled latents (B, C, h, w), float32 or wider, on its device: the posterior's mode."""
@@ -112,12 +124,25 @@ class Backbone(Protocol):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) to (B, H, W, 3) uint8, on its device."""
 
+    def decode_gradient(self, latents: Tensor, function: PixelFunction) -> tuple[Tensor, Tensor]:
+        """A function's value () at the pixels of scaled latents (C, h, w), and its gradient at these: `DecodeGradient`.
+        Both lie on its device."""
+
     def denoise(self, call: NetworkCall) -> NetworkAnswer:
         """Predict noise and data of R rows in one network call; answers lie on the model's device.
 
         Raises:
             EditError: the model lacks what a control needs, or rows lack what it takes beside the latents.
         """
+
+    def tune(self, tuning: Tuning) -> None:
+        """Run in another way from now on.
+
+        Raises:
+            ModelError: it cannot.
+        """
+        if tuning != self.tuning:
+            raise ModelError(f"'{self.record.name}' cannot be run {tuning}. Set another sink.folder for a new run")
 
     def product(self, call: Product) -> Tensor:
         """Multiply R vectors with the bottleneck's Jacobian at R latents; the answer lies on the model's device.

@@ -7,6 +7,7 @@ A method is a generator over one image. It yields these records, the engine answ
     Denoise       -> Denoised: predictions (R, C, h, w) and, where asked, attention maps (R, h/4, w/4)
     Product       -> R vectors: the bottleneck's Jacobian times each
     DecodeLatents -> pixels (H, W, 3) uint8
+    DecodeGradient -> Valued: a function's value at the decoded pixels, and its gradient at the latents (C, h, w)
     Fork          -> list of results or exceptions, one per child generator
 
 R counts the rows of one call. Rows do not interact and may be packed into different network calls, unless the call has
@@ -65,6 +66,11 @@ class Conditioning:
         return int(self.embedding.shape[0])
 
     @property
+    def num_bytes(self) -> int:
+        """Memory that its tensors take."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
     def positions(self) -> tuple[int, ...]:
         """Places of the prompt's own tokens among the L keys."""
         return tuple(place for span in self.spans for place in span.places)
@@ -99,6 +105,31 @@ class DecodeLatents:
     """Decode latents (C, h, w) into pixels (H, W, 3) uint8."""
 
     latents: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGradient:
+    """Decode latents (C, h, w), and bring a function's gradient at the pixels back to them through the decoder.
+
+    `function` takes pixels (3, H, W), nominally in [-1, 1], not clipped, float32 or wider on the model's device, to its
+    value, a scalar, and its gradient there, like the pixels. It is called for one image at a time: no neighbour has a
+    say in its bits. Costs a pass through the decoder and one back, and no network row.
+    """
+
+    latents: Tensor
+    function: PixelFunction
+
+
+PixelFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Pixels (3, H, W) to a scalar, and its gradient there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Valued:
+    """Answer to `DecodeGradient`."""
+
+    value: float
+    gradient: Tensor  # (C, h, w) on the CPU, like the latents
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +240,6 @@ class Fork:
     children: tuple[Steps[Any], ...]
 
 
-Call = EncodeText | EncodeImage | DecodeLatents | Denoise | Product | Fork
+Call = EncodeText | EncodeImage | DecodeLatents | DecodeGradient | Denoise | Product | Fork
 Steps = Generator[Call, Any, T]
 """A generator over one image: yields calls, receives their answers, returns T."""

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 
@@ -25,7 +24,7 @@ from pipeline.engine.arriving import Arriving, begin_copy
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import (
     Call,
-    Conditioning,
+    DecodeGradient,
     DecodeLatents,
     Denoise,
     EncodeImage,
@@ -40,9 +39,9 @@ from pipeline.engine.packing import Batch, CallRow, RowQueue
 from pipeline.engine.pending import PendingCall, pending_call, rows_per_call
 from pipeline.engine.pictures import Picture, PictureBatch, PictureQueue, pictures_per_call
 from pipeline.engine.tasks import EngineStats, Finished, Session, Task
+from pipeline.engine.texts import Texts
 from pipeline.errors import DeviceError, EditError
 
-CACHED_PROMPTS = 1024  # kept per worker beside those in use; of Stable Diffusion 1 that is 240 MB
 GIVEN_CALLS = 2  # that the device has at a time: the one that it works on, and the one that it finds when that is done
 
 
@@ -68,9 +67,7 @@ class Engine:
         self.images_in_flight = images_in_flight or max(4, GIVEN_CALLS * call_size)
         self.pad = pad
         self.stats = EngineStats()
-        # A prompt that somebody still holds is never encoded again: methods tell prompts by identity.
-        self._prompts: WeakValueDictionary[str, Conditioning] = WeakValueDictionary()
-        self._kept: OrderedDict[str, Conditioning] = OrderedDict()
+        self._texts = Texts(backbone, pad=pad)
         self._queue = RowQueue()
         self._pictures = PictureQueue()
         self._given: deque[tuple[Batch | PictureBatch, Arriving]] = deque()  # to the device, oldest first
@@ -142,6 +139,7 @@ class Engine:
         """Its caller has gone, by Ctrl-C or an error of its own: what it asked for would only delay the next one."""
         session.is_left = True
         self._ready = deque(item for item in self._ready if item[0].session is not session)
+        self._texts.drop(lambda owner: owner.session is session)
         self._pictures.drop(lambda owner: owner.session is session)
         for pending in self._queue.calls():
             if pending.owner.session is session:
@@ -157,14 +155,21 @@ class Engine:
                 self._resume(*self._ready.popleft())
             # A full call goes first: it lets the oldest images finish before new ones are held in memory.
             if self._has_full() or not self._admit():
-                break
-        if not self._given or (len(self._given) < GIVEN_CALLS and self._has_full()):
+                if not len(self._texts):
+                    break
+                self._encode_texts()
+        given = sum(isinstance(batch, Batch) for batch, _ in self._given)  # pictures are over before a call is packed
+        if not self._given or (given < GIVEN_CALLS and self._has_full()):
             self._give_next()
         else:
             self._take(*self._given.popleft())
 
     def _has_full(self) -> bool:
-        return self._queue.has_full(self.call_size) or self._pictures.has_full(self.pictures_per_call)
+        return (
+            self._texts.has_full
+            or self._queue.has_full(self.call_size)
+            or self._pictures.has_full(self.pictures_per_call)
+        )
 
     def _admit(self) -> bool:
         """Start one more generator, of the session whose turn it is; whether there was one."""
@@ -206,7 +211,11 @@ class Engine:
             if isinstance(call, Fork) and call.children:
                 self._fork(task, call)
                 return
-            if isinstance(call, EncodeImage | DecodeLatents):
+            if isinstance(call, EncodeText):
+                if (answer := self._texts.push(task, call.prompts)) is None:
+                    return
+                continue
+            if isinstance(call, EncodeImage | DecodeLatents | DecodeGradient):
                 self._pictures.push(Picture.of(task, call))
                 return
             try:
@@ -237,23 +246,15 @@ class Engine:
 
     def _answer(self, call: Call) -> Any:
         match call:
-            case EncodeText(prompts):
-                return [self._encode_text(prompt) for prompt in prompts]
             case Fork():
                 return []
             case _:
                 raise TypeError(f"a method yielded {type(call).__name__}, which is no model call (engine/calls.py)")
 
-    def _encode_text(self, prompt: str) -> Conditioning:
-        # One prompt per encoder call, so that the shape never varies and a prompt has the same bits wherever it occurs.
-        conditioning = self._prompts.get(prompt)
-        if conditioning is None:
-            conditioning = self._prompts[prompt] = self.backbone.encode_text(prompt)
-        self._kept[prompt] = conditioning
-        self._kept.move_to_end(prompt)
-        if len(self._kept) > CACHED_PROMPTS:
-            self._kept.popitem(last=False)
-        return conditioning
+    def _encode_texts(self) -> None:
+        """One call of the text encoder. Its answers stay on the device: nothing waits for them."""
+        for owner, answer, error in self._texts.encode():
+            self._ready.append((owner, answer, None if error is None else self._no_fault_of_the_device(error)))
 
     def _enqueue(self, task: Task, call: Denoise | Product) -> None:
         pending = pending_call(task, call)
@@ -305,7 +306,7 @@ class Engine:
     def _begin(self, batch: Batch | PictureBatch) -> Arriving:
         if isinstance(batch, PictureBatch):
             pictures = batch.run(self.backbone, self.pictures_per_call if self.pad else 1)
-            return Arriving(begin_copy(pictures), self.backbone.mark())
+            return Arriving(tuple(map(begin_copy, pictures)), self.backbone.mark())
         size = rows_per_call(batch.kind, self.call_size) if self.pad else len(batch.rows)
         answer = batch.ask(self.backbone, size)
         self.stats.padded_rows += size - len(batch.rows)
@@ -353,7 +354,7 @@ class Engine:
         """Out of memory: halve the size of such calls for good, and try again; give up at one."""
         torch.cuda.empty_cache()
         if isinstance(batch, PictureBatch):
-            if self.pictures_per_call == 1:
+            if self.pictures_per_call == 1 or batch.is_gradient:
                 self._ready += [(picture.owner, None, error) for picture in batch.pictures]
                 return
             self.pictures_per_call //= 2

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.backbone import Backbone
-from pipeline.engine.calls import DecodeLatents, EncodeImage
+from pipeline.engine.calls import DecodeGradient, DecodeLatents, EncodeImage, PixelFunction, Valued
 
 PICTURE_SHARE = 8  # on a GPU a batch of the autoencoder has this fraction of a network call's rows
 
@@ -35,6 +35,7 @@ class _Kind:
 
     encodes: bool
     shape: tuple[int, ...]
+    alone: Picture | None  # one that shares its call with no other
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,19 +44,20 @@ class Picture:
 
     owner: Any  # whoever waits for the answer
     data: Tensor  # pixels (H, W, 3) uint8, or latents (C, h, w)
-    encodes: bool
+    encodes: bool = False
+    function: PixelFunction | None = None  # of the decoded pixels, whose gradient is wanted in their place
 
     @classmethod
-    def of(cls, owner: Any, call: EncodeImage | DecodeLatents) -> Picture:
+    def of(cls, owner: Any, call: EncodeImage | DecodeLatents | DecodeGradient) -> Picture:
         """What a call asks for."""
         if isinstance(call, EncodeImage):
             return cls(owner, torch.from_numpy(np.ascontiguousarray(call.pixels)), encodes=True)
-        return cls(owner, call.latents, encodes=False)
+        return cls(owner, call.latents, function=call.function if isinstance(call, DecodeGradient) else None)
 
     @property
     def kind(self) -> _Kind:
         """What it shares with those of its batch."""
-        return _Kind(self.encodes, tuple(self.data.shape))
+        return _Kind(self.encodes, tuple(self.data.shape), None if self.function is None else self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +66,27 @@ class PictureBatch:
 
     pictures: list[Picture]
 
-    def run(self, backbone: Backbone, size: int) -> Tensor:
+    @property
+    def is_gradient(self) -> bool:
+        """Whether it is one picture, and the gradient of a function of it is wanted."""
+        return self.pictures[0].function is not None
+
+    def run(self, backbone: Backbone, size: int) -> tuple[Tensor, ...]:
         """The call: of `size` pictures, or more where more are there. Its answer lies on the model's device."""
+        first = self.pictures[0]
+        if first.function is not None:
+            return backbone.decode_gradient(first.data, first.function)
         data = [picture.data for picture in self.pictures]
         stacked = torch.stack(data + data[:1] * (size - len(data)))
-        return backbone.encode_images(stacked) if self.pictures[0].encodes else backbone.decode_latents(stacked)
+        return (backbone.encode_images(stacked) if first.encodes else backbone.decode_latents(stacked),)
 
-    def deliver(self, answer: Tensor) -> Iterator[tuple[Any, Any]]:
-        """Each owner and its answer: latents, or pixels as an array."""
+    def deliver(self, answers: tuple[Tensor, ...]) -> Iterator[tuple[Any, Any]]:
+        """Each owner and its answer: latents, pixels as an array, or a value and its gradient."""
+        if self.is_gradient:
+            value, gradient = answers
+            yield self.pictures[0].owner, Valued(float(value), gradient)
+            return
+        (answer,) = answers
         for number, picture in enumerate(self.pictures):
             own = answer[number].clone()  # alone: the others' memory is free again when they are done
             yield picture.owner, own if picture.encodes else own.numpy()
@@ -83,12 +98,12 @@ class PictureBatch:
 
 def encode_picture(backbone: Backbone, pixels: np.ndarray) -> Tensor:
     """Latents (C, h, w) of pixels (H, W, 3) uint8, on the CPU: one picture, without an engine."""
-    return PictureBatch([Picture.of(None, EncodeImage(pixels))]).run(backbone, 1)[0].cpu()
+    return PictureBatch([Picture.of(None, EncodeImage(pixels))]).run(backbone, 1)[0][0].cpu()
 
 
 def decode_picture(backbone: Backbone, latents: Tensor) -> np.ndarray:
     """Pixels (H, W, 3) uint8 of latents (C, h, w): one picture, without an engine."""
-    return PictureBatch([Picture.of(None, DecodeLatents(latents))]).run(backbone, 1)[0].cpu().numpy()
+    return PictureBatch([Picture.of(None, DecodeLatents(latents))]).run(backbone, 1)[0][0].cpu().numpy()
 
 
 class PictureQueue:
@@ -106,7 +121,7 @@ class PictureQueue:
 
     def has_full(self, size: int) -> bool:
         """Whether some kind fills a batch."""
-        return any(len(waiting) >= size for waiting in self._by_kind.values())
+        return any(len(waiting) >= size or kind.alone is not None for kind, waiting in self._by_kind.items())
 
     def pop(self, size: int) -> PictureBatch:
         """The next batch: of the kind that fills most of one."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -45,17 +46,14 @@ def best_call_size(rows_per_second: Callable[[int], float | None]) -> int:
 
 def probe_call_size(backbone: Backbone, image_size: int) -> int:
     """Time calls of several sizes on the model's own device, for square images of `image_size` pixels."""
-    side = image_size // backbone.latent_scale
-    prompt = backbone.encode_text("a photo")
-    level = backbone.schedule.steps(2, (side, side))[-1].start
 
     def rows_per_second(size: int) -> float | None:
-        latents = torch.zeros((size, backbone.latent_channels, side, side))
-        watch = None
+        call = trial_call(backbone, image_size, size)
+        prompt = call.conditioning[0]
         if prompt.positions and backbone.offers.watches:
             watch = torch.zeros((size, 1, prompt.length))
             watch[:, 0, prompt.positions[0]] = 1.0
-        call = NetworkCall(latents, [level] * size, [prompt] * size, watch)
+            call = replace(call, watch=watch)
         try:
             started = 0.0
             for round_ in range(ROUNDS + 1):
@@ -69,3 +67,17 @@ def probe_call_size(backbone: Backbone, image_size: int) -> int:
         return size * ROUNDS / (time.perf_counter() - started)
 
     return best_call_size(rows_per_second)
+
+
+def trial_call(backbone: Backbone, image_size: int, rows: int) -> NetworkCall:
+    """A plain call of rows of noise, each its own, for square images of about `image_size` pixels."""
+    side = image_size // backbone.multiple * backbone.multiple // backbone.latent_scale
+    shape = (rows, backbone.latent_channels, side, side)
+    prompt = backbone.encode_text("a photo")
+    level = backbone.schedule.steps(2, (side, side))[-1].start
+    return NetworkCall(
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)),
+        [level] * rows,
+        [prompt] * rows,
+        beside={name: torch.zeros((rows, 1 + shape[1], side, side)) for name in backbone.offers.inputs},
+    )

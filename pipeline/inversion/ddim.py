@@ -58,7 +58,8 @@ class DDIMInversion(Inversion):
 
     @override
     def invert(self, source: Source) -> Steps[Trajectory]:
-        solver = DDIM(steps=self.steps_on(source.schedule, source.size))
+        steps = source.schedule.steps(self.schedule_steps, source.size)
+        solver = DDIM(steps=steps[self.skip_steps :])
         prompt = yield from GuidedPrompt.encode(source.prompt, self.guidance_scale, source.negative_prompt)
         latents = [source.latents]
         for step in reversed(range(self.num_steps)):
@@ -71,4 +72,5 @@ class DDIMInversion(Inversion):
             latents=torch.stack(latents[::-1]),
             source_guidance=self.guidance_scale,
             skipped_steps=self.skip_steps,
+            level_above=steps[self.skip_steps - 1].start if self.skip_steps else None,
         )

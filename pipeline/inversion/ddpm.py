@@ -83,17 +83,21 @@ class DDPMInversion(Inversion):
         # Truncating the float product (100 steps, 0.15: 114) is what diffusers does.
         return int(self.num_steps * (1.0 + self.skip))
 
-    def solver_for(self, schedule: Schedule, size: tuple[int, int]) -> Solver:
-        """The N kept steps on a checkpoint's schedule; leading spacing, whatever the checkpoint samples with."""
+    def solver_for(self, schedule: Schedule, size: tuple[int, int], *, skipped: int = 0) -> Solver:
+        """The N kept steps on a checkpoint's schedule; leading spacing, whatever the checkpoint samples with.
+
+        `skipped`: as many of the steps before them, too.
+        """
+        kept = self.num_steps + skipped
         # The last step, too, has a noise map: scaled, where the schedule has a noisy level for it to end at.
         exact = self.exact_last_step
         last_map: LastMap = "residual" if exact else "none"
         if self.solver == "ddim":
             steps = schedule.steps(self.schedule_steps, size, leading=True, to_lowest=exact)
             power = 2 if self.eta_form == "standard" else 1
-            return DDIM(steps=steps[-self.num_steps :], eta=self.eta, last_map=last_map, power_of_eta=power)
+            return DDIM(steps=steps[-kept:], eta=self.eta, last_map=last_map, power_of_eta=power)
         levels = schedule.multistep_levels(self.schedule_steps, size, to_lowest=exact)
-        return SDEDPMSolver.along(levels[-self.num_steps - 1 :], last_map)
+        return SDEDPMSolver.along(levels[-kept - 1 :], last_map)
 
     @override
     def invert(self, source: Source) -> Steps[Trajectory]:
@@ -117,6 +121,7 @@ class DDPMInversion(Inversion):
                 latents[step + 1] = mean  # what replaying the trajectory returns
             noise_maps.append(noise_map)
             data_preds.append(data_pred)
+        skips = self.schedule_steps > self.num_steps
         return Trajectory(
             method=self.method,
             source=source,
@@ -126,5 +131,6 @@ class DDPMInversion(Inversion):
             data_preds=torch.stack(data_preds),
             source_guidance=self.source_guidance_scale,
             skipped_steps=self.schedule_steps - self.num_steps,
+            level_above=self.solver_for(source.schedule, source.size, skipped=1).steps[0].start if skips else None,
             pinned=True,
         )

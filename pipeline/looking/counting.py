@@ -17,13 +17,14 @@ from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.directions import StoredDirection
 from pipeline.engine.backbone import Backbone, Bottleneck, ModelRecord, Offers
-from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, Product, Span
+from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Product, Span
 from pipeline.engine.controls import DecoderBlock, Openings
 from pipeline.engine.engine import Engine
 from pipeline.engine.placing import rows_recorded
 from pipeline.flow import edit_prepared
 from pipeline.recipe import Recipe
-from pipeline.records import EditRequest, Placement, Prepared, Sample
+from pipeline.records import EditRequest, Placement, Prepared
+from pipeline.samples import Sample
 
 
 @dataclass(slots=True)
@@ -148,6 +149,11 @@ class ZeroBackbone(Backbone):
     def decode_latents(self, latents: Tensor) -> Tensor:
         height, width = latents.shape[-2] * self.latent_scale, latents.shape[-1] * self.latent_scale
         return torch.zeros((len(latents), height, width, 3), dtype=torch.uint8)
+
+    @override
+    def decode_gradient(self, latents: Tensor, function: PixelFunction) -> tuple[Tensor, Tensor]:
+        """The function is not asked: a learned one would be loaded for it."""
+        return latents.new_zeros(()), torch.zeros_like(latents)
 
     @override
     def denoise(self, call: NetworkCall) -> NetworkAnswer:

@@ -29,7 +29,8 @@ from pipeline.reading.shards import Shard
 from pipeline.reading.storage import FileSystem, open_fs
 from pipeline.reading.units import list_shards, plan_reads, read_units
 from pipeline.recipe import Recipe, recipe_from
-from pipeline.records import Decoded, ReadRow, Rejected, Unreadable
+from pipeline.records import Decoded, Rejected
+from pipeline.samples import ReadRow, Unreadable
 from pipeline.writing.commit import committed_units
 from pipeline.writing.finish import labels_of
 from pipeline.writing.manifest import Manifest
@@ -98,6 +99,7 @@ def regenerate(run: Run, key: str, *, edit: str | None = None, method: str | Non
     about = stored.about
     with _threads(record.threads if on_cpu else None):
         backbone = load_backbone(recipe.model, device="cpu" if on_cpu else None)
+        backbone.tune(record.tuned.tuning)
         engine = Engine(backbone, call_size=record.call_size)
         made = [
             encode_outcome(outcome_of(result), recipe, backbone.record, record.call_size)
@@ -112,7 +114,7 @@ def regenerate(run: Run, key: str, *, edit: str | None = None, method: str | Non
     )
     seed = f"seed {made[0]['seed']}" if made and not isinstance(made[0], Rejected) else "no result"
     threads = f", {record.threads} thread(s)" if on_cpu else ""
-    now = run_record(recipe, [], backbone.record, record.call_size, record.threads)
+    now = run_record(recipe, [], backbone.record, record.call_size, record.threads, record.tuned)
     return Comparison(
         id=about["id"],
         edit=about["edit"],

@@ -21,11 +21,11 @@ from typing_extensions import override
 from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import Backbone, Bottleneck, ModelRecord, Offers
-from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, Product, Span
+from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Product, Span
 from pipeline.engine.controls import WATCHED_FACTOR, DecoderBlock, Layer, Openings, ResidualBlock
 from pipeline.engine.placing import rows_recorded
 from pipeline.errors import EditError
-from pipeline.models.gradients import gradients
+from pipeline.models.gradients import gradients, pulled_back
 
 STABLE_DIFFUSION_SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -98,6 +98,10 @@ class AnalyticBackbone(Backbone):
     def decode_latents(self, latents: Tensor) -> Tensor:
         image = pixel_shuffle(latents, self.latent_scale).permute(0, 2, 3, 1)
         return ((image + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    @override
+    def decode_gradient(self, latents: Tensor, function: PixelFunction) -> tuple[Tensor, Tensor]:
+        return pulled_back(latents, lambda leaf: pixel_shuffle(leaf, self.latent_scale), function)
 
     def spots(self, embeddings: Tensor, height: int, width: int) -> Tensor:
         """Where each of R prompts (R, L, 6) has its spot: (R, height, width) in [0, 1]."""

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from pipeline.diffusion.copying import to_device
+from pipeline.engine.calls import PixelFunction
+from pipeline.models.gradients import pulled_back
+from pipeline.models.kernels import exact_float32
 
 
 class Autoencoder:
@@ -20,6 +23,7 @@ class Autoencoder:
     def __init__(self, vae: Any, outside: torch.dtype) -> None:
         """`outside`: of the latents that it takes and gives."""
         self.vae, self._outside = vae, outside
+        vae.requires_grad_(False)  # its gradients are of latents alone
         self._scale: float = vae.config.scaling_factor
         self._shift: float = vae.config.get("shift_factor") or 0.0
         self._per_channel = _per_channel(vae)
@@ -31,7 +35,8 @@ class Autoencoder:
         image = to_device(pixels, self.vae.device).to(self.vae.dtype)
         # Laid out plane by plane: other strides would choose other kernels, whose last bits differ.
         image = image.permute(0, 3, 1, 2).contiguous() / 127.5 - 1.0
-        latents = self.vae.encode(image).latent_dist.mode()
+        with exact_float32(image):
+            latents = self.vae.encode(image).latent_dist.mode()
         if self._per_channel is not None:
             mean, std = self._per_channel
             latents = (latents - mean) / std
@@ -40,12 +45,26 @@ class Autoencoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to (B, H, W, 3) uint8 on its device."""
-        scaled = to_device(latents, self.vae.device).to(self.vae.dtype) / self._scale + self._shift
+        image = self._decoded(to_device(latents, self.vae.device).to(self.vae.dtype)).float()
+        return ((image.permute(0, 2, 3, 1) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def decode_gradient(self, latents: Tensor, function: PixelFunction) -> tuple[Tensor, Tensor]:
+        """A function's value at the pixels of latents (C, h, w), and its gradient at these: see `DecodeGradient`."""
+
+        def decode(leaf: Tensor) -> Tensor:
+            return self._decoded(leaf[None].to(self.vae.dtype))[0].to(self._outside)
+
+        return pulled_back(to_device(latents, self.vae.device).to(self._outside), decode, function)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) to pixels (B, 3, H, W), nominally in [-1, 1], in the autoencoder's dtype."""
+        scaled = latents / self._scale + self._shift
         if self._per_channel is not None:
             mean, std = self._per_channel
             scaled = scaled * std + mean
-        image = self.vae.decode(scaled).sample.float()
-        return ((image.permute(0, 2, 3, 1) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        with exact_float32(scaled):
+            image: Tensor = self.vae.decode(scaled).sample
+        return image
 
 
 def _per_channel(vae: Any) -> tuple[Tensor, Tensor] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,10 +26,10 @@ class ClipText:
         return Span(0, tuple(found.input_ids), own, words_of_tokens(prompt, found.offset_mapping[1:-1]))
 
     @torch.no_grad()
-    def encode(self, prompt: str, *, hidden_states: bool = False) -> Any:
-        """The encoder's answer for one prompt, a batch of 1; with the states of all its layers, where asked."""
+    def encode(self, prompts: Sequence[str], *, hidden_states: bool = False) -> Any:
+        """The encoder's answer for a batch of prompts; with the states of all its layers, where asked."""
         padded = self.tokenizer(
-            prompt,
+            list(prompts),
             padding="max_length",
             truncation=True,
             max_length=self.tokenizer.model_max_length,

@@ -38,8 +38,9 @@ def check_compiler(device: torch.device) -> None:
     except Exception as error:  # whatever the compiler's own chain of tools raises
         what = str(error).strip().partition("\n")[0]
         raise ModelError(
-            f"model.compile is set, and torch cannot compile for {device.type} here ({type(error).__name__}: {what}). "
-            "Install a C++ compiler (g++, or the one that CXX names) and Python's headers, or leave model.compile out"
+            f"torch cannot compile for {device.type} here ({type(error).__name__}: {what}), and the network is to run "
+            "compiled. Install a C++ compiler (g++, or the one that CXX names) and Python's headers, or set "
+            "model.compile: false for a new run"
         ) from error
 
 

@@ -1,4 +1,5 @@
-"""Gradients of what methods make of a prediction, with respect to the text that the network read."""
+"""Gradients of what methods make of a prediction, with respect to the text that the network read; and of what they make
+of pixels, with respect to the latents that were decoded."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from pipeline.diffusion.copying import to_device
 from pipeline.diffusion.levels import Prediction, stacked
+from pipeline.engine.calls import PixelFunction
 
 
 def gradients(
@@ -27,3 +29,19 @@ def gradients(
     both = to_device(torch.stack([wanted.noise, wanted.data]).to(predictions.noise.dtype), predictions.noise.device)
     (found,) = torch.autograd.grad([predictions.noise, predictions.data], embeddings, list(both))
     return found
+
+
+def pulled_back(latents: Tensor, decode: Callable[[Tensor], Tensor], function: PixelFunction) -> tuple[Tensor, Tensor]:
+    """A function's value () at decoded pixels, and its gradient at the latents (C, h, w): see `DecodeGradient`.
+
+    Args:
+        latents: (C, h, w), on the model's device.
+        decode: takes them to pixels (3, H, W), differentiably.
+        function: of the pixels.
+    """
+    with torch.enable_grad():
+        leaf = latents.detach().requires_grad_()
+        pixels = decode(leaf)
+        value, gradient = function(pixels.detach())
+        (found,) = torch.autograd.grad(pixels, leaf, gradient.to(pixels))
+    return value.detach(), found

@@ -14,20 +14,29 @@ from pipeline.diffusion.copying import stacked_on, to_device
 from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import Backbone, ModelRecord, Offers
-from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, Product
+from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Product
 from pipeline.engine.controls import PLAIN, WATCHED_FACTOR
 from pipeline.engine.stacking import Shape, Stacked, stack
+from pipeline.engine.tuning import Tuning, Ways
 from pipeline.errors import EditError
 from pipeline.models.autoencoder import Autoencoder
+from pipeline.models.compiling import check_compiler
 from pipeline.models.gradients import gradients
 from pipeline.models.unet import OpenedUNet
+
+WAYS: Ways = {
+    "attention": ("flash", "cudnn", "efficient"),
+    "layout": ("channels_last",),
+    "projections": ("joined",),
+    "execution": ("compiled", "graphs"),
+}
 
 
 class Text(Protocol):
     """How a family tells its UNet of a prompt."""
 
-    def encode(self, prompt: str) -> Conditioning:
-        """Embed one prompt; text beyond the encoder's length is cut."""
+    def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """Embed prompts in one call; text beyond the encoder's length is cut."""
 
     def added(self, conditioning: Sequence[Conditioning], height: int, width: int) -> dict[str, Tensor]:
         """What the UNet takes beside time and text, for R rows of latents (height, width), by its own names."""
@@ -46,7 +55,6 @@ class StableDiffusion(Backbone):
         offers: Offers,
         record: ModelRecord,
         device: torch.device,
-        compile_unet: bool = False,
     ) -> None:
         self.unet, self.autoencoder, self.text = unet, autoencoder, text
         self.schedule, self.record, self.device = schedule, record, device
@@ -59,12 +67,16 @@ class StableDiffusion(Backbone):
         # Between model calls everything is float32, or wider where the networks are.
         self._outside = torch.promote_types(self._dtype, torch.float32)
         unet.requires_grad_(False)
-        self._network = OpenedUNet(unet, compile_unet=compile_unet)
+        self._network = OpenedUNet(unet)
         self.offers = dataclasses.replace(offers, openings=self._network.openings)
 
     @override
     def encode_text(self, prompt: str) -> Conditioning:
-        return self.text.encode(prompt)
+        return self.text.encode((prompt,))[0]
+
+    @override
+    def encode_texts(self, prompts: Sequence[str]) -> list[Conditioning]:
+        return self.text.encode(prompts)
 
     @override
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -73,6 +85,24 @@ class StableDiffusion(Backbone):
     @override
     def decode_latents(self, latents: Tensor) -> Tensor:
         return self.autoencoder.decode(latents)
+
+    @property
+    def ways(self) -> Ways:  # type: ignore[override]  # decided by its device
+        """On a GPU; on CPUs results are the same everywhere."""
+        return WAYS if self.device.type == "cuda" else {}
+
+    @override
+    def tune(self, tuning: Tuning) -> None:
+        if tuning == self.tuning:
+            return
+        if tuning.execution != "eager":
+            check_compiler(self.device)
+        self.tuning = tuning
+        self._network.tune(tuning)
+
+    @override
+    def decode_gradient(self, latents: Tensor, function: PixelFunction) -> tuple[Tensor, Tensor]:
+        return self.autoencoder.decode_gradient(latents, function)
 
     @override
     def denoise(self, call: NetworkCall) -> NetworkAnswer:

@@ -24,9 +24,12 @@ from pipeline.engine.controls import (
     Where,
 )
 from pipeline.engine.stacking import Stacked
+from pipeline.engine.tuning import UNTUNED, Tuning
 from pipeline.errors import ModelError
 from pipeline.models.attention import Acting, attention_of_distinct_rows, explicit_attention, fused_attention
 from pipeline.models.compiling import compiled
+from pipeline.models.graphs import Replayed
+from pipeline.models.kernels import asking_first, exact_float32, join_projections, projections
 from pipeline.models.unet_layout import decoder_of
 
 PLACES: dict[str, NetworkPart] = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}  # as they are executed
@@ -49,21 +52,32 @@ class OpenedUNet:
 
     Args:
         unet: is changed for good.
-        compile_unet: run it as compiled graphs, one per kind of call; calls that keep a graph for gradients are not.
 
     Raises:
         ModelError: a layer is not the plain attention of a transformer block.
     """
 
-    def __init__(self, unet: Any, *, compile_unet: bool = False) -> None:
+    def __init__(self, unet: Any) -> None:
         self.unet = unet
+        self.tuning = UNTUNED
         self.openings = openings_of(unet)
         self._now = Now()
         _open_attention(unet, self._now)
         _open_residuals(unet, self._now)
         _open_transformers(unet, self._now)
         _open_decoder(unet, self._now)
-        self._compiled: Callable[..., Any] | None = compiled(self._run) if compile_unet else None
+        self._compiled: Callable[..., Any] | None = None
+
+    def tune(self, tuning: Tuning) -> None:
+        """Run in another way from now on. Calls that keep a graph for gradients are never compiled."""
+        self.tuning = tuning
+        memory = torch.channels_last if tuning.layout == "channels_last" else torch.contiguous_format
+        self.unet.to(memory_format=memory)
+        for name, layer in attention_layers(self.unet).items():
+            attention = self.unet.get_submodule(name.removesuffix(".processor"))
+            join_projections(attention, layer, tuning.projections == "joined")
+        run = None if tuning.execution == "eager" else compiled(self._run)
+        self._compiled = Replayed(run) if run is not None and tuning.execution == "graphs" else run
 
     @property
     def compiles(self) -> bool:
@@ -97,11 +111,14 @@ class OpenedUNet:
             block.
         """
         run = self._compiled if self._compiled is not None and self.compiles else self._run
+        if self.tuning.layout == "channels_last":
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
         try:
             more = None if added is None else dict(added)
             if free_u is not None:
                 self.unet.enable_freeu(*free_u)
-            output, watched, recorded = run(inputs, times, context, controls, more, alike)
+            with asking_first(self.tuning.attention), exact_float32(inputs):
+                output, watched, recorded = run(inputs, times, context, controls, more, alike)
         finally:
             self._now.acting = self._now.alike = None
             if free_u is not None:
@@ -139,7 +156,7 @@ class OpenedUNet:
         """The bottleneck's Jacobian times vectors (R, C, h, w), in forward mode: (R, C', h', w')."""
         self._now.explicit = True
         try:
-            with torch.no_grad(), forward_ad.dual_level():
+            with torch.no_grad(), exact_float32(inputs), forward_ad.dual_level():
                 output = self.bottleneck(forward_ad.make_dual(inputs, vectors), times, context, added)
                 return cast(Tensor, forward_ad.unpack_dual(output).tangent)
         finally:
@@ -154,7 +171,7 @@ class OpenedUNet:
         added: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The bottleneck's transposed Jacobian times vectors (R, C', h', w'), in reverse mode: (R, C, h, w)."""
-        with torch.enable_grad():
+        with torch.enable_grad(), exact_float32(inputs):
             inputs = inputs.detach().requires_grad_()
             (found,) = torch.autograd.grad(self.bottleneck(inputs, times, context, added), inputs, vectors)
         return found
@@ -219,7 +236,7 @@ def _attend(
     context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
     query, key, value = (
         states.unflatten(-1, (attention.heads, -1)).transpose(1, 2)  # (R, heads, N or L, d)
-        for states in (attention.to_q(hidden_states), attention.to_k(context), attention.to_v(context))
+        for states in projections(attention, hidden_states, context)
     )
     acting = now.acting
     if now.explicit:

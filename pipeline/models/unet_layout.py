@@ -102,7 +102,7 @@ def bottleneck_of_config(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> Bot
         channels=int(channels[-1]),
         factor=int(2 ** (len(channels) - 1)),
         latent_channels=int(vae.get("latent_channels", 4)),
-        latent_scale=int(2 ** (len(vae["block_out_channels"]) - 1)),
+        latent_scale=int(2 ** (len(vae.get("block_out_channels", (64,))) - 1)),
         side=int(unet["sample_size"]),
     )
 

@@ -17,7 +17,7 @@ from pipeline.reading.rows import IMAGE_EXTENSIONS, build_sample, damaged_row, e
 from pipeline.reading.shards import FolderRow, ReadTask
 from pipeline.reading.storage import open_fs, retrying
 from pipeline.recipe import SourceConfig
-from pipeline.records import ReadRow
+from pipeline.samples import ReadRow
 
 GONE = (FileNotFoundError, PermissionError, IsADirectoryError)
 

@@ -21,7 +21,7 @@ from pipeline.reading.rows import damaged_row
 from pipeline.reading.rows_as_json import Labels, unpack_row
 from pipeline.reading.shards import DamagedFileError, NoImageColumnError
 from pipeline.recipe import SourceConfig
-from pipeline.records import ReadRow
+from pipeline.samples import ReadRow
 
 BATCH_ROWS = 16  # decoded at a time: bounds memory
 PIECE = 8 << 20  # bytes of the file that are sent at once

@@ -22,7 +22,7 @@ from pipeline.reading.parquet_rows import (
 from pipeline.reading.rows import damaged_row
 from pipeline.reading.rows_as_json import pack_row
 from pipeline.reading.shards import DamagedFileError, NoImageColumnError
-from pipeline.records import ReadRow, Unreadable
+from pipeline.samples import ReadRow, Unreadable
 from pipeline.settings.sections import SourceConfig
 
 MAX_TEXT = 16 << 20  # bytes of JSON that all but a row's pictures and members may become

@@ -31,7 +31,7 @@ from pipeline.common.showing import describe
 from pipeline.reading.rows import Names, RowProblemError, listed, split_edits, unreadable
 from pipeline.reading.rows_as_json import Labels
 from pipeline.reading.shards import DamagedFileError, NoImageColumnError
-from pipeline.records import ReadRow, Sample
+from pipeline.samples import ReadRow, Sample
 from pipeline.settings.sections import SourceConfig
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "img", "image_bytes", "input_image", "input")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pipeline.errors import PrepareError, RowError, Stage
 from pipeline.recipe import Recipe, parse_edits
-from pipeline.records import Asked, EditRequest, ReadRow, Refusal, Sample, Unreadable
+from pipeline.records import Asked, EditRequest, Refusal
+from pipeline.samples import ReadRow, Sample, Unreadable
 
 MAX_PROMPT = 2000  # characters of a caption that become a prompt; a text encoder reads about 300
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.errors import UNREADABLE
-from pipeline.records import ReadRow, Sample, Unreadable
+from pipeline.samples import ReadRow, Sample, Unreadable
 from pipeline.settings.sections import SourceConfig
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm", "pbm", "jp2", "avif")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.records import ReadRow, Sample, Unreadable
+from pipeline.samples import ReadRow, Sample, Unreadable
 
 Labels = Mapping[str, tuple[str, ...]]
 """Columns of the source that hold numbers of classes, and the classes' names."""

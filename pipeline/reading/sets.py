@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pipeline.reading.rows import Names, damaged_row, unreadable
 from pipeline.reading.storage import open_fs, retrying
 from pipeline.recipe import SourceConfig
-from pipeline.records import ReadRow, Sample
+from pipeline.samples import ReadRow, Sample
 from pipeline.settings.explain import problems_in_words
 
 MAX_LINE = 16 << 20  # bytes of a set's line

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.records import Unit
+from pipeline.samples import Unit
 
 Format = Literal["webdataset", "parquet", "folder", "sets"]
 UNIT_BYTES = 64 << 20  # of a unit's rows together, about; at least a quarter of the largest member that is allowed

@@ -24,7 +24,7 @@ from pipeline.reading.rows import damaged_row
 from pipeline.reading.shards import Cuts, ReadTask, Shard, shard_slug, unit_id, unit_of
 from pipeline.reading.storage import open_fs, retrying, storage_errors
 from pipeline.recipe import SourceConfig
-from pipeline.records import ReadRow, Sample, UnitInput
+from pipeline.samples import ReadRow, Sample, UnitInput
 
 BUFFER = 4 << 20  # bytes fetched from an object store at a time
 COUNT_BUFFER = 256 << 10  # the same while only headers are read
@@ -103,6 +103,7 @@ def read_units(
             return
         done = unit.unit.chunk + 1
         yield unit
+        del unit  # not held while the next one is read
 
 
 def count_rows(shard: Shard, source: SourceConfig) -> int:
@@ -225,7 +226,7 @@ def _cut(
                 yield _unit(task.shard, chunk, start, held, is_last=False)
             chunk, start, held, taken = chunk_of(index), index, [], 0
         kept = _within(task.shard, row, taken)
-        taken += _bytes_of(kept)
+        taken += kept.nbytes if isinstance(kept, Sample) else 0
         held.append(kept)
     if not is_passed_over(chunk):
         is_last = task.stop is None or task.stop == (task.shard.rows or 0)
@@ -246,12 +247,6 @@ def _within(shard: Shard, row: ReadRow | None, taken: int) -> ReadRow | None:
         f"the rows before it in its unit hold more than {most} bytes; the file's footer announces {shard.row_bytes} "
         "for a row. Set a smaller run.unit_size, or write the file anew",
     )
-
-
-def _bytes_of(row: ReadRow | None) -> int:
-    if not isinstance(row, Sample):
-        return 0
-    return len(row.image) + len(row.mask or b"") + sum(map(len, row.members.values())) + len(row.caption)
 
 
 def _unit(shard: Shard, chunk: int, start: int, rows: list[ReadRow | None], *, is_last: bool) -> UnitInput:

@@ -25,7 +25,7 @@ from pipeline.reading.rows import (
 )
 from pipeline.reading.tar import Damage, Entry, Stream, TarWalk
 from pipeline.recipe import SourceConfig
-from pipeline.records import ReadRow
+from pipeline.samples import ReadRow
 
 GZIP = b"\x1f\x8b"
 MAX_MEMBERS = 1000  # of a sample

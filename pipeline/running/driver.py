@@ -232,7 +232,7 @@ def _open(
     stopping.check()
     _say(recipe.model.caveat, progress)
     settings = executor.settings
-    record = run_record(recipe, todo.shards, executor.model, settings.call_size, settings.threads)
+    record = run_record(recipe, todo.shards, executor.model, settings.call_size, settings.threads, settings.tuned)
     if before is None:
         claim.check()
         write_run_record(record, recipe.sink)

@@ -17,10 +17,10 @@ from pipeline.engine.backbone import ModelRecord
 from pipeline.errors import RunAborted
 from pipeline.reading.units import read_units
 from pipeline.recipe import Recipe, SinkConfig
-from pipeline.records import UnitInput
 from pipeline.running.pool import UNITS_AT_ONCE, Resources, WorkerSettings, plan_pool
 from pipeline.running.tally import Seen, Tally
 from pipeline.running.todo import Todo
+from pipeline.samples import UnitInput
 from pipeline.writing.commit import FinishedUnit, commit
 from pipeline.writing.lock import Claim
 from pipeline.writing.merged import Contents
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 
 SECONDS_BETWEEN_CHECKS = 0.1  # for a signal, while units are at work
+HELD_BYTES = 64 << 20  # of rows at work, beyond which the next unit is not read yet
 
 
 class Executor(Protocol):
@@ -72,20 +73,15 @@ class LocalExecutor(Executor):
     @override
     def open(self, before: RunRecord | None) -> str:
         from pipeline.models.loading import load_backbone
-        from pipeline.running.worker import Worker, call_size_for
+        from pipeline.running.worker import Worker, fit
 
         recipe = self._recipe
         pool = plan_pool(recipe.run.model_copy(update={"workers": 1}), resources_here())
-        threads = before.threads if before else pool.threads
         backbone = load_backbone(recipe.model, device=None if pool.gpus_per_worker else "cpu")
-        self.model = backbone.record
-        self.settings = WorkerSettings(
-            call_size=before.call_size if before else call_size_for(recipe, backbone),
-            threads=threads,
-            encoders=pool.encoders,
-        )
+        self.model, fitted = backbone.record, fit(recipe, backbone, before)
+        self.settings = pool.settings(fitted, before.threads if before else None)
         self._worker = Worker(recipe, self.settings, backbone, report=self._tally.advance)
-        return pool.line(compiles=recipe.model.compile)
+        return pool.line(tuning=fitted.tuned.tuning)
 
     @override
     def edit(self, todo: Todo, claim: Claim) -> None:
@@ -99,18 +95,22 @@ class LocalExecutor(Executor):
                     raise RunAborted(reason)
 
     def _finished(self, units: Iterator[UnitInput], generation: int) -> Generator[FinishedUnit]:
-        """Units edited, in their order. While some are at work the next one is read."""
+        """Units edited, in their order. While one is at work the next one is read, unless that one is large."""
         assert self._worker is not None, "open() comes first"
-        at_work: deque[Future[FinishedUnit]] = deque()
+        at_work: deque[tuple[Future[FinishedUnit], int]] = deque()  # with the bytes of its rows
         with ThreadPoolExecutor(UNITS_AT_ONCE, thread_name_prefix="unit") as pool:
             try:
-                for unit_input in units:
-                    if len(at_work) == UNITS_AT_ONCE:
-                        yield waited_for(at_work.popleft())
+                while True:
+                    while len(at_work) == UNITS_AT_ONCE or sum(size for _, size in at_work) > HELD_BYTES:
+                        yield waited_for(at_work.popleft()[0])
+                    if (unit_input := next(units, None)) is None:
+                        break
                     stopping.check()
-                    at_work.append(pool.submit(self._worker.finish, unit_input, generation))
+                    size = unit_input.nbytes
+                    at_work.append((pool.submit(self._worker.finish, unit_input, generation), size))
+                    del unit_input
                 while at_work:
-                    yield waited_for(at_work.popleft())
+                    yield waited_for(at_work.popleft()[0])
             except BaseException as error:
                 self._worker.give_up(RunAborted(f"the run has ended ({type(error).__name__})"))
                 raise

@@ -6,6 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 
+from pipeline.engine.tuning import NOT_TUNED, UNTUNED, Fit, Tuned, Tuning
 from pipeline.errors import ClusterError
 from pipeline.recipe import RunConfig
 from pipeline.settings.sections import WorkerRange
@@ -26,6 +27,7 @@ class WorkerSettings:
 
     call_size: int  # rows of a network call
     threads: int  # of a CPU worker; another number gives other rounding
+    tuned: Tuned = NOT_TUNED  # how the network runs
     encoders: int = ENCODERS  # threads that restore and encode
 
 
@@ -52,14 +54,22 @@ class Pool:
     threads: int
     encoders: int = ENCODERS
 
-    def line(self, *, compiles: bool = False) -> str:
-        """A line for the user: no GPU in use; compiling delays the first call."""
+    def settings(self, fit: Fit, threads: int | None) -> WorkerSettings:
+        """Of its workers. `threads`: what an earlier driver of the run has decided."""
+        return WorkerSettings(
+            call_size=fit.call_size, threads=threads or self.threads, tuned=fit.tuned, encoders=self.encoders
+        )
+
+    def line(self, *, tuning: Tuning = UNTUNED) -> str:
+        """A line for the user: no GPU in use; how the network runs, and that compiling takes its time."""
         said = []
         if not self.gpus_per_worker:
             count = f"{self.workers}" if self.fewest == self.most else f"{self.fewest} to {self.most}"
             said.append(f"no GPU in use: {count} worker(s) on CPU in float32, {self.threads} thread(s) each")
-        if compiles:
-            said.append("calls of the network are compiled first (model.compile), which takes a minute or more")
+        if tuning != UNTUNED:
+            said.append(f"the network runs {tuning}")
+        if tuning.execution != "eager":
+            said.append("every kind of call is compiled first (model.compile), which takes a minute or more")
         return "; ".join(said)
 
 

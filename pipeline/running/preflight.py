@@ -14,8 +14,9 @@ from pipeline.reading.shards import ReadTask, Shard
 from pipeline.reading.storage import open_fs
 from pipeline.reading.units import read_units
 from pipeline.recipe import Method, Recipe
-from pipeline.records import EditRequest, ReadRow, Sample
+from pipeline.records import EditRequest
 from pipeline.running.todo import Todo, find_todo
+from pipeline.samples import ReadRow, Sample
 from pipeline.settings.sections import SourceConfig
 from pipeline.writing.lock import DriverLock
 from pipeline.writing.sink_place import refuse_sink_over_source, refuse_unusable_sink

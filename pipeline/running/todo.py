@@ -56,7 +56,8 @@ def find_todo(recipe: Recipe, *, retry_failed: bool = False, partition: Partitio
     if before is not None:
         # Which model it is shows only once it is loaded: `driver.run` compares it later.
         same_model = ModelRecord(**before.model)
-        check_same_run(before, run_record(recipe, shards, same_model, before.call_size, before.threads), recipe.sink)
+        now = run_record(recipe, shards, same_model, before.call_size, before.threads, before.tuned)
+        check_same_run(before, now, recipe.sink)
     part = partition.of(shards)
     only = None if partition == WHOLE else frozenset(shard_slug(shard.path) for shard in part)
     committed, counted = Committed(), Counted()

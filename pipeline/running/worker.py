@@ -6,6 +6,7 @@ Units may come from several threads at once: on the engine, one unit's tail and 
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,19 +18,25 @@ import torch
 
 from pipeline.engine.backbone import Backbone, ModelRecord
 from pipeline.engine.engine import Engine
-from pipeline.engine.sizing import probe_call_size
+from pipeline.engine.faults import is_out_of_memory
+from pipeline.engine.sizing import probe_call_size, trial_call
+from pipeline.engine.tuning import Fit, Tuned, tune
 from pipeline.flow import all_at_once, edit_unit
 from pipeline.models.loading import load_backbone
 from pipeline.reading.decoder import Decoder
 from pipeline.reading.directions import refuse_other_directions
 from pipeline.recipe import Recipe
-from pipeline.records import Asked, Decoded, Refusal, Rejected, Sample, UnitInput, Unreadable
+from pipeline.records import Asked, Decoded, Refusal, Rejected
 from pipeline.running.pool import WorkerSettings
 from pipeline.running.tally import InFlight
+from pipeline.samples import Sample, UnitInput, Unreadable
 from pipeline.writing.attempts import ALONE_FROM, Attempt
 from pipeline.writing.commit import FinishedUnit
 from pipeline.writing.encoding import Encoders
 from pipeline.writing.manifest import NOT_MEASURED, Measured
+from pipeline.writing.run_record import RunRecord
+
+log = logging.getLogger(__name__)
 
 # Measured on narrow and wide models: a row of a smaller call takes up to two fifths longer, larger ones gain little.
 CPU_CALL_SIZE = 16
@@ -42,13 +49,45 @@ KILLED = Refusal(
 )
 
 
+def fit(recipe: Recipe, backbone: Backbone, before: RunRecord | None = None) -> Fit:
+    """Let a model run as an earlier driver has decided, or else as is fastest on its device."""
+    if before is not None:
+        backbone.tune(before.tuned.tuning)
+        return Fit(call_size=before.call_size, tuned=before.tuned)
+    size = call_size_for(recipe, backbone)
+    if recipe.model.compile is False or not backbone.ways:
+        return Fit(call_size=size, tuned=Tuned(tuning=backbone.tuning))
+    try:
+        tuned = tune(backbone, trial_call(backbone, side_of(recipe, backbone), size), backbone.ways)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        torch.cuda.empty_cache()  # the engine makes its calls smaller
+        log.warning("calls of %d rows do not fit into memory, so the network runs as it is loaded", size)
+        tuned = Tuned(tuning=backbone.tuning)
+    return Fit(call_size=size, tuned=tuned)
+
+
 def call_size_for(recipe: Recipe, backbone: Backbone) -> int:
     """Rows of a network call, where no earlier run has decided."""
     if isinstance(recipe.run.call_size, int):
         return recipe.run.call_size
     if backbone.device.type != "cuda":
         return CPU_CALL_SIZE
-    return probe_call_size(backbone, recipe.model.size or backbone.image_size)
+    return probe_call_size(backbone, side_of(recipe, backbone))
+
+
+def side_of(recipe: Recipe, backbone: Backbone) -> int:
+    """Of a run's images, in pixels."""
+    return recipe.model.size or backbone.image_size
+
+
+def describe_model(recipe: Recipe, before: RunRecord | None) -> tuple[ModelRecord, Fit]:
+    """Load a model to say what it is, and how it runs on its device."""
+    backbone = load_backbone(recipe.model)
+    recipe.refuse_what_lacks(backbone.offers, backbone.record.name)
+    refuse_other_directions(recipe, backbone)
+    return backbone.record, fit(recipe, backbone, before)
 
 
 class Worker:
@@ -75,6 +114,9 @@ class Worker:
             torch.set_num_threads(settings.threads)
         self._decoder = Decoder(recipe.source)  # starts beside the loading of the model
         self.backbone = backbone or load_backbone(recipe.model)
+        if settings.tuned.tuning != self.backbone.tuning:  # an own process: what is compiled is, before the first unit
+            self.backbone.tune(settings.tuned.tuning)
+            self.backbone.denoise(trial_call(self.backbone, side_of(recipe, self.backbone), settings.call_size))
         recipe.refuse_what_lacks(self.backbone.offers, self.backbone.record.name)
         refuse_other_directions(recipe, self.backbone)
         in_flight = recipe.run.images_in_flight

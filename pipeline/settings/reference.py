@@ -16,7 +16,8 @@ from pipeline.editing.base import EditingMethod
 from pipeline.inversion import INVERSIONS
 from pipeline.inversion.base import Inversion
 from pipeline.recipe import Method, ModelConfig, Recipe, RunConfig, SinkConfig, SourceConfig
-from pipeline.records import Concept, EditRequest, WordPair
+from pipeline.records import Concept, EditRequest, TextExpert, WordPair
+from pipeline.rewards import REWARDS
 from pipeline.settings.sections import WorkerRange
 from pipeline.subjects import Subject
 
@@ -27,6 +28,7 @@ TITLES = {  # of a section's own table
     "WordPair": "blend_words and subtract_words",
     "Direction": "direction",
     "Subject": "subject",
+    "TextExpert": "experts",
     "ModelConfig": "model",
     "Method": "methods",
     "SinkConfig": "sink",
@@ -48,6 +50,8 @@ def _lines() -> Iterator[str]:
     yield from _part("###", TITLES["WordPair"], WordPair)
     yield from _part("###", TITLES["Direction"], Direction)
     yield from _part("###", TITLES["Subject"], Subject)
+    yield from _part("###", TITLES["TextExpert"], TextExpert)
+    yield from _rewards()
     yield from _part("##", "model", ModelConfig)
     for section, registry in (("inversion", INVERSIONS), ("editing", EDITORS)):
         methods: Mapping[str, type[Any]] = registry
@@ -62,6 +66,15 @@ def _lines() -> Iterator[str]:
     yield from _part("##", "run", RunConfig)
     yield from _part("###", TITLES["WorkerRange"], WorkerRange)
     yield from _compat()
+
+
+def _rewards() -> Iterator[str]:
+    """The keys that all rewards have, then each one's own."""
+    yield from ("### rewards", "")
+    names = ", ".join(f"[`{name}`](#reward-{name})" for name in REWARDS)
+    yield from (f"`method` is one of {names}. Its other keys depend on it.", "")
+    for name, reward in REWARDS.items():
+        yield from _part("####", f"reward: {name}", reward)
 
 
 def _part(level: str, title: str, section: type[BaseModel]) -> Iterator[str]:
@@ -125,7 +138,9 @@ def _value(node: Mapping[str, Any]) -> str:
         title = TITLES[node["$ref"].rpartition("/")[2]]
         return f"[{title}](#{title.replace(' ', '-')})"
     if "discriminator" in node:
-        section = "inversion" if set(node["discriminator"]["mapping"]) == set(INVERSIONS) else "editing"
+        known: dict[str, Mapping[str, Any]] = {"inversion": INVERSIONS, "editing": EDITORS, "rewards": REWARDS}
+        names = set(node["discriminator"]["mapping"])
+        section = next(section for section, registry in known.items() if names == set(registry))
         return f"[{section}](#{section})"
     if "enum" in node or "const" in node:
         return ", ".join(f"`{value}`" for value in node.get("enum", [node.get("const")]))

@@ -58,6 +58,7 @@ class Model:
     digest: str
     layer: str
     feature_shape: tuple[int, ...]
+    latent_shape: tuple[int, ...]
 
 
 class Bases:
@@ -99,21 +100,23 @@ class Bases:
         models: dict[Model, str] = {}
         for folder in self._folders:
             for span in folder.spans("data"):
-                columns = ("model", "model_digest", "layer", "feature_shape")
+                columns = ("model", "model_digest", "layer", "feature_shape", "latent_shape")
                 for row in table_of(folder.fs, folder.root, span, columns).to_pylist():
                     model = Model(
                         name=row["model"],
                         digest=row["model_digest"],
                         layer=row["layer"],
                         feature_shape=tuple(row["feature_shape"]),
+                        latent_shape=tuple(row["latent_shape"]),
                     )
                     models.setdefault(model, public_url(folder.sink.folder))
         if len(models) > 1:
             texts = [
-                f"{where}: {one.name} ({one.digest}), {one.layer}, {'x'.join(map(str, one.feature_shape))}"
+                f"\n  {where}: {one.name} ({one.digest}), {one.layer} of {_by_sides(one.feature_shape)}, latents of "
+                f"{_by_sides(one.latent_shape)}"
                 for one, where in models.items()
             ]
-            raise SinkError(f"bases of different models or sizes have no distance:\n  {chr(10).join(texts)}")
+            raise SinkError(f"bases of different models or sizes have no distance:{''.join(texts)}")
         return next(iter(models))
 
     def load(self, rows: Sequence[BasisRow]) -> dict[tuple[str, str, str], Leading]:
@@ -161,6 +164,10 @@ def _row(run: int, span: Span, at: int, row: Mapping[str, Any]) -> BasisRow:
         feature_shape=tuple(row["feature_shape"]),
         prompt_vector=tuple(row["prompt_vector"]),
     )
+
+
+def _by_sides(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def fingerprint(rows: Sequence[BasisRow]) -> str:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import pipeline
 from pipeline.recipe import Recipe
-from pipeline.records import ReadRow, Rejected, UnitInput, Unreadable
+from pipeline.records import Rejected
+from pipeline.samples import ReadRow, UnitInput, Unreadable
 from pipeline.writing.commit import FinishedUnit, file_record
 from pipeline.writing.manifest import NOT_MEASURED, Counts, Manifest, data_path, quarantine_path
 from pipeline.writing.parquet import render_parquet

@@ -10,7 +10,7 @@ def instruction_of(request: EditRequest) -> str:
 
     A direction has no words: "move along vector 1 by +16", "move along smile by -8".
     Made of concepts in their order, "add sunglasses, add a hat and remove the beard"; without any, of the prompts,
-    'change "a cat" to "a dog"'. A concept of scale 0 changes nothing and is left out.
+    'change "a cat" to "a dog"'; several texts are joined. A concept of scale 0 changes nothing and is left out.
     """
     if request.instruction:
         return request.instruction
@@ -21,10 +21,12 @@ def instruction_of(request: EditRequest) -> str:
     if clauses := [_clause(concept) for concept in request.concepts if concept.guidance_scale]:
         *others, last = clauses
         return f"{', '.join(others)} and {last}" if others else last
-    source, target = request.source_prompt, request.target_prompt
-    if not target or source == target:
+    source = request.source_prompt
+    prompts = (request.target_prompt, *(expert.prompt for expert in request.experts))
+    targets = " and ".join(f'"{prompt}"' for prompt in prompts if prompt and prompt != source)
+    if not targets:
         return ""
-    return f'change "{source}" to "{target}"' if source else f'change the image to "{target}"'
+    return f'change "{source}" to {targets}' if source else f"change the image to {targets}"
 
 
 def _clause(concept: Concept) -> str:

@@ -24,7 +24,8 @@ from pipeline.errors import EncodeError
 from pipeline.evaluation.metrics import NAMES as FIGURES
 from pipeline.reading.rows_as_json import Labels
 from pipeline.recipe import Recipe, SinkConfig
-from pipeline.records import Edited, Outcome, Rejected, Sample
+from pipeline.records import Edited, Outcome, Rejected
+from pipeline.samples import Sample
 from pipeline.writing.basis_columns import BASIS_COLUMNS, basis_columns
 from pipeline.writing.instructions import instruction_of
 

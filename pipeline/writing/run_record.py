@@ -1,8 +1,8 @@
 """run.json: what made a run. Written once, before any result; a rerun must agree with it.
 
 It holds the resolved recipe (without storage options, which may hold secrets), the model, the input's listing and the
-versions. What a rerun may change (workers, engine, budgets) is recorded, and not compared. The call size and the
-threads of a CPU worker are decided by the first run and kept by every later one: both decide bits.
+versions. What a rerun may change (workers, engine, budgets) is recorded, and not compared. The call size, the threads
+of a CPU worker and how the network runs are decided by the first run and kept by every later one: all decide bits.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 import pipeline
 from pipeline.common.showing import public_url
 from pipeline.engine.backbone import ModelRecord
+from pipeline.engine.tuning import NOT_TUNED, Tuned
 from pipeline.errors import SinkError
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import Recipe, SinkConfig, hash_of
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
 
 RUN_FILE = "run.json"
 # Of all files in a run's folder. 2: results without a region have no mask; other figures. 3: names of files carry
-# the generation of the driver that wrote them, or digits of their contents. 4: a manifest counts `network_rows`.
-SCHEMA_VERSION: Literal[4] = 4
+# the generation of the driver that wrote them, or digits of their contents. 4: a manifest counts `network_rows`. 5: a
+# record says how the network runs.
+SCHEMA_VERSION: Literal[5] = 5
 # What a run writes below its folder after the record; README.md has a mark of its own (writing/card.py).
 OURS = (
     *("data", "quarantine", "_parts", "_units", "_shards", "_output", "_attempts"),
@@ -87,13 +89,14 @@ class RunRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[4] = SCHEMA_VERSION
+    schema_version: Literal[5] = SCHEMA_VERSION
     recipe_hash: str
     settings: dict[str, Any]  # what decides results: `Recipe.result_settings`, credentials removed
     recipe: dict[str, Any]  # the whole resolved recipe
     model: dict[str, str]
     call_size: int = Field(ge=1)  # rows of a network call
     threads: int = Field(ge=1)  # of a CPU worker
+    tuned: Tuned  # how the network runs, and how fast it was in every way that was tried
     sha256: str = ""  # of all else that is recorded
     input_fingerprint: str
     input: list[tuple[str, int, str]]  # (shard path, bytes, etag), sorted
@@ -140,7 +143,14 @@ class RunRecord(BaseModel):
         return (head.removesuffix("\n}") + f',\n "input": [\n  {lines}\n ]\n}}\n').encode("utf-8", "replace")
 
 
-def run_record(recipe: Recipe, shards: Sequence[Shard], model: ModelRecord, call_size: int, threads: int) -> RunRecord:
+def run_record(
+    recipe: Recipe,
+    shards: Sequence[Shard],
+    model: ModelRecord,
+    call_size: int,
+    threads: int,
+    tuned: Tuned = NOT_TUNED,
+) -> RunRecord:
     """Describe a run that is about to start."""
     listing = run_input(shards)
     record = RunRecord(
@@ -150,6 +160,7 @@ def run_record(recipe: Recipe, shards: Sequence[Shard], model: ModelRecord, call
         model=asdict(model),
         call_size=call_size,
         threads=threads,
+        tuned=tuned,
         input_fingerprint=_fingerprint(listing),
         input=listing,
         versions={

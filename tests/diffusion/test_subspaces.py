@@ -12,6 +12,7 @@ from pipeline.diffusion.subspaces import (
     Leading,
     finished,
     geodesic_distance,
+    improved,
     mean_directions,
     orthonormal,
     power_spectrum,
@@ -35,6 +36,14 @@ def basis(seed: int, rows: int = N) -> Leading:
     """Of a random linear map, by an independent decomposition."""
     u, s, vt = torch.linalg.svd(random(M, D, seed=seed), full_matrices=False)
     return Leading(vt[:rows], s[:rows], u.mT[:rows].contiguous())
+
+
+def test_iterating_comes_to_the_singular_values_of_a_linear_map_and_to_its_rows() -> None:
+    jacobian, exact, rows = random(M, D, seed=3), basis(3), span(7, N + 4, D)
+    for _ in range(60):
+        rows, stretches = improved(rows @ jacobian.mT @ jacobian)
+    torch.testing.assert_close(stretches[:N], exact.stretches, rtol=1e-8, atol=0.0)
+    assert geodesic_distance(rows[:N], exact.tangents) < 1e-4
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])

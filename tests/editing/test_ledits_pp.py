@@ -104,7 +104,8 @@ def test_starting_at_the_first_warm_up_equals_walking_every_step(backbone: Any, 
     # A base prompt that is named, but embeds as the empty one does, makes the editor walk every step.
     walked_request = request.model_copy(update={"negative_prompt": "\u2003"})
     engine = Engine(backbone, call_size=8)
-    engine._prompts["\u2003"] = engine._encode_text("")
+    empty = backbone.encode_text("")
+    engine._texts._held.update({"": empty, "\u2003": empty})
     walked = engine.run_one(observed(LEditsPP().edit(trajectory, walked_request)))
     assert len(walked.history) == N
     torch.testing.assert_close(walked.latents, short.latents, atol=2e-3, rtol=2e-3)

@@ -94,9 +94,9 @@ def test_the_union_reads_both_branches() -> None:
 def test_one_row_for_both_halves_of_an_empty_source_is_as_good_as_two() -> None:
     def run(prompt: str) -> tuple[Tensor, int]:
         engine = Engine(tiny_sd(), call_size=8)
-        empty: Conditioning = engine._encode_text("")
+        empty = tiny_sd().encode_text("")
         almost = Conditioning("almost empty", {"embedding": empty.embedding + 1e-6})
-        engine._prompts["almost empty"] = engine._kept["almost empty"] = almost
+        engine._texts._keep(almost)
         generator = invert_and_edit(
             source(tiny_sd(), 1, prompt), WORDS, NoiseStart(num_steps=N), MasaCtrl(**EVERYWHERE)
         )

@@ -27,7 +27,8 @@ from pipeline.reading.placement import place
 from pipeline.reading.prepare import prepare
 from pipeline.reading.requests import asked_of
 from pipeline.recipe import recipe_from
-from pipeline.records import Decoded, Placement, Sample, Source
+from pipeline.records import Decoded, Placement, Source
+from pipeline.samples import Sample
 from tests.methods import analytic, source
 from tests.test_every_pair import PAIRS, REQUEST, method
 

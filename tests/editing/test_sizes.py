@@ -17,7 +17,8 @@ from pipeline.flow import edit_row
 from pipeline.reading.prepare import HERE
 from pipeline.reading.requests import asked_of
 from pipeline.recipe import recipe_from
-from pipeline.records import Edited, Sample
+from pipeline.records import Edited
+from pipeline.samples import Sample
 from pipeline.writing.restoring import outcome_of
 from tests.facts import editor_facts
 from tests.methods import tiny_sd

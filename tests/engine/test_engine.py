@@ -251,7 +251,7 @@ def test_the_prompt_that_was_not_used_for_longest_is_forgotten_first(monkeypatch
     backbone = AnalyticBackbone()
     encode, encoded = backbone.encode_text, []
     monkeypatch.setattr(backbone, "encode_text", lambda prompt: encoded.append(prompt) or encode(prompt))
-    monkeypatch.setattr("pipeline.engine.engine.CACHED_PROMPTS", 2)
+    monkeypatch.setattr("pipeline.engine.texts.CACHED_PROMPTS", 2)
 
     def words(*prompts: str) -> Steps[None]:
         for prompt in prompts:
@@ -263,7 +263,7 @@ def test_the_prompt_that_was_not_used_for_longest_is_forgotten_first(monkeypatch
 
 def test_a_prompt_that_somebody_holds_is_never_encoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Methods tell prompts by identity."""
-    monkeypatch.setattr("pipeline.engine.engine.CACHED_PROMPTS", 1)
+    monkeypatch.setattr("pipeline.engine.texts.CACHED_PROMPTS", 1)
 
     def holding() -> Steps[tuple[bool, bool]]:
         (hat,) = yield EncodeText(("hat",))

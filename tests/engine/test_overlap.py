@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.engine import pictures
 from pipeline.engine.calls import (
+    DecodeGradient,
     DecodeLatents,
     Denoise,
     EncodeImage,
@@ -20,6 +21,7 @@ from pipeline.engine.calls import (
     NetworkCall,
     Product,
     Steps,
+    Valued,
 )
 from pipeline.engine.engine import GIVEN_CALLS, Engine
 from pipeline.engine.faults import is_of_the_device, is_out_of_memory
@@ -47,8 +49,10 @@ class Device(AnalyticBackbone):
         return super().denoise(call)
 
     def mark(self) -> Callable[[], None]:
+        marked = "looked at" if self.log[-1:] == ["pictures"] else "taken"
+
         def wait() -> None:
-            self.log.append("taken")
+            self.log.append(marked)
             if self.log.count("taken") == self.waits:
                 raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
 
@@ -63,6 +67,7 @@ class Device(AnalyticBackbone):
         return super().decode_latents(latents)
 
     def _note(self, batch: Tensor) -> None:
+        self.log.append("pictures")
         self.pictures.append(len(batch))
         if len(batch) > self.most_pictures:
             raise torch.OutOfMemoryError("pretended")
@@ -91,6 +96,20 @@ def test_a_call_is_given_before_the_answer_of_the_one_before_is_waited_for() -> 
     assert waits == [GIVEN_CALLS] * (calls - 1) + [1]  # another one is there whenever one is waited for, to the last
     for number, latents in found.items():
         assert torch.equal(latents, Engine(analytic(), call_size=4).run_one(walks(number)))
+
+
+def test_a_picture_takes_the_place_of_no_call(in_fours: None) -> None:
+    def looks(number: int) -> Steps[Tensor]:
+        latents = yield from walks(number)
+        yield DecodeLatents(latents)
+        return (yield from walks(number))
+
+    device = Device()
+    list(Engine(device, call_size=4, images_in_flight=24).run(looks(n) for n in range(24)))
+    assert len(device.pictures) == 24 // 4
+    waits = [at for at, what in enumerate(device.log) if what == "taken"]
+    others = [device.log[:at].count("given") - device.log[: at + 1].count("taken") for at in waits]
+    assert set(others[: 20 * 2 * STEPS // 4]) == {GIVEN_CALLS - 1}  # until the last four images are left
 
 
 def test_a_short_call_is_given_only_when_nothing_can_fill_it() -> None:
@@ -225,3 +244,24 @@ def test_the_batch_of_the_autoencoder_follows_from_the_call_size_alone() -> None
     sizes = [pictures.pictures_per_call(size, gpu) for size in (1, 8, 16, 64)]
     assert sizes == [1, 1, 2, 8]
     assert pictures.pictures_per_call(64, cpu) == 1  # filled up, it would compute for nobody
+
+
+def test_gradients_of_pixels_are_given_one_by_one_and_fail_alone(in_fours: None) -> None:
+    def brightness(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return pixels.sum(), torch.ones_like(pixels)
+
+    def breaks(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        raise ValueError("no reward")
+
+    def asks(number: int, function: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Steps[Valued]:
+        latents = yield EncodeImage(PIXELS[number])
+        return (yield DecodeGradient(latents, function))
+
+    engine = Engine(Device())
+    functions = [brightness, breaks, brightness]
+    found = {done.index: done for done in engine.run(asks(n, function) for n, function in enumerate(functions))}
+    assert {number: str(done.error) for number, done in found.items() if done.error} == {1: "no reward"}
+    for number in (0, 2):
+        image = PIXELS[number].astype(np.float32) / 127.5 - 1.0
+        assert found[number].value.value == pytest.approx(float(image.sum()), rel=1e-4)
+        assert torch.equal(found[number].value.gradient, torch.ones_like(found[number].value.gradient))

@@ -213,7 +213,7 @@ def test_a_machine_without_a_compiler_is_told_at_once(folder: Path, tmp_path: Pa
     ran = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT, env=environment
     )
-    assert "model.compile is set, and torch cannot compile for cpu here" in ran.stdout
+    assert "torch cannot compile for cpu here" in ran.stdout
     assert "Install a C++ compiler" in ran.stdout
 
 

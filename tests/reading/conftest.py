@@ -17,7 +17,7 @@ from PIL import Image
 from pipeline.reading import storage, units
 from pipeline.reading.units import list_shards, plan_reads, read_units
 from pipeline.recipe import Recipe, SourceConfig
-from pipeline.records import ReadRow, UnitInput, Unreadable
+from pipeline.samples import ReadRow, UnitInput, Unreadable
 
 Member = tuple[str, bytes]
 

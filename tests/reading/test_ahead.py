@@ -11,7 +11,8 @@ import pytest
 
 from pipeline.reading import ahead
 from pipeline.reading.ahead import Ahead, Ready
-from pipeline.records import Placement, Prepared, Sample
+from pipeline.records import Placement, Prepared
+from pipeline.samples import Sample
 
 WAIT_S = 20.0
 Filled = Callable[[list[int]], tuple[Ahead, list[int]]]

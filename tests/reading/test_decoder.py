@@ -24,7 +24,7 @@ from pipeline.reading.decoder import Decoder
 from pipeline.reading.prepare import prepare
 from pipeline.reading.requests import asked_of
 from pipeline.recipe import SourceConfig, recipe_from
-from pipeline.records import Sample
+from pipeline.samples import Sample
 
 MOST = 64_000_000
 MIB = 2**20

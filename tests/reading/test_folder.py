@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import SourceError
 from pipeline.reading.units import list_shards, plan_reads
 from pipeline.recipe import SourceConfig
-from pipeline.records import Sample, Unreadable
+from pipeline.samples import Sample, Unreadable
 
 
 @pytest.fixture

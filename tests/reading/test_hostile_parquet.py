@@ -17,7 +17,7 @@ from pipeline.reading import listing, parquet, shards
 from pipeline.reading.guarded import Limits, borrowed
 from pipeline.reading.units import list_shards
 from pipeline.recipe import SourceConfig
-from pipeline.records import Sample, UnitInput, Unreadable
+from pipeline.samples import Sample, UnitInput, Unreadable
 
 MIB = 2**20
 Png = Callable[..., bytes]
@@ -179,3 +179,14 @@ def test_who_sees_no_image_column_is_told_as_before(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "x.parquet")
     with pytest.raises(SourceError, match=r"Name the image's in source\.image"):
         list_shards(source(tmp_path))
+
+
+def test_the_process_that_reads_it_knows_no_model(tmp_path: Path, png: Png) -> None:
+    """torch takes a fifth of a gigabyte: what stands in `source.read_memory` is for pages."""
+    (tmp_path / "sound.parquet").write_bytes(written(pa.table({"image": [png(0)]})))
+    one = source(tmp_path)
+    list_shards(one)  # reads its footer
+    with borrowed(Limits.for_parquet(one)) as reader:
+        maps = Path(f"/proc/{reader.process.pid}/maps").read_text(encoding="utf-8")
+    assert "libarrow" in maps
+    assert "torch" not in maps

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pipeline.errors import SourceError
 from pipeline.reading.units import list_shards, plan_reads, read_units
 from pipeline.recipe import SourceConfig, parse_edits
-from pipeline.records import Sample, Unreadable
+from pipeline.samples import Sample, Unreadable
 
 
 @pytest.fixture

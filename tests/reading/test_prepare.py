@@ -13,7 +13,8 @@ from pipeline.errors import DecodeError, PrepareError
 from pipeline.reading import prepare as preparing
 from pipeline.reading.placement import apply, place, restore, restore_mask
 from pipeline.reading.requests import requests_of
-from pipeline.records import Asked, Prepared, Sample
+from pipeline.records import Asked, Prepared
+from pipeline.samples import Sample
 
 FITS = ("crop", "pad", "stretch", "bucket")
 

@@ -16,7 +16,8 @@ from pipeline.editing import EDITORS
 from pipeline.inversion import INVERSIONS
 from pipeline.reading.requests import requests_of
 from pipeline.recipe import Recipe, recipe_from
-from pipeline.records import Concept, EditRequest, Sample
+from pipeline.records import Concept, EditRequest
+from pipeline.samples import Sample
 from pipeline.settings.reference import compat_settings
 
 ROOT = Path(__file__).parents[2]

@@ -18,8 +18,8 @@ from pipeline.looking.planning import plan
 from pipeline.reading.listing import list_shards
 from pipeline.reading.units import plan_reads, read_units
 from pipeline.recipe import SourceConfig, recipe_from
-from pipeline.records import ReadRow, Sample, Unreadable
 from pipeline.running import driver
+from pipeline.samples import ReadRow, Sample, Unreadable
 from tests.runs import png
 
 DOG: dict[str, Any] = {

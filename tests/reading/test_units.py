@@ -14,7 +14,7 @@ from pipeline.reading import units as units_module
 from pipeline.reading.listing import list_source
 from pipeline.reading.units import ReadTask, Shard, count_rows, list_shards, plan_reads, read_units, unit_id
 from pipeline.recipe import SourceConfig
-from pipeline.records import Sample
+from pipeline.samples import Sample
 
 
 def source(*urls, **settings):
@@ -355,3 +355,10 @@ def test_images_of_a_folder_and_their_sidecars_may_be_links_and_what_belongs_to_
         "file gone.png was listed but cannot be read",
         "file round.png was listed but cannot be read",
     ]
+
+
+def test_a_units_bytes_are_of_everything_that_its_rows_hold(tmp_path, tar_bytes, png, read_all):
+    members = [("a.png", png(0)), ("a.txt", b"four"), ("a.mask.png", png(1)), ("a.depth.bin", bytes(1000))]
+    (tmp_path / "one.tar").write_bytes(tar_bytes(members))
+    (unit,) = read_all(source(tmp_path, mask="mask.png"), unit_size=4)
+    assert unit.nbytes == sum(len(content) for _, content in members)

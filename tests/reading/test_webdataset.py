@@ -13,7 +13,7 @@ import pytest
 from webdataset.tariterators import base_plus_ext
 
 from pipeline.reading.webdataset import split_name
-from pipeline.records import Sample, Unreadable
+from pipeline.samples import Sample, Unreadable
 
 
 def keys(rows):

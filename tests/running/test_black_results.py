@@ -15,7 +15,8 @@ from pipeline.models.analytic import AnalyticBackbone
 from pipeline.reading.prepare import HERE
 from pipeline.reading.requests import asked_of
 from pipeline.recipe import Recipe, recipe_from
-from pipeline.records import Decoded, Rejected, Sample
+from pipeline.records import Decoded, Rejected
+from pipeline.samples import Sample
 from tests.runs import recipe_data
 
 

@@ -120,17 +120,17 @@ def witness(notes: Path) -> Callable[[], None]:
             note("end", unit)
             return finished
 
-        load = pipeline.running.worker.load_backbone
+        make = pipeline.running.worker.Worker.__init__
 
-        def bad_load(model: Any) -> Any:
+        def bad_load(self: Any, *given: Any, **named: Any) -> None:
             bad = notes / "bad"
             if bad.exists():
                 if bad.read_text() == "a death":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise pipeline.errors.ModelError("weights are cut off")
-            return load(model)
+            make(self, *given, **named)
 
-        pipeline.running.worker.load_backbone = bad_load
+        pipeline.running.worker.Worker.__init__ = bad_load  # type: ignore[method-assign]
         pipeline.running.on_ray.executor.read_units = patient_read
         pipeline.running.on_ray.executor.EditWorker.__call__ = noted_edit
 

@@ -107,4 +107,4 @@ def test_a_folder_of_another_schema_is_refused_with_the_version_that_wrote_it(ru
     for command in ("verify", "report"):
         said = CliRunner().invoke(cli.app, [command, str(tmp_path)])
         assert said.exit_code == 1
-        assert "its schema is 1, this one's is 4" in said.stderr
+        assert "its schema is 1, this one's is 5" in said.stderr

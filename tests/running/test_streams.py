@@ -16,8 +16,9 @@ from pipeline.engine.calls import NetworkAnswer, NetworkCall
 from pipeline.engine.engine import Engine
 from pipeline.errors import DeviceError
 from pipeline.models.analytic import AnalyticBackbone
+from pipeline.reading.decoder import DecodesHere
 from pipeline.recipe import Recipe, recipe_from
-from pipeline.running import driver, in_process
+from pipeline.running import driver, in_process, worker
 from tests.runs import EDITS, asked, contents, recipe_data, results, write_shards
 
 SHARDS, ROWS = 2, 8
@@ -45,11 +46,12 @@ def test_the_tail_of_a_unit_and_the_head_of_the_next_share_calls(
     network = AnalyticBackbone.denoise
 
     def slow(self: AnalyticBackbone, call: NetworkCall) -> NetworkAnswer:
-        time.sleep(0.02)  # as a model takes its time, in which the next unit is read and prepared
+        time.sleep(0.05)  # as a model takes its time, in which the next unit is read and prepared
         return network(self, call)
 
     monkeypatch.setattr(Engine, "__init__", noted)
     monkeypatch.setattr(AnalyticBackbone, "denoise", slow)
+    monkeypatch.setattr(worker, "Decoder", lambda _: DecodesHere())  # no process whose turn may come late
     padded = {}
     for at_once in (1, 2):
         monkeypatch.setattr(in_process, "UNITS_AT_ONCE", at_once)
@@ -58,6 +60,10 @@ def test_the_tail_of_a_unit_and_the_head_of_the_next_share_calls(
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     assert results(tmp_path / "2") == asked(shards=SHARDS, rows=ROWS)
     assert padded[2] < 0.6 * padded[1], padded
+    monkeypatch.setattr(in_process, "HELD_BYTES", 0)  # units so large that the next one is not read beside them
+    driver.run(a_recipe(shards, tmp_path / "large"), progress="off")
+    assert engines[-1].stats.padded_rows == padded[1]
+    assert contents(tmp_path / "large") == contents(tmp_path / "2")
 
 
 def test_units_are_committed_in_their_order_and_the_first_is_not_held_up(

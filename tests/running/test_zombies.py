@@ -30,11 +30,12 @@ from pipeline.looking.verify import verify
 from pipeline.reading.storage import open_fs
 from pipeline.reading.units import read_units
 from pipeline.recipe import Recipe, SinkConfig
-from pipeline.records import Concept, Edited, EditRequest, Rejected, Sample, UnitInput
+from pipeline.records import Concept, Edited, EditRequest, Rejected
 from pipeline.running import driver
 from pipeline.running.pool import WorkerSettings
 from pipeline.running.tally import Seen, Tally
 from pipeline.running.todo import Todo
+from pipeline.samples import Sample, UnitInput
 from pipeline.writing import commit, files, folding, indexing
 from pipeline.writing.attempts import Attempt
 from pipeline.writing.commit import FinishedUnit, committed_units

@@ -9,7 +9,8 @@ import numpy as np
 from pipeline.engine.backbone import ModelRecord
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import Recipe
-from pipeline.records import Concept, Edited, EditRequest, Rejected, Sample, Unit, UnitInput
+from pipeline.records import Concept, Edited, EditRequest, Rejected
+from pipeline.samples import Sample, Unit, UnitInput
 from pipeline.writing.files import put
 from pipeline.writing.flags import FOLDER, flags
 from pipeline.writing.lock import Claim

@@ -12,7 +12,8 @@ import pytest
 
 from pipeline.reading import ahead
 from pipeline.recipe import SinkConfig
-from pipeline.records import Decoded, Placement, Prepared, Rejected, Sample
+from pipeline.records import Decoded, Placement, Prepared, Rejected
+from pipeline.samples import Sample
 from pipeline.writing import encoding
 from pipeline.writing.encoding import Encoders
 from pipeline.writing.parquet import BYTES_PER_GROUP, render_parquet

@@ -22,7 +22,7 @@ from pipeline.looking.check_model.records import Check, Picture
 from pipeline.looking.check_model.subject import Subject
 from pipeline.looking.report.thumbnails import mask_over
 from pipeline.recipe import Method
-from pipeline.running.worker import call_size_for
+from pipeline.running.worker import fit
 from pipeline.writing.restoring import restored
 
 MILLION = 1_000_000
@@ -113,7 +113,7 @@ def speed(subject: Subject, edit_rows: int | None, autoencoder_seconds: float | 
         autoencoder_seconds: of an image on its way: encoded once, decoded twice.
     """
     backbone = subject.backbone
-    size = call_size_for(subject.recipe, backbone)
+    size = fit(subject.recipe, backbone).call_size
     rate = _rows_per_second(backbone, size, subject.latent_size, subject.request.target_prompt)
     values: dict[str, Any] = {"call_size_rows": size, "rows_per_second": round(rate, 3), "hours_per_million": None}
     facts = [("network", f"{rate:.3g} rows/s in calls of {size} rows, on {backbone.record.device}")]

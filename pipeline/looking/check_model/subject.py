@@ -19,7 +19,8 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.base import Family
 from pipeline.reading.prepare import prepare
 from pipeline.recipe import Method, Recipe
-from pipeline.records import Asked, Concept, Decoded, EditRequest, Prepared, Sample
+from pipeline.records import Asked, Concept, Decoded, EditRequest, Prepared
+from pipeline.samples import Sample
 
 DIRECTIONS: dict[str, Literal["add", "remove"]] = {"add": "add", "remove": "remove"}
 EDIT = "check"  # name of the edit

@@ -78,7 +78,6 @@ class StableDiffusionFamily(Family):
             offers=self.offers(checkpoint.configurations),
             record=loading.record,
             device=loading.device,
-            compile_unet=loading.compiled,
         )
 
     @override
@@ -108,8 +107,11 @@ class LastState(Text):
         self.clip = clip
 
     @override
-    def encode(self, prompt: str) -> Conditioning:
-        return Conditioning(prompt, {"embedding": self.clip.encode(prompt)[0][0]}, (self.clip.span(prompt),))
+    def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
+        return [
+            Conditioning(prompt, {"embedding": embedding.clone()}, (self.clip.span(prompt),))
+            for prompt, embedding in zip(prompts, self.clip.encode(prompts)[0], strict=True)
+        ]
 
     @override
     def added(self, conditioning: Sequence[Conditioning], height: int, width: int) -> dict[str, Tensor]:

@@ -95,7 +95,6 @@ class StableDiffusionXLFamily(Family):
             offers=self.offers(configurations),
             record=loading.record,
             device=loading.device,
-            compile_unet=loading.compiled,
         )
 
     @override
@@ -168,12 +167,14 @@ class XLText(Text):
         self._pixels, self.zeros_for_empty = pixels_per_latent, zeros_for_empty
 
     @override
-    def encode(self, prompt: str) -> Conditioning:
-        of_first, of_second = (clip.encode(prompt, hidden_states=True) for clip in (self.first, self.second))
-        parts = {
-            "embedding": torch.cat([of_first.hidden_states[-2][0], of_second.hidden_states[-2][0]], dim=-1),
-            "pooled": of_second.text_embeds[0],
-        }
+    def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
+        of_first, of_second = (clip.encode(prompts, hidden_states=True) for clip in (self.first, self.second))
+        embeddings = torch.cat([of_first.hidden_states[-2], of_second.hidden_states[-2]], dim=-1)
+        of_each = zip(prompts, embeddings, of_second.text_embeds, strict=True)
+        return [self._conditioning(prompt, embedding.clone(), pooled.clone()) for prompt, embedding, pooled in of_each]
+
+    def _conditioning(self, prompt: str, embedding: Tensor, pooled: Tensor) -> Conditioning:
+        parts = {"embedding": embedding, "pooled": pooled}
         if self.zeros_for_empty and not prompt.strip():
             parts = {name: torch.zeros_like(part) for name, part in parts.items()}
         # The published tokenizers differ in their padding alone: one view of the prompt, not two of the same.

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.reading.rows_as_json import pack_row, unpack_row
-from pipeline.records import Unit, UnitInput, Unreadable
+from pipeline.samples import Unit, UnitInput, Unreadable
 from pipeline.writing.commit import FinishedUnit
 from pipeline.writing.manifest import Manifest
 

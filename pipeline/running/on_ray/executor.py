@@ -33,8 +33,8 @@ from pipeline.common import stopping
 from pipeline.common.showing import describe
 from pipeline.common.stderr_filter import without_lines
 from pipeline.engine.backbone import ModelRecord
+from pipeline.engine.tuning import Fit
 from pipeline.errors import ClusterError, DeviceError, ModelError, RunAborted, ShardeditError, SinkError
-from pipeline.reading.directions import refuse_other_directions
 from pipeline.reading.shards import ReadTask, shard_slug
 from pipeline.reading.units import read_units
 from pipeline.recipe import Recipe, SinkConfig, SourceConfig
@@ -109,24 +109,24 @@ class RayExecutor(Executor):
         self._ours = connect()
         self._until_closed.enter_context(without_lines(RAYS_WARNING, RAYS_COMPLAINT))
         self.pool = pool = plan_pool(recipe.run, resources_of_cluster())
-        self.model, call_size = self._describe_model(before.call_size if before else None)
-        self.settings = WorkerSettings(
-            call_size=call_size, threads=before.threads if before else pool.threads, encoders=pool.encoders
-        )
+        self.model, fitted = self._describe_model(before)
+        self.settings = pool.settings(fitted, before.threads if before else None)
         # On the driver's own node, with which it lives and dies.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         tally = ray.remote(num_cpus=0, scheduling_strategy=here)(MeteredTally)
         self._tally = tally.remote(recipe.run, run_name(recipe.sink))
-        return pool.line(compiles=recipe.model.compile)
+        return pool.line(tuning=fitted.tuned.tuning)
 
-    def _describe_model(self, call_size: int | None) -> tuple[ModelRecord, int]:
+    def _describe_model(self, before: RunRecord | None) -> tuple[ModelRecord, Fit]:
         """What workers will load, from where they will load it."""
+        from pipeline.running.worker import describe_model
+
         if self._ours and not self.pool.gpus_per_worker:
-            return describe_model(self._recipe, call_size)  # the same machine: saves the start of a process
+            return describe_model(self._recipe, before)  # the same machine: saves the start of a process
         options = {"num_gpus": self.pool.gpus_per_worker, "num_cpus": self.pool.cpus_per_worker}
         try:
-            described: tuple[ModelRecord, int] = waited_for(
-                ray.remote(**options)(describe_model).remote(self._recipe, call_size)
+            described: tuple[ModelRecord, Fit] = waited_for(
+                ray.remote(**options)(describe_model).remote(self._recipe, before)
             )
         except ray.exceptions.RayError as error:
             raise named(error) from error
@@ -279,17 +279,6 @@ def waited_for(ref: Any) -> Any:
     while not ray.wait([ref], timeout=SECONDS_BETWEEN_CHECKS)[0]:
         stopping.check()
     return ray.get(ref)
-
-
-def describe_model(recipe: Recipe, call_size: int | None) -> tuple[ModelRecord, int]:
-    """Load a model to say what it is, and its call size where no earlier run has decided that."""
-    from pipeline.models.loading import load_backbone
-    from pipeline.running.worker import call_size_for
-
-    backbone = load_backbone(recipe.model)
-    recipe.refuse_what_lacks(backbone.offers, backbone.record.name)
-    refuse_other_directions(recipe, backbone)
-    return backbone.record, call_size or call_size_for(recipe, backbone)
 
 
 class EditWorker:

@@ -15,7 +15,8 @@ from pipeline.engine.backbone import ModelRecord
 from pipeline.evaluation.metrics import figures
 from pipeline.models.demo.world import Scene, caption, changed_region, draw, edited
 from pipeline.recipe import Recipe, recipe_from
-from pipeline.records import Edited, Rejected, Sample, Unit, UnitInput
+from pipeline.records import Edited, Rejected
+from pipeline.samples import Sample, Unit, UnitInput
 from pipeline.writing.commit import commit
 from pipeline.writing.finish import finish_unit
 from pipeline.writing.manifest import Measured
