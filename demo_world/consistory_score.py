@@ -43,24 +43,27 @@ SCENES: dict[str, Mapping[Attribute, Any]] = {  # what each names
     "a face with a frown on a mint background": {"mouth": "frown", "background": "mint"},
 }
 # On so small a model nearly all attention is on the padding behind the prompt: where the background's word is attended
-# to in the decoder's first layer of 16 x 16 places is the best that tells the subject.
+# to in the decoder's first layer of 16 x 16 places is the best that tells the subject, and its logarithm parts the two.
 SMALL: dict[str, Any] = {
     "mask": "background",
     "mask_layers": [5],
+    "mask_threshold": "logarithm",
     "mask_dropout": 0.0,
     "share": "all",
     "injection_strength": 0.0,
     "free_u": None,
     "guidance_scale": 4.0,
+    "scenes_per_call": 4,
 }
-PLAIN: dict[str, Any] = {"share": "none", "injection_strength": 0.0, "free_u": None, "guidance_scale": 4.0}
+PLAIN: dict[str, Any] = {**SMALL, "share": "none"}
 STEPS = 20
+CALL_SIZE = 20  # a group of an anchor and four scenes, in two halves, with as many rows again while queries are mixed
 CELL, MARGIN, HEAD = 96, 4, 18  # pixels of the picture
 
 
 def recipe_of(folder: Path, editing: Mapping[str, Any], seed: int, steps: int) -> Recipe:
     """A run over the sets in a folder."""
-    name = "-".join(f"{key}_{value}" for key, value in editing.items() if key in ("share", "scenes_per_call"))
+    name = "-".join(f"{key}_{editing[key]}" for key in ("share", "scenes_per_call") if key in editing)
     return recipe_from(
         {
             "source": {"shards": str(folder / "sets.jsonl"), "format": "sets"},
@@ -68,7 +71,7 @@ def recipe_of(folder: Path, editing: Mapping[str, Any], seed: int, steps: int) -
             "inversion": {"method": "noise", "num_steps": steps},
             "editing": {"method": "consistory", **editing},
             "sink": {"folder": str(folder / (name or "published"))},
-            "run": {"engine": "local", "seed": seed, "call_size": 16},
+            "run": {"engine": "local", "seed": seed, "call_size": CALL_SIZE},
         },
         "consistory score",
     )

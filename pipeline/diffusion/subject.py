@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, normalize
 
 OTSU_BINS = 256
+LEAST = 1e-12  # attention whose logarithm is taken: less is as good as none
 OUTSIDE = 2.0  # the largest cosine distance: of places that are not of the subject
 
 
@@ -40,13 +41,20 @@ def otsu_threshold(values: Float[Tensor, "*shape"]) -> float:
     return float(centres[int(between.argmax())])
 
 
-def subject_mask(maps: Float[Tensor, "S mh mw"], size: tuple[int, int]) -> Bool[Tensor, "h w"]:
-    """Where any of S tokens is attended to: each map, brought to `size`, above its own threshold. False without any."""
+def subject_mask(
+    maps: Float[Tensor, "S mh mw"], size: tuple[int, int], *, logarithm: bool = False
+) -> Bool[Tensor, "h w"]:
+    """Where any of S tokens is attended to: each map, brought to `size`, above its own threshold. False without any.
+
+    With `logarithm` the threshold is that of the map's logarithm: where nearly all attention is elsewhere, a token's
+    own is so small and so uneven that few places make up a group of their own, and all others the second one.
+    """
     mask = torch.zeros(size, dtype=torch.bool)
     if len(maps) == 0:
         return mask
     for resized in interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]:
-        mask |= resized > otsu_threshold(resized)
+        values = resized.clamp_min(LEAST).log() if logarithm else resized
+        mask |= values > otsu_threshold(values)
     return mask
 
 

@@ -69,6 +69,9 @@ class ConsiStory(EditingMethod):
     mask_layers: tuple[Index, ...] | None = None
     """Transformer blocks whose cross-attention tells, by their number in order of execution, all of one size of map.
     None: those at a quarter of the latents' side, but for the middle one's."""
+    mask_threshold: Literal["attention", "logarithm"] = "attention"
+    """Of what the two groups are parted, where words are attended to and where not; logarithm: for a small model, whose
+    attention is nearly all on the padding behind the prompt."""
     mask_steps: int = Field(default=20, ge=1)
     """The latest steps whose attention is averaged."""
     mask_dropout: float = Field(default=0.5, ge=0, le=1)

@@ -169,10 +169,11 @@ class Group:
         factors = {*FACTORS, self.settings.injection_factor}
         grids = {factor: (-(-self.size[0] // factor), -(-self.size[1] // factor)) for factor in factors}
         inverted = self.settings.mask == "background"
+        logarithm = self.settings.mask_threshold == "logarithm"
         return {
             factor: torch.stack(
                 [
-                    subject_mask(of_image[: len(image.weights)], grid) ^ inverted
+                    subject_mask(of_image[: len(image.weights)], grid, logarithm=logarithm) ^ inverted
                     for image, of_image in zip(self.images, maps, strict=True)
                 ]
             )

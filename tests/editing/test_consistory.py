@@ -170,6 +170,15 @@ def test_a_mask_is_the_union_over_tokens_and_empty_where_nothing_stands_out() ->
     assert not subject_mask(torch.ones((0, 4, 4)), (8, 8)).any()
 
 
+def test_the_logarithm_parts_small_attention_from_smaller_where_one_place_has_nearly_all() -> None:
+    maps = torch.full((1, 4, 4), 1e-6)
+    maps[0, :2] = 1e-4
+    maps[0, 0, 0] = 0.1
+    assert subject_mask(maps, (4, 4)).nonzero().tolist() == [[0, 0]]
+    assert torch.equal(subject_mask(maps, (4, 4), logarithm=True), maps[0] > 1e-5)
+    assert not subject_mask(torch.zeros((1, 4, 4)), (4, 4), logarithm=True).any()
+
+
 def test_dropout_takes_places_away_and_adds_none() -> None:
     mask, uniform = torch.tensor([True, True, False]), torch.tensor([0.2, 0.8, 0.8])
     assert thinned(mask, uniform, 0.5).tolist() == [False, True, False]
@@ -273,6 +282,8 @@ def test_masks_of_chosen_layers() -> None:
     (usual,) = edited(scene(BEACH))
     assert chosen.masks.shape == usual.masks.shape == (1, 8, 8)
     assert not torch.equal(chosen.latents, usual.latents)
+    (by_logarithm,) = edited(scene(BEACH), editor=ConsiStory(**ALL, mask_threshold="logarithm"))
+    assert not torch.equal(by_logarithm.masks, usual.masks)
     openings = Offers(openings=tiny_sd().offers.openings)
     assert "names layer 16" in next(ConsiStory(mask_layers=(16,)).model_problems(openings))
     assert "differ in size" in next(ConsiStory(mask_layers=(0, 6)).model_problems(openings))
