@@ -9,7 +9,7 @@ IMAGES ?= 24
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench demo-score geometry-score concepts-score audit-score faults methods-table methods-evaluation h-edit-score recipe-reference clean
+.PHONY: help demo test test-slow lint bench demo-score geometry-score concepts-score consistory-score audit-score faults methods-table methods-evaluation h-edit-score recipe-reference clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ concepts-score: $(STAMP) ## collect, train, name and write concepts on drawn sce
 
 audit-score: $(STAMP) ## plant defects in 2,000 pairs of photographs, audit them, write build/audit.json
 	$(BIN)/python -m benchmarks.audit
+
+consistory-score: $(STAMP) ## make sets of drawn faces that share their looks, write build/consistory.json
+	$(BIN)/python -m demo_world.consistory_score
 
 faults: $(STAMP) ## disturb runs in a thousand ways, compare, write build/faults.json; goes on where it was ended
 	$(BIN)/python -m benchmarks.faults

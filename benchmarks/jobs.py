@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from pipeline.errors import RecipeError
 from pipeline.inversion import INVERSIONS
 from pipeline.inversion.base import draw_from
 from pipeline.recipe import Method, Recipe, recipe_from
-from pipeline.records import EditedLatents, EditRequest, Source
+from pipeline.records import DrawNoise, EditedLatents, EditRequest, Source
 
 STEPS = 50
 PROMPTS = {"source_prompt": "a cat on a mat", "target_prompt": "a dog on a mat"}
@@ -25,6 +26,7 @@ WORDS: dict[str, Any] = {  # in which every editor finds its own
     **PROMPTS,
     "blend_words": {"source": ["cat"], "target": ["dog"]},
     "concepts": CONCEPTS[:1],
+    "subject": {"words": ["mat"], "anchor_prompts": ["a mat"]},
 }
 
 
@@ -82,8 +84,13 @@ def from_latents(job: Job, backbone: Backbone, images: int, size: tuple[int, int
                     schedule=backbone.schedule,
                     draw_noise=draw_from(number, shape),
                     editing_noise=partial(draw_from, number, shape),
+                    draws=partial(_draws, number, shape),
                 )
                 yield _edit(source, request, method)
+
+
+def _draws(number: int, shape: tuple[int, ...], purpose: str) -> DrawNoise:
+    return draw_from(number + zlib.crc32(purpose.encode()), shape)
 
 
 def _edit(source: Source, request: EditRequest, method: Method) -> Steps[EditedLatents]:

@@ -40,9 +40,9 @@ GUIDANCE_SCALE = 4.0  # of every method with a target prompt
 UNGUIDED_SOURCE = frozenset({("ddpm", "prompt_to_prompt"), ("ddpm", "masactrl"), ("ddpm", "h_edit")})
 # Editors whose papers invert under the empty prompt.
 WITHOUT_SOURCE_PROMPT = frozenset({"ledits_pp", "masactrl"})
-# Editors that move an image along directions which no word names, or need autoencoders that were trained before: they
-# are scored apart (geometry_score.py, concepts_score.py).
-AIMLESS = frozenset({"concepts", "riemannian"})
+# Editors that move an image along directions which no word names, make other images than it, or need autoencoders that
+# were trained before: they are scored apart (geometry_score.py, consistory_score.py, concepts_score.py).
+AIMLESS = frozenset({"concepts", "consistory", "riemannian"})
 # Editors whose models read the image itself, which the bundled one does not.
 WITH_REFERENCE = frozenset({"instruct"})
 # Editors that are told the words whose place changes.

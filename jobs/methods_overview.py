@@ -126,6 +126,7 @@ def lacking() -> dict[str, Offers]:
         "attention layers": without(layers=()),
         "cross-attention at a quarter of the latents' side": without(watched=frozenset()),
         "decoder features at a quarter of the latents' side": without(residuals=()),
+        "features of a decoder block": without(decoder=()),
         "gradients to the text's embedding": dataclasses.replace(whole, embedding_gradients=False),
         "Jacobian products of the bottleneck": dataclasses.replace(whole, bottleneck=None),
         "not distilled": dataclasses.replace(whole, distilled="distilled"),

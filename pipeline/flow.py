@@ -41,7 +41,17 @@ from pipeline.reading.libraries import libraries_of
 from pipeline.reading.prepare import prepare
 from pipeline.reading.requests import asked_of, refusal_by
 from pipeline.recipe import Method, Recipe
-from pipeline.records import Asked, Decoded, EditedLatents, InversionPrompts, Prepared, Rejected, Source, Trajectory
+from pipeline.records import (
+    Asked,
+    Decoded,
+    DrawNoise,
+    EditedLatents,
+    InversionPrompts,
+    Prepared,
+    Rejected,
+    Source,
+    Trajectory,
+)
 from pipeline.samples import Sample, UnitInput
 from pipeline.writing.commit import FinishedUnit
 from pipeline.writing.encoding import Encoders
@@ -207,13 +217,14 @@ def edit_prepared(
     if not groups:
         return outcomes
     try:
-        latents = yield EncodeImage(prepared.pixels)
+        latents = yield from _encode(prepared, backbone)
     except Exception as error:
         return outcomes + [rejected(sample, *pair, "invert", error) for pairs in groups.values() for pair in pairs]
 
+    round_trip = round_trip and not sample.blank
     children: list[Steps[Any]] = [_decode(latents)] if round_trip else []
     for (inversion, prompts), pairs in groups.items():
-        seed = seed_for(run_seed, sample.id, inversion.method)
+        seed = seed_for(run_seed, sample.noise_id, inversion.method)
         source = Source(
             latents=latents,
             prompt=prompts.prompt,
@@ -221,7 +232,7 @@ def edit_prepared(
             schedule=backbone.schedule,
             draw_noise=draw_from(seed, tuple(latents.shape), latents.dtype),
             editing_noise=partial(
-                draw_from, seed_for(run_seed, sample.id, "editing"), tuple(latents.shape), latents.dtype
+                draw_from, seed_for(run_seed, sample.noise_id, "editing"), tuple(latents.shape), latents.dtype
             ),
             pixels=prepared.pixels,
             mask=prepared.mask,
@@ -229,6 +240,7 @@ def edit_prepared(
             stored=stored,
             libraries=libraries,
             blocks=blocks_of(backbone.offers.openings) if blocks is None else blocks,
+            draws=partial(_draws, run_seed, sample.noise_id, latents),
         )
         layer = backbone.offers.bottleneck.layer if bases and backbone.offers.bottleneck else None
         children.append(_invert_and_edit(prepared, inversion, source, pairs, methods, seed, layer))
@@ -239,6 +251,19 @@ def edit_prepared(
             raise results
         outcomes += [_with_round_trip(result, back) for result in results]
     return outcomes
+
+
+def _encode(prepared: Prepared, backbone: Backbone) -> Steps[Tensor]:
+    """An image's latents; of a row that brings none zeros, of which nothing shows in noise."""
+    if not prepared.sample.blank:
+        return (yield EncodeImage(prepared.pixels))
+    height, width = (side // backbone.latent_scale for side in prepared.pixels.shape[:2])
+    return torch.zeros((backbone.latent_channels, height, width))
+
+
+def _draws(run_seed: int, noise_id: str, latents: Tensor, purpose: str) -> DrawNoise:
+    """Noise of its own for each purpose."""
+    return draw_from(seed_for(run_seed, noise_id, f"editing {purpose}"), tuple(latents.shape), latents.dtype)
 
 
 def _decode(latents: Tensor) -> Steps[np.ndarray]:
@@ -350,6 +375,7 @@ def _shown(
         masks=None if edited.masks is None else tuple(at_image_size(one.bool(), pixels) for one in edited.masks),
         seed=seed,
         recorded=edited.recorded,
+        is_compared=method.editing.shows_input and not prepared.sample.blank,
     )
 
 

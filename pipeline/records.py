@@ -18,6 +18,7 @@ from pipeline.experts import AnyReward, NonEmptyPrompt, Prompt, TextExpert
 from pipeline.interventions import Intervention
 from pipeline.placement import Placement
 from pipeline.samples import Sample
+from pipeline.subjects import Subject
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,6 +111,8 @@ class EditRequest(BaseModel):
     """Where riemannian moves the image to, and how far. None: 16 moves along its strongest direction."""
     interventions: tuple[Intervention, ...] = Field(default=(), max_length=64)
     """What concepts writes into the network, and takes out of it."""
+    subject: Subject | None = None
+    """What consistory keeps the same in all scenes of a set. A scene is an edit, and target_prompt what it shows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +183,8 @@ class Source:
     stored: Mapping[str, Mapping[str, StoredDirection]] = field(default_factory=dict)  # by file and name
     libraries: Mapping[str, Library] = field(default_factory=dict)  # of autoencoders, by folder
     blocks: Mapping[str, Transformer] = field(default_factory=dict)  # of the network, by name
+    # Noise of its own for each purpose that an editor names, from its beginning. None: nobody asks for any.
+    draws: Callable[[str], DrawNoise] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -278,6 +283,7 @@ class Decoded:
     seed: int
     basis: LocalBasis | None = None  # of a run that writes bases; the pixels then show where it lies
     recorded: tuple[Recorded | Attended, ...] = ()  # as that of `EditedLatents`
+    is_compared: bool = True  # whether the result shows the input, changed, so that figures compare the two
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,13 @@ class Sample:
     columns: Mapping[str, Any] = field(default_factory=dict)  # JSON-able source columns
     members: Mapping[str, bytes] = field(default_factory=dict)  # other binary members of the sample
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # columns that are numbers of classes: names
+    set_id: str = ""  # noise derives from it where it is one of several rows of a set; "": from the row's own id
+    blank: bool = False  # there is no image: a grey canvas of the model's size stands for it
+
+    @property
+    def noise_id(self) -> str:
+        """What the noise of its results derives from."""
+        return self.set_id or self.id
 
     @property
     def nbytes(self) -> int:

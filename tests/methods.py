@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -86,6 +87,7 @@ def source(backbone: Backbone, number: int, prompt: str = "", side: int = SIDE) 
         schedule=backbone.schedule,
         draw_noise=draw,
         editing_noise=lambda: draw_from(10**6 + number, tuple(latents.shape), latents.dtype),
+        draws=lambda purpose: draw_from(zlib.crc32(purpose.encode()) + number, tuple(latents.shape), latents.dtype),
     )
 
 

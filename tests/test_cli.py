@@ -60,7 +60,6 @@ def test_help_loads_neither_torch_nor_ray():
     assert done.returncode == 0, done.stderr
     commands = "edit evaluate plan status verify regenerate export audit report demo schema methods"
     for command in commands.split():
-    for command in commands:
         assert re.search(rf"\b{command}\b", done.stdout)
 
 

@@ -25,6 +25,7 @@ from pipeline.inversion.negative_prompt import NegativePromptInversion
 from pipeline.looking.counting import RowCounter
 from pipeline.recipe import Method, Recipe, recipe_from
 from pipeline.records import Concept, EditedLatents, EditRequest, Trajectory, WordPair
+from pipeline.subjects import Subject
 from tests.facts import editor_facts, inversion_facts
 from tests.methods import BACKBONES, SIDE, analytic, invert_and_edit, source, tiny_sd
 
@@ -36,6 +37,7 @@ REQUEST = EditRequest(
     target_prompt="a dog on a mat",
     concepts=(Concept(prompt="hat", guidance_scale=2.0, threshold=0.7),),
     blend_words=WordPair(source=("cat",), target=("dog",)),
+    subject=Subject(words=("mat",), anchor_prompts=("a mat",)),
 )
 # What takes a model of its own is asked of that model's family: see tests/models/families.
 PAIRS = [

@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "common", "compat"},
     {"diffusion"},
     {"rewards", "experts"},
-    {"records", "samples", "directions", "interventions", "recordings", "placement"},
+    {"records", "samples", "directions", "interventions", "recordings", "placement", "subjects"},
     {"engine"},
     {"models"},
     {"inversion", "editing"},

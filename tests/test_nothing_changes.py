@@ -34,7 +34,9 @@ PAIRS = [
     (inversion, editor)
     for inversion in INVERSIONS
     for editor in EDITORS
-    if EDITORS[editor].fits(INVERSIONS[inversion]) and INVERSIONS[inversion].exact != "none"
+    if EDITORS[editor].fits(INVERSIONS[inversion])
+    and INVERSIONS[inversion].exact != "none"
+    and EDITORS[editor].shows_input
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipeline.editing.base import EditingMethod
 from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.concepts import Concepts
+from pipeline.editing.consistory import ConsiStory
 from pipeline.editing.diffedit import DiffEdit
 from pipeline.editing.direct_edit import DirectEdit
 from pipeline.editing.fast_diffedit import FastDiffEdit
@@ -24,6 +25,7 @@ from pipeline.editing.uniedit_flow import UniEditFlow
 EDITORS: dict[str, type[EditingMethod]] = {
     "cfg": ClassifierFreeGuidance,
     "concepts": Concepts,
+    "consistory": ConsiStory,
     "diffedit": DiffEdit,
     "direct_edit": DirectEdit,
     "fast_diffedit": FastDiffEdit,

@@ -32,6 +32,7 @@ class EditingMethod(BaseModel, ABC):
     keeps_to_masks: ClassVar[bool] = True  # whether it can leave alone what is outside of a user's mask
     # Settings by which it does not guide, for models that cannot be guided.
     unguided: ClassVar[str] = "editing.guidance_scale: 1 where the method has one"
+    shows_input: ClassVar[bool] = True  # whether results show the input, changed: else no figure compares the two
     finds_bases: ClassVar[bool] = False  # whether it moves along local latent bases, which a run may write instead
 
     @classmethod

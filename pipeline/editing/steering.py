@@ -202,8 +202,8 @@ def control_of(
                 adds.append(Adds(where=where, slots=len(rows), directions=_room_for(count)))
     for wish in wishes:
         parts.append(Record(row=rows.index(wish.branch), where=(wish.block.place, wish.block.index_in_place)))
-    for where in dict.fromkeys(part.where for part in parts if isinstance(part, Record)):
-        records.append(Records(where=where, slots=len(rows)))
+    for recorded in dict.fromkeys(part.where for part in parts if isinstance(part, Record)):
+        records.append(Records(where=recorded, slots=len(rows)))
     if watched is not None:
         parts.append(Watch(rows.index("cond"), watched))
     if not parts:

@@ -10,6 +10,7 @@ from pipeline.engine.controls import (
     Blend,
     Control,
     Mix,
+    MixQueries,
     Openings,
     Part,
     Read,
@@ -18,10 +19,10 @@ from pipeline.engine.controls import (
     TakeFeatures,
     Watch,
     WatchedClasses,
-    placed,
     resolved,
     watched_grid,
 )
+from pipeline.engine.placing import placed
 from pipeline.errors import EditError
 
 
@@ -33,6 +34,7 @@ def check(control: Control, rows: int, length: int, size: tuple[int, int], openi
             its plan, or a tensor of the wrong shape.
         EditError: the model has no such block.
     """
+    _check_watched(control, openings)
     taken: dict[tuple[Any, ...], Part] = {}
     watched = {part.row for part in control.parts if isinstance(part, Watch)}
     for part in control.parts:
@@ -54,6 +56,24 @@ def check(control: Control, rows: int, length: int, size: tuple[int, int], openi
                 raise ValueError(f"{_named(part)} has {name} of shape {found}, and {expected} was expected")
 
 
+def _check_watched(control: Control, openings: Openings) -> None:
+    """Of layers that a plan names itself: there are some, and their maps are of one size.
+
+    A model without any layer is refused by what a method needs of it.
+    """
+    chosen = control.plan.watched
+    if chosen is None or not control.watches or not openings.layers:
+        return
+    factors = {layer.factor for layer in openings.layers if chosen.picks(layer)}
+    if not factors:
+        raise EditError(f"no layer of the model is one of {chosen}, whose cross-attention is to be watched")
+    if len(factors) > 1:
+        raise EditError(
+            "the layers whose cross-attention is to be watched have maps of several sizes: the latents' side is "
+            f"{', '.join(map(str, sorted(factors)))} times theirs. Name layers of one size"
+        )
+
+
 def _named(part: Part) -> str:
     return f"a control's {type(part).__name__} of row {part.row}"
 
@@ -63,7 +83,7 @@ def _rows(part: Part) -> Iterator[int]:
     match part:
         case Route():
             yield from (row for row in (part.query, part.key, part.value) if row is not None)
-        case Mix() | TakeFeatures():
+        case Mix() | MixQueries() | TakeFeatures():
             yield part.source
         case Read():
             yield from part.sources
@@ -80,6 +100,8 @@ def _claims(part: Part, openings: Openings) -> Iterator[tuple[Any, ...]]:
             yield "cross-attention", part.row
         case Route() | Read():
             yield from (("self-attention of layer", part.row, layer) for layer in resolved(part.layers, openings))
+        case MixQueries():
+            yield from (("queries of layer", part.row, layer) for layer in resolved(part.layers, openings))
         case Blend():
             yield from (("result of layer", part.row, layer) for layer in resolved(part.layers, openings))
         case TakeFeatures():
@@ -95,6 +117,7 @@ def _check_room(control: Control) -> None:
     for part in control.parts:
         missing = (
             (isinstance(part, Route) and not plan.routes and "routes=True")
+            or (isinstance(part, MixQueries) and not plan.query_mixes and "query_mixes=True")
             or (isinstance(part, TakeFeatures) and part.blocks not in plan.takes and f"takes=({part.blocks},)")
             or (isinstance(part, Watch) and len(part.weights) > plan.sums and f"sums={len(part.weights)}")
         )
@@ -119,17 +142,26 @@ def _shapes(
             for height, width in grids:
                 for name, tensor in (("sources", part.sources), ("places", part.places), ("shares", part.shares)):
                     yield name, tuple(tensor.shape), (height * width,)
-        case Add() | Record():
+        case Record():
+            if openings.recordable(part.where) is None:
+                raise EditError(_missing(part, openings))
+        case Add():
             block = openings.transformer(part.where)
             if block is None:
-                raise EditError(
-                    f"{_named(part)} is for transformer block {part.where}, which the model does not have; it has "
-                    f"{', '.join(f'{one.place} {one.index_in_place}' for one in openings.transformers) or 'none'}"
-                )
-            if isinstance(part, Add):
-                count, grid = len(part.directions), (-(-size[0] // block.factor), -(-size[1] // block.factor))
-                yield "directions", tuple(part.directions.shape), (count, block.channels)
-                yield "maps", tuple(part.maps.shape), (count, *grid)
+                raise EditError(_missing(part, openings))
+            count, grid = len(part.directions), (-(-size[0] // block.factor), -(-size[1] // block.factor))
+            yield "directions", tuple(part.directions.shape), (count, block.channels)
+            yield "maps", tuple(part.maps.shape), (count, *grid)
+
+
+def _missing(part: Add | Record, openings: Openings) -> str:
+    """What is said of a block that a model does not have."""
+    there = [f"{one.place} {one.index_in_place}" for one in openings.transformers]
+    there += [f"decoder {one.factor}" for one in openings.decoder] if isinstance(part, Record) else []
+    return (
+        f"{_named(part)} is for block {' '.join(map(str, part.where))}, which the model does not have; it has "
+        f"{', '.join(dict.fromkeys(there)) or 'none'}"
+    )
 
 
 def _shapes_of_classes(part: Read, size: tuple[int, int]) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:

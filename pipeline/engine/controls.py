@@ -7,19 +7,17 @@ A network call carries the parts of all its groups as two tensors (`stacking.py`
 many rows, says the `Plan`. It follows from settings alone, never from a step's numbers, so that rows of one kind always
 meet the same computation, and a compiled network is one graph per kind.
 
-Order within a layer. A `Route` picks queries, keys and values; the layer attends; a `Mix` adds to the result, a `Read`
-takes its place, both from the queries, keys and values before any route; then `Blend`. Behind a transformer block comes
-`Add`; `Record` sees what the block wrote without it. `Watch` reads queries and keys before any route and changes
-nothing.
+Order within a layer. `MixQueries` comes first: what is said of queries below is said of those that it leaves. A `Route`
+picks queries, keys and values; the layer attends; a `Mix` adds to the result, a `Read` takes its place, both from the
+queries, keys and values before any route; then `Blend`. Behind a transformer block comes `Add`; `Record` sees what the
+block wrote without it. `Watch` reads queries and keys before any route and changes nothing.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -75,6 +73,14 @@ class Transformer:
 
 
 @dataclass(frozen=True, slots=True)
+class DecoderBlock:
+    """One block of the decoder: what it puts out, behind its upsampler, can be recorded."""
+
+    factor: int  # latents' side over the side of its output; of several blocks of one factor the first is meant
+    channels: int
+
+
+@dataclass(frozen=True, slots=True)
 class Openings:
     """Where a network lets controls in, in order of execution. One per model."""
 
@@ -84,15 +90,22 @@ class Openings:
     watched_factor: int = WATCHED_FACTOR  # latents' side over that of what is watched
     residuals: tuple[ResidualBlock, ...] = ()
     transformers: tuple[Transformer, ...] = ()
+    decoder: tuple[DecoderBlock, ...] = ()
 
     def transformer(self, where: Where) -> Transformer | None:
         """The one of a name, if there is one."""
         named = (one for one in self.transformers if (one.place, one.index_in_place) == where)
         return next(named, None)
 
+    def recordable(self, where: Where) -> Transformer | DecoderBlock | None:
+        """What a name that a `Record` has means here, if anything."""
+        if where[0] != "decoder":
+            return self.transformer(where)
+        return next((one for one in self.decoder if one.factor == where[1]), None)
 
-Where = tuple[NetworkPart, int]
-"""Names a `Transformer`: its place, and which one there."""
+
+Where = tuple[NetworkPart | Literal["decoder"], int]
+"""Names a `Transformer`, its place and which one there; or a `DecoderBlock`, "decoder" and the factor of its output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +175,16 @@ class Route:
     query: int | None = None
     key: int | None = None
     value: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class MixQueries:
+    """A row's queries of self-attention become `share * queries(source) + (1 - share) * queries(row)`, first of all."""
+
+    row: int
+    source: int
+    layers: Layers
+    share: float
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -246,13 +269,13 @@ class Add:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Record what a transformer block wrote, (C, h', w')."""
+    """Record what a transformer block wrote, or what a decoder block puts out, (C, h', w')."""
 
     row: int
     where: Where
 
 
-Part = Watch | Route | Mix | Read | TakeFeatures | Blend | Add | Record
+Part = Watch | Route | MixQueries | Mix | Read | TakeFeatures | Blend | Add | Record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,18 +330,42 @@ class Records:
         return part.where == self.where
 
 
+class FreeU(NamedTuple):
+    """Factors of the decoder's two coarsest blocks (Si et al., arXiv 2309.11497), for all rows of a call."""
+
+    skip_1: float  # s1, of the low frequencies of what the first block skips over
+    skip_2: float  # s2, of the second
+    backbone_1: float  # b1, of half the channels of what the first block is given
+    backbone_2: float  # b2, of the second
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Which parts the calls of a kind have, and for how many rows of each group (slots)."""
 
     sums: int = 0  # S that each row may watch
+    # Whose cross-attention is watched, all of one size of map. None: that at a quarter of the latents' side.
+    watched: Layers | None = None
     routes: bool = False
+    query_mixes: bool = False
     mixes: int = 0  # slots
     reads: tuple[Reads, ...] = ()
     takes: tuple[Residuals, ...] = ()
     blends: tuple[Blends, ...] = ()
     adds: tuple[Adds, ...] = ()
     records: tuple[Records, ...] = ()
+    free_u: FreeU | None = None
+
+    def watched_layers(self, openings: Openings) -> frozenset[int]:
+        """Indices of the transformer blocks whose cross-attention is watched in a network."""
+        return openings.watched if self.watched is None else resolved(self.watched, openings)
+
+    def watched_grid(self, openings: Openings, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of what is watched on latents of (height, width)."""
+        if self.watched is None:
+            return watched_grid(height, width)
+        (grid,) = {layer.grid(height, width) for layer in openings.layers if self.watched.picks(layer)}
+        return grid
 
 
 PLAIN = Plan(sums=1)
@@ -345,41 +392,6 @@ class Control:
 class Seen:
     """What a control recorded."""
 
-    watched: Tensor | None  # (R, S, h/4, w/4) per row of the call, zeros for sums that nobody watched; None: no `Watch`
+    # (R, S, h/4, w/4) per row, or on the plan's own grid; zeros for sums that nobody watched. None: no `Watch`
+    watched: Tensor | None
     recorded: tuple[Tensor, ...] = ()  # (C, h', w') each, in the order of the `Record`s
-
-
-ROOMS: dict[type[Any], str] = {Read: "reads", Blend: "blends", Add: "adds", Record: "records"}
-"""Kinds of part that need a room, and where a plan has these."""
-
-
-class Placed(NamedTuple):
-    """A part in the room that it takes."""
-
-    part: Any
-    kind: str  # "mixes", "reads", ..., as in `Plan`
-    room: int  # which of the plan's
-    slot: int  # within its group
-
-
-def placed(control: Control) -> Iterator[Placed]:
-    """Every part that needs room, in order, with its slot.
-
-    Raises:
-        ValueError: the plan has none left for a part.
-    """
-    taken: Counter[tuple[str, int]] = Counter()
-    for part in control.parts:
-        kind = "mixes" if isinstance(part, Mix) else ROOMS.get(type(part))
-        if kind is None:
-            continue
-        rooms: Any = getattr(control.plan, kind)
-        slots = [rooms] if isinstance(part, Mix) else [room.slots if room.suits(part) else 0 for room in rooms]
-        free = [number for number, count in enumerate(slots) if taken[kind, number] < count]
-        if not free:
-            raise ValueError(
-                f"a control's plan has no room for its {type(part).__name__} of row {part.row}: {kind}={rooms}. Make a "
-                "plan that holds what all steps need"
-            )
-        yield Placed(part, kind, free[0], taken[kind, free[0]])
-        taken[kind, free[0]] += 1

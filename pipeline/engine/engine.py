@@ -268,11 +268,12 @@ class Engine:
     def _check(self, call: Denoise) -> None:
         """Refuse what the model cannot do."""
         height, width = call.latents.shape[-2:]
-        if call.watch is not None or (call.control is not None and call.control.watches):
+        control = call.control
+        if call.watch is not None or (control is not None and control.watches and control.plan.watched is None):
             self.backbone.offers.check_watchable(height, width)
-        if call.control is not None:
+        if control is not None:
             length = call.conditioning[0].embedding.shape[0]
-            check(call.control, len(call.levels), length, (height, width), self.backbone.offers.openings)
+            check(control, len(call.levels), length, (height, width), self.backbone.offers.openings)
 
     def _does_not_fit(self, pending: PendingCall) -> str:
         return (

@@ -26,6 +26,7 @@ from pipeline.engine.controls import (
     GivenClasses,
     Layers,
     Mix,
+    MixQueries,
     Openings,
     Plan,
     Read,
@@ -36,10 +37,10 @@ from pipeline.engine.controls import (
     TakeFeatures,
     WatchedClasses,
     Where,
-    placed,
     resolved,
     watched_grid,
 )
+from pipeline.engine.placing import placed
 
 EVERYTHING = -1.0  # a threshold that every place reaches: with it watched classes tell nothing apart
 
@@ -180,8 +181,8 @@ def _present(controls: Sequence[tuple[int, Control]], watch: Tensor | None) -> f
     used = {f"{one.kind}.{one.room}" for _, control in controls for one in placed(control)}
     if watch is not None:
         used.add("watch")
-    if any(isinstance(part, TakeFeatures) for _, control in controls for part in control.parts):
-        used.add("takes")
+    kinds = {type(part) for _, control in controls for part in control.parts}
+    used |= {room for kind, room in ((TakeFeatures, "takes"), (MixQueries, "queries")) if kind in kinds}
     return frozenset(used)
 
 
@@ -232,10 +233,13 @@ def _taken(plan: Plan, openings: Openings) -> tuple[int, ...]:
 def _blanks(shape: Shape, openings: Openings) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Per room its parts by name, with what stands there where nobody uses them: it leaves every row as it is."""
     plan, slots_of = shape.plan, partial(_first_rows, shape)
-    if plan.sums and openings.watched:
+    if plan.sums and plan.watched_layers(openings):
         yield "watch", {"watch": torch.zeros(shape.rows, plan.sums, shape.length)}
     if taken := _taken(plan, openings):
         yield "takes", {"takes": torch.arange(shape.rows).repeat(len(taken), 1)}
+    if plan.query_mixes:
+        shares = torch.zeros(len(openings.layers), shape.rows)
+        yield "queries", {"queries.sources": torch.arange(shape.rows), "queries.shares": shares}
     if plan.mixes:
         rows = slots_of(plan.mixes)
         yield (
@@ -247,7 +251,8 @@ def _blanks(shape: Shape, openings: Openings) -> Iterator[tuple[str, dict[str, T
             },
         )
     for number, read in enumerate(plan.reads):
-        yield f"reads.{number}", _blank_read(f"reads.{number}", read, slots_of(read.slots), shape)
+        if resolved(read.layers, openings):  # else nobody reads there, and the classes are the largest part of all
+            yield f"reads.{number}", _blank_read(f"reads.{number}", read, slots_of(read.slots), shape)
     for number, blend in enumerate(plan.blends):
         room, rows, places = f"blends.{number}", slots_of(blend.slots), _places(blend.layers, shape, openings)
         yield (
@@ -274,7 +279,7 @@ def _blanks(shape: Shape, openings: Openings) -> Iterator[tuple[str, dict[str, T
                 },
             )
     for number, record in enumerate(plan.records):
-        if openings.transformer(record.where) is not None:
+        if openings.recordable(record.where) is not None:
             yield f"records.{number}", {f"records.{number}.rows": slots_of(record.slots)}
 
 
@@ -313,8 +318,12 @@ def _write(control: Control, start: int, layout: Layout, parts: Mapping[str, Ten
             for at, number in enumerate(layout.taken):
                 if part.blocks.picks(layout.openings.residuals[number]):
                     parts["takes"][at, start + part.row] = start + part.source
+        if isinstance(part, MixQueries):
+            parts["queries.sources"][start + part.row] = start + part.source
+            parts["queries.shares"][list(resolved(part.layers, layout.openings)), start + part.row] = part.share
     rows: dict[tuple[str, int], dict[int, int]] = {}  # per room its slots' rows
-    for one in placed(control):
+    laid_out = [one for one in placed(control) if layout.has(f"{one.kind}.{one.room}.rows")]
+    for one in laid_out:
         rows.setdefault((one.kind, one.room), {})[one.slot] = one.part.row
     for (kind, room), used in rows.items():
         name, slots = f"{kind}.{room}.rows", slots_in(layout.plan, kind, room)
@@ -324,7 +333,7 @@ def _write(control: Control, start: int, layout: Layout, parts: Mapping[str, Ten
         first = start // shape.group * slots
         where = parts[name][first : first + slots]  # (slots,) or (slots, rows)
         where.copy_(taken if where.dim() == 1 else taken[:, None].expand_as(where))
-    for one in placed(control):
+    for one in laid_out:
         slots = slots_in(layout.plan, one.kind, one.room)
         _write_part(one.part, f"{one.kind}.{one.room}", start // shape.group * slots + one.slot, start, parts)
 

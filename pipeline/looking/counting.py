@@ -19,7 +19,7 @@ from pipeline.diffusion.sparse_autoencoder import SparseAutoencoder
 from pipeline.directions import StoredDirection
 from pipeline.engine.backbone import Backbone, Bottleneck, ModelRecord, Offers
 from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Product, Span
-from pipeline.engine.controls import Openings, Transformer
+from pipeline.engine.controls import DecoderBlock, Openings, Records, Transformer
 from pipeline.engine.engine import Engine
 from pipeline.flow import edit_prepared
 from pipeline.interventions import BlockAutoencoder, ConceptFeatures, Intervention, Library, Target, Telling
@@ -92,8 +92,8 @@ def _anonymous(requests: Mapping[str, EditRequest]) -> str:
         if isinstance(value, dict):
             return {name: hide(item, name) for name, item in value.items()}
         if isinstance(value, (list, tuple)):
-            return [hide(item) for item in value]
-        if key.endswith("prompt") or key == "instruction":
+            return [hide(item, key) for item in value]
+        if key.endswith(("prompt", "prompts")) or key == "instruction":
             return numbers.setdefault(value, f"text {len(numbers)}")
         return value
 
@@ -176,7 +176,9 @@ class ZeroBackbone(Backbone):
     latent_scale = 8
     multiple = 64
     offers = Offers(
-        openings=Openings(watched=frozenset({0}), transformers=BLOCKS),
+        openings=Openings(
+            watched=frozenset({0}), transformers=BLOCKS, decoder=(DecoderBlock(1, 4), DecoderBlock(2, 4))
+        ),
         embedding_gradients=True,
         bottleneck=Bottleneck(layer="none", channels=128, factor=8, latent_channels=4, latent_scale=8, side=16),
     )
@@ -219,16 +221,18 @@ class ZeroBackbone(Backbone):
         return NetworkAnswer(
             predictions=prediction_of("epsilon", output, call.latents, call.levels),
             attention=None if call.watch is None else torch.zeros(rows, call.plan.sums, height // 4, width // 4),
-            recorded={
-                room.where: torch.zeros(
-                    rows // call.group * room.slots, 1, -(-height // BLOCKS[0].factor), -(-width // BLOCKS[0].factor)
-                )
-                for room in call.plan.records
-            },
+            recorded={room.where: self._written(room, rows // call.group, height, width) for room in call.plan.records},
             embedding_grads=None
             if call.cotangents is None
             else torch.zeros_like(torch.stack([one.embedding for one in call.conditioning])),
         )
+
+    def _written(self, room: Records, groups: int, height: int, width: int) -> Tensor:
+        """What a block writes: nothing, or ones where places are compared by it."""
+        block = self.offers.openings.recordable(room.where)
+        assert block is not None
+        made = torch.ones if isinstance(block, DecoderBlock) else torch.zeros
+        return made(groups * room.slots, block.channels, -(-height // block.factor), -(-width // block.factor))
 
     @override
     def product(self, call: Product) -> Tensor:

@@ -22,7 +22,8 @@ from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import Backbone, Bottleneck, ModelRecord, Offers
 from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Product, Span
-from pipeline.engine.controls import WATCHED_FACTOR, Layer, Openings, ResidualBlock
+from pipeline.engine.controls import WATCHED_FACTOR, DecoderBlock, Layer, Openings, ResidualBlock
+from pipeline.engine.placing import rows_recorded
 from pipeline.errors import EditError
 from pipeline.models.gradients import gradients, pulled_back
 
@@ -53,6 +54,7 @@ class AnalyticBackbone(Backbone):
             ),
             watched=frozenset({0}),
             residuals=tuple(ResidualBlock(0, number, WATCHED_FACTOR) for number in range(3)),
+            decoder=(DecoderBlock(1, latent_channels), DecoderBlock(2, latent_channels)),
         ),
         embedding_gradients=True,
         bottleneck=Bottleneck(
@@ -118,7 +120,7 @@ class AnalyticBackbone(Backbone):
     @override
     def denoise(self, call: NetworkCall) -> NetworkAnswer:
         """Each token's attention is the prompt's spot. Controls may watch it, and change no prediction: this model's
-        answers stay known.
+        answers stay known. What a decoder block puts out are the predicted clean latents, at its size.
         """
         if call.beside:
             raise EditError("the analytic model does not inpaint. Use editing.backend: masked")
@@ -141,7 +143,10 @@ class AnalyticBackbone(Backbone):
         attention = None
         if call.watch is not None:
             attention = grid[:, None] * call.watch.sum(dim=2)[:, :, None, None].to(self.dtype)
-        return NetworkAnswer(predictions.both(torch.Tensor.detach), attention, embedding_grads=grads)
+        recorded = {
+            where: avg_pool2d(predictions.data[rows].detach(), where[1]) for where, rows in rows_recorded(call).items()
+        }
+        return NetworkAnswer(predictions.both(torch.Tensor.detach), attention, recorded, grads)
 
     def weights(self, embeddings: Tensor, height: int, width: int) -> Tensor:
         """What each latent counts in the bottleneck, (R, C, height, width): more where the prompt has its spot, and

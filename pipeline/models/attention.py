@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad, scaled_dot_product_attention
 
-from pipeline.engine.controls import ANY, BACKGROUND, FOREGROUND, HIDDEN, Layer, Where, watched_grid
+from pipeline.engine.controls import ANY, BACKGROUND, FOREGROUND, HIDDEN, Layer, Where
 from pipeline.engine.stacking import Layout, Stacked
 
 VECTOR_WIDTH = 16  # float32 numbers that fill a CPU's vector registers well
@@ -90,7 +90,7 @@ class Acting:
         """One layer's result (R, heads, N, d)."""
         if layer.kind == "self":
             return self._self_attention(layer, query, key, value, scale)
-        if "watch" in self.parts and layer.index in self.layout.openings.watched:
+        if "watch" in self.parts and layer.index in self.layout.plan.watched_layers(self.layout.openings):
             self._watch(query, key, scale)
         return self._cross_attention(query, key, value, scale)
 
@@ -113,14 +113,21 @@ class Acting:
         weights = self.parts["watch"]  # (R, S, L)
         probabilities = attention_probabilities(query, key, scale).mean(dim=1)  # (R, N, L)
         sums = probabilities @ weights.to(probabilities).transpose(1, 2)
-        grid = watched_grid(self.layout.shape.height, self.layout.shape.width)
+        shape = self.layout.shape
+        grid = shape.plan.watched_grid(self.layout.openings, shape.height, shape.width)
         self.sums.append(sums.transpose(1, 2).unflatten(2, grid))
 
     def watched(self) -> Tensor | None:
-        """(R, S, h/4, w/4): mean over the layers that have run; None where none of them is watched."""
+        """(R, S, h/4, w/4), or the plan's own grid: mean over the layers that have run; None where none is watched."""
         return torch.stack(self.sums).mean(dim=0) if self.sums else None
 
+    def _mixed_queries(self, layer: Layer, query: Tensor) -> Tensor:
+        share = self.parts["queries.shares"][layer.index].to(query.dtype)[:, None, None, None]
+        return query * (1 - share) + query[self.parts["queries.sources"]] * share
+
     def _self_attention(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if self.layout.has("queries.sources"):
+            query = self._mixed_queries(layer, query)
         routed = [
             tensor.index_select(0, self.parts["routes"][layer.index, which]) if moved else tensor
             for which, (tensor, moved) in enumerate(
@@ -175,17 +182,20 @@ class Acting:
         return torch.where(inside, FOREGROUND, BACKGROUND)
 
     def _blend(self, number: int, attended: Tensor) -> Tensor:
-        row, source, place = (self.parts[f"blends.{number}.{name}"] for name in ("rows", "sources", "places"))
-        share = self.parts[f"blends.{number}.shares"].to(attended.dtype)[:, :, None, None]  # (E, N, 1, 1)
-        other = attended[source, :, place]  # (E, N, heads, d)
-        own = attended[row].transpose(1, 2)
-        return attended.index_copy(0, row, (own * (1 - share) + other * share).transpose(1, 2))
+        parts = (self.parts[f"blends.{number}.{name}"] for name in ("rows", "sources", "places", "shares"))
+        return blended(attended, *parts)
 
     def features(self, residual: int, hidden: Tensor) -> Tensor:
         """A decoder block's hidden state (R, C, h', w') behind its second convolution."""
         if residual not in self.layout.taken:
             return hidden
         return hidden.index_select(0, self.parts["takes"][self.layout.taken.index(residual)])
+
+    def put_out(self, where: Where, output: Tensor) -> None:
+        """A decoder block's output (R, C, h', w')."""
+        for number, record in enumerate(self.layout.plan.records):
+            if record.where == where and self.layout.has(f"records.{number}.rows"):
+                self.recorded[number] = output[self.parts[f"records.{number}.rows"]]
 
     def wrote(self, where: Where, given: Tensor, output: Tensor) -> Tensor:
         """A transformer block's output (R, C, h', w'), which it made of what it was given."""
@@ -205,6 +215,14 @@ class Acting:
                 relative = relative[:, None, None, None]
                 changed = changed.index_add(0, row, added * (length * relative + (1 - relative)))
         return changed
+
+
+def blended(attended: Tensor, row: Tensor, source: Tensor, place: Tensor, share: Tensor) -> Tensor:
+    """A layer's result (R, heads, N, d) in which E rows (E,) have taken a share of places of others, (E, N) each."""
+    share = share.to(attended.dtype)[:, :, None, None]
+    other = attended[source, :, place]  # (E, N, heads, d)
+    own = attended[row].transpose(1, 2)
+    return attended.index_copy(0, row, (own * (1 - share) + other * share).transpose(1, 2))
 
 
 def readable(own: Tensor, theirs: Tensor) -> Tensor:

@@ -118,7 +118,13 @@ class StableDiffusion(Backbone):
             embeddings = embeddings.detach().requires_grad_()
         controls = self._controls(call, embeddings.shape[1])
         output, watched, recorded = self._network.predict(
-            inputs, times, embeddings.to(dtype), controls, added or None, None if added else self._alike(call)
+            inputs,
+            times,
+            embeddings.to(dtype),
+            controls,
+            added or None,
+            None if added else self._alike(call),
+            call.plan.free_u,
         )
         kind = self.schedule.prediction_type
         predictions = prediction_of(kind, output.to(self._outside), latents, call.levels)

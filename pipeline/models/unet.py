@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from pipeline.engine.controls import (
     WATCHED_FACTOR,
+    FreeU,
     Layer,
     NetworkPart,
     Openings,
@@ -29,6 +30,7 @@ from pipeline.models.attention import Acting, attention_of_distinct_rows, explic
 from pipeline.models.compiling import compiled
 from pipeline.models.graphs import Replayed
 from pipeline.models.kernels import asking_first, exact_float32, join_projections, projections
+from pipeline.models.unet_layout import decoder_of
 
 PLACES: dict[str, NetworkPart] = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}  # as they are executed
 
@@ -63,6 +65,7 @@ class OpenedUNet:
         _open_attention(unet, self._now)
         _open_residuals(unet, self._now)
         _open_transformers(unet, self._now)
+        _open_decoder(unet, self._now)
         self._compiled: Callable[..., Any] | None = None
 
     def tune(self, tuning: Tuning) -> None:
@@ -89,6 +92,7 @@ class OpenedUNet:
         controls: Stacked | None = None,
         added: Mapping[str, Tensor] | None = None,
         alike: Tensor | None = None,
+        free_u: FreeU | None = None,
     ) -> tuple[Tensor, Tensor | None, dict[Where, Tensor]]:
         """One call of R rows. Everything lies on the network's device.
 
@@ -100,20 +104,25 @@ class OpenedUNet:
             added: more conditioning, by the names that the network knows it by.
             alike: (R,), for each row the first one of the same latents and time, in a call without controls: what
                 they have in common is then attended to once. None: they are taken to differ.
+            free_u: factors of the decoder; None: none.
 
         Returns:
             The output (R, C, h, w), what was watched (R, S, h/4, w/4), and what was recorded, (slots, C, h', w') by
-            transformer block.
+            block.
         """
         run = self._compiled if self._compiled is not None and self.compiles else self._run
         if self.tuning.layout == "channels_last":
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         try:
             more = None if added is None else dict(added)
+            if free_u is not None:
+                self.unet.enable_freeu(*free_u)
             with asking_first(self.tuning.attention), exact_float32(inputs):
                 output, watched, recorded = run(inputs, times, context, controls, more, alike)
         finally:
             self._now.acting = self._now.alike = None
+            if free_u is not None:
+                self.unet.disable_freeu()
         return output, watched, recorded
 
     def bottleneck(
@@ -266,6 +275,22 @@ def _transform(
     return (output if now.acting is None else now.acting.wrote(where, hidden_states, output),)
 
 
+def _open_decoder(unet: Any, now: Now) -> None:
+    """Behind the upsampler: the features of DIFT (arXiv 2306.03881). Of blocks of one factor the first is opened."""
+    first: dict[int, Any] = {}
+    for block, described in zip(unet.up_blocks, decoder_of(unet.config), strict=True):
+        first.setdefault(described.factor, block)
+    for factor, block in first.items():
+        block.forward = partial(_put_out, block.forward, ("decoder", factor), now)
+
+
+def _put_out(forward: Callable[..., Tensor], where: Where, now: Now, *given: Any, **named: Any) -> Tensor:
+    output = forward(*given, **named)
+    if now.acting is not None:
+        now.acting.put_out(where, output)
+    return output
+
+
 def openings_of(unet: Any) -> Openings:
     """Where a UNet lets controls in."""
     layers = list(attention_layers(unet).values())
@@ -283,6 +308,7 @@ def openings_of(unet: Any) -> Openings:
             for index_in_block in range(len(up_block.resnets))
         ),
         transformers=tuple(transformer for _, transformer in _transformers(unet)),
+        decoder=decoder_of(unet.config),
     )
 
 

@@ -6,7 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.engine.backbone import Bottleneck
-from pipeline.engine.controls import WATCHED_FACTOR, Layer, NetworkPart, Openings, ResidualBlock, Transformer
+from pipeline.engine.controls import (
+    WATCHED_FACTOR,
+    DecoderBlock,
+    Layer,
+    NetworkPart,
+    Openings,
+    ResidualBlock,
+    Transformer,
+)
 
 WITHOUT_ATTENTION = ("DownBlock2D", "UpBlock2D", "UNetMidBlock2D", None)
 WITH_ATTENTION = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn")
@@ -76,6 +84,7 @@ def openings_of_config(unet: Mapping[str, Any]) -> Openings:
         ),
         residuals=_residuals(unet),
         transformers=_stacks(unet),
+        decoder=decoder_of(unet),
     )
 
 
@@ -103,6 +112,13 @@ def _residuals(unet: Mapping[str, Any]) -> tuple[ResidualBlock, ...]:
     layers = _per_level(unet.get("layers_per_block", 2), levels)[::-1]
     places = ((index, within) for index in range(levels) for within in range(layers[index] + 1))
     return tuple(ResidualBlock(index, within, 2 ** (levels - 1 - index)) for index, within in places)
+
+
+def decoder_of(unet: Mapping[str, Any]) -> tuple[DecoderBlock, ...]:
+    """A UNet's blocks of the decoder, in order of execution: all but the last double the side."""
+    channels = list(unet["block_out_channels"])[::-1]
+    last = len(channels) - 1
+    return tuple(DecoderBlock(2 ** max(0, last - at - 1), count) for at, count in enumerate(channels))
 
 
 def _stacks(unet: Mapping[str, Any]) -> tuple[Transformer, ...]:

@@ -11,7 +11,7 @@ import os
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,7 +30,12 @@ from pipeline.reading.storage import open_fs, retrying, storage_errors
 from pipeline.reading.versions import tag_of, versions
 from pipeline.recipe import SourceConfig
 
-SUFFIXES: dict[Format, tuple[str, ...]] = {"webdataset": (".tar", ".tar.gz", ".tgz"), "parquet": (".parquet",)}
+SUFFIXES: dict[Format, tuple[str, ...]] = {
+    "webdataset": (".tar", ".tar.gz", ".tgz"),
+    "parquet": (".parquet",),
+    "sets": (".jsonl",),
+}
+AUTO: tuple[Format, ...] = ("webdataset", "parquet", "folder")  # sets must be asked for: JSON lines may say anything
 MOST_NAMES = 1_000_000  # that one URL's braces may stand for
 FOOTER_READERS = 16  # Parquet footers that are read at a time
 
@@ -244,7 +249,7 @@ def _format_of(listings: list[_Listing], source: SourceConfig) -> Format:
     images = IMAGE_EXTENSIONS if source.image is None else (extension(source.image),)
     suffixes: dict[Format, tuple[str, ...]] = {**SUFFIXES, "folder": tuple(f".{name}" for name in (*images, "jpeg"))}
     files = [file for listing in listings for file in listing.files]
-    kinds = list(suffixes) if source.format == "auto" else [source.format]
+    kinds: Sequence[Format] = AUTO if source.format == "auto" else [source.format]
     for kind in kinds:
         if any(_matches(file, suffixes[kind]) for file in files):
             return kind

@@ -16,6 +16,7 @@ from pipeline.recipe import Recipe
 from pipeline.records import Asked, Placement, Prepared
 
 HERE = DecodesHere()
+GREY = 127  # of a canvas that stands for no image
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ def prepare(
         PrepareError: a mask of another shape, or a size that the model cannot take.
     """
     sample = asked.sample
+    if sample.blank:
+        return _blank(asked, recipe, size, multiple)
     given = pictures or Pictures(sample.image, sample.mask)
     original, orientation = decoder.image(given.image, recipe.source.max_pixels)
     placement = place((original.shape[0], original.shape[1]), recipe.model.fit, size=size, multiple=multiple)
@@ -67,6 +70,33 @@ def prepare(
         placement=placement,
         mask=None if user_mask is None else _canvas_mask(user_mask, placement),
         allowed=None if user_mask is None else user_mask >= 128,
+        requests=asked.requests,
+    )
+
+
+def _blank(asked: Asked, recipe: Recipe, size: int, multiple: int) -> Prepared:
+    """A row that brings no image: a grey canvas of the model's size.
+
+    Raises:
+        PrepareError: an inversion of the recipe would invert it.
+    """
+    for method in recipe.all_methods.values():
+        if "path" in method.inversion.provides:
+            raise PrepareError(
+                f"the row brings no image, and inversion.method '{method.inversion.method}' inverts one. Set "
+                "inversion.method: noise, or give the set an anchor_image"
+            )
+    side = -(-size // multiple) * multiple
+    whole = (side, side)
+    placement = Placement(original=whole, crop=(0, 0, side, side), scaled=whole, offset=(0, 0), canvas=whole)
+    canvas = np.full((side, side, 3), GREY, dtype=np.uint8)
+    return Prepared(
+        sample=asked.sample,
+        original=canvas,
+        pixels=canvas,
+        placement=placement,
+        mask=None,
+        allowed=None,
         requests=asked.requests,
     )
 

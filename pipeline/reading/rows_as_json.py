@@ -33,6 +33,8 @@ def pack_row(row: ReadRow, blobs: list[bytes]) -> dict[str, Any]:
         "edits": {"blob": blob(sample.edits)} if isinstance(sample.edits, bytes) else {"value": sample.edits},
         "columns": dict(sample.columns),
         "members": {name: blob(data) for name, data in sample.members.items()},
+        "set_id": sample.set_id,
+        "blank": sample.blank,
     }
     if isinstance(row, Unreadable):
         packed["unreadable"] = [row.error_class, row.message]
@@ -56,6 +58,8 @@ def unpack_row(packed: Mapping[str, Any], blobs: Sequence[bytes], labels: Labels
         columns=packed["columns"],
         members={name: blobs[at] for name, at in packed["members"].items()},
         labels=labels,
+        set_id=packed["set_id"],
+        blank=packed["blank"],
     )
     if "unreadable" in packed:
         error_class, message = packed["unreadable"]

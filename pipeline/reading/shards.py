@@ -10,7 +10,7 @@ from typing import Literal
 
 from pipeline.samples import Unit
 
-Format = Literal["webdataset", "parquet", "folder"]
+Format = Literal["webdataset", "parquet", "folder", "sets"]
 UNIT_BYTES = 64 << 20  # of a unit's rows together, about; at least a quarter of the largest member that is allowed
 
 
@@ -43,7 +43,7 @@ class Shard:
     format: Format
     size: int  # bytes, as listed
     etag: str  # version as the store or a look at the bytes tells it (reading/versions.py); "" where neither does
-    rows: int | None = None  # None: only a read can tell (tar), or the file is damaged
+    rows: int | None = None  # None: only a read can tell (tar, sets), or the file is damaged
     row_groups: tuple[int, ...] = ()  # Parquet: rows of each group
     row_bytes: int = 0  # Parquet: of a row on average, unpacked, in the row group where that is most
     files: tuple[FolderRow, ...] = ()  # folder: its images with their sidecars, sorted
@@ -56,7 +56,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadTask:
-    """What one worker reads in one go: a whole tar, some units of a Parquet file, one chunk of a folder."""
+    """What one worker reads in one go: a whole tar, or file of sets; some units of a Parquet file; a folder's chunk."""
 
     shard: Shard
     start: int  # first row, with which a unit begins
@@ -67,7 +67,7 @@ class ReadTask:
 
 def shard_slug(shard_path: str) -> str:
     """A name for a shard that is safe as a file name: its path's words, and a hash that keeps like names apart."""
-    stem = re.sub(r"(\.tar)?(\.gz)?$|\.tgz$|\.parquet$", "", shard_path)
+    stem = re.sub(r"(\.tar)?(\.gz)?$|\.tgz$|\.parquet$|\.jsonl$", "", shard_path)
     words = re.sub(r"[^A-Za-z0-9_]+", "-", stem).strip("-")[-64:].strip("-")
     digest = hashlib.sha256(shard_path.encode("utf-8", "surrogatepass")).hexdigest()[:10]
     return f"{words}-{digest}" if words else digest

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from pipeline.common.showing import public_url
 from pipeline.errors import SourceError
-from pipeline.reading import folder, parquet, webdataset
+from pipeline.reading import folder, parquet, sets, webdataset
 from pipeline.reading.listing import list_shards
 from pipeline.reading.rows import damaged_row
 from pipeline.reading.shards import Cuts, ReadTask, Shard, shard_slug, unit_id, unit_of
@@ -127,8 +127,8 @@ def _chunks(shard: Shard, unit_size: int) -> int:
 
 
 def _chunks_of(task: ReadTask, unit_size: int, cuts: Cuts) -> Callable[[int], int]:
-    """Which chunk a row belongs to, by its index. For a tar the `cuts` know, as it is read."""
-    if task.shard.format == "webdataset":
+    """Which chunk a row belongs to, by its index. For a tar and for sets the `cuts` know, as they are read."""
+    if task.shard.format in ("webdataset", "sets"):
         return cuts.chunk_of
     if task.shard.format == "folder":
         return lambda index: task.chunk + (index - task.start) // unit_size
@@ -171,7 +171,7 @@ def _run_task(shard: Shard, unit_size: int, run: list[int]) -> ReadTask:
 def _rows(
     task: ReadTask, source: SourceConfig, wants: Callable[[int], bool], cuts: Cuts, buffer: int = BUFFER
 ) -> Iterator[ReadRow | None]:
-    """Every row of a task in order; None for a row whose index nobody wants. Adds a tar's rows to its `cuts`."""
+    """Every row of a task in order; None for a row whose index nobody wants. Adds a tar's or sets' rows to `cuts`."""
     shard = task.shard
     if shard.format == "folder":
         yield from folder.read_rows(task, source, wants)
@@ -181,6 +181,9 @@ def _rows(
         yield from parquet.read_rows(
             opened, shard=shard.path, start=task.start, stop=task.stop, source=source, wants=wants
         )
+    elif shard.format == "sets":
+        with _open(shard, source, block_size=buffer, cache_type="readahead") as file:
+            yield from sets.read_rows(file, shard=shard.path, url=shard.url, source=source, wants=wants, sized=cuts.add)
     else:
         with _open(shard, source, block_size=buffer, cache_type="readahead") as file:
             yield from webdataset.read_rows(

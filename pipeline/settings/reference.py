@@ -21,6 +21,7 @@ from pipeline.recordings import Recording
 from pipeline.records import Concept, EditRequest, TextExpert, WordPair
 from pipeline.rewards import REWARDS
 from pipeline.settings.sections import WorkerRange
+from pipeline.subjects import Subject
 
 TITLES = {  # of a section's own table
     "SourceConfig": "source",
@@ -30,6 +31,7 @@ TITLES = {  # of a section's own table
     "Direction": "direction",
     "Intervention": "interventions",
     "Recording": "record",
+    "Subject": "subject",
     "TextExpert": "experts",
     "ModelConfig": "model",
     "Method": "methods",
@@ -52,6 +54,7 @@ def _lines() -> Iterator[str]:
     yield from _part("###", TITLES["WordPair"], WordPair)
     yield from _part("###", TITLES["Direction"], Direction)
     yield from _part("###", TITLES["Intervention"], Intervention)
+    yield from _part("###", TITLES["Subject"], Subject)
     yield from _part("###", TITLES["TextExpert"], TextExpert)
     yield from _rewards()
     yield from _part("##", "model", ModelConfig)

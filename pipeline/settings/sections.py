@@ -62,8 +62,11 @@ class SourceConfig(Section):
 
     shards: OneOrMany = Field(min_length=1)
     """One or several fsspec URLs, globs allowed; a folder or prefix means all below it."""
-    format: Literal["auto", "webdataset", "parquet", "folder"] = "auto"
-    """How the shards are read; auto: by the names found."""
+    format: Literal["auto", "webdataset", "parquet", "folder", "sets"] = "auto"
+    """How the shards are read; auto: by the names found. sets: JSON lines, each a set of images of one subject, for
+    editing.method consistory."""
+    scenes_per_row: int = Field(default=8, ge=1, le=1024)
+    """Scenes of a set that one row holds. A unit commits run.unit_size rows; each makes the set's anchors anew."""
     image: str | None = None
     """Member extension or column with the image; none: the first that holds one."""
     caption: str = "txt"

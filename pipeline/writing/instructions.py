@@ -15,6 +15,8 @@ def instruction_of(request: EditRequest) -> str:
     """
     if request.instruction:
         return request.instruction
+    if request.subject is not None and not request.source_prompt:  # a scene of no image that it could be made from
+        return ""
     if (direction := request.direction) is not None:
         return f"move along {direction.stored or f'vector {direction.vector}'} by {direction.strength:+d}"
     clauses = [_clause(concept) for concept in request.concepts if concept.guidance_scale]

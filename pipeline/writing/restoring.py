@@ -40,7 +40,7 @@ def restored(decoded: Decoded) -> Edited:
         basis=decoded.basis,
         recorded=decoded.recorded,
         figures={}
-        if decoded.basis is not None
+        if decoded.basis is not None or not decoded.is_compared
         else figures(
             original=prepared.original,
             round_trip=None  # or one that is held nowhere else

@@ -197,7 +197,8 @@ def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> 
         row |= basis_columns(edited.basis)
     row |= recorded_columns(edited.recorded)
     if sink.keeps_input:  # its own bytes: encoded anew, they would be other pixels, or many times as many bytes
-        row["input"] = _named(sample.image, utf8_text(sample.image_path) or f"{stem}.input.{format_of(sample.image)}")
+        image = encode_png(edited.original) if sample.blank else sample.image
+        row["input"] = _named(image, utf8_text(sample.image_path) or f"{stem}.input.{format_of(image)}")
     else:
         row["input_thumbnail"] = _named(encode_thumbnail(edited.original), f"{stem}.thumbnail.jpg")
     return row

@@ -38,6 +38,7 @@ from pipeline.recipe import ModelConfig
 from pipeline.records import Concept, EditRequest, Trajectory
 from tests.golden.benchmarks import set_of as benchmark_of
 from tests.golden.checks import Check, ObservedLatents, edit, equal, observed, relative, source_of
+from tests.golden.consistory import replay_consistory
 from tests.golden.diffedit import replay_diffedit
 from tests.golden.flow import (
     model_of,
@@ -339,6 +340,7 @@ def answer(method: Any, denoise: Callable[[Denoise], Denoised]) -> Any:
 
 
 KINDS: dict[str, Callable[..., Iterator[Check]]] = {
+    "consistory": replay_consistory,
     "ddim": replay_ddim,
     "ddpm_inversion": replay_ddpm_inversion,
     "diffedit": replay_diffedit,

@@ -7,6 +7,7 @@ it, and nothing else.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from pipeline.engine.controls import (
     GivenClasses,
     Layer,
     Mix,
+    MixQueries,
     Read,
     Record,
     Route,
@@ -41,6 +43,7 @@ class PlainControls:
     def __init__(self, unet: Any, groups: Groups) -> None:
         self.unet = unet
         self.parts = [(start, part) for start, control in groups for part in control.parts]
+        self.plan = groups[0][1].plan
         self.maps: dict[int, list[Tensor]] = {}  # (S, h', w') per watched layer, by row
         self.recorded: list[tuple[int, Where, Tensor]] = []
         self.size = (0, 0)
@@ -53,6 +56,12 @@ class PlainControls:
             for place, residual in enumerate(block.resnets):
                 key = (2 ** (levels - 1 - index), place)
                 residual.conv2.register_forward_hook(lambda _, __, hidden, key=key: self.features(key, hidden))
+        seen: set[int] = set()
+        for index, block in enumerate(unet.up_blocks):
+            factor = 2 ** max(0, levels - 2 - index)
+            if factor not in seen:  # the first of each size
+                seen.add(factor)
+                block.register_forward_hook(lambda _, __, output, factor=factor: self.put_out(factor, output))
         for start, place_ in PLACES.items():
             part = getattr(unet, start)
             blocks = [part] if place_ == "mid" else list(part)
@@ -78,7 +87,12 @@ class PlainControls:
 
     def cross(self, layer: Layer, maps: Tensor, value: Tensor) -> Tensor:
         """(R, heads, N, d), by maps (R, heads, N, L)."""
-        if layer.place != "mid" and layer.factor == 4:
+        chosen = self.plan.watched
+        if (
+            (layer.place != "mid" and layer.factor == 4)
+            if chosen is None
+            else chosen.picks(replace(layer, kind="self"))
+        ):
             for start, part in self.of(Watch):
                 mean = maps[start + part.row].mean(dim=0)  # (N, L)
                 field = (part.weights.to(mean) @ mean.T).unflatten(1, layer.grid(*self.size))
@@ -91,6 +105,11 @@ class PlainControls:
 
     def self_(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """(R, heads, N, d), row by row."""
+        own, query = query, query.clone()
+        for start, part in self.of(MixQueries):
+            if part.layers.picks(layer):
+                row, source = start + part.row, start + part.source
+                query[row] = part.share * own[source] + (1 - part.share) * own[row]
         rows = [_attend(query[row], key[row], value[row], scale) for row in range(len(query))]
         for start, part in self.of(Route):
             if part.layers.picks(layer):
@@ -146,6 +165,12 @@ class PlainControls:
             if key == (part.blocks.factor, part.blocks.index_in_block):
                 taken[start + part.row] = hidden[start + part.source]
         return taken
+
+    def put_out(self, factor: int, output: Tensor) -> None:
+        """Behind a decoder block."""
+        for start, part in self.of(Record):
+            if part.where == ("decoder", factor):
+                self.recorded.append((start + part.row, part.where, output[start + part.row]))
 
     def wrote(self, where: Where, given: Tensor, output: Tensor) -> Tensor:
         """Behind a transformer block."""

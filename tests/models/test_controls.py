@@ -26,6 +26,7 @@ from pipeline.engine.controls import (
     GivenClasses,
     Layers,
     Mix,
+    MixQueries,
     Plan,
     Read,
     Reads,
@@ -160,6 +161,25 @@ PARTS: dict[str, tuple[Any, Plan]] = {
             for row in (2, 0)
         ],
         Plan(blends=(Blends(layers=COARSE, slots=2),)),
+    ),
+    "mixed queries": (
+        [
+            MixQueries(row=2, source=0, layers=DECODER, share=0.7),
+            MixQueries(row=1, source=2, layers=COARSE, share=0.25),
+            Read(row=2, sources=(0, 2), layers=DECODER),
+        ],
+        Plan(query_mixes=True, reads=(Reads(layers=DECODER, slots=1, sources=2),)),
+    ),
+    "records of decoder blocks": (
+        [Record(2, ("decoder", 4)), Record(0, ("decoder", 1)), MixQueries(row=1, source=0, layers=DECODER, share=1.0)],
+        Plan(
+            query_mixes=True,
+            records=(Records(where=("decoder", 4), slots=2), Records(where=("decoder", 1), slots=1)),
+        ),
+    ),
+    "watched elsewhere": (
+        [Watch(0, WEIGHTS), Watch(1, WEIGHTS[1:])],
+        Plan(sums=2, watched=Layers(place="up", min_factor=2, max_factor=2, min_index_in_place=3)),
     ),
     "add": (
         [Add(row=2, where=BLOCK, directions=rand(2, 32) - 0.5, maps=rand(2, 2, 2))],
