@@ -43,6 +43,7 @@ def main() -> None:
         except Exception:
             head, blobs = {"fault": traceback.format_exc()}, []
         channel.send(head, blobs)
+        del question, head, blobs  # a picture of 64 megapixels is not kept beside the next one
 
 
 def _answer(channel: Channel, question: Message, seconds: int) -> Answer:

@@ -64,7 +64,7 @@ def test_every_way_to_write_a_kind_is_an_intervention() -> None:
 
 @pytest.mark.slow
 def test_the_chain_runs_from_collecting_to_figures(tmp_path: Path) -> None:
-    main(scenes=12, labelled=12, fresh=6, edited=2, vectors=4_096, features=64, seed=50, out=tmp_path)
+    main(scenes=24, labelled=12, fresh=6, edited=2, vectors=4_096, features=64, seed=50, out=tmp_path)
     figures = json.loads((tmp_path / "concepts.json").read_text())
     shares = ["style_success", "style_collateral", "object_placed", "layout_iou_first", "layout_iou_constant"]
     assert all(0 <= figures[name] <= 1 for name in [*shares, "layout_iou_last"])
