@@ -9,7 +9,7 @@ IMAGES ?= 24
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench demo-score geometry-score audit-score faults methods-table h-edit-score recipe-reference clean
+.PHONY: help demo test test-slow lint bench demo-score geometry-score audit-score faults methods-table methods-evaluation h-edit-score recipe-reference clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ faults: $(STAMP) ## disturb runs in a thousand ways, compare, write build/faults
 
 methods-table: $(STAMP) ## compare all methods on drawn scenes, write docs/methods/table.md and build/methods.json
 	$(BIN)/python -m demo_world.methods_table
+
+methods-evaluation: $(STAMP) ## evaluate all methods on drawn scenes, write docs/methods/evaluated.md; goes on where it was ended
+	$(BIN)/python -m demo_world.methods_evaluation
 
 h-edit-score: $(STAMP) ## what h-Edit does on drawn scenes, write docs/methods/h_edit.md and build/h_edit.json
 	$(BIN)/python -m demo_world.h_edit_score

@@ -122,6 +122,26 @@ def edit(
 
 
 @app.command()
+def evaluate(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The evaluation, a YAML file.", show_default=False)],
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Count what it would take; edit and ask nothing.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Edit, measure and judge units with failures again.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Compare methods on a benchmark or a set of your own: edit, measure, judge, print a table."""
+    with reported(debug):
+        from pipeline.evaluation.config import load_evaluation
+
+        settings = load_evaluation(config, overrides or [])
+        from pipeline.evaluation.job.show import show
+
+        raise typer.Exit(show(settings, plan_only=plan, retry_failed=retry_failed))
+
+
+@app.command()
 def basis(
     config: Config,
     overrides: Overrides = None,

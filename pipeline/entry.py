@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-GO_ON = ("edit", "basis", "geometry", "demo")  # the commands that go on where they were stopped
+GO_ON = ("edit", "evaluate", "basis", "geometry", "demo")  # the commands that go on where they were stopped
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -58,7 +58,20 @@ def test_help_loads_neither_torch_nor_ray():
         "assert not {'torch', 'ray', 'diffusers', 'pydantic'} & set(sys.modules), 'slow imports'"
     )
     assert done.returncode == 0, done.stderr
-    commands = ("edit", "plan", "status", "verify", "regenerate", "audit", "export", "report", "demo", "schema", "methods")
+    commands = (
+        "edit",
+        "evaluate",
+        "plan",
+        "status",
+        "verify",
+        "regenerate",
+        "audit",
+        "export",
+        "report",
+        "demo",
+        "schema",
+        "methods",
+    )
     for command in commands:
         assert re.search(rf"\b{command}\b", done.stdout)
 

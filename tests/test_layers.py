@@ -28,6 +28,7 @@ LAYERS = [
     {"running"},
     {"studies"},
     {"looking"},
+    {"evaluation.job", "evaluation.from_run"},
     {"pairs"},
     {"editor", "result"},
     {"cli", "pairs_cli"},
@@ -39,6 +40,8 @@ FOREIGN = {
     "transformers": {"models"},
     "fsspec": {"reading", "writing"},
     "typer": {"cli", "pairs_cli", "looking.ending"},
+    "httpx2": {"evaluation.judging"},
+    "scipy": {"evaluation"},
 }
 PLANTED = "from pipeline.cli import main\n"
 LOWEST = [

@@ -21,6 +21,8 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 WITH_RAY = set((ROOT / "pipeline" / "running" / "on_ray").glob("*.py"))
 COMES_ALONG = {"tokenizers"}  # with transformers
+EVALUATION = ROOT / "pipeline" / "evaluation"
+OF_ONES_OWN = {"torchmetrics"}  # measures LPIPS where it is there, with torchvision; else these are unavailable
 
 WITHOUT_EXTRAS = """
 import importlib.metadata
@@ -99,9 +101,16 @@ def test_without_extras_an_image_is_edited_and_a_run_works_in_one_process(tmp_pa
 def test_what_the_package_imports_is_what_it_depends_on() -> None:
     owners = packages_distributions()
     files = [path for folder in ("pipeline", "jobs") for path in (ROOT / folder).rglob("*.py") if path not in WITH_RAY]
-    used = set().union(*map(imported, files)) - set(sys.stdlib_module_names) - {"pipeline", "jobs"} - COMES_ALONG
-    wanted = {owner.lower().replace("_", "-") for name in used for owner in owners[name]}
-    assert wanted == names(PROJECT["dependencies"])
+    ours = set(sys.stdlib_module_names) | {"pipeline", "jobs"} | COMES_ALONG
+
+    def wanted(paths: list[Path]) -> set[str]:
+        used = set().union(*map(imported, paths)) - ours
+        return {owner.lower().replace("_", "-") for name in used for owner in owners[name]}
+
+    evaluating = [path for path in files if path.is_relative_to(EVALUATION)]
+    needed = wanted([path for path in files if path not in evaluating])
+    assert needed == names(PROJECT["dependencies"])
+    assert wanted(evaluating) - needed - OF_ONES_OWN == names(PROJECT["optional-dependencies"]["evaluate"])
 
 
 IMPORT = """

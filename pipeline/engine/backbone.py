@@ -57,6 +57,8 @@ class Offers:
     openings: Openings = field(default_factory=Openings)  # where calls may let controls in
     inputs: frozenset[str] = frozenset()  # what it must be given beside the latents, by name
     embedding_gradients: bool = False  # of a prediction with respect to the text's embedding
+    # Whether a row is told the guidance scale that it shall answer for: `guidance` () among its conditioning's parts.
+    embedded_guidance: bool = False
     # Why it cannot be guided away from a prompt or walked backwards: it was distilled to few steps or to one guidance.
     # "": it can be.
     distilled: str = ""
@@ -105,6 +107,7 @@ class Backbone(Protocol):
     latent_channels: int
     latent_scale: int  # pixels per latent, along a side
     multiple: int  # sides in pixels are multiples of this
+    max_side: int | None = None  # pixels; None: any
     tuning: Tuning = UNTUNED  # how it runs at present
     ways: Ways = MappingProxyType({})  # in which it can run besides, on its device
 

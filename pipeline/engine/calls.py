@@ -66,6 +66,11 @@ class Conditioning:
         return int(self.embedding.shape[0])
 
     @property
+    def num_bytes(self) -> int:
+        """Memory that its tensors take."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
     def positions(self) -> tuple[int, ...]:
         """Places of the prompt's own tokens among the L keys."""
         return tuple(place for span in self.spans for place in span.places)

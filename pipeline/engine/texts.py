@@ -20,6 +20,7 @@ from pipeline.engine.calls import Conditioning
 from pipeline.engine.faults import is_out_of_memory
 
 CACHED_PROMPTS = 1024  # kept per worker beside those in use; of Stable Diffusion 1 that is 240 MB
+CACHED_BYTES = 2**30  # of theirs, at most: a prompt of FLUX takes 4 MB in bfloat16, and 8 in float32
 PROMPTS_PER_CALL = 8  # on a GPU: one prompt is launched kernel by kernel, and leaves it idle between them
 
 
@@ -54,6 +55,7 @@ class Texts:
         # A prompt that somebody still holds is never encoded again: methods tell prompts by identity.
         self._held: WeakValueDictionary[str, Conditioning] = WeakValueDictionary()
         self._kept: OrderedDict[str, Conditioning] = OrderedDict()
+        self._kept_bytes = 0
         self._askers: list[_Asker] = []
         self._missing: dict[str, None] = {}  # in the order in which they were asked for
 
@@ -132,7 +134,9 @@ class Texts:
         self._missing = {prompt: None for prompt in self._missing if prompt in wanted}
 
     def _keep(self, conditioning: Conditioning) -> None:
+        if (before := self._kept.pop(conditioning.prompt, None)) is not None:
+            self._kept_bytes -= before.num_bytes
         self._held[conditioning.prompt] = self._kept[conditioning.prompt] = conditioning
-        self._kept.move_to_end(conditioning.prompt)
-        if len(self._kept) > CACHED_PROMPTS:
-            self._kept.popitem(last=False)
+        self._kept_bytes += conditioning.num_bytes
+        while len(self._kept) > 1 and (len(self._kept) > CACHED_PROMPTS or self._kept_bytes > CACHED_BYTES):
+            self._kept_bytes -= self._kept.popitem(last=False)[1].num_bytes

@@ -31,7 +31,8 @@ from pipeline.settings.sections import RunConfig, WorkerRange
 COUNTED_SHARDS = 64  # shards whose rows are counted; those of others are estimated from their bytes
 READ_ROWS = 256  # rows that are read for their own edits
 READ_BYTES = 256 * 2**20  # shards larger than this in all are not read beyond `READ_ROWS`
-PROBE_IMAGES = 3  # the first warms up, the others are timed
+PROBE_IMAGES = 9  # the first warms up, the others are timed: so many that they fill calls of some methods
+PROBE_BYTES = 64 * 2**20  # that these may hold
 BEGUN = "this run has begun: `edit` goes on from what is committed, and the numbers are those of the whole run"
 SHOWN_REASONS = 5  # why rows cannot be edited
 SHOWN_LETTERS = 160  # of a reason
@@ -197,6 +198,12 @@ class Looked:
     to_probe: list[Sample] = field(default_factory=list)
     complete: bool = False  # whether these are all
 
+    @property
+    def probes_more(self) -> bool:
+        """Whether another sample is of use to the probe."""
+        few = len(self.to_probe) < PROBE_IMAGES and sum(sample.nbytes for sample in self.to_probe) < PROBE_BYTES
+        return few or len(self.to_probe) < 2
+
 
 def look_at_rows(shards: Sequence[Shard], recipe: Recipe, images: int) -> Looked:
     """Look at all rows of a small source, or at the first ones of a large one. Memory: one unit's rows."""
@@ -207,7 +214,7 @@ def look_at_rows(shards: Sequence[Shard], recipe: Recipe, images: int) -> Looked
         for row in _rows_of(task, recipe):
             add_cost(looked.cost, row, recipe, counter)
             looked.rows.append(light(row))
-            if isinstance(row, Sample) and len(looked.to_probe) < PROBE_IMAGES:
+            if isinstance(row, Sample) and looked.probes_more:
                 looked.to_probe.append(row)
             if not read_all and len(looked.rows) == READ_ROWS:
                 return looked

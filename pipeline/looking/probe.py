@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.backbone import Backbone
+from pipeline.engine.calls import NetworkCall
 from pipeline.engine.engine import Engine
 from pipeline.flow import edit_row
 from pipeline.models.loading import load_backbone
@@ -24,6 +25,7 @@ from pipeline.writing.parquet import render_parquet
 from pipeline.writing.restoring import outcome_of
 from pipeline.writing.rows import as_written, encode_outcome, schema
 
+FULL = 0.75  # share of a call's rows that somebody asked for, from which on it takes about the time of a full one
 PROBE_SECONDS = 60.0  # a longer probe is cut off, and estimates use what it has seen by then
 
 
@@ -138,6 +140,7 @@ class TimedBackbone:
     def forget(self) -> None:
         """Begin anew: the first calls paid for kernels and caches."""
         self.seconds: dict[str, list[float]] = {"denoise": [], "product": [], "encode_images": [], "decode_latents": []}
+        self.full: list[float] = []  # of network calls, those of calls that hardly anything fills up
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backbone, name)
@@ -160,21 +163,41 @@ class TimedBackbone:
         """The backbone's own, timed."""
         return self._timed("decode_latents", latents)
 
-    def denoise(self, *arguments: Any) -> Any:
+    def denoise(self, call: NetworkCall) -> Any:
         """The backbone's own, timed."""
         if self.compiles:
             self.compiles = False
-            answer = self.backbone.denoise(*arguments)
+            answer = self.backbone.denoise(call)
             self.deadline = time.perf_counter() + self.allowed
             return answer
-        return self._timed("denoise", *arguments)
+        answer = self._timed("denoise", call)
+        if filled_share(call) >= FULL:
+            self.full.append(self.seconds["denoise"][-1])
+        return answer
 
     def product(self, *arguments: Any) -> Any:
         """The backbone's own, timed."""
         return self._timed("product", *arguments)
 
     def mean(self, name: str) -> float:
-        """Mean seconds of a kind of call. The first of several is left out, it may have been slow to start."""
-        calls = self.seconds[name]
+        """Mean seconds of a kind of call. The first of several is left out, it may have been slow to start.
+
+        Of network calls, those that are full, where there were any: copies of a row are computed once up to the text,
+        and a run has few of them.
+        """
+        calls = (self.full if name == "denoise" else []) or self.seconds[name]
         later = calls[1:] or calls
         return sum(later) / len(later) if later else 0.0
+
+
+def filled_share(call: NetworkCall) -> float:
+    """Of a call's rows, those that are not copies of the first one, at the end, to fill it up."""
+    rows = len(call.levels)
+    while rows > 1 and _is_copy(call, rows - 1):
+        rows -= 1
+    return rows / len(call.levels)
+
+
+def _is_copy(call: NetworkCall, row: int) -> bool:
+    same_text = call.conditioning[row] is call.conditioning[0]
+    return same_text and call.levels[row] == call.levels[0] and call.latents[row].equal(call.latents[0])

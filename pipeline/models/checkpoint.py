@@ -48,7 +48,8 @@ class Component(NamedTuple):
 
     kind: Literal["network", "tokenizer", "scheduler"]
     library: str
-    classes: tuple[str, ...]  # that are known; a network is loaded as the first
+    classes: tuple[str, ...]  # that are known; a network is loaded as the first, a tokenizer as the fast one
+    optional: bool = False  # whether a checkpoint may do without
 
     @property
     def configuration(self) -> str:

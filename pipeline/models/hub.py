@@ -14,13 +14,16 @@ from typing import Any
 from pipeline.errors import ModelError
 from pipeline.models.checkpoint import INDEX, files_by_role, read_configurations, read_index, refuse_other_formats
 from pipeline.models.families import family_of
+from pipeline.models.families.base import components_of
 
 PATIENCE = 30.0  # seconds for the hub to say what a repository holds
 LINE_EVERY = 10.0  # seconds between two lines of progress
 
 
-def fetch(name: str, revision: str | None, variant: str | None) -> tuple[Path, str]:
+def fetch(name: str, revision: str | None, variant: str | None, *, t5: bool = True) -> tuple[Path, str]:
     """The folder of a repository's files in the hub's cache, and the commit that they are of.
+
+    `t5`: optional text encoders are fetched, too.
 
     Raises:
         ModelError: no such repository or revision, no access, or no network and nothing in the cache; says what was
@@ -52,12 +55,14 @@ def fetch(name: str, revision: str | None, variant: str | None) -> tuple[Path, s
     refuse_other_formats(sizes, what)
     _download(name, revision, listing.sha, [INDEX], what, silent())
     folder, commit = _snapshot(name, listing.sha, revision, what)
-    family = family_of(read_index(folder, what), what)
-    files = sorted(set(files_by_role(family.components, sizes, variant, what).values()))
+    index = read_index(folder, what)
+    family = family_of(index, what)
+    components = components_of(family, index, t5=t5)
+    files = sorted(set(files_by_role(components, sizes, variant, what).values()))
     # Gigabytes are not fetched to be refused.
     small = [file for file in files if not file.endswith(".safetensors")]
     _download(name, revision, listing.sha, small, what, silent())
-    family.check(read_configurations(folder, family.components, small, what), what)
+    family.check(read_configurations(folder, components, small, what), what)
     missing = [file for file in files if _in_cache(name, file, listing.sha) is None]
     if missing:
         total = sum(sizes[file] for file in missing)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,31 @@ class ImageTextModel:
         self, images: Sequence[UInt8[np.ndarray, "H W 3"]], texts: Sequence[str]
     ) -> Float[np.ndarray, "images texts"]:
         """100 times the cosine of every picture with every text, -100..100; pictures may differ in size."""
+        cosines = self._seen(images) @ torch.stack([self._text(text) for text in texts]).T
+        return np.asarray((POINTS * cosines).cpu(), dtype=np.float64)
+
+    @torch.inference_mode()
+    def of_images(self, images: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[np.ndarray, "images features"]:
+        """Features of pictures, each of length 1."""
+        return np.asarray(self._seen(images).cpu(), dtype=np.float64)
+
+    @torch.inference_mode()
+    def of_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "texts features"]:
+        """Features of texts, each of length 1."""
+        return np.asarray(torch.stack([self._text(text) for text in texts]).cpu(), dtype=np.float64)
+
+    def is_cut(self, text: str) -> bool:
+        """Whether a text is longer than what the model reads."""
+        return len(self._tokenizer(text)["input_ids"]) > self._tokenizer.model_max_length
+
+    def _seen(self, images: Sequence[UInt8[np.ndarray, "H W 3"]]) -> torch.Tensor:
         pixels = torch.cat([self._processor(image, return_tensors="pt")["pixel_values"] for image in images])
         seen = self._model.visual_projection(self._model.vision_model(pixels.to(self._device)).pooler_output)
-        said = torch.stack([self._text(text) for text in texts])
-        cosines = torch.nn.functional.normalize(seen, dim=-1) @ said.T
-        return np.asarray((POINTS * cosines).cpu(), dtype=np.float64)
+        return torch.nn.functional.normalize(seen, dim=-1)
 
     def _text(self, text: str) -> torch.Tensor:
         if text not in self._texts:
+            # Cut by the tokenizer, which keeps the end token: CLIP reads the text there.
             tokens = self._tokenizer(text, truncation=True, return_tensors="pt").to(self._device)
             embedding = self._model.text_projection(self._model.text_model(**tokens).pooler_output)[0]
             self._texts[text] = torch.nn.functional.normalize(embedding, dim=-1)
@@ -60,10 +77,7 @@ def load_image_text(name: str) -> ImageTextModel:
     Raises:
         ModelError: it is missing, no CLIP, or has no safetensors.
     """
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # it asks for torchvision, which is not needed
+    silence()
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
     folder = located(name)
@@ -79,8 +93,22 @@ def load_image_text(name: str) -> ImageTextModel:
     return ImageTextModel(name, model.to(device).eval(), tokenizer, processor, device)
 
 
-def located(name: str) -> Path:
-    """The checkpoint's folder, downloaded where it is a hub id."""
+def silence() -> None:
+    """Keep transformers from drawing bars, and from asking for torchvision, which is not needed."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def located(name: str, revision: str | None = None, patterns: Sequence[str] = ALLOWED) -> Path:
+    """The checkpoint's folder, downloaded where it is a hub id.
+
+    Args:
+        name: a folder or a hub id.
+        revision: of a hub id; None: its main branch.
+        patterns: files that are downloaded.
+    """
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
@@ -90,7 +118,7 @@ def located(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(ALLOWED)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"the score model '{name}' is no local folder and could not be fetched from the hub: "
@@ -98,21 +126,28 @@ def located(name: str) -> Path:
         ) from error
 
 
-def check_safe(folder: Path, name: str) -> None:
-    """Refuse what is no CLIP, asks for code of its own, or has pickled weights only."""
+def check_safe(folder: Path, name: str, kinds: Collection[str] = ("clip",)) -> None:
+    """Refuse what is of no kind that is known, asks for code of its own, or has pickled weights only."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = config.get("model_type")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ModelError(
-            f"the score model '{name}' has no config.json that can be read. Give a CLIP checkpoint"
+            f"the score model '{name}' has no config.json that can be read. Give a checkpoint of type "
+            f"{' or '.join(kinds)}"
         ) from error
-    if kind != "clip" or "auto_map" in config:
+    if kind not in kinds or "auto_map" in config:
+        known = " or ".join(f"'{one}'" for one in kinds)
         raise ModelError(
-            f"the score model '{name}' is of type {kind!r}; known is 'clip', without code of its own. Give a CLIP "
+            f"the score model '{name}' is of type {kind!r}; known is {known}, without code of its own. Give such a "
             "checkpoint in transformers format"
         )
+    refuse_unsafe_weights(folder, name)
+
+
+def refuse_unsafe_weights(folder: Path, name: str) -> None:
+    """See that there are safetensors: other weights can run code."""
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLED)
         reason = f"only pickled weights ({', '.join(pickled)}), which can run code" if pickled else "no weights"
-        raise ModelError(f"the score model '{name}' has {reason}. Give a checkpoint with safetensors")
+        raise ModelError(f"the model '{name}' has {reason}. Give a checkpoint with safetensors")

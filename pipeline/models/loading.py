@@ -20,7 +20,7 @@ from pipeline.models.analytic import AnalyticBackbone
 from pipeline.models.checkpoint import Checkpoint, check_weights, digest, open_checkpoint, read_index
 from pipeline.models.compiling import check_compiler
 from pipeline.models.families import family_of
-from pipeline.models.families.base import Family, Loading
+from pipeline.models.families.base import Family, Loading, components_of
 from pipeline.models.hub import fetch
 
 if TYPE_CHECKING:
@@ -51,6 +51,11 @@ def load_backbone(
             f"model.size {config.size} is not a multiple of {backbone.multiple}, which model.name '{config.name}' "
             f"needs. Set model.size to {sizes}"
         )
+    if backbone.max_side is not None and (config.size or 0) > backbone.max_side:
+        raise ModelError(
+            f"model.size {config.size} is larger than model.name '{config.name}' can place its tokens: its table of "
+            f"positions ends at {backbone.max_side} pixels. Set model.size to {backbone.max_side} or less"
+        )
     return backbone
 
 
@@ -75,6 +80,8 @@ def _load_any(config: ModelConfig, dtype: torch.dtype | None, device: str | torc
         device=place,
         dtype=precision,
         empty_prompt=config.empty_prompt,
+        text_tokens=config.text_tokens,
+        embedded_guidance=config.embedded_guidance,
     )
     backbone = family.load(checkpoint, loading)
     if config.compile is True:
@@ -91,8 +98,10 @@ def find_checkpoint(config: ModelConfig) -> tuple[Family, Checkpoint, str]:
     """
     folder, revision = _locate(config)
     where = f"'{config.name}'"
-    family = family_of(read_index(folder, where), where)
-    checkpoint = open_checkpoint(folder, family.components, config.variant, where)
+    index = read_index(folder, where)
+    family = family_of(index, where)
+    components = components_of(family, index, t5=config.t5)
+    checkpoint = open_checkpoint(folder, components, config.variant, where)
     family.check(checkpoint.configurations, where)
     return family, checkpoint, revision
 
@@ -136,4 +145,4 @@ def _locate(config: ModelConfig) -> tuple[Path, str]:
         return folder, ""
     if not is_hub_id(config.name):
         raise ModelError(f"model.name '{config.name}' is no folder here and no hub id (owner/name). Check the path")
-    return fetch(config.name, config.revision, config.variant)
+    return fetch(config.name, config.revision, config.variant, t5=config.t5)

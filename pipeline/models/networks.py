@@ -103,19 +103,24 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def load_tokenizer(folder: Path, name: str) -> Any:
-    """A tokenizer of a checkpoint.
+def load_tokenizer(folder: Path, name: str, component: Component | None = None) -> Any:
+    """A tokenizer of a checkpoint; CLIP's, where the component says no other.
 
     Raises:
         ModelError: its files do not make one.
     """
-    from transformers import CLIPTokenizerFast
-
+    classes = ("CLIPTokenizerFast",) if component is None else component.classes
+    cls = getattr(import_module("transformers"), next(one for one in classes if one.endswith("Fast")))
     try:
-        return CLIPTokenizerFast.from_pretrained(folder / name)
+        return cls.from_pretrained(folder / name)
     except Exception as error:
         reason = _first_words(error)
         raise ModelError(f"{name}/ of the checkpoint cannot be loaded: {reason}. Fetch it again") from error
+
+
+def starts_at(tokenizer: Any) -> int:
+    """Place of a prompt's first own token: behind the start token, where the tokenizer has one (CLIP's, not T5's)."""
+    return 0 if tokenizer.bos_token_id is None else 1
 
 
 def words_of_tokens(prompt: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, ...]:
@@ -167,10 +172,10 @@ def check_text(unet: Any, encoders: Sequence[tuple[str, Any, Any]], where: str) 
             f"{width}. Use the text encoder that it was trained with"
         )
     for name, tokenizer, text in encoders:
-        _check_tokenizer(name, tokenizer, text, where)
+        check_tokenizer(name, tokenizer, text, where)
 
 
-def _check_tokenizer(name: str, tokenizer: Any, text: Any, where: str) -> None:
+def check_tokenizer(name: str, tokenizer: Any, text: Any, where: str) -> None:
     """An empty vocabulary, or one of another model, gives prompts without meaning and no error."""
     known, embedded = len(tokenizer), text.vocab_size
     # A checkpoint may have embeddings to spare, rounded up; not a tenth of them.

@@ -13,9 +13,10 @@ from pipeline.errors import ModelError
 from pipeline.models.analytic import AnalyticBackbone
 from pipeline.models.checkpoint import INDEX, read_configurations, read_index, small_files
 from pipeline.models.families import family_of
+from pipeline.models.families.base import components_of
 from pipeline.models.hub import silent
 from pipeline.models.loading import DEMO_FOLDER, is_hub_id
-from pipeline.models.networks import load_tokenizer, words_of_tokens
+from pipeline.models.networks import load_tokenizer, starts_at, words_of_tokens
 
 if TYPE_CHECKING:
     from pipeline.settings.sections import ModelConfig
@@ -34,7 +35,9 @@ class Outline:
         for tokenizer in self.tokenizers:
             length = tokenizer.model_max_length
             own = tokenizer(prompt, truncation=True, max_length=length, return_offsets_mapping=True)
-            count = min(count, 1 + max(words_of_tokens(prompt, own.offset_mapping[1:-1]), default=-1))
+            count = min(
+                count, 1 + max(words_of_tokens(prompt, own.offset_mapping[starts_at(tokenizer) : -1]), default=-1)
+            )
         return " ".join(prompt.split()[:count]) if self.tokenizers else prompt
 
 
@@ -45,13 +48,15 @@ def outline_of(config: ModelConfig) -> Outline:
     if (folder := _folder(config)) is None:
         return Outline()
     try:
-        family = family_of(read_index(folder, "it"), "it")
-        files = [name for name in small_files(family.components) if (folder / name).is_file()]
-        configurations = read_configurations(folder, family.components, files, "it")
+        index = read_index(folder, "it")
+        family = family_of(index, "it")
+        components = components_of(family, index, t5=config.t5)
+        files = [name for name in small_files(components) if (folder / name).is_file()]
+        configurations = read_configurations(folder, components, files, "it")
         family.check(configurations, "it")
         offers = family.offers(configurations)
-        names = [part for part, component in family.components.items() if component.kind == "tokenizer"]
-        return Outline(offers, [load_tokenizer(folder, name) for name in names])
+        tokenizers = {part: one for part, one in components.items() if one.kind == "tokenizer"}
+        return Outline(offers, [load_tokenizer(folder, part, one) for part, one in tokenizers.items()])
     except (ModelError, OSError, KeyError, TypeError, IndexError):
         return Outline()
 

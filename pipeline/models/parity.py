@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.engine.backbone import Backbone
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.families.base import Family
+from pipeline.models.families.base import Asked, Family
 from pipeline.models.networks import quiet
 
 
@@ -52,16 +52,19 @@ def sampled_by_diffusers(
         if pipeline is None:
             return None
         pipeline.set_progress_bar_config(disable=True)
-        with own_attention(pipeline.unet):
-            latents = pipeline(
-                sampling.prompt,
-                height=sampling.noise.shape[-2] * backbone.latent_scale,
-                width=sampling.noise.shape[-1] * backbone.latent_scale,
-                num_inference_steps=sampling.num_steps,
-                guidance_scale=sampling.guidance_scale,
-                latents=sampling.noise[None].to(backbone.device, pipeline.unet.dtype),
-                output_type="latent",
-            ).images
+        unet = getattr(pipeline, "unet", None)
+        network = pipeline.transformer if unet is None else unet
+        asked = Asked(
+            sampling.prompt,
+            height=sampling.noise.shape[-2] * backbone.latent_scale,
+            width=sampling.noise.shape[-1] * backbone.latent_scale,
+            num_steps=sampling.num_steps,
+            guidance_scale=sampling.guidance_scale,
+        )
+        with nullcontext() if unet is None else own_attention(unet):
+            latents = family.sampled_by(
+                pipeline, backbone, sampling.noise[None].to(backbone.device, network.dtype), asked
+            )
         return Sampled(
             pipeline=type(pipeline).__name__,
             latents=latents[0].float().cpu(),
@@ -76,6 +79,7 @@ def _decoded(pipeline: Any, latents: Tensor) -> np.ndarray:
     if (mean := vae.config.get("latents_mean")) is not None and (std := vae.config.get("latents_std")) is not None:
         mean, std = (torch.tensor(one).view(1, -1, 1, 1).to(latents) for one in (mean, std))
         latents = latents * std + mean
+    latents = latents + (vae.config.get("shift_factor") or 0.0)
     image = pipeline.image_processor.postprocess(vae.decode(latents, return_dict=False)[0].float(), output_type="np")
     pixels: np.ndarray = (image[0] * 255.0).round().astype(np.uint8)
     return pixels
@@ -100,7 +104,8 @@ def own_attention(unet: Any) -> Iterator[None]:
 
 def parameters_of(family: Family, checkpoint: Checkpoint) -> dict[str, int]:
     """Numbers in the weights of each network, as their files' headers say."""
-    counts = {name: 0 for name, component in family.components.items() if component.kind == "network"}
+    parts = {role.split("/")[0] for role in checkpoint.files}
+    counts = {name: 0 for name, one in family.components.items() if one.kind == "network" and name in parts}
     for role, path in checkpoint.files.items():
         if path.endswith(".safetensors"):
             with safe_open(checkpoint.folder / path, framework="pt") as file:

@@ -122,6 +122,16 @@ class ModelConfig(Section):
     empty_prompt: Literal["auto", "zeros", "encoded"] = "auto"
     """What stands for an empty prompt in Stable Diffusion XL, in inversion and edit alike. zeros: zeros; encoded: what
     the text encoders make of it; auto: zeros where the checkpoint says force_zeros_for_empty_prompt."""
+    text_tokens: int | None = Field(default=None, ge=8, le=512)
+    """Places of the T5 text encoder of Stable Diffusion 3 and FLUX. Padding is part of what these networks read, so
+    another number gives other images. None: 256, and 512 for FLUX.1-dev."""
+    t5: bool = True
+    """Load the T5 text encoder of Stable Diffusion 3. False: zeros stand for what it would say, which saves 9.5 GB in
+    bfloat16 and loses writing and fine detail of prompts."""
+    embedded_guidance: float | None = Field(default=None, ge=0, le=100)
+    """Guidance scale that a guidance-distilled network (FLUX.1-dev) is told wherever a method does not say its own.
+    None: 1, which inverts best; 3.5 is usual for text to image. It is no classifier-free guidance, which methods have
+    beside it."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the UNet with torch: faster calls, minutes at the start; changes how results are rounded. auto: on a GPU
     kernels, layouts, compiled code and CUDA graphs are tried, and the fastest taken (`run.json` says which); on a CPU

@@ -1,7 +1,7 @@
 """Replays golden tensors, recorded from the methods' reference implementations, through this package's own methods.
 
     python -m tests.golden.replay FILE.npz [FILE.npz ...] [--model FOLDER] [--dtype float32]
-    python -m tests.golden.replay FOLDER        of drawn pairs: see pair_sets.py
+    python -m tests.golden.replay FOLDER        a benchmark in miniature (benchmarks.py), drawn pairs (pair_sets.py)
 
 The kind of a golden is the name of the folder that it lies in. Prints, per quantity, the deviation relative to the
 largest golden value beside its tolerance; the exit code is 1 where one is exceeded.
@@ -36,11 +36,13 @@ from pipeline.inversion.noise import NoiseStart
 from pipeline.models.loading import load_backbone
 from pipeline.recipe import ModelConfig
 from pipeline.records import Concept, EditRequest, Trajectory
+from tests.golden.benchmarks import set_of as benchmark_of
 from tests.golden.checks import Check, ObservedLatents, edit, equal, observed, relative, source_of
 from tests.golden.diffedit import replay_diffedit
+from tests.golden.flow import model_of, replay_flow_sample
 from tests.golden.h_edit import read_h_edit, replay_h_edit
 from tests.golden.masactrl import replay_masactrl
-from tests.golden.pair_sets import set_of
+from tests.golden.pair_sets import set_of as pairs_of
 from tests.golden.proxedit import replay_proxedit
 from tests.golden.riemannian import replay_riemannian
 from tests.golden.sdxl import replay_sdxl_sample, with_size_ids
@@ -54,14 +56,17 @@ from tests.golden.two_branch import (
 HERE = Path(__file__).parent
 TINY_SD = HERE / "tiny-sd"
 TINY_SDXL = HERE / "tiny-sdxl"
+TINY_SD3 = HERE / "tiny-sd3"
+TINY_FLUX = HERE / "tiny-flux"
+TINY_SCHNELL = HERE / "tiny-flux-schnell"
 
 
 def replay(path: Path, model: Path | None = None, dtype: torch.dtype = torch.float32) -> list[Check]:
     """Replay one file, on the model that it was made with; `model` is another folder of that.
 
-    A folder of drawn pairs, or a file in one, is replayed as a whole.
+    A folder of a benchmark in miniature or of drawn pairs, or a file in one, is replayed as a whole.
     """
-    if (found := set_of(path)) is not None:
+    if (found := benchmark_of(path) or pairs_of(path)) is not None:
         replay_set, folder = found
         return list(replay_set(folder))
     kind = path.parent.name
@@ -69,7 +74,7 @@ def replay(path: Path, model: Path | None = None, dtype: torch.dtype = torch.flo
     name = settings.get("model", TINY_SDXL.name if kind.startswith("sdxl") else TINY_SD.name)
     # diffusers encodes an empty prompt that is given, whatever the checkpoint says of one that is not.
     empty_prompt = "encoded" if "" in (settings.get("negative_prompts") or ()) else "auto"
-    backbone = loaded(model or HERE / name, dtype, empty_prompt)
+    backbone = loaded(model or HERE / name, dtype, empty_prompt, **model_of(settings))
     if ids := settings.get("size_ids"):
         backbone = with_size_ids(backbone, ids)
     return list(KINDS[kind](golden, settings, Engine(backbone, call_size=8, pad=False)))
@@ -86,9 +91,11 @@ def read_golden(path: Path, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict
 
 
 @cache
-def loaded(model: Path, dtype: torch.dtype, empty_prompt: Literal["auto", "encoded"] = "auto") -> Backbone:
-    """The checkpoint, loaded once."""
-    return load_backbone(ModelConfig(name=str(model), empty_prompt=empty_prompt), dtype=dtype, device="cpu")
+def loaded(
+    model: Path, dtype: torch.dtype, empty_prompt: Literal["auto", "encoded"] = "auto", **config: Any
+) -> Backbone:
+    """The checkpoint, loaded once for all with these settings."""
+    return load_backbone(ModelConfig(name=str(model), empty_prompt=empty_prompt, **config), dtype=dtype, device="cpu")
 
 
 def replay_ddim(golden: dict[str, Tensor], settings: dict[str, Any], engine: Engine) -> Iterator[Check]:
@@ -326,6 +333,7 @@ KINDS: dict[str, Callable[..., Iterator[Check]]] = {
     "ddpm_inversion": replay_ddpm_inversion,
     "diffedit": replay_diffedit,
     "direct_inversion": replay_direct_inversion,
+    "flux_sample": replay_flow_sample,
     "h_edit": replay_h_edit,
     "ledits_pp": replay_ledits_pp,
     "masactrl": replay_masactrl,
@@ -334,6 +342,7 @@ KINDS: dict[str, Callable[..., Iterator[Check]]] = {
     "prompt_to_prompt": replay_prompt_to_prompt,
     "proxedit": replay_proxedit,
     "riemannian": replay_riemannian,
+    "sd3_sample": replay_flow_sample,
     "sdxl_ledits_pp": partial(replay_ledits_pp, xl=True),
     "sdxl_sample": replay_sdxl_sample,
 }

@@ -24,7 +24,7 @@ EVERY = 7  # places of an embedding that a recording kept
 def replay_sdxl_sample(golden: dict[str, Tensor], settings: dict[str, Any], engine: Engine) -> Iterator[Check]:
     """Text to image under classifier-free guidance; or one image through the autoencoder and back."""
     if "pixels" in golden:
-        yield from _autoencoder(golden, engine)
+        yield from autoencoder_checks(golden, engine)
         return
     prompts = settings["prompts"]
     negatives = settings["negative_prompts"] or [""] * len(prompts)
@@ -49,7 +49,7 @@ def replay_sdxl_sample(golden: dict[str, Tensor], settings: dict[str, Any], engi
     yield Check("trajectory", relative(walked, golden["trajectory"]), 1e-4)
     yield Check("final", relative(walked[-1], golden["final"]), 1e-4)
     if "decoded_sub" in golden:
-        yield _decoded("decoded", walked[-1], golden, engine)
+        yield decoded_check("decoded", walked[-1], golden, engine)
 
 
 def with_size_ids(backbone: Any, ids: dict[str, Any]) -> Any:
@@ -62,14 +62,15 @@ def with_size_ids(backbone: Any, ids: dict[str, Any]) -> Any:
     return other
 
 
-def _autoencoder(golden: dict[str, Tensor], engine: Engine) -> Iterator[Check]:
+def autoencoder_checks(golden: dict[str, Tensor], engine: Engine) -> Iterator[Check]:
+    """One image there and back."""
     latents = encode_picture(engine.backbone, golden["pixels"].numpy())[None]
     yield Check("latents", relative(latents, golden["latents"]), 1e-4)
-    yield _decoded("decoded", golden["latents"], golden, engine)
-    yield _decoded("there and back", latents, golden, engine)
+    yield decoded_check("decoded", golden["latents"], golden, engine)
+    yield decoded_check("there and back", latents, golden, engine)
 
 
-def _decoded(name: str, latents: Tensor, golden: dict[str, Tensor], engine: Engine) -> Check:
+def decoded_check(name: str, latents: Tensor, golden: dict[str, Tensor], engine: Engine) -> Check:
     """Pixels in [0, 1], every second row and column; ours are rounded to 8 bits."""
     pixels = np.stack([decode_picture(engine.backbone, one)[::2, ::2] for one in latents])
     return Check(name, float(np.abs(pixels / 255.0 - golden["decoded_sub"].numpy()).max()), 0.51 / 255 + 1e-4)

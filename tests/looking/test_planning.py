@@ -229,6 +229,28 @@ def test_the_call_that_compiles_is_no_measure_of_a_models_speed():
         timed.denoise(call)
 
 
+def test_a_models_speed_is_that_of_full_calls_where_there_are_any(monkeypatch):
+    """What fills a call up is a copy of its first row, and part of the network computes equal rows once."""
+    backbone = AnalyticBackbone()
+    timed = probe.TimedBackbone(backbone, 60.0)
+    took = iter((1.0, 2.0, 30.0, 40.0))
+    monkeypatch.setattr(timed, "_timed", lambda name, call: timed.seconds[name].append(next(took)))
+    prompt = backbone.encode_text("hat")
+
+    def asked(distinct):
+        latents = torch.arange(float(distinct)).reshape(-1, 1, 1, 1).expand(-1, backbone.latent_channels, 8, 8)
+        filled = torch.cat([latents, latents[:1].expand(4 - distinct, -1, -1, -1)])
+        return NetworkCall(filled, levels(backbone, [401] * 4), [prompt] * 4)
+
+    assert [probe.filled_share(asked(distinct)) for distinct in (1, 2, 4)] == [0.25, 0.5, 1.0]
+    timed.denoise(asked(1))
+    timed.denoise(asked(2))
+    assert timed.mean("denoise") == 2.0
+    timed.denoise(asked(3))
+    timed.denoise(asked(4))
+    assert timed.mean("denoise") == 40.0
+
+
 def test_nothing_to_read_is_an_error(tmp_path):
     with pytest.raises(SourceError):
         plan(a_recipe(tmp_path), probe=False)

@@ -47,7 +47,8 @@ def loaded(backbone: Backbone, checkpoint: tuple[Family, Checkpoint] | None, sec
     family, files = checkpoint
     parameters = parameters_of(family, files)
     index = files.configurations.index
-    components = {part: index[part][1] for part in family.components}
+    parts = {role.split("/")[0] for role in files.files}
+    components = {part: index[part][1] for part in family.components if part in parts}
     values |= {
         "family": family.name,
         "pipeline": files.configurations.pipeline,

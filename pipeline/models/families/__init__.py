@@ -10,6 +10,8 @@ from typing import Any
 
 from pipeline.errors import ModelError
 from pipeline.models.families.base import Family, check_components
+from pipeline.models.families.flux import FluxFamily
+from pipeline.models.families.sd3 import StableDiffusion3Family
 from pipeline.models.families.stable_diffusion import StableDiffusionFamily
 from pipeline.models.families.stable_diffusion_xl import StableDiffusionXLFamily
 
@@ -18,6 +20,8 @@ FAMILIES: dict[str, Family] = {
     for family in (
         StableDiffusionFamily(),
         StableDiffusionXLFamily(),
+        StableDiffusion3Family(),
+        FluxFamily(),
     )
     for pipeline in family.pipelines
 }

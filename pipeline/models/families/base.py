@@ -9,9 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from pipeline.engine.backbone import Backbone, ModelRecord, Offers
 from pipeline.errors import ModelError
@@ -26,11 +27,37 @@ class Loading:
     device: torch.device
     dtype: torch.dtype  # of the networks, but where a part needs a wider one
     empty_prompt: Literal["auto", "zeros", "encoded"]  # what stands for one; see the recipe's `model.empty_prompt`
+    text_tokens: int | None = None  # places of the longest text encoder; None: the family's usual number
+    embedded_guidance: float | None = None  # what a network that takes a guidance scale is told; None: 1
 
     @property
     def outside(self) -> torch.dtype:
         """Between calls of the model everything is float32, or wider where the networks are."""
         return torch.promote_types(self.dtype, torch.float32)
+
+
+class Asked(NamedTuple):
+    """Of the library's own pipeline: text to image under classifier-free guidance against an empty prompt."""
+
+    prompt: str
+    height: int  # pixels
+    width: int
+    num_steps: int
+    guidance_scale: float
+
+    def by(self, reference: Any, latents: Tensor, **options: Any) -> Tensor:
+        """The pipeline's answer in the layout of its latents. `options`: what it is asked for beside or instead."""
+        asked = {
+            "prompt": self.prompt,
+            "height": self.height,
+            "width": self.width,
+            "num_inference_steps": self.num_steps,
+            "guidance_scale": self.guidance_scale,
+            "latents": latents,
+            "output_type": "latent",
+        }
+        made: Tensor = reference(**{**asked, **options}).images
+        return made
 
 
 class Family(ABC):
@@ -76,6 +103,31 @@ class Family(ABC):
         """
         return None
 
+    def sampled_by(self, reference: Any, backbone: Backbone, latents: Tensor, asked: Asked) -> Tensor:
+        """What the pipeline of `reference` makes of noise (1, C, h, w) on its device: latents of the same shape."""
+        return asked.by(reference, latents)
+
+
+def components_of(family: Family, index: Mapping[str, Any], *, t5: bool = True) -> Components:
+    """The parts of one checkpoint that are loaded: those of its family, without optional ones that it does not have.
+
+    Args:
+        family: the checkpoint's.
+        index: its `model_index.json`.
+        t5: whether optional text encoders are loaded where they are there.
+
+    Raises:
+        ModelError: the optional ones shall be left out, and the family has none.
+    """
+    optional = {part for part, component in family.components.items() if component.optional}
+    if not t5 and not optional:
+        raise ModelError(
+            f"model.t5 is false, and a {index.get('_class_name')} has no text encoder that it could do without. Leave "
+            "model.t5 out"
+        )
+    left_out = {part for part in optional if not t5 or index.get(part) in (None, [None, None])}
+    return {part: component for part, component in family.components.items() if part not in left_out}
+
 
 def check_components(family: Family, index: Mapping[str, Any], where: str) -> None:
     """See that a checkpoint has the parts of its family, of the libraries' own classes.
@@ -83,7 +135,7 @@ def check_components(family: Family, index: Mapping[str, Any], where: str) -> No
     Raises:
         ModelError: names the part that is missing or of another class.
     """
-    for part, component in family.components.items():
+    for part, component in components_of(family, index).items():
         found = index.get(part)
         known = f"{component.library}.{' or '.join(component.classes)}"
         if found is None or found == [None, None]:

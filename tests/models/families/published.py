@@ -110,6 +110,86 @@ def sdxl(scheduler: Mapping[str, Any], unet: Mapping[str, Any] = SDXL_UNET, **in
     }  # fmt: skip
 
 
+FLOW = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler", "base_image_seq_len": 256, "base_shift": 0.5,
+    "max_image_seq_len": 4096, "max_shift": 1.15, "num_train_timesteps": 1000, "shift": 3.0,
+    "use_dynamic_shifting": False,
+}  # fmt: skip
+SD3_TRANSFORMER = {
+    "_class_name": "SD3Transformer2DModel", "attention_head_dim": 64, "caption_projection_dim": 1536,
+    "in_channels": 16, "joint_attention_dim": 4096, "num_attention_heads": 24, "num_layers": 24, "out_channels": 16,
+    "patch_size": 2, "pooled_projection_dim": 2048, "pos_embed_max_size": 192, "sample_size": 128,
+}  # fmt: skip
+FLUX_TRANSFORMER = {
+    "_class_name": "FluxTransformer2DModel", "attention_head_dim": 128, "axes_dims_rope": [16, 56, 56],
+    "guidance_embeds": True, "in_channels": 64, "joint_attention_dim": 4096, "num_attention_heads": 24,
+    "num_layers": 19, "num_single_layers": 38, "patch_size": 1, "pooled_projection_dim": 768,
+}  # fmt: skip
+SD3_VAE = {"_class_name": "AutoencoderKL", "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+FLUX_VAE = {"_class_name": "AutoencoderKL", "latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+SD3_INDEX = {
+    "_class_name": "StableDiffusion3Pipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "text_encoder_3": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "tokenizer_3": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "SD3Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+FLUX_INDEX = {
+    "_class_name": "FluxPipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+T5_TOKENIZER = ("special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer_config.json")
+
+
+def sharded(part: str, stem: str, number: int) -> Files:
+    """Weights in several files, as the large networks are published."""
+    shards = [f"{stem}-{one + 1:05}-of-{number:05}.safetensors" for one in range(number)]
+    return {
+        **{f"{part}/{name}": None for name in shards},
+        f"{part}/{stem}.safetensors.index.json": {"weight_map": {str(at): name for at, name in enumerate(shards)}},
+    }
+
+
+def sd3(scheduler: Mapping[str, Any] = FLOW, transformer: Mapping[str, Any] = SD3_TRANSFORMER, **index: Any) -> Files:
+    """A checkpoint of Stable Diffusion 3's files."""
+    return {
+        **scheduled({**SD3_INDEX, **index}, scheduler),
+        "text_encoder/config.json": {"hidden_size": 768, "projection_dim": 768}, "text_encoder/model.safetensors": None,
+        "text_encoder_2/config.json": {"hidden_size": 1280, "projection_dim": 1280},
+        "text_encoder_2/model.safetensors": None,
+        "text_encoder_3/config.json": {"d_model": 4096}, **sharded("text_encoder_3", "model", 2),
+        **{f"{part}/{name}": {} for part in ("tokenizer", "tokenizer_2") for name in TOKENIZER},
+        **{f"tokenizer_3/{name}": {} for name in T5_TOKENIZER},
+        "transformer/config.json": transformer, "transformer/diffusion_pytorch_model.safetensors": None,
+        "vae/config.json": SD3_VAE, "vae/diffusion_pytorch_model.safetensors": None,
+    }  # fmt: skip
+
+
+def flux(scheduler: Mapping[str, Any], transformer: Mapping[str, Any] = FLUX_TRANSFORMER, **index: Any) -> Files:
+    """A checkpoint of FLUX.1's files."""
+    return {
+        **scheduled({**FLUX_INDEX, **index}, scheduler),
+        "flux1-dev.safetensors": None, "ae.safetensors": None,
+        "text_encoder/config.json": {"hidden_size": 768}, "text_encoder/model.safetensors": None,
+        "text_encoder_2/config.json": {"d_model": 4096}, **sharded("text_encoder_2", "model", 2),
+        **{f"tokenizer/{name}": {} for name in TOKENIZER},
+        **{f"tokenizer_2/{name}": {} for name in T5_TOKENIZER},
+        "transformer/config.json": transformer, **sharded("transformer", "diffusion_pytorch_model", 3),
+        "vae/config.json": FLUX_VAE, "vae/diffusion_pytorch_model.safetensors": None,
+    }  # fmt: skip
+
+
 LCM = {
     "_class_name": "LCMScheduler", **BETAS, "clip_sample": False, "original_inference_steps": 50,
     "prediction_type": "epsilon", "rescale_betas_zero_snr": False, "set_alpha_to_one": True, "steps_offset": 0,
@@ -145,6 +225,16 @@ PUBLISHED: dict[str, Files] = {
     ),
     "stabilityai/stable-diffusion-xl-base-1.0": sdxl(EULER),
     "stabilityai/sdxl-turbo": sdxl(ANCESTRAL_TRAILING, SDXL_TURBO_UNET),
+    "stabilityai/stable-diffusion-3-medium-diffusers": sd3(),
+    "stabilityai/stable-diffusion-3.5-medium": sd3(
+        FLOW, {**SD3_TRANSFORMER, "dual_attention_layers": [*range(13)], "pos_embed_max_size": 384}
+    ),
+    "black-forest-labs/FLUX.1-dev": flux({**FLOW, "use_dynamic_shifting": True}),
+    "black-forest-labs/FLUX.1-schnell": flux({**FLOW, "shift": 1.0}, {**FLUX_TRANSFORMER, "guidance_embeds": False}),
+    "black-forest-labs/FLUX.1-Fill-dev": flux(
+        {**FLOW, "use_dynamic_shifting": True}, {**FLUX_TRANSFORMER, "in_channels": 384, "out_channels": 64},
+        _class_name="FluxFillPipeline",
+    ),
     "playgroundai/playground-v2.5-1024px-aesthetic": sdxl(EDM),
     "latent-consistency/lcm-sdxl": {  # a UNet alone
         "config.json": {**SDXL_UNET, "time_cond_proj_dim": 256}, "diffusion_pytorch_model.safetensors": None,

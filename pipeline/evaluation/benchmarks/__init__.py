@@ -1,0 +1,1 @@
+"""Benchmarks of the field, and the drawn world, as items."""

@@ -1,0 +1,95 @@
+"""What the families of flow-matching transformers share: checks by configuration files, and loading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from pipeline.diffusion.flow_schedule import SCHEDULER
+from pipeline.errors import ModelError
+from pipeline.models.checkpoint import Checkpoint, Component, Components, Configurations
+from pipeline.models.families.base import Loading
+from pipeline.models.networks import load_network
+
+CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
+PARTS = {
+    "scheduler": Component("scheduler", "diffusers", (SCHEDULER,)),
+    "vae": Component("network", "diffusers", ("AutoencoderKL",)),
+    "tokenizer": Component("tokenizer", "transformers", CLIP_TOKENIZERS),
+}
+
+
+def check_scheduler(configurations: Configurations, where: str) -> None:
+    """See that the levels are flow matching's: by the class in `model_index.json` and by the one in its own file.
+
+    Raises:
+        ModelError: names the class.
+    """
+    listed = configurations.index["scheduler"][1]
+    for name in (listed, configurations.parts["scheduler"].get("_class_name", listed)):
+        if name != SCHEDULER:
+            raise ModelError(
+                f"{where} is a {configurations.pipeline} with the scheduler {name}; known for it is {SCHEDULER}. Use a "
+                "checkpoint with the scheduler that it was trained for"
+            )
+
+
+def check_channels(transformer: Mapping[str, Any], default: int, vae: Mapping[str, Any], each: int, where: str) -> None:
+    """See that a transformer takes an autoencoder's latents and nothing beside them.
+
+    Args:
+        transformer: its configuration.
+        default: of its input channels, where that does not say.
+        vae: the autoencoder's configuration.
+        each: input channels for a channel of the latents.
+        where: the checkpoint, for errors.
+
+    Raises:
+        ModelError: it takes more, such as a mask, or other latents.
+    """
+    takes, latents = transformer.get("in_channels", default), vae.get("latent_channels", 4)
+    if takes != each * latents:
+        raise ModelError(
+            f"{where} has a transformer of {takes} input channels on latents of {latents} channels, of which it would "
+            f"take {each * latents}: it wants a mask or a control image as well, or belongs to another autoencoder. "
+            "Use a plain text-to-image checkpoint"
+        )
+
+
+def check_widths(what: str, takes: int, made: int, where: str) -> None:
+    """See that a transformer reads as many numbers of a prompt as the text encoders make.
+
+    Raises:
+        ModelError: it does not.
+    """
+    if takes != made:
+        raise ModelError(
+            f"{where} has a transformer that reads {what} of {takes} numbers, and text encoders that make them of "
+            f"{made}. Use the text encoders that it was trained with"
+        )
+
+
+def load_networks(checkpoint: Checkpoint, components: Components, loading: Loading) -> dict[str, Any]:
+    """The networks of a checkpoint by name, on their device, in the dtype that each can bear.
+
+    Raises:
+        ModelError: one cannot be loaded.
+    """
+    half = loading.dtype == torch.float16
+    upcast = half and checkpoint.configurations.parts["vae"].get("force_upcast", True)
+    networks = {}
+    for name, component in components.items():
+        if component.kind != "network" or name not in checkpoint.configurations.parts:
+            continue
+        dtype = loading.dtype
+        if name == "vae" and upcast:
+            dtype = torch.float32
+        if half and component.classes[0] == "T5EncoderModel":
+            dtype = torch.bfloat16  # its feed-forward layers exceed float16
+        networks[name] = load_network(checkpoint, name, component, dtype)
+        # diffusers 0.42 leaves a transformer of Stable Diffusion 3 in float32, whatever it was asked for.
+        networks[name].to(device=loading.device, dtype=dtype).eval().requires_grad_(False)
+    return networks
