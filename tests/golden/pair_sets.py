@@ -83,7 +83,7 @@ def _slipped(name: str, ours: Any, golden: dict[str, Any]) -> Iterator[Check]:
 
 
 SETS: dict[str, Callable[[Path], Iterator[Check]]] = {"align_pairs": replay_align_pairs, "audit_mini": replay_audit}
-"""By the beginning of the folder's name; a folder elsewhere is told by its `cases.json` or `expected.json`."""
+"""By the beginning of the folder's name; others are told by their `cases.json` or `expected.json`."""
 
 
 def set_of(path: Path) -> tuple[Callable[[Path], Iterator[Check]], Path] | None:
