@@ -28,7 +28,7 @@ from tests.test_every_pair import PAIRS, REQUEST
 
 SHAPE = (83, 110)  # not the model's shape, and no multiple of a latent cell
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
-    editor: (editor, dict(editor_facts(editor).quick)) for editor in EDITORS
+    editor: (editor, dict(editor_facts(editor).quick)) for _, editor in PAIRS
 }
 SETTINGS |= {
     "diffedit": ("diffedit", {"num_maps": 2}),
@@ -39,7 +39,9 @@ SETTINGS |= {
     "ledits_pp_attention": ("ledits_pp", {"mask": "attention"}),
 }
 REFUSES_MASKS = {editor for editor in EDITORS if not EDITORS[editor].keeps_to_masks}
-EDITING = [editor for editor in EDITORS if editor not in {*REFUSES_MASKS, "reconstruct"}]
+EDITING = [
+    editor for editor in dict.fromkeys(editor for _, editor in PAIRS) if editor not in {*REFUSES_MASKS, "reconstruct"}
+]
 FIND_REGIONS = [editor for editor in EDITING if editor_facts(editor).finds_region]
 REPAINT_EVERYTHING = [editor for editor in EDITING if editor not in FIND_REGIONS]
 

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from pipeline.diffusion.masks import smooth_attention
-from pipeline.editing import EDITORS
 from pipeline.engine.engine import Engine
 from pipeline.flow import edit_row
 from pipeline.reading.prepare import HERE
@@ -24,11 +23,12 @@ from tests.facts import editor_facts
 from tests.methods import tiny_sd
 from tests.test_every_pair import PAIRS, REQUEST
 
-SETTINGS: dict[str, dict[str, Any]] = {editor: {"method": editor, **editor_facts(editor).quick} for editor in EDITORS}
+SETTINGS: dict[str, dict[str, Any]] = {editor: {"method": editor, **editor_facts(editor).quick} for _, editor in PAIRS}
 SETTINGS |= {
     "masactrl_auto": {"method": "masactrl", "start_step": 1, "mask": "auto"},
     "diffedit": {"method": "diffedit", "num_maps": 2},
     "fast_diffedit": {"method": "fast_diffedit", "num_maps": 2},
+    "flow_edit": {"method": "flow_edit", "n_max": 2},
 }
 
 
@@ -42,7 +42,7 @@ SETTINGS |= {
     ],
 )
 def test_every_method_works_on_the_smallest_and_the_longest_canvas(size: int, fit: str, shape: tuple[int, int]) -> None:
-    inversions = {editor: name for name, editor in PAIRS if name != "null_text"}
+    inversions = {editor: name for name, editor in reversed(PAIRS) if name != "null_text"}
     recipe = recipe_from(
         {
             "source": {"shards": "-"},

@@ -27,7 +27,7 @@ from tests.facts import EditorFacts
 from tests.golden.replay import TINY_FLUX
 from tests.methods import analytic, invert_and_edit, source, tiny_sd
 
-FACTS = EditorFacts(rows=2, unguided={"inverts": "source"})
+FACTS = EditorFacts(rows=2, unguided={"inverts": "source"}, finds_region=True)
 CAT, DOG = "a cat on a mat", "a dog on a mat"
 REQUEST = EditRequest(source_prompt=CAT, target_prompt=DOG)
 SIDE = 12
