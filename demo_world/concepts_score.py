@@ -69,7 +69,7 @@ def learn(recordings: Path, library: Path, vectors: int, features: int) -> Train
                     "shuffle_vectors": 16_384,
                     "dead_after": 50_000,
                     "aux_k": 64,
-                    "held_out": 0.1,
+                    "held_out": 0.2,
                     "checkpoint_every": 200,
                 },
                 "sink": {"folder": str(library)},

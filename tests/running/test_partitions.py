@@ -99,7 +99,7 @@ def test_partitions_that_begin_a_run_together_agree_on_what_decides_bits(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = itertools.count(3)  # as machines with more or less memory would choose
-    monkeypatch.setattr(worker, "call_size_for", lambda *_: next(sizes))
+    monkeypatch.setattr(worker, "call_size_for", lambda *_: (next(sizes), {}))
     monkeypatch.setattr(driver, "WAIT_S", 0.05)
     with ThreadPoolExecutor(3) as pool:
         parts = [Partition(index, 3) for index in range(3)]

@@ -23,7 +23,16 @@ from tests.test_every_pair import PAIRS, REQUEST, method
 
 Pair = tuple[str, str]
 # What reads the layers of a UNet, or its text embedding's gradients.
-OF_A_UNET = {"prompt_to_prompt", "proxedit", "masactrl", "prox_masactrl", "plug_and_play", "riemannian", "null_text"}
+OF_A_UNET = {
+    "consistory",
+    "prompt_to_prompt",
+    "proxedit",
+    "masactrl",
+    "prox_masactrl",
+    "plug_and_play",
+    "riemannian",
+    "null_text",
+}
 
 
 def able(pair: Pair, offers: Offers) -> Method | None:
