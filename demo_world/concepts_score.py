@@ -20,7 +20,8 @@ from demo_world.concepts_reach import WINDOWS, Kind, Reached, write_kind
 from demo_world.concepts_scenes import described, images_of, recipe_of, scenes_of, write_rows
 from pipeline.models.demo.world import Attribute
 from pipeline.running.driver import run
-from pipeline.studies.sae.config import LabelConfig, LayoutConfig, TrainConfig, config_from
+from pipeline.settings.configuration import config_from
+from pipeline.studies.sae.config import LabelConfig, LayoutConfig, TrainConfig
 from pipeline.studies.sae.labelling import Labelled, label
 from pipeline.studies.sae.layout import Layout, compare_layouts
 from pipeline.studies.sae.training import Trained, train

@@ -28,7 +28,8 @@ from pipeline.models.demo.networks import IMAGE_SIZE
 from pipeline.models.demo.world import Attribute, Scene, draw
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.running.driver import run
-from pipeline.studies.config import geometry_from
+from pipeline.settings.configuration import config_from
+from pipeline.studies.config import GeometryConfig
 from pipeline.studies.geometry import compare
 
 SEED = 5  # of the scenes; strengths were chosen on others
@@ -147,7 +148,7 @@ def compared(scenes: Sequence[Scene], out: Path) -> dict[str, Any]:
             "directions": directions,
             "sink": {"folder": str(place / "geometry")},
         }
-        summary = compare(geometry_from(config)).summary
+        summary = compare(config_from(GeometryConfig, config)).summary
         assert summary is not None, "nothing is left to others"
         for figure in (place / "geometry").glob("*.png"):
             (out / figure.name).write_bytes(figure.read_bytes())

@@ -167,9 +167,10 @@ def geometry(
     """Compare local bases: distances, spectra, transport, mean directions; as tables and pictures."""
     part = parsed_partition(partition)
     with reported(debug):
-        from pipeline.studies.config import load_geometry
+        from pipeline.settings.configuration import load_config
+        from pipeline.studies.config import GeometryConfig
 
-        settings = load_geometry(config, overrides or [])
+        settings = load_config(GeometryConfig, config, overrides or [], "geometry")
         from pipeline.studies.geometry import compare
         from pipeline.studies.show import text_of
 

@@ -65,7 +65,8 @@ def collect(
 def train(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
     """Train an autoencoder for each block, time and branch that was collected. Goes on where an earlier one stopped."""
     with reported(debug):
-        from pipeline.studies.sae.config import TrainConfig, load_config
+        from pipeline.settings.configuration import load_config
+        from pipeline.studies.sae.config import TrainConfig
         from pipeline.studies.sae.show import trained_text
 
         settings = load_config(TrainConfig, config, overrides or [])
@@ -78,7 +79,8 @@ def train(config: Config, overrides: Overrides = None, debug: Debug = False) -> 
 def label(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
     """Name features by the regions that they cover in images of known content: dictionary, concepts, gallery."""
     with reported(debug):
-        from pipeline.studies.sae.config import LabelConfig, load_config
+        from pipeline.settings.configuration import load_config
+        from pipeline.studies.sae.config import LabelConfig
         from pipeline.studies.sae.show import labelled_text
 
         settings = load_config(LabelConfig, config, overrides or [])
@@ -91,7 +93,8 @@ def label(config: Config, overrides: Overrides = None, debug: Debug = False) -> 
 def score(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
     """Say how much of the network's prediction is left where a block's write is what its codes make of it."""
     with reported(debug):
-        from pipeline.studies.sae.config import ScoreConfig, load_config
+        from pipeline.settings.configuration import load_config
+        from pipeline.studies.sae.config import ScoreConfig
         from pipeline.studies.sae.show import score_text
 
         settings = load_config(ScoreConfig, config, overrides or [])
@@ -104,7 +107,8 @@ def score(config: Config, overrides: Overrides = None, debug: Debug = False) -> 
 def layout(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
     """Say how early the layout of an image is told by its concepts: a table, a plot."""
     with reported(debug):
-        from pipeline.studies.sae.config import LayoutConfig, load_config
+        from pipeline.settings.configuration import load_config
+        from pipeline.studies.sae.config import LayoutConfig
         from pipeline.studies.sae.show import layout_text
 
         settings = load_config(LayoutConfig, config, overrides or [])

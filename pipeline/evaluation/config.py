@@ -9,15 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.errors import RecipeError
 from pipeline.evaluation.judging.config import JudgeConfig
 from pipeline.evaluation.metrics_config import MetricsConfig
 from pipeline.recipe import Method, Name, Recipe, recipe_from
 from pipeline.records import EditRequest
-from pipeline.settings.explain import problems_in_words
-from pipeline.settings.overrides import apply_overrides
+from pipeline.settings.configuration import config_from, read_config
 from pipeline.settings.sections import (
     Location,
     ModelConfig,
@@ -27,7 +26,6 @@ from pipeline.settings.sections import (
     SourceConfig,
     StorageOptions,
 )
-from pipeline.settings.yaml_file import UnusableFileError, read_yaml_file
 
 EXTRA = ("scipy", "json_repair", "httpx2")  # modules of the extra `evaluate`
 
@@ -210,14 +208,7 @@ def load_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> Evaluate
     Raises:
         RecipeError: lists every problem.
     """
-    where = str(path)
-    try:
-        data = read_yaml_file(path)
-    except UnusableFileError as error:
-        raise RecipeError(where, [("evaluation", str(error))]) from None
-    data = {} if data is None else data
-    apply_overrides(data, overrides, where)
-    return evaluation_from(data, where)
+    return evaluation_from(read_config(path, overrides, "evaluation"), str(path))
 
 
 def evaluation_from(data: Any, where: str = "evaluation") -> EvaluateConfig:
@@ -226,14 +217,7 @@ def evaluation_from(data: Any, where: str = "evaluation") -> EvaluateConfig:
     Raises:
         RecipeError: lists every problem.
     """
-    if not isinstance(data, Mapping):
-        raise RecipeError(where, [("evaluation", f"should be a mapping, is {type(data).__name__}")])
     if missing := [name for name in EXTRA if find_spec(name) is None]:
         text = f"needs {', '.join(missing)}, which is not installed: pip install 'shardedit[evaluate]'"
         raise RecipeError(where, [("evaluation", text)])
-    try:
-        return EvaluateConfig.model_validate(data)
-    except ValidationError as error:
-        raise RecipeError(where, problems_in_words(error, EvaluateConfig)) from error
-    except RecipeError as error:
-        raise RecipeError(where, error.problems) from error
+    return config_from(EvaluateConfig, data, where, "evaluation")

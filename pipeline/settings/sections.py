@@ -160,6 +160,15 @@ COLUMN_NAMES: dict[str, dict[str, str]] = {
 """Presets of `sink.columns`: other names for some of our columns. One that names `input` keeps it."""
 
 
+class FolderSink(Section):
+    """Where the results of a study go."""
+
+    folder: Location = Field(min_length=1)
+    """fsspec URL; created where missing."""
+    storage_options: StorageOptions = Field(default_factory=dict, repr=False)
+    """Options for the fsspec file system. Secrets belong in the environment."""
+
+
 class SinkConfig(Section):
     """Where results go, and what a result holds."""
 

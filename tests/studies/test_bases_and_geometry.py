@@ -21,8 +21,9 @@ from pipeline.errors import RecipeError, SinkError, SourceError
 from pipeline.looking.counting import RowCounter
 from pipeline.recipe import recipe_from
 from pipeline.running import driver
+from pipeline.settings.configuration import config_from, load_config
 from pipeline.studies import geometry
-from pipeline.studies.config import geometry_from, load_geometry
+from pipeline.studies.config import GeometryConfig
 from pipeline.studies.tables import pictures, summary_of
 from pipeline.writing.basis_columns import basis_of
 from tests.golden.replay import TINY_SD
@@ -73,7 +74,9 @@ def rows(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
 
 
 def config(folder: Path, out: str, **settings: Any) -> Any:
-    return geometry_from({"bases": str(folder / "bases"), "sink": {"folder": str(folder / out)}, **settings})
+    return config_from(
+        GeometryConfig, {"bases": str(folder / "bases"), "sink": {"folder": str(folder / out)}, **settings}
+    )
 
 
 # Bases --------------------------------------------------------------------------------------------------------------
@@ -192,7 +195,7 @@ def test_a_comparison_goes_on_part_by_part_and_partitions_give_the_same_bytes(ma
 def test_what_cannot_be_compared_is_refused_with_the_way_out(made: Path, compared: Path, tmp_path: Path) -> None:
     with pytest.raises(SinkError, match="holds another comparison"):
         geometry.compare(config(made, "geometry", space="tangents"))
-    twice = geometry_from({"bases": [str(made / "bases")] * 2, "sink": {"folder": str(tmp_path / "g")}})
+    twice = config_from(GeometryConfig, {"bases": [str(made / "bases")] * 2, "sink": {"folder": str(tmp_path / "g")}})
     with pytest.raises(SinkError, match="a second time"):
         geometry.compare(twice)
     with pytest.raises(SinkError, match="num_vectors is 3, and the basis"):
@@ -207,14 +210,14 @@ def test_what_cannot_be_compared_is_refused_with_the_way_out(made: Path, compare
     driver.run(other, progress="off")
     both = [str(made / "bases"), str(tmp_path / "bases")]
     with pytest.raises(SinkError, match="different models or sizes"):
-        geometry.compare(geometry_from({"bases": both, "sink": {"folder": str(tmp_path / "g")}}))
+        geometry.compare(config_from(GeometryConfig, {"bases": both, "sink": {"folder": str(tmp_path / "g")}}))
 
 
 def test_a_configuration_tells_all_that_is_wrong_with_it(tmp_path: Path) -> None:
     path = tmp_path / "geometry.yaml"
     path.write_text("bases: []\nspaces: features\nblock_size: 0\n")
     with pytest.raises(RecipeError) as caught:
-        load_geometry(path, ["num_vectors=0"])
+        load_config(GeometryConfig, path, ["num_vectors=0"])
     assert {where for where, _ in caught.value.problems} == {"bases", "spaces", "block_size", "num_vectors", "sink"}
 
 

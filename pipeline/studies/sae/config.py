@@ -4,30 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from pipeline.errors import RecipeError
 from pipeline.interventions import BlockName, GuidanceBranch, Share
 from pipeline.recordings import RecordingKey
-from pipeline.settings.explain import problems_in_words
-from pipeline.settings.overrides import apply_overrides
-from pipeline.settings.sections import Location, ModelConfig, OneOrMany, Section, StorageOptions
-from pipeline.settings.yaml_file import UnusableFileError, read_yaml_file
+from pipeline.settings.sections import FolderSink, ModelConfig, OneOrMany, Section, StorageOptions
 
 Count = Annotated[int, Field(ge=1)]
-
-
-class FolderSink(Section):
-    """Where results go."""
-
-    folder: Location = Field(min_length=1)
-    """fsspec URL; created where missing."""
-    storage_options: StorageOptions = Field(default_factory=dict, repr=False)
-    """Options for the fsspec file system. Secrets belong in the environment."""
 
 
 class Recordings(Section):
@@ -195,36 +180,3 @@ class ScoreConfig(Section):
     """Images at most."""
     call_size: Count = 16
     """Rows of a network call."""
-
-
-C = TypeVar("C", bound=Section)
-
-
-def load_config(kind: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
-    """Read a YAML configuration and apply overrides such as `sink.folder=out`; values are YAML.
-
-    Raises:
-        RecipeError: lists every problem.
-    """
-    where = str(path)
-    try:
-        data = read_yaml_file(path)
-    except UnusableFileError as error:
-        raise RecipeError(where, [("configuration", str(error))]) from None
-    data = {} if data is None else data
-    apply_overrides(data, overrides, where)
-    return config_from(kind, data, where)
-
-
-def config_from(kind: type[C], data: Any, where: str = "configuration") -> C:
-    """Build a configuration from plain data.
-
-    Raises:
-        RecipeError: lists every problem.
-    """
-    if not isinstance(data, Mapping):
-        raise RecipeError(where, [("configuration", f"should be a mapping, is {type(data).__name__}")])
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        raise RecipeError(where, problems_in_words(error, kind)) from error

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.studies.sae.config import LabelConfig, TrainConfig, config_from
+from pipeline.settings.configuration import config_from
+from pipeline.studies.sae.config import LabelConfig, TrainConfig
 from tests.golden.replay import TINY_SD
 from tests.runs import png
 

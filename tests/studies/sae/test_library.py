@@ -21,7 +21,8 @@ from pipeline.models.sparse_autoencoders import Origin, as_file, of_file
 from pipeline.reading.libraries import read_library
 from pipeline.recipe import recipe_from
 from pipeline.running import driver
-from pipeline.studies.sae.config import LayoutConfig, ScoreConfig, config_from
+from pipeline.settings.configuration import config_from
+from pipeline.studies.sae.config import LayoutConfig, ScoreConfig
 from pipeline.studies.sae.labelling import label
 from pipeline.studies.sae.layout import compare_layouts
 from pipeline.studies.sae.scoring import score
