@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from demo_world.oracle import read
 from demo_world.scoring import Pixels
+from pipeline.editing.consistory import ConsiStory
 from pipeline.models.demo.world import Attribute
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.running.driver import run
@@ -31,7 +32,8 @@ from pipeline.running.driver import run
 SEED = 7  # of the run; settings were chosen on others
 SETS = 12
 OPEN: tuple[Attribute, ...] = ("face_color", "face_shape")  # what no prompt names
-ANCHOR = "a face with a smile on a white background"
+# Of as many backgrounds as scenes have: what all anchors have in common is the face alone.
+ANCHORS = [f"a face with a smile on a {color} background" for color in ("white", "gray", "navy", "lavender", "mint")]
 SCENES: dict[str, Mapping[Attribute, Any]] = {  # what each names
     "a face with sunglasses and a smile on a navy background": {
         "sunglasses": True,
@@ -52,17 +54,21 @@ SMALL: dict[str, Any] = {
     "share": "all",
     "injection_strength": 0.0,
     "free_u": None,
-    "guidance_scale": 4.0,
+    "query_strength": None,
+    "guidance_scale": 3.0,
     "scenes_per_call": 4,
 }
 PLAIN: dict[str, Any] = {**SMALL, "share": "none"}
 STEPS = 20
-CALL_SIZE = 20  # a group of an anchor and four scenes, in two halves, with as many rows again while queries are mixed
+DEFAULTS = ConsiStory(method="consistory")
 CELL, MARGIN, HEAD = 96, 4, 18  # pixels of the picture
 
 
 def recipe_of(folder: Path, editing: Mapping[str, Any], seed: int, steps: int) -> Recipe:
-    """A run over the sets in a folder."""
+    """A run over the sets in a folder. A call holds a group: anchors and scenes in two halves, and as many rows again
+    where queries are mixed."""
+    whole = DEFAULTS.model_copy(update=dict(editing))
+    rows = 2 * (len(ANCHORS) + whole.scenes_per_call) * (1 if whole.query_strength is None or not whole.shares else 2)
     name = "-".join(f"{key}_{editing[key]}" for key in ("share", "scenes_per_call") if key in editing)
     return recipe_from(
         {
@@ -71,7 +77,7 @@ def recipe_of(folder: Path, editing: Mapping[str, Any], seed: int, steps: int) -
             "inversion": {"method": "noise", "num_steps": steps},
             "editing": {"method": "consistory", **editing},
             "sink": {"folder": str(folder / (name or "published"))},
-            "run": {"engine": "local", "seed": seed, "call_size": CALL_SIZE},
+            "run": {"engine": "local", "seed": seed, "call_size": rows},
         },
         "consistory score",
     )
@@ -85,7 +91,7 @@ def write_sets(folder: Path, count: int) -> None:
                 "set_id": f"face-{number}",
                 "concept_tokens": ["face"],
                 "background_tokens": ["background"],
-                "anchor_prompts": [ANCHOR],
+                "anchor_prompts": ANCHORS,
                 "prompts": list(SCENES),
             }
         )

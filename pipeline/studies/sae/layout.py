@@ -1,17 +1,18 @@
 """How early the layout of an image can be told: `shardedit sae layout`.
 
 At every recorded time concepts are looked for in what blocks wrote, and compared with where they are in the finished
-image, on images that show them. Two ways: `concepts`, the weighted codes that tell each concept's place against their
-threshold; and `words`, as in the paper: a place has the mean word vector of its strongest features, and belongs to the
-noun that it is nearest to. Beside them stands the constant mask: the one region that suits all images of a concept
-best, without a look at any.
+image. Two questions. Over all images, without being told what an image shows: `concepts`, the weighted codes that tell
+each concept against their threshold, by the IoU of all places together. And over the images that show a concept, where
+it is: `shown`, the codes that tell its place, and `words`, as in the paper: a place has the mean word vector of its
+strongest features, and belongs to the noun that it is nearest to; by the mean IoU of images. Beside either stands its
+constant mask: the one region that suits these images best, without a look at any.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -24,12 +25,12 @@ from torch.nn.functional import normalize
 
 from pipeline.common.showing import public_url
 from pipeline.errors import ModelError
-from pipeline.interventions import BlockAutoencoder
+from pipeline.interventions import BlockAutoencoder, Telling
 from pipeline.reading.libraries import read_library
 from pipeline.reading.storage import open_fs
 from pipeline.recordings import RecordingKey
 from pipeline.studies.plots import Line, plot
-from pipeline.studies.sae.codes import CodedImages, mean_iou
+from pipeline.studies.sae.codes import CodedImages, iou_of, mean_iou
 from pipeline.studies.sae.config import LayoutConfig
 from pipeline.studies.sae.labelling import DICTIONARY_FILE, collect, entries_of, split
 from pipeline.studies.sae.plugins import word_vectors
@@ -47,11 +48,22 @@ TABLE = pa.schema(
         "branch": pa.string(),
         "concept": pa.string(),
         "concepts_iou": pa.float64(),
-        "words_iou": pa.float64(),
         "constant_iou": pa.float64(),
-        "images": pa.int64(),
+        "shown_iou": pa.float64(),
+        "words_iou": pa.float64(),
+        "shown_constant_iou": pa.float64(),
+        "images": pa.int64(),  # that show it
     }
 )
+OVER_ALL = ("concepts_iou", "constant_iou")
+PLOTTED = {
+    "best": "concepts_iou",
+    "constant": "constant_iou",
+    "best, where shown": "shown_iou",
+    "words, where shown": "words_iou",
+    "constant, where shown": "shown_constant_iou",
+}
+OVER_SHOWN = ("shown_iou", "words_iou", "shown_constant_iou")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,23 +131,36 @@ def rows_of(
         if not bool(shown.any()):
             continue
         concept = entry.concepts.get(name)
-        predicted = None
-        if concept is not None:
-            told = concept.placing
-            predicted = (images.score(told.features, told.weights) > told.threshold).view_as(covered).float()
+        told, placed = (
+            (None, None) if concept is None else (_found(images, one) for one in (concept.telling, concept.placing))
+        )
         rows.append(
             {
                 "block": key.block,
                 "time": key.time,
                 "branch": key.branch,
                 "concept": name,
-                "concepts_iou": None if predicted is None else float(mean_iou(predicted[shown], covered[shown])),
+                "concepts_iou": None if told is None else float(iou_of(told, covered.flatten())),
+                "constant_iou": constant_iou(covered, _joint_iou),
+                "shown_iou": None
+                if placed is None
+                else float(mean_iou(placed.view_as(covered)[shown], covered[shown])),
                 "words_iou": best_words_iou(nearest, tag, covered, shown, images.ids),
-                "constant_iou": constant_iou(covered[shown]),
+                "shown_constant_iou": constant_iou(covered[shown], mean_iou),
                 "images": int(shown.sum()),
             }
         )
     return rows
+
+
+def _found(images: CodedImages, telling: Telling) -> Tensor:
+    """(M,) in {0, 1}: places whose score is above a threshold."""
+    return (images.score(telling.features, telling.weights) > telling.threshold).float()
+
+
+def _joint_iou(found: Tensor, covered: Tensor) -> Tensor:
+    """IoU of the places of all images together."""
+    return iou_of(found.flatten(), covered.flatten())
 
 
 def conceptual(images: CodedImages, embeddings: Tensor) -> Tensor:
@@ -181,22 +206,29 @@ def best_words_iou(
     return iou(judged, limit)
 
 
-def constant_iou(covered: Tensor) -> float:
+def constant_iou(covered: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> float:
     """Of the one mask that suits these images (images, places) best: places that so many of them cover."""
     mean = covered.mean(dim=0)
-    return max(float(mean_iou((mean >= level).float().expand_as(covered), covered)) for level in LEVELS)
+    levels = [level * float(mean.max()) for level in LEVELS]
+    return max(float(measure((mean >= level).float().expand_as(covered), covered)) for level in levels)
 
 
 def best_rows(rows: Sequence[dict[str, Any]], entries: Mapping[RecordingKey, BlockAutoencoder]) -> list[dict[str, Any]]:
-    """Of every time and concept the row of the block that told it best where it was labelled."""
-    best: dict[tuple[float, str], tuple[float, dict[str, Any]]] = {}
-    for row in rows:
-        key = RecordingKey(row["block"], row["time"], row["branch"])
-        concept = entries[key].concepts.get(row["concept"])
-        place = (row["time"], row["concept"])
-        if concept is not None and (place not in best or concept.placing.iou > best[place][0]):
-            best[place] = (concept.placing.iou, {**row, "block": "best"})
-    return [row for _, row in best.values()]
+    """Of every time and concept what the block came to that was best, for either question, where it was labelled."""
+    best: dict[tuple[float, str], dict[str, Any]] = {}
+    known = [row for row in rows if row["concept"] in entries[_key(row)].concepts]
+    for row in known:
+        best.setdefault((row["time"], row["concept"]), {**row, "block": "best"})
+    for (time, name), found in best.items():
+        some = [row for row in known if (row["time"], row["concept"]) == (time, name)]
+        told = max(some, key=lambda row: entries[_key(row)].concepts[name].telling.iou)
+        placed = max(some, key=lambda row: entries[_key(row)].concepts[name].placing.iou)
+        found |= {column: told[column] for column in OVER_ALL} | {column: placed[column] for column in OVER_SHOWN}
+    return list(best.values())
+
+
+def _key(row: Mapping[str, Any]) -> RecordingKey:
+    return RecordingKey(row["block"], row["time"], row["branch"])
 
 
 def means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
@@ -205,8 +237,7 @@ def means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     for time in sorted({row["time"] for row in rows}, reverse=True):
         some = [row for row in rows if row["time"] == time and row["block"] == "best"]
         columns = {
-            column: [row[column] for row in some if row[column] is not None]
-            for column in ("concepts_iou", "words_iou", "constant_iou")
+            column: [row[column] for row in some if row[column] is not None] for column in (*OVER_ALL, *OVER_SHOWN)
         }
         found.append({"time": time, **{column: fmean(values) for column, values in columns.items() if values}})
     return found
@@ -227,7 +258,7 @@ def picture(rows: Sequence[Mapping[str, Any]], by_time: Sequence[Mapping[str, fl
                 points.append((1.0 - time, fmean(some)))
         if points:
             lines.append(Line(block.replace("_blocks", "").replace(".attentions", ""), points))
-    for name, column in (("best", "concepts_iou"), ("by words", "words_iou"), ("constant", "constant_iou")):
+    for name, column in PLOTTED.items():
         points = [(1.0 - one["time"], one[column]) for one in by_time if column in one]
         if points:
             lines.append(Line(name, points))

@@ -23,9 +23,10 @@ from pipeline.studies.sae.codes import (
 )
 from pipeline.studies.sae.gallery import GalleryEntry, page_of
 from pipeline.studies.sae.labelling import concept_rows, dictionary_rows, place_of, split
-from pipeline.studies.sae.layout import constant_iou, rows_of
+from pipeline.studies.sae.layout import best_rows, constant_iou, rows_of
 from pipeline.studies.sae.plugins import attended_regions, hashed_words, in_turn, named
 from tests.editing.test_concepts import UP, autoencoder
+from tests.studies.sae.jobs import DOWN
 
 GRID = (4, 4)
 KEY = RecordingKey(UP, 1.0, "cond")
@@ -130,16 +131,47 @@ def test_a_layout_of_planted_features_is_told_at_iou_1_by_codes_and_by_words() -
     embeddings = torch.zeros((12, 300))
     embeddings[7] = torch.from_numpy(hashed_words("hat"))
     rows = {row["concept"]: row for row in rows_of(KEY, entry, images, embeddings, "hash")}
-    assert rows["hat"]["concepts_iou"] == 1.0
+    assert rows["hat"]["concepts_iou"] == rows["hat"]["shown_iou"] == 1.0
     assert rows["hat"]["words_iou"] == 1.0
-    assert rows["sky"]["concepts_iou"] is None
+    assert rows["sky"]["concepts_iou"] is rows["sky"]["shown_iou"] is None
     assert rows["sky"]["words_iou"] == 0.0
-    assert rows["hat"]["constant_iou"] < 0.5
+    assert max(rows["hat"]["constant_iou"], rows["hat"]["shown_constant_iou"]) < 0.5
+
+
+def test_of_two_blocks_each_question_takes_the_one_that_answered_it_best_where_it_was_labelled() -> None:
+    def entry(block: str, telling: float, placing: float) -> BlockAutoencoder:
+        told, placed = (Telling(features=(7,), weights=(1.0,), threshold=0.1, iou=iou) for iou in (telling, placing))
+        hat = ConceptFeatures(telling=told, amounts=(1.0,), placing=placed)
+        return BlockAutoencoder(
+            autoencoder=autoencoder(block),
+            block=block,
+            branch="cond",
+            timestep=1.0,
+            model="",
+            model_digest="",
+            concepts={"hat": hat},
+        )
+
+    other = RecordingKey(DOWN, KEY.time, KEY.branch)
+    entries = {KEY: entry(UP, 0.9, 0.2), other: entry(DOWN, 0.4, 0.8)}
+    common = {"time": KEY.time, "branch": KEY.branch, "concept": "hat", "images": 3}
+    of_up = {"concepts_iou": 0.1, "constant_iou": 0.2, "shown_iou": 0.3, "words_iou": 0.4, "shown_constant_iou": 0.5}
+    rows = [
+        {**common, "block": UP, **of_up},
+        {**common, "block": DOWN, **{name: value + 0.5 for name, value in of_up.items()}},
+    ]
+    (best,) = best_rows(rows, entries)
+    expected = {"concepts_iou": 0.1, "constant_iou": 0.2, "shown_iou": 0.8, "words_iou": 0.9, "shown_constant_iou": 1.0}
+    assert {name: best[name] for name in expected} == expected
+    assert best["block"] == "best"
 
 
 def test_a_constant_mask_is_the_one_that_suits_all_images_best() -> None:
     covered = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
-    assert constant_iou(covered) == pytest.approx((1 + 0.5 + 1) / 3)
+    assert constant_iou(covered, mean_iou) == pytest.approx((1 + 0.5 + 1) / 3)
+    rare = torch.cat([covered, torch.zeros((17, 4))])
+    joint = constant_iou(rare, lambda found, there: iou_of(found.flatten(), there.flatten()))
+    assert joint == pytest.approx(3 / 22), "images without the concept count: the first place, of all of them"
     assert mean_iou(covered, covered) == 1.0
 
 
