@@ -6,6 +6,7 @@ model       which checkpoint, at which size and precision
 inversion   how an image becomes a trajectory
 editing     how a trajectory becomes an edit
 methods     instead of inversion and editing: several named pairs, each of which edits every image
+gates       which results are kept
 sink        where results go
 run         seed, units, workers, error budgets
 """
@@ -42,6 +43,7 @@ from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.recordings import RecordingKey
 from pipeline.records import EditRequest
 from pipeline.settings.explain import problems_in_words
+from pipeline.settings.gates import PROMPTS_OF, GatesConfig
 from pipeline.settings.overrides import apply_overrides
 from pipeline.settings.sections import ModelConfig, RunConfig, Section, SinkConfig, SourceConfig
 from pipeline.settings.yaml_file import UnusableFileError, read_yaml_file
@@ -98,6 +100,8 @@ class Recipe(Section):
     """How a trajectory becomes an edit."""
     methods: dict[Name, Method] = Field(default_factory=dict)
     """Instead of inversion and editing: several named pairs, each of which edits every image."""
+    gates: GatesConfig | None = None
+    """Which results are kept; none: all."""
     sink: SinkConfig
     """Where results go."""
     run: RunConfig = Field(default_factory=RunConfig)
@@ -159,6 +163,8 @@ class Recipe(Section):
             for key in keys:
                 data[section].pop(key)
         data["run"].pop("max_consecutive_failed_units")
+        if data["gates"] is None:  # so that runs from before there were any go on
+            data.pop("gates")
         return dict(data)
 
     @property
@@ -205,9 +211,31 @@ class Recipe(Section):
                     (f"edits.{edit}", problem.text + (f" (method '{name}')" if self.methods else ""))
                     for problem in editing.problems(request, inversion, caption_follows=follows)
                 ]
+        found += self._gate_problems()
         if self.recorded and self.sink.format != "parquet":
             found.append(("sink.format", "what editing.record asks for is written as Parquet. Leave format out"))
         return found
+
+    def _gate_problems(self) -> Iterator[tuple[str, str]]:
+        """Gates that nothing could ever be judged by: they would let everything pass."""
+        if self.gates is None:
+            return
+        yield from self.gates.problems(round_trip=self.sink.round_trip)
+        for name, method in self.all_methods.items():
+            if self.gates.inversion_psnr is not None and "path" not in method.inversion.provides:
+                text = f"a trajectory of inversion.method '{method.inversion.method}' cannot be replayed"
+                yield "gates.inversion_psnr", f"{text} (method '{name}'). Set it to null, or choose another inversion"
+        for edit, request in self.edits.items():
+            follows = self.source.caption_is_source_prompt
+            missing = {
+                "source_prompt": not request.source_prompt and not follows,
+                "target_prompt": not request.target_prompt,
+            }
+            for gate, prompts in PROMPTS_OF.items():
+                for prompt in prompts:
+                    if gate in self.gates.gates and missing[prompt]:
+                        text = f"gates.{gate} compares with the {prompt}, and this edit has none"
+                        yield f"edits.{edit}", f"{text}. Give {prompt}, or set gates.{gate} to null"
 
     @model_validator(mode="after")
     def _is_possible(self) -> Recipe:
@@ -244,6 +272,8 @@ class BasisRecipe(Recipe):
                 found.append((at, text))
         if self.sink.format != "parquet":
             found.append(("sink.format", "bases are written as Parquet. Leave format out"))
+        if self.gates is not None:
+            found.append(("gates", "judge edited images, and this run writes bases. Leave gates out"))
         return found
 
 

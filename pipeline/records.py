@@ -284,6 +284,16 @@ class Decoded:
     basis: LocalBasis | None = None  # of a run that writes bases; the pixels then show where it lies
     recorded: tuple[Recorded | Attended, ...] = ()  # as that of `EditedLatents`
     is_compared: bool = True  # whether the result shows the input, changed, so that figures compare the two
+    inversion_psnr: float | None = None  # dB, of the trajectory that is replayed without an edit; None: not measured
+    stopped: bool = False  # that was too low: the pixels are those of the replay, and nothing was edited
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gated:
+    """What gates say of a result."""
+
+    figures: Mapping[str, float | str | None]  # their columns: gating/gate.py
+    reasons: tuple[str, ...]  # the gates that rejected it, sorted; none: it passed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,6 +313,9 @@ class Edited:
     figures: Mapping[str, float | None]  # see evaluation/metrics.py; empty of a basis
     basis: LocalBasis | None = None
     recorded: tuple[Recorded | Attended, ...] = ()
+    inversion_psnr: float | None = None  # as that of `Decoded`
+    stopped: bool = False
+    gated: Gated | None = None  # None: the run has no gates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

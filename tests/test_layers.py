@@ -20,7 +20,7 @@ LAYERS = [
     {"models"},
     {"inversion", "editing"},
     {"recipe", "settings"},
-    {"reading", "evaluation.metrics", "pairs.alignment", "pairs.affine"},
+    {"reading", "gating", "evaluation.metrics", "pairs.alignment", "pairs.affine"},
     {"writing"},
     {"flow"},
     {"evaluation"},

@@ -23,6 +23,7 @@ from pipeline.common.showing import describe
 from pipeline.flow import seed_for
 from pipeline.reading.shards import shard_slug, unit_id
 from pipeline.writing.manifest import Manifest, kind_of
+from pipeline.writing.rows import REASONS
 from pipeline.writing.run_record import RunRecord, column_names_of
 from pipeline.writing.spans import tar_samples
 from pipeline.writing.webdataset import PICTURES, pictures_of
@@ -82,9 +83,14 @@ class CheckedRow:
     id: str
     edit: str
     method: str
-    ok: bool  # in data/
+    kind: str  # of `KINDS`: where it stands
     made_by: str  # version of this package; for a failed result unit, stage and class of the error
     problem: str = ""  # what run.json contradicts
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is a result, kept or rejected by gates."""
+        return self.kind != "quarantine"
 
     def text(self) -> str:
         """For findings."""
@@ -110,13 +116,17 @@ def checked_rows(path: str, opened: BinaryIO, expected: Expected, pool: Executor
     Raises:
         BrokenError: says what does not open.
     """
-    is_data = kind_of(path) == "data"
+    kind = kind_of(path)
     checked: list[CheckedRow] = []
     decode = pool.map if pool else map
     try:
-        rows = _tar_rows(opened, expected) if path.endswith(".tar") else _parquet_rows(opened, is_data, expected)
+        rows = (
+            _tar_rows(opened, expected)
+            if path.endswith(".tar")
+            else _parquet_rows(opened, kind != "quarantine", expected)
+        )
         for some in _at_once(rows):
-            found = [_checked(row, is_data, expected) for row, _ in some]
+            found = [_checked(row, kind, expected) for row, _ in some]
             has_mask = [row.get("mask_share") is not None for row, _ in some]
             list(decode(_check_pictures, found, [pictures for _, pictures in some], has_mask))
             checked += found
@@ -125,10 +135,18 @@ def checked_rows(path: str, opened: BinaryIO, expected: Expected, pool: Executor
     return checked
 
 
-def _checked(row: Mapping[str, Any], is_data: bool, expected: Expected) -> CheckedRow:
-    made_by = row["code_version"] if is_data else "\n".join((row["unit"], row["stage"], row["error_class"]))
-    problem = _contradiction(row, expected) if is_data else ""
-    return CheckedRow(row["shard"], row["index"], row["id"], row["edit"], row["method"], is_data, made_by, problem)
+def _checked(row: Mapping[str, Any], kind: str, expected: Expected) -> CheckedRow:
+    is_result = kind != "quarantine"
+    made_by = row["code_version"] if is_result else "\n".join((row["unit"], row["stage"], row["error_class"]))
+    problem = _contradiction(row, expected) or _misplaced(row, kind) if is_result else ""
+    return CheckedRow(row["shard"], row["index"], row["id"], row["edit"], row["method"], kind, made_by, problem)
+
+
+def _misplaced(row: Mapping[str, Any], kind: str) -> str:
+    reasons = row.get(REASONS) or []
+    if kind == "data" and reasons:
+        return f"stands in data/, and was rejected by {', '.join(reasons)}"
+    return "stands in rejected/, and no gate rejected it" if kind == "rejected" and not reasons else ""
 
 
 def _contradiction(row: Mapping[str, Any], expected: Expected) -> str:
@@ -153,12 +171,12 @@ def _at_once(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
         yield some
 
 
-def _parquet_rows(opened: BinaryIO, is_data: bool, expected: Expected) -> Iterator[_Row]:
+def _parquet_rows(opened: BinaryIO, is_result: bool, expected: Expected) -> Iterator[_Row]:
     file = pq.ParquetFile(opened)
     groups = ([group] for group in range(file.num_row_groups))  # small where rows are large: writing/parquet.py
     for batch in chain.from_iterable(file.iter_batches(ROWS_AT_ONCE, row_groups=group) for group in groups):
         for row in batch.to_pylist():
-            columns = {name: expected.names.get(name, name) for name in PICTURES} if is_data else {}
+            columns = {name: expected.names.get(name, name) for name in PICTURES} if is_result else {}
             stored = {name: row[column] for name, column in columns.items() if column in row}
             stored |= {f"mask.{at}": mask for at, mask in enumerate(row.get("masks", ()))}
             yield row, {name: picture["bytes"] for name, picture in stored.items() if picture is not None}
@@ -195,16 +213,18 @@ def _check_pictures(row: CheckedRow, pictures: Mapping[str, bytes], has_mask: bo
 
 
 def row_problems(manifest: Manifest, rows: list[CheckedRow], expected: Expected) -> Iterator[str]:
-    """Whether data and quarantine together hold what the unit was asked for, once each."""
+    """Whether data, rejected and quarantine together hold what the unit was asked for, once each."""
     counts = manifest.counts
     for name, says, found in (
-        ("data/", counts.ok, sum(row.ok for row in rows)),
-        ("quarantine/", counts.failed, sum(not row.ok for row in rows)),
+        ("data/", counts.ok, sum(row.kind == "data" for row in rows)),
+        ("rejected/", counts.rejected_rows, sum(row.kind == "rejected" for row in rows)),
+        ("quarantine/", counts.failed, sum(row.kind == "quarantine" for row in rows)),
     ):
         if says != found:
             yield f"{found} row(s) of unit {manifest.unit} in {name}, its manifest says {says}"
-    if counts.asked != counts.ok + counts.failed:
-        yield f"the manifest of unit {manifest.unit} asks for {counts.asked}, and has {counts.ok} + {counts.failed}"
+    if counts.asked != counts.ok + counts.rejected + counts.failed:
+        has = f"{counts.ok} + {counts.rejected} + {counts.failed}"
+        yield f"the manifest of unit {manifest.unit} asks for {counts.asked}, and has {has}"
     if counts.images != (count := manifest.stop - manifest.start):
         yield f"the manifest of unit {manifest.unit} counts {counts.images} images in {count} rows"
     yield from _failures_problems(manifest, rows)

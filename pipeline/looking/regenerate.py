@@ -18,6 +18,7 @@ from PIL import Image
 from pipeline.common.showing import public_url
 from pipeline.engine.engine import Engine
 from pipeline.errors import SinkError, SourceError
+from pipeline.evaluation.looks import gates_of
 from pipeline.evaluation.metrics import psnr
 from pipeline.flow import edit_rows
 from pipeline.looking.runs import Run
@@ -37,7 +38,7 @@ from pipeline.writing.manifest import Manifest
 from pipeline.writing.merged import Merged, Span
 from pipeline.writing.parquet import render_parquet
 from pipeline.writing.restoring import outcome_of
-from pipeline.writing.rows import Labels, OutputRow, as_written, encode_outcome, schema
+from pipeline.writing.rows import Labels, OutputRow, as_written, encode_outcome, schema_of
 from pipeline.writing.run_record import RunRecord, run_record, versions_that_differ
 from pipeline.writing.spans import samples_of, table_of, tar_samples
 from pipeline.writing.webdataset import render_tar
@@ -101,8 +102,9 @@ def regenerate(run: Run, key: str, *, edit: str | None = None, method: str | Non
         backbone = load_backbone(recipe.model, device="cpu" if on_cpu else None)
         backbone.tune(record.tuned.tuning)
         engine = Engine(backbone, call_size=record.call_size)
+        gates = gates_of(recipe)
         made = [
-            encode_outcome(outcome_of(result), recipe, backbone.record, record.call_size)
+            encode_outcome(outcome_of(result, gates), recipe, backbone.record, record.call_size)
             for result in edit_rows([asked_of(row, recipe)], recipe, engine, Decoder(recipe.source))
             if _name_of(result) == (about["edit"], about["method"])
         ]
@@ -242,10 +244,7 @@ def _compared(stored: _StoredRow, made: OutputRow | Rejected, recipe: Recipe, la
         now: Mapping[str, Any] = parts
     else:
         # Through a file and back, so that both have gone the same way.
-        columns = schema(
-            recipe.sink, labels, bases=recipe.writes_bases, recorded=recipe.recorded, attention=recipe.records_attention
-        )
-        data = render_parquet([as_written(made, recipe.sink, labels)], columns)
+        data = render_parquet([as_written(made, recipe.sink, labels)], schema_of(recipe, labels))
         now = pq.read_table(pa.BufferReader(data)).to_pylist()[0]
     names = [*stored.parts, *(name for name in now if name not in stored.parts)]
     pairs = {name: (stored.parts.get(name), now.get(name)) for name in names}

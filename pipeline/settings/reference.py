@@ -20,6 +20,7 @@ from pipeline.recipe import Method, ModelConfig, Recipe, RunConfig, SinkConfig, 
 from pipeline.recordings import Recording
 from pipeline.records import Concept, EditRequest, TextExpert, WordPair
 from pipeline.rewards import REWARDS
+from pipeline.settings.gates import Bounds, GatesConfig
 from pipeline.settings.sections import WorkerRange
 from pipeline.subjects import Subject
 
@@ -35,6 +36,8 @@ TITLES = {  # of a section's own table
     "TextExpert": "experts",
     "ModelConfig": "model",
     "Method": "methods",
+    "GatesConfig": "gates",
+    "Bounds": "bounds",
     "SinkConfig": "sink",
     "RunConfig": "run",
     "WorkerRange": "workers",
@@ -68,6 +71,8 @@ def _lines() -> Iterator[str]:
             yield from (f"{method.paper}. See [its page](methods/{name}.md).", "")
     yield from _part("###", TITLES["Recording"], Recording)
     yield from _part("##", "methods", Method)
+    yield from _part("##", "gates", GatesConfig)
+    yield from _part("###", TITLES["Bounds"], Bounds)
     yield from _part("##", "sink", SinkConfig)
     yield from _part("##", "run", RunConfig)
     yield from _part("###", TITLES["WorkerRange"], WorkerRange)

@@ -14,10 +14,11 @@ from pipeline.recipe import Recipe
 from pipeline.records import Rejected
 from pipeline.samples import ReadRow, UnitInput, Unreadable
 from pipeline.writing.commit import FinishedUnit, file_record
-from pipeline.writing.manifest import NOT_MEASURED, Counts, Manifest, data_path, quarantine_path
+from pipeline.writing.gate_counts import gate_counts
+from pipeline.writing.manifest import NOT_MEASURED, Counts, Manifest, data_path, quarantine_path, rejected_path
 from pipeline.writing.parquet import render_parquet
 from pipeline.writing.quarantine import render_quarantine
-from pipeline.writing.rows import Labels, OutputRow, as_written, schema, shared_columns
+from pipeline.writing.rows import REASONS, Labels, OutputRow, as_written, schema_of, shared_columns
 from pipeline.writing.webdataset import render_tar
 
 
@@ -30,7 +31,7 @@ def finish_unit(
     model_digest: str,
     call_size: int,
 ) -> FinishedUnit:
-    """Render a unit. A unit in which nothing succeeded, or nothing failed, has no file of that kind.
+    """Render a unit. A unit in which nothing passed, was rejected by gates, or failed, has no file of that kind.
 
     Args:
         unit_input: what was read.
@@ -41,14 +42,15 @@ def finish_unit(
         call_size: rows of a network call.
     """
     unit = unit_input.unit
-    rows = sorted((one for one in encoded if not isinstance(one, Rejected)), key=_order_of_row)
+    made = sorted((one for one in encoded if not isinstance(one, Rejected)), key=_order_of_row)
     failed = sorted((one for one in encoded if isinstance(one, Rejected)), key=_order_of_rejected)
-    _check_once_each(unit_input, rows, failed)
+    _check_once_each(unit_input, made, failed)
+    rows, rejected = [row for row in made if not row.get(REASONS)], [row for row in made if row.get(REASONS)]
     files: list[tuple[str, bytes, int]] = []
-    if rows:
-        files.append(
-            (data_path(unit.id, generation, recipe.sink), _render(rows, recipe, labels_of(unit_input.rows)), len(rows))
-        )
+    for some, path_of in ((rows, data_path), (rejected, rejected_path)):
+        if some:
+            path = path_of(unit.id, generation, recipe.sink)
+            files.append((path, _render(some, recipe, labels_of(unit_input.rows)), len(some)))
     if failed:
         path = quarantine_path(unit.id, generation, recipe.sink)
         files.append((path, render_quarantine(failed, unit.id, recipe.sink), len(failed)))
@@ -57,6 +59,9 @@ def finish_unit(
         asked=len(encoded),
         ok=len(rows),
         failed=len(failed),
+        rejected=len(rejected),
+        rejected_rows=len(rejected),
+        gates=gate_counts(made, recipe.gates),
         failed_by_stage=dict(sorted(Counter(one.stage for one in failed).items())),
         failed_by_class=dict(sorted(Counter(one.error_class for one in failed).items())),
     )
@@ -88,7 +93,7 @@ def _render(rows: Sequence[OutputRow], recipe: Recipe, labels: Labels) -> bytes:
     written = [as_written(row, sink, labels) for row in rows]
     return render_parquet(
         written,
-        schema(sink, labels, bases=recipe.writes_bases, recorded=recipe.recorded, attention=recipe.records_attention),
+        schema_of(recipe, labels),
         shared_columns(sink),
     )
 
@@ -109,7 +114,7 @@ def _order_of_rejected(rejected: Rejected) -> tuple[int, str, str]:
 
 
 def _check_once_each(unit_input: UnitInput, rows: Sequence[OutputRow], failed: Sequence[Rejected]) -> None:
-    """See that every result asked for is in data or quarantine, once; else the fault is ours, and is not committed."""
+    """See that every result asked for is in data, rejected or quarantine, once; else the fault is ours."""
     results = [(row["index"], row["edit"], row["method"]) for row in rows]
     results += [(one.sample.index, one.edit, one.method) for one in failed]
     twice = [result for result, count in Counter(results).items() if count > 1]

@@ -21,7 +21,7 @@ from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
 
 _NAME = "[A-Za-z0-9_-]{1,200}"
-_KIND = "(?:data|quarantine)"
+_KIND = "(?:data|rejected|quarantine)"
 _CHUNK = "[0-9]{5,8}"  # readers hold a bit per chunk of a shard: 12 MB at the most
 
 UnitId = Annotated[str, StringConstraints(pattern=f"^{_NAME}-{_CHUNK}$")]
@@ -51,6 +51,7 @@ _MORE = r"(?:-[0-9a-f]+)*"  # what tells commits of one unit apart
 FOLDERS = (
     "data",
     "quarantine",
+    "rejected",
     "report",
     "_attempts",
     "_baseline",
@@ -60,7 +61,7 @@ FOLDERS = (
     "_shards",
     "_units",
 )
-_WITH_FOLDERS = ("_output", "_parts", "_parts/data", "_parts/quarantine", "_units")
+_WITH_FOLDERS = ("_output", "_parts", "_parts/data", "_parts/rejected", "_parts/quarantine", "_units")
 
 
 def is_merged(path: str) -> bool:

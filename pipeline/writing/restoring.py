@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 
 import numpy as np
@@ -12,12 +13,13 @@ from pipeline.reading.requests import refusal_by
 from pipeline.records import Decoded, Edited, Outcome, Rejected
 
 
-def outcome_of(result: Decoded | Rejected) -> Outcome:
-    """What becomes of a result: restored, or rejected in stage "encode" where that fails."""
+def outcome_of(result: Decoded | Rejected, gates: Callable[[Edited], Edited] | None = None) -> Outcome:
+    """What becomes of a result: restored, and judged by gates where there are any; or failed in stage "encode"."""
     if isinstance(result, Rejected):
         return result
     try:
-        return restored(result)
+        edited = restored(result)
+        return edited if gates is None else gates(edited)
     except Exception as error:
         return Rejected.by(refusal_by(error, "encode"), result.prepared.sample, result.edit, result.method)
 
@@ -39,6 +41,8 @@ def restored(decoded: Decoded) -> Edited:
         seed=decoded.seed,
         basis=decoded.basis,
         recorded=decoded.recorded,
+        inversion_psnr=decoded.inversion_psnr,
+        stopped=decoded.stopped,
         figures={}
         if decoded.basis is not None or not decoded.is_compared
         else figures(

@@ -22,17 +22,21 @@ import pipeline
 from pipeline.engine.backbone import ModelRecord
 from pipeline.errors import EncodeError
 from pipeline.evaluation.metrics import NAMES as FIGURES
+from pipeline.gating.gate import columns_of
 from pipeline.reading.rows_as_json import Labels
 from pipeline.recipe import Recipe, SinkConfig
 from pipeline.recordings import RecordingKey
 from pipeline.records import Edited, Outcome, Rejected
 from pipeline.samples import Sample
+from pipeline.settings.gates import GatesConfig
 from pipeline.writing.basis_columns import BASIS_COLUMNS, basis_columns
 from pipeline.writing.instructions import instruction_of
 from pipeline.writing.recorded_columns import recorded_columns, recorded_schema
 
 OutputRow = dict[str, Any]
 """One output row under our own names, and `LABELS`; `as_written` makes it ready for `schema`."""
+REASONS = "reject_reasons"
+"""The column with the gates that rejected a row; an empty list of those that passed."""
 LABELS = "labels of the source"  # in a row: {column of the source: number of the class}; no column's name
 PNG_LEVEL = 4  # of zlib, 0..9: a third of the time of the default 6, for 2 % more bytes
 THUMBNAIL_SIDE = 256  # pixels of the longer side: about 12 kB
@@ -58,6 +62,7 @@ def schema(
     bases: bool = False,
     recorded: Sequence[RecordingKey] = (),
     attention: bool = False,
+    gates: GatesConfig | None = None,
 ) -> pa.Schema:
     """Columns of `data/`, with the metadata by which `datasets.load_dataset("parquet")` sees images as images.
 
@@ -67,6 +72,7 @@ def schema(
         bases: the rows hold bases, too.
         recorded: what the rows hold of the network's blocks.
         attention: they hold where words were attended to, too.
+        gates: of the run, whose figures and reasons they hold.
     """
     columns: dict[str, pa.DataType] = {
         "id": pa.string(),
@@ -92,6 +98,9 @@ def schema(
     )
     columns["call_size"] = pa.int64()
     columns |= dict.fromkeys(FIGURES, pa.float64())
+    if gates is not None:
+        kinds = {float: pa.float64(), str: pa.string()}
+        columns |= {name: kinds[kind] for name, kind in columns_of(gates).items()} | {REASONS: pa.list_(pa.string())}
     columns |= BASIS_COLUMNS if bases else {}
     columns |= recorded_schema(recorded, attention=attention)
     columns |= {"columns": pa.string(), "members": pa.list_(_MEMBER)}
@@ -101,6 +110,18 @@ def schema(
         column = label_column(name, features)
         columns[column], features[column] = pa.int64(), {"names": list(classes), "_type": "ClassLabel"}
     return with_features(list(columns.items()), features)
+
+
+def schema_of(recipe: Recipe, labels: Labels | None = None) -> pa.Schema:
+    """Columns of a run's `data/` and `rejected/`."""
+    return schema(
+        recipe.sink,
+        labels,
+        bases=recipe.writes_bases,
+        recorded=recipe.recorded,
+        attention=recipe.records_attention,
+        gates=recipe.gates,
+    )
 
 
 def with_features(columns: Sequence[tuple[str, pa.DataType]], features: Mapping[str, Any]) -> pa.Schema:
@@ -191,6 +212,7 @@ def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> 
         **{name: edited.figures.get(name) for name in FIGURES},
         "columns": json_text(dict(sample.columns)),
         "members": [{"name": utf8_text(name), "bytes": bytes(data)} for name, data in sorted(sample.members.items())],
+        **_gate_columns(edited, recipe),
         LABELS: {name: sample.columns.get(name) for name in sample.labels},
     }
     if edited.basis is not None:
@@ -202,6 +224,14 @@ def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> 
     else:
         row["input_thumbnail"] = _named(encode_thumbnail(edited.original), f"{stem}.thumbnail.jpg")
     return row
+
+
+def _gate_columns(edited: Edited, recipe: Recipe) -> OutputRow:
+    if recipe.gates is None:
+        return {}
+    assert edited.gated is not None, "a gated run's results have been before its gates"
+    figures, reasons = edited.gated.figures, list(edited.gated.reasons)
+    return {name: figures.get(name) for name in columns_of(recipe.gates)} | {REASONS: reasons}
 
 
 def _named(data: bytes, path: str) -> dict[str, Any]:

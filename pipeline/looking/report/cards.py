@@ -105,9 +105,16 @@ def result_tile(ref: ResultRef, shown: Pictures, verdict: Verdict, gain: float |
         "figures": ref.figures,
         "verdict": verdict,
         "gain": gain,
-        "outcomes": outcomes(verdict),
+        "outcomes": " ".join(filter(None, [outcomes(verdict), "rejected" if ref.is_rejected else ""])),
+        "rejected": [rejection(ref, name) for name in ref.reasons],
         "place": f"{ref.file}, row {ref.row_in_file}",
     }
+
+
+def rejection(ref: ResultRef, name: str) -> str:
+    """The gate that rejected a result, and by which figure."""
+    value = ref.figures.get(name)
+    return name if value is None else f"{name} {value:.3g}"
 
 
 def failed_tile(failure: Mapping[str, str]) -> dict[str, Any]:
