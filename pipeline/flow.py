@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from pipeline.best_of import best_of
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.blocks import blocks_of
 from pipeline.engine.calls import DecodeLatents, EncodeImage, Fork, Steps
@@ -55,6 +56,7 @@ from pipeline.records import (
     Trajectory,
 )
 from pipeline.samples import Sample, UnitInput
+from pipeline.settings.best_of import BestOfConfig
 from pipeline.settings.gates import Bounds
 from pipeline.writing.commit import FinishedUnit
 from pipeline.writing.encoding import Encoders
@@ -108,13 +110,17 @@ def edit_unit(
         outcome = outcome_of(result, gates)
         return encode_outcome(outcome, recipe, engine.backbone.record, engine.call_size)
 
-    def results() -> Iterator[Decoded | Rejected]:
-        for rows in turns([asked_of(row, recipe) for row in unit_input.rows]):
+    def results(asked: Sequence[Asked]) -> Iterator[Decoded | Rejected]:
+        for rows in turns(asked):
             for result in edit_rows(rows, recipe, engine, decoder, rank=rank):
                 on_result(result)
                 yield result
 
-    encoded = encoders.map(encode, results())
+    def make(asked: Sequence[Asked]) -> list[OutputRow | Rejected]:
+        return encoders.map(encode, results(asked))
+
+    asked = [asked_of(row, recipe) for row in unit_input.rows]
+    encoded = make(asked) if recipe.best_of is None else best_of(asked, recipe, make)
     return finish_unit(
         unit_input,
         encoded,
@@ -158,8 +164,8 @@ def _edit_ready(
         return ready
     steps = edit_prepared(
         ready,
-        recipe.all_methods,
-        recipe.run.seed,
+        recipe.methods_of(ready.attempt),
+        run_seed_of(recipe.run.seed, recipe.best_of, ready.attempt),
         backbone,
         round_trip=recipe.sink.round_trip and not recipe.writes_bases,
         stored=stored_directions(recipe),
@@ -222,6 +228,8 @@ def edit_prepared(
     outcomes: list[Decoded | Rejected] = []
     for edit, request in prepared.requests.items():
         for name, method in methods.items():
+            if prepared.only is not None and (edit, name) not in prepared.only:
+                continue
             try:
                 method.editing.check(request, method.inversion, masked=prepared.mask is not None)
             except Exception as error:
@@ -428,6 +436,12 @@ def seed_for(run_seed: int, image_id: str, purpose: str) -> int:
     """
     text = "\x1f".join((str(run_seed), image_id, purpose))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def run_seed_of(run_seed: int, config: BestOfConfig | None, attempt: int) -> int:
+    """The seed of an attempt's run: the run's own for the first, and for those that change settings alone."""
+    variation = None if config is None else config.variation(attempt)
+    return run_seed if variation is None or not variation.new_seed else seed_for(run_seed, "attempt", str(attempt))
 
 
 def latent_mask(mask: np.ndarray | None, latents: Tensor) -> Tensor | None:

@@ -7,6 +7,7 @@ inversion   how an image becomes a trajectory
 editing     how a trajectory becomes an edit
 methods     instead of inversion and editing: several named pairs, each of which edits every image
 gates       which results are kept
+best_of     what is tried again where none is
 sink        where results go
 run         seed, units, workers, error budgets
 """
@@ -42,8 +43,9 @@ from pipeline.inversion.base import Inversion
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.recordings import RecordingKey
 from pipeline.records import EditRequest
+from pipeline.settings.best_of import BestOfConfig
 from pipeline.settings.explain import problems_in_words
-from pipeline.settings.gates import PROMPTS_OF, GatesConfig
+from pipeline.settings.gates import NEEDS, PROMPTS_OF, WAYS_OUT, GatesConfig
 from pipeline.settings.overrides import apply_overrides
 from pipeline.settings.sections import ModelConfig, RunConfig, Section, SinkConfig, SourceConfig
 from pipeline.settings.yaml_file import UnusableFileError, read_yaml_file
@@ -102,6 +104,8 @@ class Recipe(Section):
     """Instead of inversion and editing: several named pairs, each of which edits every image."""
     gates: GatesConfig | None = None
     """Which results are kept; none: all."""
+    best_of: BestOfConfig | None = None
+    """What is tried again, by which seeds and settings, and which attempt is kept; none: each result is made once."""
     sink: SinkConfig
     """Where results go."""
     run: RunConfig = Field(default_factory=RunConfig)
@@ -129,6 +133,25 @@ class Recipe(Section):
     def all_methods(self) -> dict[str, Method]:
         """Every method by name; a recipe without `methods` has one, named after its editor."""
         return self.methods or {self.editing.method: Method(inversion=self.inversion, editing=self.editing)}
+
+    def methods_of(self, attempt: int) -> dict[str, Method]:
+        """Every method by name, as it is in an attempt: see `best_of`.
+
+        Args:
+            attempt: its number, from 0, which is the recipe's own.
+        """
+        variation = None if self.best_of is None else self.best_of.variation(attempt)
+        if variation is None:
+            return self.all_methods
+        return {
+            name: Method.model_validate(
+                {
+                    "inversion": _with_settings(method.inversion, variation.inversion),
+                    "editing": _with_settings(method.editing, variation.editing),
+                }
+            )
+            for name, method in self.all_methods.items()
+        }
 
     @property
     def writes_bases(self) -> bool:
@@ -163,8 +186,9 @@ class Recipe(Section):
             for key in keys:
                 data[section].pop(key)
         data["run"].pop("max_consecutive_failed_units")
-        if data["gates"] is None:  # so that runs from before there were any go on
-            data.pop("gates")
+        for section in ("gates", "best_of"):
+            if data[section] is None:  # so that runs from before there was one go on
+                data.pop(section)
         return dict(data)
 
     @property
@@ -182,6 +206,12 @@ class Recipe(Section):
         problems = [
             (f"methods.{name}" if self.methods else "editing", f"{text} (model '{model}')")
             for name, method in self.all_methods.items()
+            for text in method.model_problems(sized)
+        ]
+        problems += [
+            (f"best_of.vary.{number}", f"{text} (model '{model}')")
+            for number in range(self._variations)
+            for method in self.methods_of(number + 1).values()
             for text in method.model_problems(sized)
         ]
         if problems:
@@ -212,6 +242,7 @@ class Recipe(Section):
                     for problem in editing.problems(request, inversion, caption_follows=follows)
                 ]
         found += self._gate_problems()
+        found += self._attempt_problems()
         if self.recorded and self.sink.format != "parquet":
             found.append(("sink.format", "what editing.record asks for is written as Parquet. Leave format out"))
         return found
@@ -236,6 +267,44 @@ class Recipe(Section):
                     if gate in self.gates.gates and missing[prompt]:
                         text = f"gates.{gate} compares with the {prompt}, and this edit has none"
                         yield f"edits.{edit}", f"{text}. Give {prompt}, or set gates.{gate} to null"
+
+    @property
+    def _variations(self) -> int:
+        """Attempts after the first that differ in more than their seeds."""
+        return 0 if self.best_of is None else min(len(self.best_of.vary), self.best_of.attempts - 1)
+
+    def _attempt_problems(self) -> Iterator[tuple[str, str]]:
+        """Attempts that could not be made, or from which none could be chosen."""
+        config = self.best_of
+        if config is None:
+            return
+        if self.gates is None:
+            yield "best_of", "chooses among results by their gates, and there are none. Add a section gates"
+        elif config.rank_by is not None and (need := NEEDS.get(config.rank_by)) and getattr(self.gates, need) is None:
+            yield "best_of.rank_by", f"nothing measures {config.rank_by}. Set gates.{need} to {WAYS_OUT[need]}"
+        if len(config.vary) >= config.attempts:
+            text = f"has {len(config.vary)} variations for {config.attempts - 1} attempts after the first"
+            yield "best_of.vary", f"{text}. Raise attempts, or leave some out"
+        for number in range(self._variations):
+            at = f"best_of.vary.{number}"
+            try:
+                methods = self.methods_of(number + 1)
+            except ValidationError as error:
+                yield from ((f"{at}.{path}", text) for path, text in problems_in_words(error, Method))
+                continue
+            for method in methods.values():
+                inversion, editing = method.inversion, method.editing
+                if not editing.fits(type(inversion)):
+                    yield (
+                        at,
+                        f"editing.method '{editing.method}' cannot work with inversion.method '{inversion.method}'",
+                    )
+                    continue
+                yield from ((at, problem) for problem in editing.pair_problems(inversion))
+                for edit, request in self.edits.items():
+                    follows = self.source.caption_is_source_prompt and not request.source_prompt
+                    for problem in editing.problems(request, inversion, caption_follows=follows):
+                        yield at, f"{problem.text} (edit '{edit}')"
 
     @model_validator(mode="after")
     def _is_possible(self) -> Recipe:
@@ -275,6 +344,12 @@ class BasisRecipe(Recipe):
         if self.gates is not None:
             found.append(("gates", "judge edited images, and this run writes bases. Leave gates out"))
         return found
+
+
+def _with_settings(method: Inversion | EditingMethod, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's settings with some in place of its own; of another method, those alone."""
+    own = method.model_dump(mode="json")
+    return dict(settings) if settings.get("method", own["method"]) != own["method"] else {**own, **settings}
 
 
 def _is_one_request(value: Any) -> bool:

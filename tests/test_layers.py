@@ -22,7 +22,7 @@ LAYERS = [
     {"recipe", "settings"},
     {"reading", "gating", "evaluation.metrics", "pairs.alignment", "pairs.affine"},
     {"writing"},
-    {"flow"},
+    {"best_of", "flow"},
     {"evaluation"},
     {"looking.results", "looking.report"},  # a run ends with its report
     {"running"},

@@ -20,10 +20,11 @@ from PIL import Image
 
 from pipeline.common.room import Room
 from pipeline.common.showing import describe
-from pipeline.flow import seed_for
+from pipeline.flow import run_seed_of, seed_for
 from pipeline.reading.shards import shard_slug, unit_id
-from pipeline.writing.manifest import Manifest, kind_of
-from pipeline.writing.rows import REASONS
+from pipeline.settings.best_of import BestOfConfig
+from pipeline.writing.manifest import KINDS, Manifest, kind_of
+from pipeline.writing.rows import ATTEMPT, CHOSEN, REASONS, SETTINGS
 from pipeline.writing.run_record import RunRecord, column_names_of
 from pipeline.writing.spans import tar_samples
 from pipeline.writing.webdataset import PICTURES, pictures_of
@@ -40,6 +41,7 @@ class Expected:
 
     methods: Mapping[str, str]  # their inversions, by name
     seed: int  # of the run
+    best_of: BestOfConfig | None
     unit_size: int
     recipe_hash: str
     model_digest: str
@@ -57,6 +59,7 @@ class Expected:
             methods={name: one["inversion"]["method"] for name, one in recipe["methods"].items()}
             or {recipe["editing"]["method"]: recipe["inversion"]["method"]},
             seed=recipe["run"]["seed"],
+            best_of=BestOfConfig.model_validate(recipe["best_of"]) if recipe.get("best_of") else None,
             unit_size=recipe["run"]["unit_size"],
             recipe_hash=record.recipe_hash,
             model_digest=record.model["digest"],
@@ -86,6 +89,7 @@ class CheckedRow:
     kind: str  # of `KINDS`: where it stands
     made_by: str  # version of this package; for a failed result unit, stage and class of the error
     problem: str = ""  # what run.json contradicts
+    attempt: int = 0  # of a run that makes several
 
     @property
     def ok(self) -> bool:
@@ -94,7 +98,8 @@ class CheckedRow:
 
     def text(self) -> str:
         """For findings."""
-        return f"({self.id}, {self.edit}, {self.method})"
+        attempt = f", attempt {self.attempt}" if self.attempt else ""
+        return f"({self.id}, {self.edit}, {self.method}{attempt})"
 
 
 class BrokenError(Exception):
@@ -139,20 +144,29 @@ def _checked(row: Mapping[str, Any], kind: str, expected: Expected) -> CheckedRo
     is_result = kind != "quarantine"
     made_by = row["code_version"] if is_result else "\n".join((row["unit"], row["stage"], row["error_class"]))
     problem = _contradiction(row, expected) or _misplaced(row, kind) if is_result else ""
-    return CheckedRow(row["shard"], row["index"], row["id"], row["edit"], row["method"], kind, made_by, problem)
+    where = (row["shard"], row["index"], row["id"], row["edit"], row["method"], kind)
+    return CheckedRow(*where, made_by, problem, row.get(ATTEMPT, 0) if is_result else 0)
 
 
 def _misplaced(row: Mapping[str, Any], kind: str) -> str:
     reasons = row.get(REASONS) or []
     if kind == "data" and reasons:
         return f"stands in data/, and was rejected by {', '.join(reasons)}"
-    return "stands in rejected/, and no gate rejected it" if kind == "rejected" and not reasons else ""
+    if kind == "data" and not row.get(CHOSEN, True):
+        return "stands in data/, and another attempt was chosen"
+    if kind == "rejected" and not reasons and row.get(CHOSEN, True):
+        return "stands in rejected/, and no gate rejected it"
+    return ""
 
 
 def _contradiction(row: Mapping[str, Any], expected: Expected) -> str:
     if (inversion := expected.methods.get(row["method"])) is None:
         return f"has method {row['method']}, which run.json does not have"
-    for name, value in (*expected.columns.items(), ("seed", seed_for(expected.seed, row["id"], inversion))):
+    attempt = row.get(ATTEMPT, 0)
+    if attempt:  # which may have another inversion
+        inversion = json.loads(row[SETTINGS])["inversion"]["method"]
+    seed = seed_for(run_seed_of(expected.seed, expected.best_of, attempt), row["id"], inversion)
+    for name, value in (*expected.columns.items(), ("seed", seed)):
         if row[name] != value:
             return f"has {name} {row[name]}, by run.json it is {value}"
     return ""
@@ -233,10 +247,10 @@ def row_problems(manifest: Manifest, rows: list[CheckedRow], expected: Expected)
             yield f"{one.text()} {one.problem}"
         elif one.ok and one.made_by != manifest.code_version:
             yield f"{one.text()} was made by version {one.made_by}, its manifest says {manifest.code_version}"
-    for row, count in Counter((row.index, row.edit, row.method) for row in rows).items():
-        if count > 1:
-            twice = next(one for one in rows if (one.index, one.edit, one.method) == row)
-            yield f"{twice.text()} is there {count} times"
+    yield from _doubled(rows)
+    results = {kind: {(one.index, one.edit, one.method) for one in rows if one.kind == kind} for kind in KINDS}
+    if counts.rejected != (found := len(results["rejected"] - results["data"])):
+        yield f"{found} result(s) of unit {manifest.unit} have rejected rows alone, its manifest says {counts.rejected}"
     edits: dict[int, set[tuple[str, str]]] = {}
     ids: dict[int, set[str]] = {}
     for one in rows:
@@ -255,6 +269,19 @@ def row_problems(manifest: Manifest, rows: list[CheckedRow], expected: Expected)
             yield f"({next(iter(ids[index]))}, {edit}, {method}) is missing"
         if len(ids.get(index, ())) > 1:
             yield f"row {index} of {manifest.shard} has several ids"
+
+
+def _doubled(rows: list[CheckedRow]) -> Iterator[str]:
+    """Attempts that are there more often than once, and results that are kept or failed more often than once."""
+    attempts = [(one.index, one.edit, one.method, one.attempt) for one in rows]
+    ends = [(one.index, one.edit, one.method) for one in rows if one.kind != "rejected"]
+    for found in (attempts, ends):
+        for name, count in Counter(found).items():
+            if count > 1:
+                twice = next(one for one in rows if (one.index, one.edit, one.method) == name[:3])
+                yield f"{twice.text()} is there {count} times"
+        if len(set(found)) < len(found):
+            return
 
 
 def _failures_problems(manifest: Manifest, rows: list[CheckedRow]) -> Iterator[str]:

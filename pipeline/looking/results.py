@@ -27,7 +27,7 @@ from pipeline.writing.gate_counts import added
 from pipeline.writing.manifest import GateCounts, Manifest
 from pipeline.writing.merged import Merged, Span
 from pipeline.writing.paths import first_problem
-from pipeline.writing.rows import REASONS
+from pipeline.writing.rows import ATTEMPT, REASONS
 from pipeline.writing.run_record import column_names_of, read_run_record
 from pipeline.writing.spans import rows_of, samples_of, table_of
 from pipeline.writing.summary import SUMMARY_FILE
@@ -53,6 +53,7 @@ class ResultRef:
     method: str
     figures: dict[str, float | None]  # `NAMES`, and those that gates judge
     reasons: tuple[str, ...] = ()  # the gates that rejected it
+    attempt: int | None = None  # of a run that makes several
 
     @property
     def is_rejected(self) -> bool:
@@ -208,7 +209,8 @@ class RunFolder:
 
     def _figures_of(self, span: Span) -> list[ResultRef]:
         names = tuple(dict.fromkeys((*NAMES, *self.gates)))
-        columns = ("id", "edit", "method", *names, *([REASONS] if self.gates else []))
+        more = [*([REASONS] if self.gates else []), *([ATTEMPT] if self.record["recipe"].get("best_of") else [])]
+        columns = ("id", "edit", "method", *names, *more)
         rows = rows_of(self.fs, self.root, span, columns)
         return [
             ResultRef(
@@ -219,6 +221,7 @@ class RunFolder:
                 method=row["method"],
                 figures={name: row[name] for name in names},
                 reasons=tuple(row.get(REASONS) or ()),
+                attempt=row.get(ATTEMPT),
             )
             for at, row in enumerate(rows)
         ]

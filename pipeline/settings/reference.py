@@ -20,6 +20,7 @@ from pipeline.recipe import Method, ModelConfig, Recipe, RunConfig, SinkConfig, 
 from pipeline.recordings import Recording
 from pipeline.records import Concept, EditRequest, TextExpert, WordPair
 from pipeline.rewards import REWARDS
+from pipeline.settings.best_of import BestOfConfig, Variation
 from pipeline.settings.gates import Bounds, GatesConfig
 from pipeline.settings.sections import WorkerRange
 from pipeline.subjects import Subject
@@ -38,6 +39,8 @@ TITLES = {  # of a section's own table
     "Method": "methods",
     "GatesConfig": "gates",
     "Bounds": "bounds",
+    "BestOfConfig": "best_of",
+    "Variation": "vary",
     "SinkConfig": "sink",
     "RunConfig": "run",
     "WorkerRange": "workers",
@@ -73,6 +76,8 @@ def _lines() -> Iterator[str]:
     yield from _part("##", "methods", Method)
     yield from _part("##", "gates", GatesConfig)
     yield from _part("###", TITLES["Bounds"], Bounds)
+    yield from _part("##", "best_of", BestOfConfig)
+    yield from _part("###", TITLES["Variation"], Variation)
     yield from _part("##", "sink", SinkConfig)
     yield from _part("##", "run", RunConfig)
     yield from _part("###", TITLES["WorkerRange"], WorkerRange)

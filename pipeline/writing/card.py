@@ -1,8 +1,8 @@
 """README.md: the dataset card, by which `datasets.load_dataset(FOLDER)` and dataset hubs know what is what.
 
 Its head names the files of each configuration that count ("default": the results, in a split of their own those that
-gates rejected; "quarantine": what failed), their features and how many rows they have; its text says how they were made. A README.md of somebody else's is never
-touched: ours then stands beside it as README.shardedit.md.
+gates rejected; "quarantine": what failed), their features and how many rows they have; its text says how they were
+made. A README.md of somebody else's is never touched: ours then stands beside it as README.shardedit.md.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from pipeline.writing.gate_counts import gate_counts
 from pipeline.writing.manifest import NOT_MEASURED, Counts, Manifest, data_path, quarantine_path, rejected_path
 from pipeline.writing.parquet import render_parquet
 from pipeline.writing.quarantine import render_quarantine
-from pipeline.writing.rows import REASONS, Labels, OutputRow, as_written, schema_of, shared_columns
+from pipeline.writing.rows import ATTEMPT, Labels, OutputRow, as_written, is_kept, schema_of, shared_columns
 from pipeline.writing.webdataset import render_tar
 
 
@@ -35,7 +35,7 @@ def finish_unit(
 
     Args:
         unit_input: what was read.
-        encoded: one row or rejection per (image, edit, method) asked for, in any order.
+        encoded: one row or rejection per (image, edit, method) asked for, or one row per attempt at it, in any order.
         recipe: decides formats.
         generation: of the driver.
         model_digest: of the model that made the results.
@@ -45,7 +45,7 @@ def finish_unit(
     made = sorted((one for one in encoded if not isinstance(one, Rejected)), key=_order_of_row)
     failed = sorted((one for one in encoded if isinstance(one, Rejected)), key=_order_of_rejected)
     _check_once_each(unit_input, made, failed)
-    rows, rejected = [row for row in made if not row.get(REASONS)], [row for row in made if row.get(REASONS)]
+    rows, rejected = [row for row in made if is_kept(row)], [row for row in made if not is_kept(row)]
     files: list[tuple[str, bytes, int]] = []
     for some, path_of in ((rows, data_path), (rejected, rejected_path)):
         if some:
@@ -56,10 +56,10 @@ def finish_unit(
         files.append((path, render_quarantine(failed, unit.id, recipe.sink), len(failed)))
     counts = Counts(
         images=len(unit_input.rows),
-        asked=len(encoded),
+        asked=len({_result(row) for row in made}) + len(failed),
         ok=len(rows),
         failed=len(failed),
-        rejected=len(rejected),
+        rejected=len({_result(row) for row in rejected} - {_result(row) for row in rows}),
         rejected_rows=len(rejected),
         gates=gate_counts(made, recipe.gates),
         failed_by_stage=dict(sorted(Counter(one.stage for one in failed).items())),
@@ -104,9 +104,13 @@ def labels_of(rows: Sequence[ReadRow]) -> Labels:
     return next((sample.labels for sample in samples if sample.labels), {})
 
 
-def _order_of_row(row: OutputRow) -> tuple[int, str, str]:
-    # By name, not in the order of the recipe: one that lists them in another order is the same recipe.
+def _result(row: OutputRow) -> tuple[int, str, str]:
     return row["index"], row["edit"], row["method"]
+
+
+def _order_of_row(row: OutputRow) -> tuple[int, str, str, int]:
+    # By name, not in the order of the recipe: one that lists them in another order is the same recipe.
+    return *_result(row), row.get(ATTEMPT, 0)
 
 
 def _order_of_rejected(rejected: Rejected) -> tuple[int, str, str]:
@@ -115,9 +119,9 @@ def _order_of_rejected(rejected: Rejected) -> tuple[int, str, str]:
 
 def _check_once_each(unit_input: UnitInput, rows: Sequence[OutputRow], failed: Sequence[Rejected]) -> None:
     """See that every result asked for is in data, rejected or quarantine, once; else the fault is ours."""
-    results = [(row["index"], row["edit"], row["method"]) for row in rows]
-    results += [(one.sample.index, one.edit, one.method) for one in failed]
+    results = [_order_of_row(row) for row in rows]
+    results += [(*_order_of_rejected(one), 0) for one in failed]
     twice = [result for result, count in Counter(results).items() if count > 1]
     assert not twice, f"unit {unit_input.unit.id} has results twice: {twice[:3]}"
     read = {row.sample.index if isinstance(row, Unreadable) else row.index for row in unit_input.rows}
-    assert read == {index for index, _, _ in results}, f"unit {unit_input.unit.id} lost rows or made some up"
+    assert read == {index for index, *_ in results}, f"unit {unit_input.unit.id} lost rows or made some up"

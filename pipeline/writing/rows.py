@@ -37,6 +37,8 @@ OutputRow = dict[str, Any]
 """One output row under our own names, and `LABELS`; `as_written` makes it ready for `schema`."""
 REASONS = "reject_reasons"
 """The column with the gates that rejected a row; an empty list of those that passed."""
+ATTEMPT, CHOSEN, SETTINGS, ATTEMPTS_FAILED = "attempt", "chosen", "settings", "attempts_failed"
+"""Columns of a run that makes several attempts; best_of.py fills the second and the last."""
 LABELS = "labels of the source"  # in a row: {column of the source: number of the class}; no column's name
 PNG_LEVEL = 4  # of zlib, 0..9: a third of the time of the default 6, for 2 % more bytes
 THUMBNAIL_SIDE = 256  # pixels of the longer side: about 12 kB
@@ -46,6 +48,7 @@ _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _MEMBER = pa.struct([("name", pa.string()), ("bytes", pa.binary())])
 _FEATURES: dict[Any, Any] = {  # how Hugging Face `datasets` spells these types
     pa.string(): {"dtype": "string", "_type": "Value"},
+    pa.bool_(): {"dtype": "bool", "_type": "Value"},
     pa.int64(): {"dtype": "int64", "_type": "Value"},
     pa.float64(): {"dtype": "float64", "_type": "Value"},
     pa.float32(): {"dtype": "float32", "_type": "Value"},
@@ -63,6 +66,7 @@ def schema(
     recorded: Sequence[RecordingKey] = (),
     attention: bool = False,
     gates: GatesConfig | None = None,
+    attempts: bool = False,
 ) -> pa.Schema:
     """Columns of `data/`, with the metadata by which `datasets.load_dataset("parquet")` sees images as images.
 
@@ -73,6 +77,7 @@ def schema(
         recorded: what the rows hold of the network's blocks.
         attention: they hold where words were attended to, too.
         gates: of the run, whose figures and reasons they hold.
+        attempts: the run makes several of each.
     """
     columns: dict[str, pa.DataType] = {
         "id": pa.string(),
@@ -101,6 +106,9 @@ def schema(
     if gates is not None:
         kinds = {float: pa.float64(), str: pa.string()}
         columns |= {name: kinds[kind] for name, kind in columns_of(gates).items()} | {REASONS: pa.list_(pa.string())}
+    if attempts:
+        columns |= {ATTEMPT: pa.int64(), CHOSEN: pa.bool_(), SETTINGS: pa.string()}
+        columns |= {ATTEMPTS_FAILED: pa.list_(pa.string())}
     columns |= BASIS_COLUMNS if bases else {}
     columns |= recorded_schema(recorded, attention=attention)
     columns |= {"columns": pa.string(), "members": pa.list_(_MEMBER)}
@@ -121,6 +129,7 @@ def schema_of(recipe: Recipe, labels: Labels | None = None) -> pa.Schema:
         recorded=recipe.recorded,
         attention=recipe.records_attention,
         gates=recipe.gates,
+        attempts=recipe.best_of is not None,
     )
 
 
@@ -183,7 +192,7 @@ def encode_outcome(outcome: Outcome, recipe: Recipe, model: ModelRecord, call_si
 
 def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> OutputRow:
     sample, request, sink = edited.sample, edited.request, recipe.sink
-    stem = stem_of(sample, edited.edit, edited.method)
+    stem = stem_of(sample, edited.edit, edited.method, edited.attempt)
     row: OutputRow = {
         "id": utf8_text(sample.id),
         "shard": utf8_text(sample.shard),
@@ -213,6 +222,7 @@ def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> 
         "columns": json_text(dict(sample.columns)),
         "members": [{"name": utf8_text(name), "bytes": bytes(data)} for name, data in sorted(sample.members.items())],
         **_gate_columns(edited, recipe),
+        **_attempt_columns(edited, recipe),
         LABELS: {name: sample.columns.get(name) for name in sample.labels},
     }
     if edited.basis is not None:
@@ -232,6 +242,19 @@ def _gate_columns(edited: Edited, recipe: Recipe) -> OutputRow:
     assert edited.gated is not None, "a gated run's results have been before its gates"
     figures, reasons = edited.gated.figures, list(edited.gated.reasons)
     return {name: figures.get(name) for name in columns_of(recipe.gates)} | {REASONS: reasons}
+
+
+def _attempt_columns(edited: Edited, recipe: Recipe) -> OutputRow:
+    if recipe.best_of is None:
+        return {}
+    method = recipe.methods_of(edited.attempt)[edited.method]
+    settings = json_text(method.model_dump(mode="json"))
+    return {ATTEMPT: edited.attempt, CHOSEN: False, SETTINGS: settings, ATTEMPTS_FAILED: []}
+
+
+def is_kept(row: OutputRow) -> bool:
+    """Whether a row stands in data/: no gate rejected it and, of several attempts, it is the one that was chosen."""
+    return not row.get(REASONS) and bool(row.get(CHOSEN, True))
 
 
 def _named(data: bytes, path: str) -> dict[str, Any]:
@@ -301,13 +324,15 @@ def _encode(image: Image.Image, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def stem_of(sample: Sample, edit: str, method: str) -> str:
+def stem_of(sample: Sample, edit: str, method: str, attempt: int = 0) -> str:
     """Name of one result's files: ASCII, no dots (a WebDataset key ends at the first), unique in the whole run.
 
     Names of edits and methods hold no "~", so that the parts stay apart.
     """
     key = re.sub(r"[^A-Za-z0-9_-]+", "_", sample.key)[:64]
-    return f"{key}-{hashlib.sha256(utf8_text(sample.id).encode()).hexdigest()[:10]}~{edit}~{method}"
+    return f"{key}-{hashlib.sha256(utf8_text(sample.id).encode()).hexdigest()[:10]}~{edit}~{method}" + (
+        f"~{attempt}" if attempt else ""
+    )
 
 
 def json_text(value: Mapping[str, Any]) -> str:

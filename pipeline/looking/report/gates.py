@@ -70,7 +70,11 @@ def reasons(refs: Sequence[ResultRef]) -> list[dict[str, Any]]:
             groups.setdefault(ref.reasons, []).append(ref.id)
     ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))[:SHOWN_REASONS]
     return [
-        {"gates": ", ".join(gates), "count": len(ids), "examples": list(dict.fromkeys(ids))[:3]}
+        {
+            "gates": ", ".join(gates) or "no gate: another attempt was chosen",
+            "count": len(ids),
+            "examples": list(dict.fromkeys(ids))[:3],
+        }
         for gates, ids in ordered
     ]
 
