@@ -12,7 +12,6 @@ generators over one image that ask for model calls; the engine runs those of man
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -33,7 +32,7 @@ from pipeline.engine.controls import Transformer
 from pipeline.engine.engine import Engine
 from pipeline.engine.pullback import LocalBasis
 from pipeline.errors import BlackImageError, ClusterError, EditError, InvertError, Stage
-from pipeline.gating.replay import Replayed, replay
+from pipeline.gating.replay import replay, stopped
 from pipeline.interventions import Library
 from pipeline.inversion.base import Inversion, draw_from
 from pipeline.reading.ahead import Ahead
@@ -56,7 +55,7 @@ from pipeline.records import (
     Trajectory,
 )
 from pipeline.samples import Sample, UnitInput
-from pipeline.settings.best_of import BestOfConfig
+from pipeline.seeds import run_seed_of, seed_for
 from pipeline.settings.gates import Bounds
 from pipeline.writing.commit import FinishedUnit
 from pipeline.writing.encoding import Encoders
@@ -323,7 +322,7 @@ def _invert_and_edit(
     except Exception as error:
         return [rejected(sample, edit, name, "invert", error) for edit, name in pairs]
     if before is not None and replayed is not None and not before.holds(replayed.psnr):
-        return [_stopped(prepared, replayed, edit, name, seed) for edit, name in pairs]
+        return [stopped(prepared, replayed, edit, name, seed) for edit, name in pairs]
     mask = latent_mask(prepared.mask, source.latents)
     by_method: dict[str, list[str]] = {}
     for edit, name in pairs:
@@ -343,21 +342,6 @@ def _invert_and_edit(
             for edit, result in zip(edits, some, strict=True)
         ]
     return outcomes
-
-
-def _stopped(prepared: Prepared, replayed: Replayed, edit: str, name: str, seed: int) -> Decoded:
-    """A result that is no edit: its trajectory does not give the image back."""
-    return Decoded(
-        prepared=prepared,
-        edit=edit,
-        method=name,
-        pixels=replayed.pixels,
-        round_trip=None,
-        masks=None,
-        seed=seed,
-        inversion_psnr=replayed.psnr,
-        stopped=True,
-    )
 
 
 def _edit_by_one(
@@ -427,21 +411,6 @@ def _shown(
 def rejected(sample: Sample, edit: str, method: str, stage: Stage, error: Exception) -> Rejected:
     """One result that an error prevented."""
     return Rejected.by(refusal_by(error, stage), sample, edit, method)
-
-
-def seed_for(run_seed: int, image_id: str, purpose: str) -> int:
-    """Seed of one image's noise, 0 .. 2^63 - 1: it depends on the image's id, not on its place in a batch or shard.
-
-    Methods that share an inversion share its noise.
-    """
-    text = "\x1f".join((str(run_seed), image_id, purpose))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def run_seed_of(run_seed: int, config: BestOfConfig | None, attempt: int) -> int:
-    """The seed of an attempt's run: the run's own for the first, and for those that change settings alone."""
-    variation = None if config is None else config.variation(attempt)
-    return run_seed if variation is None or not variation.new_seed else seed_for(run_seed, "attempt", str(attempt))
 
 
 def latent_mask(mask: np.ndarray | None, latents: Tensor) -> Tensor | None:

@@ -45,7 +45,8 @@ from pipeline.recordings import RecordingKey
 from pipeline.records import EditRequest
 from pipeline.settings.best_of import BestOfConfig
 from pipeline.settings.explain import problems_in_words
-from pipeline.settings.gates import NEEDS, PROMPTS_OF, WAYS_OUT, GatesConfig
+from pipeline.settings.gated import attempt_problems, gate_problems
+from pipeline.settings.gates import GatesConfig
 from pipeline.settings.overrides import apply_overrides
 from pipeline.settings.sections import ModelConfig, RunConfig, Section, SinkConfig, SourceConfig
 from pipeline.settings.yaml_file import UnusableFileError, read_yaml_file
@@ -210,7 +211,7 @@ class Recipe(Section):
         ]
         problems += [
             (f"best_of.vary.{number}", f"{text} (model '{model}')")
-            for number in range(self._variations)
+            for number in range(0 if self.best_of is None else self.best_of.variations)
             for method in self.methods_of(number + 1).values()
             for text in method.model_problems(sized)
         ]
@@ -241,70 +242,10 @@ class Recipe(Section):
                     (f"edits.{edit}", problem.text + (f" (method '{name}')" if self.methods else ""))
                     for problem in editing.problems(request, inversion, caption_follows=follows)
                 ]
-        found += self._gate_problems()
-        found += self._attempt_problems()
+        found += [*gate_problems(self), *attempt_problems(self)]
         if self.recorded and self.sink.format != "parquet":
             found.append(("sink.format", "what editing.record asks for is written as Parquet. Leave format out"))
         return found
-
-    def _gate_problems(self) -> Iterator[tuple[str, str]]:
-        """Gates that nothing could ever be judged by: they would let everything pass."""
-        if self.gates is None:
-            return
-        yield from self.gates.problems(round_trip=self.sink.round_trip)
-        for name, method in self.all_methods.items():
-            if self.gates.inversion_psnr is not None and "path" not in method.inversion.provides:
-                text = f"a trajectory of inversion.method '{method.inversion.method}' cannot be replayed"
-                yield "gates.inversion_psnr", f"{text} (method '{name}'). Set it to null, or choose another inversion"
-        for edit, request in self.edits.items():
-            follows = self.source.caption_is_source_prompt
-            missing = {
-                "source_prompt": not request.source_prompt and not follows,
-                "target_prompt": not request.target_prompt,
-            }
-            for gate, prompts in PROMPTS_OF.items():
-                for prompt in prompts:
-                    if gate in self.gates.gates and missing[prompt]:
-                        text = f"gates.{gate} compares with the {prompt}, and this edit has none"
-                        yield f"edits.{edit}", f"{text}. Give {prompt}, or set gates.{gate} to null"
-
-    @property
-    def _variations(self) -> int:
-        """Attempts after the first that differ in more than their seeds."""
-        return 0 if self.best_of is None else min(len(self.best_of.vary), self.best_of.attempts - 1)
-
-    def _attempt_problems(self) -> Iterator[tuple[str, str]]:
-        """Attempts that could not be made, or from which none could be chosen."""
-        config = self.best_of
-        if config is None:
-            return
-        if self.gates is None:
-            yield "best_of", "chooses among results by their gates, and there are none. Add a section gates"
-        elif config.rank_by is not None and (need := NEEDS.get(config.rank_by)) and getattr(self.gates, need) is None:
-            yield "best_of.rank_by", f"nothing measures {config.rank_by}. Set gates.{need} to {WAYS_OUT[need]}"
-        if len(config.vary) >= config.attempts:
-            text = f"has {len(config.vary)} variations for {config.attempts - 1} attempts after the first"
-            yield "best_of.vary", f"{text}. Raise attempts, or leave some out"
-        for number in range(self._variations):
-            at = f"best_of.vary.{number}"
-            try:
-                methods = self.methods_of(number + 1)
-            except ValidationError as error:
-                yield from ((f"{at}.{path}", text) for path, text in problems_in_words(error, Method))
-                continue
-            for method in methods.values():
-                inversion, editing = method.inversion, method.editing
-                if not editing.fits(type(inversion)):
-                    yield (
-                        at,
-                        f"editing.method '{editing.method}' cannot work with inversion.method '{inversion.method}'",
-                    )
-                    continue
-                yield from ((at, problem) for problem in editing.pair_problems(inversion))
-                for edit, request in self.edits.items():
-                    follows = self.source.caption_is_source_prompt and not request.source_prompt
-                    for problem in editing.problems(request, inversion, caption_follows=follows):
-                        yield at, f"{problem.text} (edit '{edit}')"
 
     @model_validator(mode="after")
     def _is_possible(self) -> Recipe:

@@ -20,7 +20,7 @@ LAYERS = [
     {"models"},
     {"inversion", "editing"},
     {"recipe", "settings"},
-    {"reading", "gating", "evaluation.metrics", "pairs.alignment", "pairs.affine"},
+    {"reading", "gating", "seeds", "evaluation.metrics", "pairs.alignment", "pairs.affine"},
     {"writing"},
     {"best_of", "flow"},
     {"evaluation"},

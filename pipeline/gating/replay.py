@@ -15,7 +15,7 @@ from pipeline.editing.reconstruct import Reconstruct
 from pipeline.engine.calls import DecodeLatents, Steps
 from pipeline.errors import InvertError
 from pipeline.evaluation.metrics import psnr
-from pipeline.records import EditRequest, Prepared, Trajectory
+from pipeline.records import Decoded, EditRequest, Prepared, Trajectory
 
 
 class Replayed(NamedTuple):
@@ -38,3 +38,18 @@ def replay(trajectory: Trajectory, prepared: Prepared) -> Steps[Replayed]:
     found = psnr(prepared.pixels, pixels)
     assert found is not None, "a picture has pixels"
     return Replayed(pixels, found)
+
+
+def stopped(prepared: Prepared, replayed: Replayed, edit: str, name: str, seed: int) -> Decoded:
+    """A result that is no edit: its trajectory does not give the image back."""
+    return Decoded(
+        prepared=prepared,
+        edit=edit,
+        method=name,
+        pixels=replayed.pixels,
+        round_trip=None,
+        masks=None,
+        seed=seed,
+        inversion_psnr=replayed.psnr,
+        stopped=True,
+    )

@@ -20,8 +20,8 @@ from PIL import Image
 
 from pipeline.common.room import Room
 from pipeline.common.showing import describe
-from pipeline.flow import run_seed_of, seed_for
 from pipeline.reading.shards import shard_slug, unit_id
+from pipeline.seeds import run_seed_of, seed_for
 from pipeline.settings.best_of import BestOfConfig
 from pipeline.writing.manifest import KINDS, Manifest, kind_of
 from pipeline.writing.rows import ATTEMPT, CHOSEN, REASONS, SETTINGS

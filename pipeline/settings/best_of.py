@@ -49,6 +49,11 @@ class BestOfConfig(Section):
     """Of several that pass, the one with the most of this figure is kept, the earlier of two with as much. None:
     clip_sim_dir where gates name a CLIP, else background_psnr."""
 
+    @property
+    def variations(self) -> int:
+        """Attempts after the first that may differ in more than their seeds."""
+        return min(len(self.vary), self.attempts - 1)
+
     def variation(self, attempt: int) -> Variation | None:
         """What an attempt does otherwise; None for the first.
 

@@ -11,13 +11,13 @@ import pytest
 
 from pipeline.best_of import best_of
 from pipeline.errors import EncodeError, RecipeError
-from pipeline.flow import run_seed_of, seed_for
 from pipeline.looking.regenerate import regenerate
 from pipeline.looking.report.page import write_report
 from pipeline.looking.runs import find_run
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.records import Asked, Concept, EditRequest, Rejected
 from pipeline.running import driver
+from pipeline.seeds import run_seed_of, seed_for
 from pipeline.settings.best_of import BestOfConfig
 from pipeline.writing import restoring
 from tests.running.test_gated_runs import checked, gated, rows
@@ -188,7 +188,7 @@ def test_seeds_of_attempts_derive_from_the_runs() -> None:
 @pytest.mark.parametrize(
     ("best", "said"),
     [
-        ({"attempts": 1}, "greater than or equal to 2"),
+        ({"attempts": 1}, "best_of.attempts: should be a whole number from 2 to 64"),
         ({"vary": [{"editing": {"skp": 0.1}}]}, "best_of.vary.0.editing"),
         ({"vary": [{}, {}, {}]}, "has 3 variations for 2 attempts after the first"),
         ({"vary": [{"inversion": {"method": "noise"}}]}, "best_of.vary.0: editing.method 'ledits_pp' cannot work with"),

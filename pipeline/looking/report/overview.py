@@ -29,10 +29,10 @@ class RunCounts:
 
     done: int
     failed: int
-    rejected: int  # by gates, altogether
     images: int
     images_per_second: float | None
     complete: bool
+    rejected: int = 0  # by gates, all of a result's attempts
 
     @classmethod
     def of(cls, run: RunFolder) -> RunCounts:
