@@ -59,7 +59,8 @@ def rank_by(recipe: Recipe) -> str:
     """The figure by which an attempt is chosen among those that pass."""
     assert recipe.best_of is not None, "only for runs that make several attempts"
     assert recipe.gates is not None, "which have gates"
-    return recipe.best_of.rank_by or ("clip_sim_dir" if recipe.gates.clip is not None else "background_psnr")
+    by_model = "clip_sim_dir" if recipe.gates.clip is not None else "background_psnr"
+    return recipe.best_of.rank_by or ("judge_overall" if recipe.gates.judge is not None else by_model)
 
 
 def _again(row: Asked, recipe: Recipe, attempt: int, wanted: set[Key]) -> Asked | None:

@@ -2,6 +2,7 @@
 
 source      where the images are
 edits       what to change, for rows that bring no edit of their own
+instructions  how what is asked is put into words
 model       which checkpoint, at which size and precision
 inversion   how an image becomes a trajectory
 editing     how a trajectory becomes an edit
@@ -47,6 +48,7 @@ from pipeline.settings.best_of import BestOfConfig
 from pipeline.settings.explain import problems_in_words
 from pipeline.settings.gated import attempt_problems, gate_problems
 from pipeline.settings.gates import GatesConfig
+from pipeline.settings.instructions import InstructionsConfig
 from pipeline.settings.overrides import apply_overrides
 from pipeline.settings.sections import ModelConfig, RunConfig, Section, SinkConfig, SourceConfig
 from pipeline.settings.yaml_file import UnusableFileError, read_yaml_file
@@ -95,6 +97,9 @@ class Recipe(Section):
     """Where the images are."""
     edits: dict[Name, EditRequest] = Field(default_factory=dict, json_schema_extra=_or_one_edit)
     """What to change, for rows that bring no edit of their own: one request, or several by name."""
+    instructions: InstructionsConfig | None = None
+    """How edits that bring no instruction are put into words; none: "add sunglasses and remove the hat", 'change "a
+    cat" to "a dog"'."""
     model: ModelConfig = Field(default_factory=ModelConfig)
     """Which checkpoint edits, at which size and precision."""
     inversion: AnyInversion = Field(default_factory=DDPMInversion)
@@ -187,7 +192,7 @@ class Recipe(Section):
             for key in keys:
                 data[section].pop(key)
         data["run"].pop("max_consecutive_failed_units")
-        for section in ("gates", "best_of"):
+        for section in ("instructions", "gates", "best_of"):
             if data[section] is None:  # so that runs from before there was one go on
                 data.pop(section)
         return dict(data)

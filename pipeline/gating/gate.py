@@ -15,7 +15,7 @@ from jaxtyping import Bool, UInt8
 from pipeline.evaluation.metrics import BAND_VALUES
 from pipeline.pairs.alignment import align
 from pipeline.records import Edited, Gated
-from pipeline.settings.gates import BEFORE_THE_EDIT, GatesConfig
+from pipeline.settings.gates import BEFORE_THE_EDIT, JUDGE_GATES, GatesConfig
 
 Columns = Mapping[str, float | str | None]
 ALIGNMENT = (
@@ -23,15 +23,18 @@ ALIGNMENT = (
     *("align_corner_px", "align_error_px", "align_correlation", "align_shift", "align_scale"),
 )
 VERDICT = "align_verdict"
+JUDGE_TEXTS = (
+    *("judge_reason", "judge_reasoning_sc", "judge_reasoning_pq", "judge_model", "judge_model_reported"),
+    *("judge_revision", "judge_base_url_host", "judge_protocol", "judge_prompts", "judge_prompt_hash"),
+)
+"""What a judge says beside its scores: why there are none, its words, and who was asked by which texts."""
 PLAIN = 128  # of 255: the grey that stands for a picture that is not kept
 
 
 class Look(Protocol):
     """What looks at a result through a model. Its figures depend on the result alone."""
 
-    columns: tuple[str, ...]
-
-    def __call__(self, edited: Edited) -> Mapping[str, float | None]:
+    def __call__(self, edited: Edited) -> Columns:
         """Its figures of a result, by column."""
 
 
@@ -41,10 +44,11 @@ class Gates:
     Args:
         config: the recipe's section.
         looks: what looks through the models that it names.
+        judge: what is paid for by the question, and so asked last, about what passes all else.
     """
 
-    def __init__(self, config: GatesConfig, looks: Sequence[Look] = ()) -> None:
-        self._config, self._looks = config, looks
+    def __init__(self, config: GatesConfig, looks: Sequence[Look] = (), judge: Look | None = None) -> None:
+        self._config, self._looks, self._judge = config, looks, judge
 
     def __call__(self, edited: Edited) -> Edited:
         """The result with what the gates say of it; its picture is blanked where it may not be kept."""
@@ -59,6 +63,9 @@ class Gates:
         for look in self._looks:
             figures |= look(edited)
         reasons = rejecting(self._config, {**edited.figures, **figures})
+        if self._judge is not None and not reasons:
+            figures |= self._judge(edited)
+            reasons = rejecting(self._config, {**edited.figures, **figures})
         image = edited.image
         if "nsfw_score" in reasons and not self._config.keep_unsafe:
             image = np.full_like(image, PLAIN)
@@ -69,13 +76,15 @@ def columns_of(config: GatesConfig) -> dict[str, type]:
     """The columns that gates add to a row, and what they hold."""
     looked = [name for need, names in LOOKED.items() if getattr(config, need) is not None for name in names]
     numbers = (BEFORE_THE_EDIT, "change_inside", *ALIGNMENT, *looked)
-    return {**dict.fromkeys(numbers, float), VERDICT: str}
+    texts = (VERDICT, *(JUDGE_TEXTS if config.judge is not None else ()))
+    return {**dict.fromkeys(numbers, float), **dict.fromkeys(texts, str)}
 
 
 LOOKED = {
     "clip": ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image"),
     "dinov2": ("dinov2_sim",),
     "safety": ("nsfw_score",),
+    "judge": JUDGE_GATES,
 }
 """What is measured through the model that a setting names."""
 

@@ -17,6 +17,7 @@ Rank = Literal[
     "clip_sim_1",
     "clip_sim_image",
     "dinov2_sim",
+    "judge_overall",
 ]
 """Figures of which more is better."""
 
@@ -47,7 +48,7 @@ class BestOfConfig(Section):
     """What the attempts after the first do otherwise, in turn, beginning anew at its end; none: new seeds alone."""
     rank_by: Rank | None = None
     """Of several that pass, the one with the most of this figure is kept, the earlier of two with as much. None:
-    clip_sim_dir where gates name a CLIP, else background_psnr."""
+    judge_overall where gates name a judge, else clip_sim_dir where they name a CLIP, else background_psnr."""
 
     @property
     def variations(self) -> int:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.settings.judge import JudgeConfig
 from pipeline.settings.sections import Location, Section
 
 PLUG_IN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
@@ -67,12 +68,21 @@ class Bounds(Section):
 
 Gate = Annotated[Bounds | None, Field(default=None)]
 CLIP_GATES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image")
-NEEDS = {**dict.fromkeys(CLIP_GATES, "clip"), "dinov2_sim": "dinov2", "nsfw_score": "safety"}
+JUDGE_GATES = ("judge_sc", "judge_pq", "judge_overall")
+NEEDS = {
+    **dict.fromkeys(CLIP_GATES, "clip"),
+    "dinov2_sim": "dinov2",
+    "nsfw_score": "safety",
+    **dict.fromkeys(JUDGE_GATES, "judge"),
+}
 """The setting that names what a gate's figure comes from."""
+PROTOCOLS = ("viescore", "editscore")
+"""Of judges that score a result by what was asked, without its kind of edit."""
 WAYS_OUT = {
     "clip": "a CLIP by folder or hub id, such as openai/clip-vit-large-patch14",
     "dinov2": "a DINOv2 by folder or hub id, such as facebook/dinov2-large",
     "safety": 'a checker of yours, "package.module:factory"',
+    "judge": "a judge: its base_url and model",
 }
 PROMPTS_OF = {
     "clip_sim_0": ("source_prompt",),
@@ -124,6 +134,12 @@ class GatesConfig(Section):
     """Cosine of DINOv2's features of input and result."""
     nsfw_score: Gate
     """What the safety checker says of the result, 0..1; where `safety` is set, at most 0.5 unless given."""
+    judge_sc: Gate
+    """The judge's score of how well the edit does what was asked, and no more, 0..10 (editscore: the same range)."""
+    judge_pq: Gate
+    """The judge's score of the picture, 0..10."""
+    judge_overall: Gate
+    """The root of both scores' product, 0..10."""
     clip: Location | None = None
     """The CLIP that is looked through, by folder or hub id."""
     dinov2: Location | None = None
@@ -131,6 +147,9 @@ class GatesConfig(Section):
     safety: Annotated[str, Field(pattern=PLUG_IN)] | None = None
     """A checker of yours, "package.module:factory": factory() returns a function from a list of PIL images to a list of
     scores, 0..1. None is bundled."""
+    judge: JudgeConfig | None = None
+    """Who scores what passes all other gates; nothing else is shown to it. Its answers are kept in the folder as they
+    come, and none is asked for again."""
     keep_unsafe: bool = False
     """Keep the picture of a result that nsfw_score rejects; else plain grey stands in its place."""
 
@@ -168,5 +187,8 @@ class GatesConfig(Section):
                     f"gates.{name}",
                     f"is not measured with sink.round_trip false. Set that to true, or {name} to null",
                 )
+        if self.judge is not None and self.judge.protocol not in PROTOCOLS:
+            text = f"is '{self.judge.protocol}', which scores no single result by its request. Set it to one of: "
+            yield "gates.judge.protocol", text + ", ".join(PROTOCOLS)
         if not self.gates:
             yield "gates", "has no gate, and rejects nothing. Name one, choose a preset, or leave gates out"

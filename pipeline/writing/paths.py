@@ -47,6 +47,9 @@ Bits = Annotated[str, StringConstraints(pattern="^[0-9a-f]+$", max_length=10**8 
 _MERGED = re.compile(rf"{_KIND}/train-[0-9]{{5,}}-of-[0-9]{{5,}}(?:-[0-9a-f]+)*\.(?:parquet|tar)")
 _MORE = r"(?:-[0-9a-f]+)*"  # what tells commits of one unit apart
 
+JUDGED = "_judged"
+"""Folder with a judge's answers, of a run whose gates ask one."""
+
 # Folders of ours that are written to or removed from, and those of them that hold folders of shards or kinds.
 FOLDERS = (
     "data",
@@ -55,6 +58,7 @@ FOLDERS = (
     "report",
     "_attempts",
     "_baseline",
+    JUDGED,
     "_lock",
     "_output",
     "_parts",

@@ -7,6 +7,7 @@ from functools import reduce
 
 import numpy as np
 
+from pipeline.errors import RowError, ShardeditError
 from pipeline.evaluation.metrics import figures
 from pipeline.reading.placement import restore, restore_mask
 from pipeline.reading.requests import refusal_by
@@ -21,6 +22,10 @@ def outcome_of(result: Decoded | Rejected, gates: Callable[[Edited], Edited] | N
         edited = restored(result)
         return edited if gates is None else gates(edited)
     except Exception as error:
+        if isinstance(error, ShardeditError) and not isinstance(
+            error, RowError
+        ):  # a judge that cannot be asked: the run's
+            raise
         return Rejected.by(refusal_by(error, "encode"), result.prepared.sample, result.edit, result.method)
 
 

@@ -28,9 +28,10 @@ from pipeline.recipe import Recipe, SinkConfig
 from pipeline.recordings import RecordingKey
 from pipeline.records import Edited, Outcome, Rejected
 from pipeline.samples import Sample
+from pipeline.seeds import seed_for
 from pipeline.settings.gates import GatesConfig
 from pipeline.writing.basis_columns import BASIS_COLUMNS, basis_columns
-from pipeline.writing.instructions import instruction_of
+from pipeline.writing.instructions import drawn_instruction, instruction_of
 from pipeline.writing.recorded_columns import recorded_columns, recorded_schema
 
 OutputRow = dict[str, Any]
@@ -67,6 +68,7 @@ def schema(
     attention: bool = False,
     gates: GatesConfig | None = None,
     attempts: bool = False,
+    drawn_instructions: bool = False,
 ) -> pa.Schema:
     """Columns of `data/`, with the metadata by which `datasets.load_dataset("parquet")` sees images as images.
 
@@ -78,6 +80,7 @@ def schema(
         attention: they hold where words were attended to, too.
         gates: of the run, whose figures and reasons they hold.
         attempts: the run makes several of each.
+        drawn_instructions: they say where their instructions come from.
     """
     columns: dict[str, pa.DataType] = {
         "id": pa.string(),
@@ -96,6 +99,7 @@ def schema(
         ("input_path", "caption", "instruction", "source_prompt", "target_prompt", "negative_prompt", "request"),
         pa.string(),
     )
+    columns |= dict.fromkeys(("instruction_source", "instruction_revision") if drawn_instructions else (), pa.string())
     columns["seed"] = pa.int64()
     columns |= dict.fromkeys(
         ("model", "model_revision", "model_digest", "recipe_hash", "code_version"),
@@ -130,6 +134,7 @@ def schema_of(recipe: Recipe, labels: Labels | None = None) -> pa.Schema:
         attention=recipe.records_attention,
         gates=recipe.gates,
         attempts=recipe.best_of is not None,
+        drawn_instructions=recipe.instructions is not None,
     )
 
 
@@ -206,7 +211,7 @@ def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> 
         "concepts": [utf8_text(concept.prompt) for concept in request.concepts],
         "input_path": utf8_text(sample.image_path),
         "caption": utf8_text(sample.caption),
-        "instruction": utf8_text(instruction_of(request)),
+        **_instruction_columns(edited, recipe),
         "source_prompt": utf8_text(request.source_prompt),
         "target_prompt": utf8_text(request.target_prompt),
         "negative_prompt": utf8_text(request.negative_prompt),
@@ -234,6 +239,18 @@ def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> 
     else:
         row["input_thumbnail"] = _named(encode_thumbnail(edited.original), f"{stem}.thumbnail.jpg")
     return row
+
+
+def _instruction_columns(edited: Edited, recipe: Recipe) -> OutputRow:
+    if recipe.instructions is None:
+        return {"instruction": utf8_text(instruction_of(edited.request))}
+    seed = seed_for(recipe.run.seed, edited.sample.id, f"instruction of {edited.edit}")
+    drawn = drawn_instruction(edited.request, recipe.instructions, seed)
+    return {
+        "instruction": utf8_text(drawn.text),
+        "instruction_source": drawn.source,
+        "instruction_revision": drawn.revision,
+    }
 
 
 def _gate_columns(edited: Edited, recipe: Recipe) -> OutputRow:

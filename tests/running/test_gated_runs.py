@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import RunAborted
+from pipeline.errors import RecipeError, RunAborted
+from pipeline.evaluation.judging.asking import JudgeError
 from pipeline.looking.printing import gate_lines
 from pipeline.looking.regenerate import regenerate
 from pipeline.looking.report.page import write_report
@@ -21,6 +22,7 @@ from pipeline.recipe import Recipe, recipe_from
 from pipeline.running import driver, in_process
 from pipeline.writing import finish
 from pipeline.writing.run_record import read_run_record
+from tests.evaluation.fake_judge import Reply, fake_judge
 from tests.runs import asked, contents, recipe_data, write_shards
 
 datasets = pytest.importorskip("datasets")
@@ -160,3 +162,62 @@ def test_gates_that_let_nothing_pass_end_the_run_with_what_they_saw(tmp_path: Pa
     assert "the gates let no result of 2 units in a row pass" in str(ended.value)
     assert "change_inside rejected 8 (8 alone); seen " in str(ended.value)
     assert "background_psnr" not in str(ended.value)
+
+
+def judged(folder: Path, out: str, url: str, **gates: Any) -> Recipe:
+    judge = {"base_url": url, "model": "fake", "tries": 1}
+    return gated(folder, out, {"preset": "none", "judge": judge, "judge_overall": {"min": 7}, **gates})
+
+
+def test_a_judge_scores_what_passes_and_is_asked_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path / "in", shards=1, rows=4, damaged=())
+
+    def script(digest: str, part: str, attempt: int) -> Reply:
+        good = int(digest, 16) % 2
+        return Reply(content=f'{{"score": [{9 if good else 3}, 9], "reasoning": "seen"}}')
+
+    with fake_judge(script) as judge:
+        recipe = judged(tmp_path, "out", judge.url, change_inside={"min": 70})
+        made: list[Any] = []
+
+        def dies(*args: Any) -> Any:
+            made.append(args)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(in_process, "commit", dies)
+            with pytest.raises(KeyboardInterrupt):
+                driver.run(recipe, progress="off")
+        assert made
+        driver.run(recipe, progress="off")
+        assert set(judge.asked.values()) == {1}
+        every = [row for kind in ("data", "rejected") for row in rows(recipe, kind)]
+        seen = [row for row in every if row["judge_overall"] is not None]
+        assert len(judge.asked) == 2 * len(seen) < 2 * len(every)
+        for row in every:
+            unasked = row["change_inside"] < 70
+            assert unasked == (row["judge_overall"] is None)
+            assert row["reject_reasons"] == (
+                ["change_inside"] if unasked else [] if row["judge_overall"] >= 7 else ["judge_overall"]
+            )
+        assert {row["judge_reasoning_sc"] for row in seen} == {"seen"}
+        assert checked(recipe).findings == []
+        asked_before = judge.asked.total()
+        made_again = regenerate(find_run(recipe.sink.folder), seen[0]["id"], edit=seen[0]["edit"])
+        assert made_again.equal, made_again.differences
+        assert judge.asked.total() == asked_before
+
+
+def test_a_judge_that_cannot_be_asked_ends_the_run_and_quarantines_nothing(tmp_path: Path) -> None:
+    write_shards(tmp_path / "in", shards=1, rows=2, damaged=())
+    with fake_judge(lambda *_: Reply(status=401, body=b'{"error": {"message": "no such key"}}')) as judge:
+        recipe = judged(tmp_path, "out", judge.url)
+        with pytest.raises(JudgeError):
+            driver.run(recipe, progress="off")
+    assert rows(recipe, "quarantine") == []
+
+
+def test_a_protocol_that_compares_methods_is_refused_as_a_gate(tmp_path: Path) -> None:
+    judge = {"model": "fake", "protocol": "pairwise"}
+    with pytest.raises(RecipeError, match=r"gates.judge.protocol: is 'pairwise', which scores no single result"):
+        gated(tmp_path, "out", {"preset": "none", "judge": judge, "judge_overall": {"min": 7}})

@@ -22,9 +22,9 @@ from tenacity.wait import wait_random_exponential
 from pipeline.common import stopping
 from pipeline.errors import RunAborted, ShardeditError
 from pipeline.evaluation.judging.answers import Read
-from pipeline.evaluation.judging.config import JudgeConfig
 from pipeline.evaluation.judging.questions import Question
 from pipeline.reading.storage import FileSystem
+from pipeline.settings.judge import JudgeConfig
 from pipeline.writing.files import from_json, get, list_folder, put
 
 LONGEST = 60.0  # seconds between two requests, where the judge names none
