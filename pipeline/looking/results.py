@@ -39,6 +39,7 @@ READERS = 8  # units read side by side
 PORTION_BYTES = 64 << 20  # of encoded pictures, held at a time
 INPUTS = ("input", "input_thumbnail")  # columns, one of which is there
 TEXTS = ("id", "edit", "method", "caption", "request")
+NO_GATES = ("judge",)  # sections of `gates` that are none
 FAILURE_COLUMNS = ("id", "edit", "method", "stage", "error_class", "message")
 
 
@@ -168,7 +169,7 @@ class RunFolder:
     def gates(self) -> dict[str, dict[str, float | None]]:
         """The gates that are on, with their bounds; none of a run without gates."""
         section = self.record["recipe"].get("gates") or {}
-        return {name: bounds for name, bounds in section.items() if isinstance(bounds, dict)}
+        return {name: bounds for name, bounds in section.items() if name not in NO_GATES and isinstance(bounds, dict)}
 
     def spans(self, kind: str) -> list[Span]:
         """The rows of every committed unit, of a kind of file, in the order of the units."""

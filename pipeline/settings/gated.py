@@ -52,24 +52,24 @@ def attempt_problems(recipe: Recipe) -> Iterator[Problem]:
         text = f"has {len(config.vary)} variations for {config.attempts - 1} attempts after the first"
         yield "best_of.vary", f"{text}. Raise attempts, or leave some out"
     for number in range(config.variations):
-        for text in _variation_problems(recipe, number + 1):
-            yield f"best_of.vary.{number}", text
+        for path, text in _variation_problems(recipe, number + 1):
+            yield ".".join(filter(None, ("best_of.vary", str(number), path))), text
 
 
-def _variation_problems(recipe: Recipe, attempt: int) -> Iterator[str]:
+def _variation_problems(recipe: Recipe, attempt: int) -> Iterator[Problem]:
     try:
         methods = recipe.methods_of(attempt)
     except ValidationError as error:
         (method, *_) = recipe.all_methods.values()
-        yield from (f"{path}: {text}" for path, text in problems_in_words(error, type(method)))
+        yield from problems_in_words(error, type(method))
         return
     for method in methods.values():
         inversion, editing = method.inversion, method.editing
         if not editing.fits(type(inversion)):
-            yield f"editing.method '{editing.method}' cannot work with inversion.method '{inversion.method}'"
+            yield "", f"editing.method '{editing.method}' cannot work with inversion.method '{inversion.method}'"
             continue
-        yield from editing.pair_problems(inversion)
+        yield from (("", problem) for problem in editing.pair_problems(inversion))
         for edit, request in recipe.edits.items():
             follows = recipe.source.caption_is_source_prompt and not request.source_prompt
             for problem in editing.problems(request, inversion, caption_follows=follows):
-                yield f"{problem.text} (edit '{edit}')"
+                yield "", f"{problem.text} (edit '{edit}')"
