@@ -93,14 +93,14 @@ class Maker:
 
 def asked_of_items(items: Sequence[Item]) -> list[Asked]:
     """Scenes as rows of a job."""
-    return [
-        Asked(
-            sample=Sample(id=item.key, shard="", key=item.key, index=index, image=item.image),
-            edits=("edit",),
-            requests={"edit": item.request},
-        )
-        for index, item in enumerate(items)
-    ]
+    return [asked_of_item(item, index) for index, item in enumerate(items)]
+
+
+def asked_of_item(item: Item, index: int) -> Asked:
+    """A scene as the row of that index."""
+    assert item.image is not None, "drawn scenes are pictures"
+    sample = Sample(id=item.key, shard="", key=item.key, index=index, image=item.image)
+    return Asked(sample=sample, edits=("edit",), requests={"edit": item.request})
 
 
 def is_correct(row: OutputRow, item: Item) -> bool:
