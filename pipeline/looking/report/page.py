@@ -194,6 +194,7 @@ def common_values(
         "score_model": model.name if model else "",
         "page_count": len(pages),
         "shown_in_all": size,
+        "gated": bool(run.gates),
         "indexed": len(pages) > 1 and size <= MAX_INDEXED,
     }
 
