@@ -182,8 +182,10 @@ class Journal:
 
     def __init__(self, fs: FileSystem, root: str, config: JudgeConfig) -> None:
         self._fs, self._root = fs, root
+        # As JSON has it: a default of 0 and a 0 that was read back are one number.
         self._judge = config.model_dump(
-            include={"kind", "model", "revision", "protocol", "temperature", "max_tokens", "seed", "image", "max_side"}
+            mode="json",
+            include={"kind", "model", "revision", "protocol", "temperature", "max_tokens", "seed", "image", "max_side"},
         )
         self._there = {path.rpartition("/")[2] for path in list_folder(fs, root)}
 
