@@ -1,6 +1,6 @@
 """One result before its gates: a pure function of the result, run beside the engine where results are encoded.
 
-Cost without a model: about one alignment, 15 ms for 128 x 128 on one core (pipeline/pairs/alignment.py has more).
+Cost without a model: about that of one alignment (pipeline/pairs/alignment.py says how much).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The gate before the edit: what an inversion's trajectory gives back when it is replayed without any edit.
 
 Cost: one network row per step and trajectory (two with a guided source prompt) and one decoding, whatever the number of
-edits that read it. An edit costs several times that, so that a gate which rejects one image in three pays for itself.
+edits that read it.
 """
 
 from __future__ import annotations
