@@ -69,6 +69,7 @@ class Tally:
         self._run = run
         self._extent = Extent(rows=None, bytes=0, shards=0)
         self._units = self._images = self._asked = self._failed = self._in_a_row = 0
+        self._has_passed = False
         self._at_gates: dict[str, GateCounts] = {}  # of the units in a row without a result that passed
         self._images_before = 0
         self._living = 1
@@ -109,7 +110,9 @@ class Tally:
 
     def _count(self, manifest: Manifest) -> None:
         counts = manifest.counts
-        hopeless = counts.asked > 0 and counts.ok == 0
+        self._has_passed = self._has_passed or counts.ok > 0
+        # Where anything has passed the gates, units that they reject altogether are bad luck, and no wrong bounds.
+        hopeless = counts.asked > 0 and counts.ok == 0 and not (counts.rejected and self._has_passed)
         self._in_a_row = self._in_a_row + 1 if hopeless else 0
         self._at_gates = added(self._at_gates, counts.gates) if hopeless else {}
         self._units += 1
@@ -207,7 +210,7 @@ def rejecting_everything(gates: Mapping[str, GateCounts], units: int) -> str:
     ]
     if not lines:
         return ""
-    head = f"the gates let no result of {units} units in a row pass:"
+    head = f"the gates let no result of the first {units} units pass:"
     foot = "Loosen bounds in the recipe's gates, turn one off with null, or look at the pictures in report.html"
     return "\n".join([head, *lines, foot])
 

@@ -20,7 +20,10 @@ from pipeline.looking.status import status
 from pipeline.looking.verify import Inspection, verify
 from pipeline.recipe import Recipe, recipe_from
 from pipeline.running import driver, in_process
+from pipeline.running.tally import Tally
+from pipeline.settings.sections import RunConfig
 from pipeline.writing import finish
+from pipeline.writing.manifest import NOT_MEASURED, GateCounts, Manifest
 from pipeline.writing.run_record import read_run_record
 from tests.evaluation.fake_judge import Reply, fake_judge
 from tests.runs import asked, contents, recipe_data, write_shards
@@ -159,7 +162,7 @@ def test_gates_that_let_nothing_pass_end_the_run_with_what_they_saw(tmp_path: Pa
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"max_consecutive_failed_units": 2})})
     with pytest.raises(RunAborted) as ended:
         driver.run(recipe, progress="off")
-    assert "the gates let no result of 2 units in a row pass" in str(ended.value)
+    assert "the gates let no result of the first 2 units pass" in str(ended.value)
     assert "change_inside rejected 8 (8 alone); seen " in str(ended.value)
     assert "background_psnr" not in str(ended.value)
 
@@ -221,3 +224,25 @@ def test_a_protocol_that_compares_methods_is_refused_as_a_gate(tmp_path: Path) -
     judge = {"model": "fake", "protocol": "pairwise"}
     with pytest.raises(RecipeError, match=r"gates.judge.protocol: is 'pairwise', which scores no single result"):
         gated(tmp_path, "out", {"preset": "none", "judge": judge, "judge_overall": {"min": 7}})
+
+
+def test_units_that_are_rejected_altogether_end_no_run_in_which_anything_passed() -> None:
+    tally = Tally(RunConfig(max_consecutive_failed_units=2))
+    manifests = [unit_of(chunk, ok=chunk == 0) for chunk in range(5)]
+    assert [tally.add(manifest) for manifest in manifests] == [""] * 5
+    hopeless = Tally(RunConfig(max_consecutive_failed_units=2))
+    assert [bool(hopeless.add(manifest)) for manifest in manifests[1:3]] == [False, True]
+
+
+def unit_of(chunk: int, *, ok: bool) -> Manifest:
+    """A unit of one result."""
+    gate = GateCounts(passed=int(ok), rejected=int(not ok), alone=0, undefined=0, measured=1, seen=(1.0,) * 5)
+    counts = {"images": 1, "asked": 1, "ok": int(ok), "failed": 0, "failed_by_stage": {}, "failed_by_class": {}}
+    counts |= {"rejected": int(not ok), "rejected_rows": int(not ok), "gates": {"mask_share": gate}}
+    return Manifest.model_validate(
+        {
+            "unit": f"s0-3fa2b1c4-{chunk:05d}", "generation": 1, "shard": "s0.tar", "chunk": chunk, "start": chunk,
+            "stop": chunk + 1, "is_last": False, "shard_size": 1, "shard_etag": "", "recipe_hash": "", "files": (),
+            "code_version": "", "model_digest": "", "call_size": 1, "counts": counts, "measured": NOT_MEASURED,
+        }
+    )  # fmt: skip
