@@ -9,7 +9,7 @@ IMAGES ?= 24
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench demo-score geometry-score concepts-score consistory-score audit-score faults methods-table methods-evaluation h-edit-score recipe-reference clean
+.PHONY: help demo test test-slow lint bench demo-score geometry-score concepts-score consistory-score audit-score faults methods-table methods-evaluation h-edit-score gates-score recipe-reference clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ methods-table: $(STAMP) ## compare all methods on drawn scenes, write docs/metho
 
 methods-evaluation: $(STAMP) ## evaluate all methods on drawn scenes, write docs/methods/evaluated.md; goes on where it was ended
 	$(BIN)/python -m demo_world.methods_evaluation
+
+gates-score: $(STAMP) ## what gates and several attempts do on drawn scenes, write build/gates.json
+	$(BIN)/python -m demo_world.gates_score
 
 h-edit-score: $(STAMP) ## what h-Edit does on drawn scenes, write docs/methods/h_edit.md and build/h_edit.json
 	$(BIN)/python -m demo_world.h_edit_score

@@ -20,11 +20,11 @@ import numpy as np
 from pipeline.evaluation.config import evaluation_from
 from pipeline.evaluation.items import Item, Result
 from pipeline.evaluation.job.run import evaluate
-from pipeline.evaluation.judging.config import JudgeConfig
 from pipeline.evaluation.judging.judged import Judging
 from pipeline.evaluation.set_files import source_of, write_set
 from pipeline.records import EditRequest
 from pipeline.running.driver import run
+from pipeline.settings.judge import JudgeConfig
 from pipeline.settings.yaml_file import read_yaml_file
 from pipeline.writing.rows import encode_png
 from tests.evaluation.fake_judge import Reply, fake_judge

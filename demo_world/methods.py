@@ -25,13 +25,13 @@ from pipeline.editor import Editor
 from pipeline.engine.calls import DecodeLatents, EncodeImage, Steps
 from pipeline.engine.engine import Engine, Finished
 from pipeline.evaluation.metrics import psnr
-from pipeline.flow import seed_for
 from pipeline.inversion import INVERSIONS
 from pipeline.inversion.base import Inversion, draw_from
 from pipeline.models.demo.networks import IMAGE_SIZE
 from pipeline.models.demo.world import Attribute, Scene, changed_region, draw, edited, object_phrases, with_article
 from pipeline.recipe import Method, recipe_from
 from pipeline.records import Concept, EditedLatents, EditRequest, Source, TextExpert, Trajectory, WordPair
+from pipeline.seeds import seed_for
 
 SEED = 3  # of the scenes; the settings below were chosen on others
 NUM_STEPS = 20

@@ -254,6 +254,7 @@ def regenerate(
     overrides: Overrides = None,
     edit: Annotated[str | None, typer.Option(help="Which edit, where the row has several.")] = None,
     method: Annotated[str | None, typer.Option(help="Which method, where the recipe has several.")] = None,
+    attempt: Annotated[int | None, typer.Option(help="Which of several attempts; else the chosen one.")] = None,
     debug: Debug = False,
 ) -> None:
     """Make one result again from the source, the recipe and its seed, and compare the bytes. Writes nothing."""
@@ -263,7 +264,7 @@ def regenerate(
         run = find_run(where, overrides or [])
         from pipeline.looking.regenerate import regenerate as make
 
-        made = make(run, key, edit=edit, method=method)
+        made = make(run, key, edit=edit, method=method, attempt=attempt)
         show_comparison(made)
         raise typer.Exit(0 if made.equal else 1)
 

@@ -12,7 +12,6 @@ generators over one image that ask for model calls; the engine runs those of man
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from pipeline.best_of import best_of
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.blocks import blocks_of
 from pipeline.engine.calls import DecodeLatents, EncodeImage, Fork, Steps
@@ -32,6 +32,7 @@ from pipeline.engine.controls import Transformer
 from pipeline.engine.engine import Engine
 from pipeline.engine.pullback import LocalBasis
 from pipeline.errors import BlackImageError, ClusterError, EditError, InvertError, Stage
+from pipeline.gating.replay import replay, stopped
 from pipeline.interventions import Library
 from pipeline.inversion.base import Inversion, draw_from
 from pipeline.reading.ahead import Ahead
@@ -45,6 +46,7 @@ from pipeline.records import (
     Asked,
     Decoded,
     DrawNoise,
+    Edited,
     EditedLatents,
     InversionPrompts,
     Prepared,
@@ -53,6 +55,8 @@ from pipeline.records import (
     Trajectory,
 )
 from pipeline.samples import Sample, UnitInput
+from pipeline.seeds import run_seed_of, seed_for
+from pipeline.settings.gates import Bounds
 from pipeline.writing.commit import FinishedUnit
 from pipeline.writing.encoding import Encoders
 from pipeline.writing.finish import finish_unit
@@ -80,6 +84,7 @@ def edit_unit(
     generation: int,
     rank: int = 0,
     turns: Turns = all_at_once,
+    gates: Callable[[Edited], Edited] | None = None,
     on_result: Callable[[Decoded | Rejected], None] = lambda _: None,
 ) -> FinishedUnit:
     """Edit every row of a unit by everything that is asked of it: rows in, the unit's files and manifest out.
@@ -96,19 +101,25 @@ def edit_unit(
         generation: of the driver, which the names of the unit's files bear.
         rank: of the unit among those at work on the engine: the lowest goes first, the others fill its calls up.
         turns: in which its rows are edited.
+        gates: what a result meets before it is encoded; None: all are kept.
         on_result: told of each result as it leaves the engine.
     """
 
     def encode(result: Decoded | Rejected) -> OutputRow | Rejected:
-        return encode_outcome(outcome_of(result), recipe, engine.backbone.record, engine.call_size)
+        outcome = outcome_of(result, gates)
+        return encode_outcome(outcome, recipe, engine.backbone.record, engine.call_size)
 
-    def results() -> Iterator[Decoded | Rejected]:
-        for rows in turns([asked_of(row, recipe) for row in unit_input.rows]):
+    def results(asked: Sequence[Asked]) -> Iterator[Decoded | Rejected]:
+        for rows in turns(asked):
             for result in edit_rows(rows, recipe, engine, decoder, rank=rank):
                 on_result(result)
                 yield result
 
-    encoded = encoders.map(encode, results())
+    def make(asked: Sequence[Asked]) -> list[OutputRow | Rejected]:
+        return encoders.map(encode, results(asked))
+
+    asked = [asked_of(row, recipe) for row in unit_input.rows]
+    encoded = make(asked) if recipe.best_of is None else best_of(asked, recipe, make)
     return finish_unit(
         unit_input,
         encoded,
@@ -152,15 +163,21 @@ def _edit_ready(
         return ready
     steps = edit_prepared(
         ready,
-        recipe.all_methods,
-        recipe.run.seed,
+        recipe.methods_of(ready.attempt),
+        run_seed_of(recipe.run.seed, recipe.best_of, ready.attempt),
         backbone,
         round_trip=recipe.sink.round_trip and not recipe.writes_bases,
         stored=stored_directions(recipe),
         libraries=libraries_of(recipe),
         bases=recipe.writes_bases,
+        before=bounds_before(recipe),
     )
     return (yield from steps)
+
+
+def bounds_before(recipe: Recipe) -> Bounds | None:
+    """What a trajectory's own picture must be like for the edit to be made; None: it is not looked at."""
+    return None if recipe.gates is None else recipe.gates.inversion_psnr
 
 
 def prepare_row(
@@ -189,6 +206,7 @@ def edit_prepared(
     libraries: Mapping[str, Library] = MappingProxyType({}),
     blocks: Mapping[str, Transformer] | None = None,
     bases: bool = False,
+    before: Bounds | None = None,
 ) -> Steps[list[Decoded | Rejected]]:
     """Invert once per inversion and prompts that it runs under, then edit by every request and method, side by side.
 
@@ -202,12 +220,15 @@ def edit_prepared(
         libraries: autoencoders that methods read.
         blocks: of the network, by name; None: as it says itself.
         bases: find the local bases that the edits would move along, and edit nothing.
+        before: PSNR of a trajectory that is replayed, outside of which nothing is edited. None: nothing is replayed.
     """
     sample = prepared.sample
     groups: dict[tuple[Inversion, InversionPrompts], list[tuple[str, str]]] = {}
     outcomes: list[Decoded | Rejected] = []
     for edit, request in prepared.requests.items():
         for name, method in methods.items():
+            if prepared.only is not None and (edit, name) not in prepared.only:
+                continue
             try:
                 method.editing.check(request, method.inversion, masked=prepared.mask is not None)
             except Exception as error:
@@ -243,7 +264,7 @@ def edit_prepared(
             draws=partial(_draws, run_seed, sample.noise_id, latents),
         )
         layer = backbone.offers.bottleneck.layer if bases and backbone.offers.bottleneck else None
-        children.append(_invert_and_edit(prepared, inversion, source, pairs, methods, seed, layer))
+        children.append(_invert_and_edit(prepared, inversion, source, pairs, methods, seed, layer, before))
     made = yield Fork(tuple(children))
     back = made.pop(0) if round_trip else None
     for results in made:
@@ -286,17 +307,22 @@ def _invert_and_edit(
     methods: dict[str, Method],
     seed: int,
     layer: str | None,
+    before: Bounds | None,
 ) -> Steps[list[Decoded | Rejected]]:
     """One trajectory, and every edit that reads it; or, of a bottleneck's layer, every basis."""
-    sample = prepared.sample
+    sample, replayed = prepared.sample, None
     try:
         trajectory: Trajectory = yield from inversion.invert(source)
         if not bool(torch.isfinite(trajectory.latents).all()):
             raise InvertError(
                 "the inversion gave values that are not finite. Try model.dtype float32 or other settings"
             )
+        if before is not None and not sample.blank:
+            replayed = yield from replay(trajectory, prepared)
     except Exception as error:
         return [rejected(sample, edit, name, "invert", error) for edit, name in pairs]
+    if before is not None and replayed is not None and not before.holds(replayed.psnr):
+        return [stopped(prepared, replayed, edit, name, seed) for edit, name in pairs]
     mask = latent_mask(prepared.mask, source.latents)
     by_method: dict[str, list[str]] = {}
     for edit, name in pairs:
@@ -306,10 +332,13 @@ def _invert_and_edit(
         for name, edits in by_method.items()
     )
     outcomes: list[Decoded | Rejected] = []
+    found = None if replayed is None else replayed.psnr
     for (name, edits), results in zip(by_method.items(), (yield Fork(methods_of_it)), strict=True):
         some = [results] * len(edits) if isinstance(results, Exception) else results
         outcomes += [
-            rejected(sample, edit, name, "edit", result) if isinstance(result, Exception) else result
+            rejected(sample, edit, name, "edit", result)
+            if isinstance(result, Exception)
+            else replace(result, inversion_psnr=found)
             for edit, result in zip(edits, some, strict=True)
         ]
     return outcomes
@@ -382,15 +411,6 @@ def _shown(
 def rejected(sample: Sample, edit: str, method: str, stage: Stage, error: Exception) -> Rejected:
     """One result that an error prevented."""
     return Rejected.by(refusal_by(error, stage), sample, edit, method)
-
-
-def seed_for(run_seed: int, image_id: str, purpose: str) -> int:
-    """Seed of one image's noise, 0 .. 2^63 - 1: it depends on the image's id, not on its place in a batch or shard.
-
-    Methods that share an inversion share its noise.
-    """
-    text = "\x1f".join((str(run_seed), image_id, purpose))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def latent_mask(mask: np.ndarray | None, latents: Tensor) -> Tensor | None:

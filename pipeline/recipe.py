@@ -2,10 +2,13 @@
 
 source      where the images are
 edits       what to change, for rows that bring no edit of their own
+instructions  how what is asked is put into words
 model       which checkpoint, at which size and precision
 inversion   how an image becomes a trajectory
 editing     how a trajectory becomes an edit
 methods     instead of inversion and editing: several named pairs, each of which edits every image
+gates       which results are kept
+best_of     what is tried again where none is
 sink        where results go
 run         seed, units, workers, error budgets
 """
@@ -41,7 +44,11 @@ from pipeline.inversion.base import Inversion
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.recordings import RecordingKey
 from pipeline.records import EditRequest
+from pipeline.settings.best_of import BestOfConfig
 from pipeline.settings.explain import problems_in_words
+from pipeline.settings.gated import attempt_problems, gate_problems
+from pipeline.settings.gates import GatesConfig
+from pipeline.settings.instructions import InstructionsConfig
 from pipeline.settings.overrides import apply_overrides
 from pipeline.settings.sections import ModelConfig, RunConfig, Section, SinkConfig, SourceConfig
 from pipeline.settings.yaml_file import UnusableFileError, read_yaml_file
@@ -90,6 +97,9 @@ class Recipe(Section):
     """Where the images are."""
     edits: dict[Name, EditRequest] = Field(default_factory=dict, json_schema_extra=_or_one_edit)
     """What to change, for rows that bring no edit of their own: one request, or several by name."""
+    instructions: InstructionsConfig | None = None
+    """How edits that bring no instruction are put into words; none: "add sunglasses and remove the hat", 'change "a
+    cat" to "a dog"'."""
     model: ModelConfig = Field(default_factory=ModelConfig)
     """Which checkpoint edits, at which size and precision."""
     inversion: AnyInversion = Field(default_factory=DDPMInversion)
@@ -98,6 +108,10 @@ class Recipe(Section):
     """How a trajectory becomes an edit."""
     methods: dict[Name, Method] = Field(default_factory=dict)
     """Instead of inversion and editing: several named pairs, each of which edits every image."""
+    gates: GatesConfig | None = None
+    """Which results are kept; none: all."""
+    best_of: BestOfConfig | None = None
+    """What is tried again, by which seeds and settings, and which attempt is kept; none: each result is made once."""
     sink: SinkConfig
     """Where results go."""
     run: RunConfig = Field(default_factory=RunConfig)
@@ -125,6 +139,25 @@ class Recipe(Section):
     def all_methods(self) -> dict[str, Method]:
         """Every method by name; a recipe without `methods` has one, named after its editor."""
         return self.methods or {self.editing.method: Method(inversion=self.inversion, editing=self.editing)}
+
+    def methods_of(self, attempt: int) -> dict[str, Method]:
+        """Every method by name, as it is in an attempt: see `best_of`.
+
+        Args:
+            attempt: its number, from 0, which is the recipe's own.
+        """
+        variation = None if self.best_of is None else self.best_of.variation(attempt)
+        if variation is None:
+            return self.all_methods
+        return {
+            name: Method.model_validate(
+                {
+                    "inversion": _with_settings(method.inversion, variation.inversion),
+                    "editing": _with_settings(method.editing, variation.editing),
+                }
+            )
+            for name, method in self.all_methods.items()
+        }
 
     @property
     def writes_bases(self) -> bool:
@@ -159,6 +192,9 @@ class Recipe(Section):
             for key in keys:
                 data[section].pop(key)
         data["run"].pop("max_consecutive_failed_units")
+        for section in ("instructions", "gates", "best_of"):
+            if data[section] is None:  # so that runs from before there was one go on
+                data.pop(section)
         return dict(data)
 
     @property
@@ -176,6 +212,12 @@ class Recipe(Section):
         problems = [
             (f"methods.{name}" if self.methods else "editing", f"{text} (model '{model}')")
             for name, method in self.all_methods.items()
+            for text in method.model_problems(sized)
+        ]
+        problems += [
+            (f"best_of.vary.{number}", f"{text} (model '{model}')")
+            for number in range(0 if self.best_of is None else self.best_of.variations)
+            for method in self.methods_of(number + 1).values()
             for text in method.model_problems(sized)
         ]
         if problems:
@@ -205,6 +247,7 @@ class Recipe(Section):
                     (f"edits.{edit}", problem.text + (f" (method '{name}')" if self.methods else ""))
                     for problem in editing.problems(request, inversion, caption_follows=follows)
                 ]
+        found += [*gate_problems(self), *attempt_problems(self)]
         if self.recorded and self.sink.format != "parquet":
             found.append(("sink.format", "what editing.record asks for is written as Parquet. Leave format out"))
         return found
@@ -244,7 +287,15 @@ class BasisRecipe(Recipe):
                 found.append((at, text))
         if self.sink.format != "parquet":
             found.append(("sink.format", "bases are written as Parquet. Leave format out"))
+        if self.gates is not None:
+            found.append(("gates", "judge edited images, and this run writes bases. Leave gates out"))
         return found
+
+
+def _with_settings(method: Inversion | EditingMethod, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's settings with some in place of its own; of another method, those alone."""
+    own = method.model_dump(mode="json")
+    return dict(settings) if settings.get("method", own["method"]) != own["method"] else {**own, **settings}
 
 
 def _is_one_request(value: Any) -> bool:

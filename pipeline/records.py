@@ -134,10 +134,13 @@ class Asked:
     edits: tuple[str, ...]  # names; those of the job, or "", where the row's own are not known
     requests: Mapping[str, EditRequest] = field(default_factory=dict)  # by edit name; empty where it is refused
     refusal: Refusal | None = None
+    attempt: int = 0  # of a run that makes several
+    only: frozenset[tuple[str, str]] | None = None  # (edit, method) that are made; None: every edit by every method
 
     def rejected(self, methods: Iterable[str], refusal: Refusal) -> list[Rejected]:
         """Everything that is asked of it, by all methods, refused for one reason."""
-        return [Rejected.by(refusal, self.sample, edit, method) for edit in self.edits for method in methods]
+        pairs = [(edit, method) for edit in self.edits for method in methods]
+        return [Rejected.by(refusal, self.sample, *pair) for pair in pairs if self.only is None or pair in self.only]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +154,8 @@ class Prepared:
     mask: np.ndarray | None  # the user's, (h, w) float32 in [0, 1] at model size
     allowed: np.ndarray | None  # (H, W) bool: the user's mask at the original's size, where it is at least half white
     requests: Mapping[str, EditRequest]  # by edit name
+    attempt: int = 0  # as those of `Asked`
+    only: frozenset[tuple[str, str]] | None = None
 
 
 class InversionPrompts(NamedTuple):
@@ -284,6 +289,16 @@ class Decoded:
     basis: LocalBasis | None = None  # of a run that writes bases; the pixels then show where it lies
     recorded: tuple[Recorded | Attended, ...] = ()  # as that of `EditedLatents`
     is_compared: bool = True  # whether the result shows the input, changed, so that figures compare the two
+    inversion_psnr: float | None = None  # dB, of the trajectory that is replayed without an edit; None: not measured
+    stopped: bool = False  # that was too low: the pixels are those of the replay, and nothing was edited
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gated:
+    """What gates say of a result."""
+
+    figures: Mapping[str, float | str | None]  # their columns: gating/gate.py
+    reasons: tuple[str, ...]  # the gates that rejected it, sorted; none: it passed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,6 +318,10 @@ class Edited:
     figures: Mapping[str, float | None]  # see evaluation/metrics.py; empty of a basis
     basis: LocalBasis | None = None
     recorded: tuple[Recorded | Attended, ...] = ()
+    inversion_psnr: float | None = None  # as that of `Decoded`
+    stopped: bool = False
+    gated: Gated | None = None  # None: the run has no gates
+    attempt: int = 0  # of a run that makes several
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

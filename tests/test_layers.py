@@ -20,9 +20,9 @@ LAYERS = [
     {"models"},
     {"inversion", "editing"},
     {"recipe", "settings"},
-    {"reading", "evaluation.metrics", "pairs.alignment", "pairs.affine"},
+    {"reading", "gating", "seeds", "evaluation.metrics", "pairs.alignment", "pairs.affine"},
     {"writing"},
-    {"flow"},
+    {"best_of", "flow"},
     {"evaluation"},
     {"looking.results", "looking.report"},  # a run ends with its report
     {"running"},

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.errors import RecipeError
-from pipeline.evaluation.judging.config import JudgeConfig
 from pipeline.evaluation.metrics_config import MetricsConfig
 from pipeline.recipe import Method, Name, Recipe, recipe_from
 from pipeline.records import EditRequest
 from pipeline.settings.configuration import config_from, read_config
+from pipeline.settings.judge import JudgeConfig
 from pipeline.settings.sections import (
     Location,
     ModelConfig,

@@ -20,9 +20,11 @@ from PIL import Image
 
 from pipeline.common.room import Room
 from pipeline.common.showing import describe
-from pipeline.flow import seed_for
 from pipeline.reading.shards import shard_slug, unit_id
-from pipeline.writing.manifest import Manifest, kind_of
+from pipeline.seeds import run_seed_of, seed_for
+from pipeline.settings.best_of import BestOfConfig
+from pipeline.writing.manifest import KINDS, Manifest, kind_of
+from pipeline.writing.rows import ATTEMPT, CHOSEN, REASONS, SETTINGS
 from pipeline.writing.run_record import RunRecord, column_names_of
 from pipeline.writing.spans import tar_samples
 from pipeline.writing.webdataset import PICTURES, pictures_of
@@ -39,6 +41,7 @@ class Expected:
 
     methods: Mapping[str, str]  # their inversions, by name
     seed: int  # of the run
+    best_of: BestOfConfig | None
     unit_size: int
     recipe_hash: str
     model_digest: str
@@ -56,6 +59,7 @@ class Expected:
             methods={name: one["inversion"]["method"] for name, one in recipe["methods"].items()}
             or {recipe["editing"]["method"]: recipe["inversion"]["method"]},
             seed=recipe["run"]["seed"],
+            best_of=BestOfConfig.model_validate(recipe["best_of"]) if recipe.get("best_of") else None,
             unit_size=recipe["run"]["unit_size"],
             recipe_hash=record.recipe_hash,
             model_digest=record.model["digest"],
@@ -82,13 +86,20 @@ class CheckedRow:
     id: str
     edit: str
     method: str
-    ok: bool  # in data/
+    kind: str  # of `KINDS`: where it stands
     made_by: str  # version of this package; for a failed result unit, stage and class of the error
     problem: str = ""  # what run.json contradicts
+    attempt: int = 0  # of a run that makes several
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is a result, kept or rejected by gates."""
+        return self.kind != "quarantine"
 
     def text(self) -> str:
         """For findings."""
-        return f"({self.id}, {self.edit}, {self.method})"
+        attempt = f", attempt {self.attempt}" if self.attempt else ""
+        return f"({self.id}, {self.edit}, {self.method}{attempt})"
 
 
 class BrokenError(Exception):
@@ -110,13 +121,17 @@ def checked_rows(path: str, opened: BinaryIO, expected: Expected, pool: Executor
     Raises:
         BrokenError: says what does not open.
     """
-    is_data = kind_of(path) == "data"
+    kind = kind_of(path)
     checked: list[CheckedRow] = []
     decode = pool.map if pool else map
     try:
-        rows = _tar_rows(opened, expected) if path.endswith(".tar") else _parquet_rows(opened, is_data, expected)
+        rows = (
+            _tar_rows(opened, expected)
+            if path.endswith(".tar")
+            else _parquet_rows(opened, kind != "quarantine", expected)
+        )
         for some in _at_once(rows):
-            found = [_checked(row, is_data, expected) for row, _ in some]
+            found = [_checked(row, kind, expected) for row, _ in some]
             has_mask = [row.get("mask_share") is not None for row, _ in some]
             list(decode(_check_pictures, found, [pictures for _, pictures in some], has_mask))
             checked += found
@@ -125,16 +140,33 @@ def checked_rows(path: str, opened: BinaryIO, expected: Expected, pool: Executor
     return checked
 
 
-def _checked(row: Mapping[str, Any], is_data: bool, expected: Expected) -> CheckedRow:
-    made_by = row["code_version"] if is_data else "\n".join((row["unit"], row["stage"], row["error_class"]))
-    problem = _contradiction(row, expected) if is_data else ""
-    return CheckedRow(row["shard"], row["index"], row["id"], row["edit"], row["method"], is_data, made_by, problem)
+def _checked(row: Mapping[str, Any], kind: str, expected: Expected) -> CheckedRow:
+    is_result = kind != "quarantine"
+    made_by = row["code_version"] if is_result else "\n".join((row["unit"], row["stage"], row["error_class"]))
+    problem = _contradiction(row, expected) or _misplaced(row, kind) if is_result else ""
+    where = (row["shard"], row["index"], row["id"], row["edit"], row["method"], kind)
+    return CheckedRow(*where, made_by, problem, row.get(ATTEMPT, 0) if is_result else 0)
+
+
+def _misplaced(row: Mapping[str, Any], kind: str) -> str:
+    reasons = row.get(REASONS) or []
+    if kind == "data" and reasons:
+        return f"stands in data/, and was rejected by {', '.join(reasons)}"
+    if kind == "data" and not row.get(CHOSEN, True):
+        return "stands in data/, and another attempt was chosen"
+    if kind == "rejected" and not reasons and row.get(CHOSEN, True):
+        return "stands in rejected/, and no gate rejected it"
+    return ""
 
 
 def _contradiction(row: Mapping[str, Any], expected: Expected) -> str:
     if (inversion := expected.methods.get(row["method"])) is None:
         return f"has method {row['method']}, which run.json does not have"
-    for name, value in (*expected.columns.items(), ("seed", seed_for(expected.seed, row["id"], inversion))):
+    attempt = row.get(ATTEMPT, 0)
+    if attempt:  # which may have another inversion
+        inversion = json.loads(row[SETTINGS])["inversion"]["method"]
+    seed = seed_for(run_seed_of(expected.seed, expected.best_of, attempt), row["id"], inversion)
+    for name, value in (*expected.columns.items(), ("seed", seed)):
         if row[name] != value:
             return f"has {name} {row[name]}, by run.json it is {value}"
     return ""
@@ -153,12 +185,12 @@ def _at_once(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
         yield some
 
 
-def _parquet_rows(opened: BinaryIO, is_data: bool, expected: Expected) -> Iterator[_Row]:
+def _parquet_rows(opened: BinaryIO, is_result: bool, expected: Expected) -> Iterator[_Row]:
     file = pq.ParquetFile(opened)
     groups = ([group] for group in range(file.num_row_groups))  # small where rows are large: writing/parquet.py
     for batch in chain.from_iterable(file.iter_batches(ROWS_AT_ONCE, row_groups=group) for group in groups):
         for row in batch.to_pylist():
-            columns = {name: expected.names.get(name, name) for name in PICTURES} if is_data else {}
+            columns = {name: expected.names.get(name, name) for name in PICTURES} if is_result else {}
             stored = {name: row[column] for name, column in columns.items() if column in row}
             stored |= {f"mask.{at}": mask for at, mask in enumerate(row.get("masks", ()))}
             yield row, {name: picture["bytes"] for name, picture in stored.items() if picture is not None}
@@ -195,16 +227,18 @@ def _check_pictures(row: CheckedRow, pictures: Mapping[str, bytes], has_mask: bo
 
 
 def row_problems(manifest: Manifest, rows: list[CheckedRow], expected: Expected) -> Iterator[str]:
-    """Whether data and quarantine together hold what the unit was asked for, once each."""
+    """Whether data, rejected and quarantine together hold what the unit was asked for, once each."""
     counts = manifest.counts
     for name, says, found in (
-        ("data/", counts.ok, sum(row.ok for row in rows)),
-        ("quarantine/", counts.failed, sum(not row.ok for row in rows)),
+        ("data/", counts.ok, sum(row.kind == "data" for row in rows)),
+        ("rejected/", counts.rejected_rows, sum(row.kind == "rejected" for row in rows)),
+        ("quarantine/", counts.failed, sum(row.kind == "quarantine" for row in rows)),
     ):
         if says != found:
             yield f"{found} row(s) of unit {manifest.unit} in {name}, its manifest says {says}"
-    if counts.asked != counts.ok + counts.failed:
-        yield f"the manifest of unit {manifest.unit} asks for {counts.asked}, and has {counts.ok} + {counts.failed}"
+    if counts.asked != counts.ok + counts.rejected + counts.failed:
+        has = f"{counts.ok} + {counts.rejected} + {counts.failed}"
+        yield f"the manifest of unit {manifest.unit} asks for {counts.asked}, and has {has}"
     if counts.images != (count := manifest.stop - manifest.start):
         yield f"the manifest of unit {manifest.unit} counts {counts.images} images in {count} rows"
     yield from _failures_problems(manifest, rows)
@@ -213,10 +247,10 @@ def row_problems(manifest: Manifest, rows: list[CheckedRow], expected: Expected)
             yield f"{one.text()} {one.problem}"
         elif one.ok and one.made_by != manifest.code_version:
             yield f"{one.text()} was made by version {one.made_by}, its manifest says {manifest.code_version}"
-    for row, count in Counter((row.index, row.edit, row.method) for row in rows).items():
-        if count > 1:
-            twice = next(one for one in rows if (one.index, one.edit, one.method) == row)
-            yield f"{twice.text()} is there {count} times"
+    yield from _doubled(rows)
+    results = {kind: {(one.index, one.edit, one.method) for one in rows if one.kind == kind} for kind in KINDS}
+    if counts.rejected != (found := len(results["rejected"] - results["data"])):
+        yield f"{found} result(s) of unit {manifest.unit} have rejected rows alone, its manifest says {counts.rejected}"
     edits: dict[int, set[tuple[str, str]]] = {}
     ids: dict[int, set[str]] = {}
     for one in rows:
@@ -235,6 +269,19 @@ def row_problems(manifest: Manifest, rows: list[CheckedRow], expected: Expected)
             yield f"({next(iter(ids[index]))}, {edit}, {method}) is missing"
         if len(ids.get(index, ())) > 1:
             yield f"row {index} of {manifest.shard} has several ids"
+
+
+def _doubled(rows: list[CheckedRow]) -> Iterator[str]:
+    """Attempts that are there more often than once, and results that are kept or failed more often than once."""
+    attempts = [(one.index, one.edit, one.method, one.attempt) for one in rows]
+    ends = [(one.index, one.edit, one.method) for one in rows if one.kind != "rejected"]
+    for found in (attempts, ends):
+        for name, count in Counter(found).items():
+            if count > 1:
+                twice = next(one for one in rows if (one.index, one.edit, one.method) == name[:3])
+                yield f"{twice.text()} is there {count} times"
+        if len(set(found)) < len(found):
+            return
 
 
 def _failures_problems(manifest: Manifest, rows: list[CheckedRow]) -> Iterator[str]:

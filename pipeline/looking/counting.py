@@ -21,7 +21,7 @@ from pipeline.engine.backbone import Backbone, Bottleneck, ModelRecord, Offers
 from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Product, Span
 from pipeline.engine.controls import DecoderBlock, Openings, Records, Transformer
 from pipeline.engine.engine import Engine
-from pipeline.flow import edit_prepared
+from pipeline.flow import bounds_before, edit_prepared
 from pipeline.interventions import BlockAutoencoder, ConceptFeatures, Intervention, Library, Target, Telling
 from pipeline.recipe import Recipe
 from pipeline.records import EditRequest, Placement, Prepared
@@ -77,6 +77,7 @@ class RowCounter:
             libraries=_AnyLibrary(),
             blocks=_AnyBlock(),
             bases=self.recipe.writes_bases,
+            before=bounds_before(self.recipe),
         )
         (finished,) = engine.run([steps])
         if finished.error is not None:

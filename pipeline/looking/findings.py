@@ -30,6 +30,7 @@ class Inspection:
     files: int = 0
     bytes: int = 0
     done: int = 0  # rows in data/
+    rejected: int = 0  # rows in rejected/
     failed: int = 0  # rows in quarantine/
     loose: int = 0  # files of units that are not merged
     temporary: int = 0  # files of writes that a kill cut: no findings, since nothing reads them

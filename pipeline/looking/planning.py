@@ -85,6 +85,10 @@ def plan(recipe: Recipe, *, probe: bool = True, partition: Partition = WHOLE) ->
     results, network_rows = round(cost.results * scale), round(cost.network_rows * scale)
     notes = [recipe.model.caveat, todo.left_out, images_note, cost.note(len(rows), complete)]
     notes.append(check_captions(rows, shards, recipe))
+    if recipe.best_of is not None:
+        notes.append(
+            f"results and network rows are of first attempts; best_of makes up to {recipe.best_of.attempts} of each"
+        )
     if todo.before is not None:
         notes.append(BEGUN)
     workers, more = assumed_workers(recipe.run)

@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pipeline.looking.status import Status
     from pipeline.looking.verify import Inspection
     from pipeline.recipe import Recipe
+    from pipeline.writing.manifest import GateCounts
     from pipeline.writing.summary import Summary
 
 
@@ -75,6 +77,8 @@ def show_summary(summary: Summary, recipe: Recipe) -> None:
         "done": f"{summary.done:,} of {count(summary.planned, 'result')} from {count(summary.images, 'image')}",
         "failed": "none",
     }
+    if summary.gates:
+        rows |= gate_lines(summary.gates, summary.rejected, f"{folder}/rejected")
     if summary.failed:
         budget = f"run.max_failed_fraction {recipe.run.max_failed_fraction:g}"
         rows["failed"] = f"{summary.failed:,} of {summary.planned:,}, within the error budget ({budget})"
@@ -105,6 +109,9 @@ def show_status(found: Status, config: str) -> None:
     table = Table(title=found.folder, title_justify="left", title_style="bold", show_header=False)
     table.add_row("done", f"{so_far.done:,} of {planned} results, from {count(so_far.images, 'image')}")
     table.add_row("failed", f"{so_far.failed:,}" if so_far.failed else "none")
+    if so_far.gates:
+        for name, text in gate_lines(so_far.gates, so_far.rejected).items():
+            table.add_row(name, text)
     if so_far.failed:
         table.add_row("  by stage", counted(so_far.failed_by_stage))
         table.add_row("  by reason", counted(so_far.failed_by_class))
@@ -126,6 +133,20 @@ def show_status(found: Status, config: str) -> None:
         out.print(f"To try the failed ones again: shardedit edit {config} --retry-failed", markup=False)
 
 
+def gate_lines(gates: Mapping[str, GateCounts], rejected: int, folder: str = "") -> dict[str, str]:
+    """The survival table: what passed every gate, and what it saw."""
+    from pipeline.writing.gate_counts import seen_in_words
+
+    rows = {"rejected": f"{rejected:,} by gates" + (f", kept in {folder}" if folder else "")}
+    for name, gate in gates.items():
+        judged = gate.passed + gate.rejected
+        share = f"{gate.passed:,} of {judged:,} passed ({gate.passed / judged:.0%})" if judged else "judged nothing"
+        alone = f"; {gate.alone:,} rejected by it alone" if gate.alone else ""
+        undefined = f"; undefined for {gate.undefined:,}" if gate.undefined else ""
+        rows[f"  {name}"] = f"{share}{alone}{undefined}; seen {seen_in_words(gate)}"
+    return rows
+
+
 def first_words(message: str) -> str:
     """A stored reason in one line of bounded length."""
     return " ".join(message.split())[:160]
@@ -141,7 +162,9 @@ def show_inspection(inspection: Inspection, run: Run) -> None:
         out.print(f"... and {inspection.wrong - len(inspection.findings):,} more: {counted(inspection.by_kind)}")
     looked = (
         f"{count(inspection.units, 'unit')}, {count(inspection.files, 'file')}, {size_text(inspection.bytes)}; "
-        f"{inspection.done:,} results in data/, {inspection.failed:,} in quarantine/"
+        f"{inspection.done:,} results in data/, "
+        + (f"{inspection.rejected:,} in rejected/, " if inspection.rejected else "")
+        + f"{inspection.failed:,} in quarantine/"
     )
     if inspection.temporary:
         found = count(inspection.temporary, "temporary file")

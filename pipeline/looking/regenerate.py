@@ -15,9 +15,11 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from pipeline.best_of import again
 from pipeline.common.showing import public_url
 from pipeline.engine.engine import Engine
 from pipeline.errors import SinkError, SourceError
+from pipeline.evaluation.looks import gates_of
 from pipeline.evaluation.metrics import psnr
 from pipeline.flow import edit_rows
 from pipeline.looking.runs import Run
@@ -29,7 +31,7 @@ from pipeline.reading.shards import Shard
 from pipeline.reading.storage import FileSystem, open_fs
 from pipeline.reading.units import list_shards, plan_reads, read_units
 from pipeline.recipe import Recipe, recipe_from
-from pipeline.records import Decoded, Rejected
+from pipeline.records import Asked, Decoded, Rejected
 from pipeline.samples import ReadRow, Unreadable
 from pipeline.writing.commit import committed_units
 from pipeline.writing.finish import labels_of
@@ -37,7 +39,16 @@ from pipeline.writing.manifest import Manifest
 from pipeline.writing.merged import Merged, Span
 from pipeline.writing.parquet import render_parquet
 from pipeline.writing.restoring import outcome_of
-from pipeline.writing.rows import Labels, OutputRow, as_written, encode_outcome, schema
+from pipeline.writing.rows import (
+    ATTEMPT,
+    ATTEMPTS_FAILED,
+    CHOSEN,
+    Labels,
+    OutputRow,
+    as_written,
+    encode_outcome,
+    schema_of,
+)
 from pipeline.writing.run_record import RunRecord, run_record, versions_that_differ
 from pipeline.writing.spans import samples_of, table_of, tar_samples
 from pipeline.writing.webdataset import render_tar
@@ -77,7 +88,9 @@ class _StoredRow:
         return self.span.path
 
 
-def regenerate(run: Run, key: str, *, edit: str | None = None, method: str | None = None) -> Comparison:
+def regenerate(
+    run: Run, key: str, *, edit: str | None = None, method: str | None = None, attempt: int | None = None
+) -> Comparison:
     """Make one result of a run again.
 
     Args:
@@ -85,13 +98,14 @@ def regenerate(run: Run, key: str, *, edit: str | None = None, method: str | Non
         key: the row's id, or its key where that is unique in the run.
         edit: which of the row's edits, where there are several.
         method: which of the recipe's methods, where there are several.
+        attempt: which of several attempts; None: the one that was chosen, where one was.
 
     Raises:
         SinkError: no result of that name is there, or several; says which.
         SourceError: the input cannot be read any more.
         ModelError: the model cannot be loaded any more.
     """
-    stored = _find(run, key, edit, method)
+    stored = _find(run, key, edit, method, attempt)
     recipe = _recipe_of(run)
     shard, row = _read_again(stored, recipe)
     record = run.record
@@ -101,11 +115,15 @@ def regenerate(run: Run, key: str, *, edit: str | None = None, method: str | Non
         backbone = load_backbone(recipe.model, device="cpu" if on_cpu else None)
         backbone.tune(record.tuned.tuning)
         engine = Engine(backbone, call_size=record.call_size)
+        gates = gates_of(recipe)
         made = [
-            encode_outcome(outcome_of(result), recipe, backbone.record, record.call_size)
-            for result in edit_rows([asked_of(row, recipe)], recipe, engine, Decoder(recipe.source))
+            encode_outcome(outcome_of(result, gates), recipe, backbone.record, record.call_size)
+            for result in edit_rows([_asked(row, recipe, about)], recipe, engine, Decoder(recipe.source))
             if _name_of(result) == (about["edit"], about["method"])
         ]
+    if recipe.best_of is not None:  # what the other attempts decide is taken from the row
+        decided = {name: about[name] for name in (CHOSEN, ATTEMPTS_FAILED)}
+        made = [one if isinstance(one, Rejected) else one | decided for one in made]
     sample = row.sample if isinstance(row, Unreadable) else row
     differences, compared = (
         _compared(stored, made[0], recipe, labels_of([row]))
@@ -147,7 +165,14 @@ def _name_of(result: Decoded | Rejected) -> tuple[str, str]:
     return result.edit, result.method
 
 
-def _find(run: Run, key: str, edit: str | None, method: str | None) -> _StoredRow:
+def _asked(row: ReadRow, recipe: Recipe, about: Mapping[str, Any]) -> Asked:
+    asked = asked_of(row, recipe)
+    if not about.get(ATTEMPT):
+        return asked
+    return again(asked, recipe, about[ATTEMPT], frozenset({(about["edit"], about["method"])}))
+
+
+def _find(run: Run, key: str, edit: str | None, method: str | None, attempt: int | None) -> _StoredRow:
     fs, root = open_fs(run.sink.folder, run.sink.storage_options)
     # An id begins with its shard's path; a bare key is looked for everywhere.
     shards = {path for path, _, _ in run.record.input if key.startswith(f"{path}/")}
@@ -166,10 +191,18 @@ def _find(run: Run, key: str, edit: str | None, method: str | None) -> _StoredRo
                 else:
                     found.append(_StoredRow(manifest, span, at, about, parts))
     where = public_url(run.sink.folder)
+    if attempt is not None:
+        found = [one for one in found if one.about.get(ATTEMPT, 0) == attempt]
+    elif any(one.about.get(CHOSEN) for one in found):
+        found = [one for one in found if one.about.get(CHOSEN)]
     if not found:
         raise SinkError(f"{where} has no result '{key}'{failed}")
     if len(found) > 1:
-        names = [f"  {one.about['id']} --edit {one.about['edit']} --method {one.about['method']}" for one in found]
+        names = [
+            f"  {one.about['id']} --edit {one.about['edit']} --method {one.about['method']}"
+            + (f" --attempt {one.about[ATTEMPT]}" if ATTEMPT in one.about else "")
+            for one in found
+        ]
         more = [f"  and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
         raise SinkError("\n".join([f"{where} has several results '{key}'. Choose one:", *names[:SHOWN], *more]))
     return found[0]
@@ -242,10 +275,7 @@ def _compared(stored: _StoredRow, made: OutputRow | Rejected, recipe: Recipe, la
         now: Mapping[str, Any] = parts
     else:
         # Through a file and back, so that both have gone the same way.
-        columns = schema(
-            recipe.sink, labels, bases=recipe.writes_bases, recorded=recipe.recorded, attention=recipe.records_attention
-        )
-        data = render_parquet([as_written(made, recipe.sink, labels)], columns)
+        data = render_parquet([as_written(made, recipe.sink, labels)], schema_of(recipe, labels))
         now = pq.read_table(pa.BufferReader(data)).to_pylist()[0]
     names = [*stored.parts, *(name for name in now if name not in stored.parts)]
     pairs = {name: (stored.parts.get(name), now.get(name)) for name in names}

@@ -23,9 +23,11 @@ from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
 from pipeline.writing.commit import committed_units
 from pipeline.writing.files import NotAFileError, get
-from pipeline.writing.manifest import Manifest
+from pipeline.writing.gate_counts import added
+from pipeline.writing.manifest import GateCounts, Manifest
 from pipeline.writing.merged import Merged, Span
 from pipeline.writing.paths import first_problem
+from pipeline.writing.rows import ATTEMPT, REASONS
 from pipeline.writing.run_record import column_names_of, read_run_record
 from pipeline.writing.spans import rows_of, samples_of, table_of
 from pipeline.writing.summary import SUMMARY_FILE
@@ -37,6 +39,7 @@ READERS = 8  # units read side by side
 PORTION_BYTES = 64 << 20  # of encoded pictures, held at a time
 INPUTS = ("input", "input_thumbnail")  # columns, one of which is there
 TEXTS = ("id", "edit", "method", "caption", "request")
+NO_GATES = ("judge",)  # sections of `gates` that are none
 FAILURE_COLUMNS = ("id", "edit", "method", "stage", "error_class", "message")
 
 
@@ -49,7 +52,14 @@ class ResultRef:
     id: str
     edit: str
     method: str
-    figures: dict[str, float | None]
+    figures: dict[str, float | None]  # `NAMES`, and those that gates judge
+    reasons: tuple[str, ...] = ()  # the gates that rejected it
+    attempt: int | None = None  # of a run that makes several
+
+    @property
+    def is_rejected(self) -> bool:
+        """Whether gates rejected it."""
+        return self.span.kind == "rejected"
 
     @property
     def file(self) -> str:
@@ -80,15 +90,21 @@ class StoredTotals:
 
     done: int = 0
     failed: int = 0
+    rejected: int = 0  # results of which no row passed the gates
+    rejected_rows: int = 0
     images: int = 0
     network_rows: int = 0
     output_bytes: int = 0
+    gates: dict[str, GateCounts] = field(default_factory=dict)
     spans: dict[str, list[Span]] = field(default_factory=dict)  # by kind, in the order of the units
 
     def add(self, manifest: Manifest, merged: Merged) -> None:
         """Add a unit."""
         self.done += manifest.counts.ok
         self.failed += manifest.counts.failed
+        self.rejected += manifest.counts.rejected
+        self.rejected_rows += manifest.counts.rejected_rows
+        self.gates = added(self.gates, manifest.counts.gates)
         self.images += manifest.counts.images
         self.network_rows += manifest.measured.network_rows
         for span, file in zip(merged.spans(manifest), manifest.files, strict=True):
@@ -149,8 +165,14 @@ class RunFolder:
         """Names of columns that are not our own."""
         return self._names
 
+    @property
+    def gates(self) -> dict[str, dict[str, float | None]]:
+        """The gates that are on, with their bounds; none of a run without gates."""
+        section = self.record["recipe"].get("gates") or {}
+        return {name: bounds for name, bounds in section.items() if name not in NO_GATES and isinstance(bounds, dict)}
+
     def spans(self, kind: str) -> list[Span]:
-        """The rows of every committed unit, of "data" or "quarantine", in the order of the units."""
+        """The rows of every committed unit, of a kind of file, in the order of the units."""
         return self.totals.spans.get(kind, [])
 
     def figures(self, spans: Sequence[Span]) -> list[ResultRef]:
@@ -187,7 +209,10 @@ class RunFolder:
             yield from rows_of(self.fs, self.root, span, FAILURE_COLUMNS)
 
     def _figures_of(self, span: Span) -> list[ResultRef]:
-        rows = rows_of(self.fs, self.root, span, ("id", "edit", "method", *NAMES))
+        names = tuple(dict.fromkeys((*NAMES, *self.gates)))
+        more = [*([REASONS] if self.gates else []), *([ATTEMPT] if self.record["recipe"].get("best_of") else [])]
+        columns = ("id", "edit", "method", *names, *more)
+        rows = rows_of(self.fs, self.root, span, columns)
         return [
             ResultRef(
                 span=span,
@@ -195,7 +220,9 @@ class RunFolder:
                 id=row["id"],
                 edit=row["edit"],
                 method=row["method"],
-                figures={name: row[name] for name in NAMES},
+                figures={name: row[name] for name in names},
+                reasons=tuple(row.get(REASONS) or ()),
+                attempt=row.get(ATTEMPT),
             )
             for at, row in enumerate(rows)
         ]

@@ -49,7 +49,7 @@ from pipeline.writing.summary import SUMMARY_FILE, Totals, write_summary
 log = logging.getLogger(__name__)
 
 CHECKERS = 4  # units checked side by side
-HELD = 4  # merged files whose rows are known at a time: data and quarantine, at the seam of two of each
+HELD = 6  # merged files whose rows are known at a time: of each kind, at the seam of two
 FOLDERS = (*KINDS, PARTS, "_units", "_shards", OUTPUT, BASELINES)
 _Unit = tuple[CommittedShard, Manifest | None, Manifest]  # the second: the one before it, where there is one
 
@@ -117,6 +117,7 @@ def _verify(sink: SinkConfig, record: RunRecord, repairing: Claim | None) -> tup
             inspection.bytes += sum(file.size for file in alone)
             inspection.loose += len(alone)
             inspection.done += manifest.counts.ok
+            inspection.rejected += manifest.counts.rejected_rows
             inspection.failed += manifest.counts.failed
             for finding in findings:
                 inspection.note(finding)

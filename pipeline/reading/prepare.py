@@ -71,6 +71,8 @@ def prepare(
         mask=None if user_mask is None else _canvas_mask(user_mask, placement),
         allowed=None if user_mask is None else user_mask >= 128,
         requests=asked.requests,
+        attempt=asked.attempt,
+        only=asked.only,
     )
 
 
@@ -98,6 +100,8 @@ def _blank(asked: Asked, recipe: Recipe, size: int, multiple: int) -> Prepared:
         mask=None,
         allowed=None,
         requests=asked.requests,
+        attempt=asked.attempt,
+        only=asked.only,
     )
 
 

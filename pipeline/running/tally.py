@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from pipeline.recipe import RunConfig
 from pipeline.writing.commit import Committed
-from pipeline.writing.manifest import Manifest, split_unit_id
+from pipeline.writing.gate_counts import added, seen_in_words
+from pipeline.writing.manifest import GateCounts, Manifest, split_unit_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +69,8 @@ class Tally:
         self._run = run
         self._extent = Extent(rows=None, bytes=0, shards=0)
         self._units = self._images = self._asked = self._failed = self._in_a_row = 0
+        self._has_passed = False
+        self._at_gates: dict[str, GateCounts] = {}  # of the units in a row without a result that passed
         self._images_before = 0
         self._living = 1
         self._stop_reason = self._load_error = ""
@@ -106,8 +110,11 @@ class Tally:
 
     def _count(self, manifest: Manifest) -> None:
         counts = manifest.counts
-        hopeless = counts.asked > 0 and counts.ok == 0
+        self._has_passed = self._has_passed or counts.ok > 0
+        # Where anything has passed the gates, units that they reject altogether are bad luck, and no wrong bounds.
+        hopeless = counts.asked > 0 and counts.ok == 0 and not (counts.rejected and self._has_passed)
         self._in_a_row = self._in_a_row + 1 if hopeless else 0
+        self._at_gates = added(self._at_gates, counts.gates) if hopeless else {}
         self._units += 1
         self._images += counts.images
         self._asked += counts.asked
@@ -149,6 +156,8 @@ class Tally:
     def _judge(self) -> str:
         run = self._run
         if self._in_a_row >= run.max_consecutive_failed_units:
+            if text := rejecting_everything(self._at_gates, self._in_a_row):
+                return text
             return (
                 f"{self._in_a_row} units in a row have no result at all. Look at stage and message in quarantine/; "
                 "run.max_consecutive_failed_units sets how many may"
@@ -190,6 +199,20 @@ class Tally:
                 return None
             density = (self._sampled_rows + sum(report.rows for report in self._in_flight.values())) / taken
         return max(0.0, density * (extent.bytes - extent.whole_bytes) - begun)
+
+
+def rejecting_everything(gates: Mapping[str, GateCounts], units: int) -> str:
+    """Why gates that let nothing pass are an error, with what they saw; "" where they rejected nothing."""
+    lines = [
+        f"  {name} rejected {gate.rejected} ({gate.alone} alone); seen {seen_in_words(gate)}"
+        for name, gate in sorted(gates.items(), key=lambda item: -item[1].rejected)
+        if gate.rejected
+    ]
+    if not lines:
+        return ""
+    head = f"the gates let no result of the first {units} units pass:"
+    foot = "Loosen bounds in the recipe's gates, turn one off with null, or look at the pictures in report.html"
+    return "\n".join([head, *lines, foot])
 
 
 def over_budget(run: RunConfig, asked: int, failed: int) -> str:

@@ -21,6 +21,7 @@ from pipeline.engine.engine import Engine
 from pipeline.engine.faults import is_out_of_memory
 from pipeline.engine.sizing import probe_call_size, trial_call
 from pipeline.engine.tuning import Fit, Tell, Tuned, tell_nobody, tune
+from pipeline.evaluation.looks import gates_of
 from pipeline.flow import all_at_once, edit_unit
 from pipeline.models.loading import load_backbone
 from pipeline.reading.decoder import Decoder
@@ -90,6 +91,7 @@ def describe_model(recipe: Recipe, before: RunRecord | None, tell: Tell = tell_n
     recipe.refuse_what_lacks(backbone.offers, backbone.record.name)
     refuse_other_directions(recipe, backbone)
     refuse_other_autoencoders(recipe, backbone)
+    gates_of(recipe)  # told now, not by every worker
     return backbone.record, fit(recipe, backbone, before, tell)
 
 
@@ -129,6 +131,7 @@ class Worker:
             call_size=settings.call_size,
             images_in_flight=in_flight if isinstance(in_flight, int) else None,
         )
+        self._gates = gates_of(recipe)
         self._encoders = Encoders(settings.encoders)
         self._meter = _Meter(self.engine)
         self._gate = _Gate()
@@ -163,6 +166,7 @@ class Worker:
                     generation=generation,
                     rank=rank,
                     turns=partial(one_by_one, attempt) if alone else all_at_once,
+                    gates=self._gates,
                     on_result=_UnitProgress(unit_input, self._report).note,
                 )
         return finished.with_measured(measured(workers))

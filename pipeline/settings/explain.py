@@ -189,6 +189,10 @@ def _bounds(metadata: tuple[Any, ...]) -> str:
     return f" {' and '.join(parts)}" if parts else ""
 
 
+RARE = ("gates.judge",)
+"""Places whose keys (`seed`, `kind`, `image`) are as good as always meant for another that has them, too."""
+
+
 def _choices(kind: Any) -> list[str]:
     """The words that a field takes."""
     branches = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
@@ -206,7 +210,8 @@ def _unknown_key(faulty: _FaultyKey, root: type[BaseModel]) -> str:
     ours = [name for name in faulty.owner.model_fields if name != "method"]
     homes = _homes(root)
     near = difflib.get_close_matches(key, ours, n=1)
-    if exact := [home for home, names in homes.items() if key in names]:
+    exact = [home for home, names in homes.items() if key in names]
+    if exact := [home for home in exact if home not in RARE] or exact:
         here = f" of {faulty.label}" if faulty.label else ""
         section = faulty.label.partition(".method '")[0].rpartition(".")[2]  # also of one of several methods
         exact.sort(key=lambda home: not home.startswith(f"{section}.method"))  # the section's other methods come first

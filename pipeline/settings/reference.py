@@ -20,6 +20,10 @@ from pipeline.recipe import Method, ModelConfig, Recipe, RunConfig, SinkConfig, 
 from pipeline.recordings import Recording
 from pipeline.records import Concept, EditRequest, TextExpert, WordPair
 from pipeline.rewards import REWARDS
+from pipeline.settings.best_of import BestOfConfig, Variation
+from pipeline.settings.gates import Bounds, GatesConfig
+from pipeline.settings.instructions import InstructionsConfig
+from pipeline.settings.judge import JudgeConfig
 from pipeline.settings.sections import WorkerRange
 from pipeline.subjects import Subject
 
@@ -35,6 +39,12 @@ TITLES = {  # of a section's own table
     "TextExpert": "experts",
     "ModelConfig": "model",
     "Method": "methods",
+    "GatesConfig": "gates",
+    "Bounds": "bounds",
+    "JudgeConfig": "judge",
+    "InstructionsConfig": "instructions",
+    "BestOfConfig": "best_of",
+    "Variation": "vary",
     "SinkConfig": "sink",
     "RunConfig": "run",
     "WorkerRange": "workers",
@@ -57,6 +67,7 @@ def _lines() -> Iterator[str]:
     yield from _part("###", TITLES["Subject"], Subject)
     yield from _part("###", TITLES["TextExpert"], TextExpert)
     yield from _rewards()
+    yield from _part("##", "instructions", InstructionsConfig)
     yield from _part("##", "model", ModelConfig)
     for section, registry in (("inversion", INVERSIONS), ("editing", EDITORS)):
         methods: Mapping[str, type[Any]] = registry
@@ -68,6 +79,11 @@ def _lines() -> Iterator[str]:
             yield from (f"{method.paper}. See [its page](methods/{name}.md).", "")
     yield from _part("###", TITLES["Recording"], Recording)
     yield from _part("##", "methods", Method)
+    yield from _part("##", "gates", GatesConfig)
+    yield from _part("###", TITLES["Bounds"], Bounds)
+    yield from _part("###", TITLES["JudgeConfig"], JudgeConfig)
+    yield from _part("##", "best_of", BestOfConfig)
+    yield from _part("###", TITLES["Variation"], Variation)
     yield from _part("##", "sink", SinkConfig)
     yield from _part("##", "run", RunConfig)
     yield from _part("###", TITLES["WorkerRange"], WorkerRange)

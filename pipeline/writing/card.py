@@ -1,8 +1,8 @@
 """README.md: the dataset card, by which `datasets.load_dataset(FOLDER)` and dataset hubs know what is what.
 
-Its head names the files of each configuration that count ("default": the results, "quarantine": what failed), their
-features and how many rows they have; its text says how they were made. A README.md of somebody else's is never touched:
-ours then stands beside it as README.shardedit.md.
+Its head names the files of each configuration that count ("default": the results, in a split of their own those that
+gates rejected; "quarantine": what failed), their features and how many rows they have; its text says how they were
+made. A README.md of somebody else's is never touched: ours then stands beside it as README.shardedit.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ BESIDE = "README.shardedit.md"  # where a card of the user's is in the way
 NAMED = 1000  # files at most; a name takes about 50 bytes
 MARK = "<!-- Written by shardedit, anew at the end of every run. Remove this line to keep your changes. -->"
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
-CONFIGURATIONS = {"data": "default", "quarantine": "quarantine"}
+# Name of the configuration that a kind of files belongs to, and of its split. What gates rejected has the columns of
+# what they let pass, and stands beside it.
+PLACES = {"data": ("default", "train"), "rejected": ("default", "rejected"), "quarantine": ("quarantine", "train")}
 
 
 def write_card(sink: SinkConfig, record: RunRecord, summary: Summary) -> str:
@@ -64,18 +66,16 @@ def card(
         sink: where the run stands.
         record: its run.json.
         summary: its numbers.
-        kinds: of "data" and "quarantine", as far as there are rows: `dataset_info` of their configuration.
-        files: of both, relative to the run's folder.
+        kinds: as far as there are rows, by kind of file: `dataset_info` of their configuration, with their split alone.
+        files: of each kind, relative to the run's folder.
     """
+    configs: dict[str, list[dict[str, Any]]] = {}
+    for kind in kinds:
+        (name, split), paths = PLACES[kind], _paths(kind, sink, files.get(kind, ()))
+        configs.setdefault(name, []).append({"split": split, "path": paths})
     head: dict[str, Any] = {
-        "configs": [
-            {
-                "config_name": CONFIGURATIONS[kind],
-                "data_files": [{"split": "train", "path": _paths(kind, sink, files.get(kind, ()))}],
-            }
-            for kind in kinds
-        ],
-        "dataset_info": [{"config_name": CONFIGURATIONS[kind], **kinds[kind]} for kind in kinds],
+        "configs": [{"config_name": name, "data_files": some} for name, some in configs.items()],
+        "dataset_info": _infos(kinds),
         "task_categories": ["image-to-image"],
         "tags": ["image-editing", "synthetic", "shardedit"],
         "size_categories": [next((name for most, name in SIZES if summary.done < most), "n>10M")],
@@ -84,6 +84,20 @@ def card(
         del head["configs"], head["dataset_info"]
     front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=100)
     return f"---\n{front}---\n{MARK}\n\n" + "\n\n".join(_text(sink, record, summary)) + "\n"
+
+
+def _infos(kinds: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """`dataset_info` by configuration: splits of one are listed together, and their bytes added up."""
+    infos: dict[str, dict[str, Any]] = {}
+    for kind, info in kinds.items():
+        name = PLACES[kind][0]
+        before = infos.setdefault(
+            name, {"config_name": name, **info, "splits": [], "download_size": 0, "dataset_size": 0}
+        )
+        before["splits"] = [*before["splits"], *info["splits"]]
+        before["download_size"] += info["download_size"]
+        before["dataset_size"] += info["dataset_size"]
+    return list(infos.values())
 
 
 def _paths(kind: str, sink: SinkConfig, files: Sequence[str]) -> str | list[str]:
@@ -99,11 +113,16 @@ def _text(sink: SinkConfig, record: RunRecord, summary: Summary) -> list[str]:
     reasons = ", ".join(f"{name} {count}" for name, count in summary.failed_by_class.items())
     failed = f"; {summary.failed:,} failed ({reasons}) and are kept, with their reasons, in `quarantine/`"
     opened = 'load_dataset("FOLDER")'
+    if summary.rejected_rows:
+        opened = 'load_dataset("FOLDER", split="train")  # the results\nload_dataset("FOLDER", split="rejected")'
+        opened += "  # what gates rejected"
     if summary.failed:
-        opened += '  # the results\nload_dataset("FOLDER", "quarantine")  # what failed'
+        opened += "" if summary.rejected_rows else "  # the results"
+        opened += '\nload_dataset("FOLDER", "quarantine")  # what failed'
     return [
         "# Local latent bases" if recipe.get("job") == "basis" else "# Edited images",
-        f"{summary.done:,} results from {summary.images:,} images{failed if summary.failed else ''}. "
+        f"{summary.done:,} results from {summary.images:,} images{_about_gates(summary)}"
+        f"{failed if summary.failed else ''}. "
         f"Made by shardedit {record.versions.get('shardedit', '')}.",
         f"```python\nfrom datasets import load_dataset\n\n{opened}\n```",
         "## How it was made",
@@ -123,6 +142,13 @@ def _text(sink: SinkConfig, record: RunRecord, summary: Summary) -> list[str]:
         _edits(recipe),
         "Every row says what was asked, by which method and seed, what its mask covers and how well the rest was kept.",
     ]
+
+
+def _about_gates(summary: Summary) -> str:
+    if not summary.rejected_rows:
+        return ""
+    by_gate = ", ".join(f"{name} {gate.rejected}" for name, gate in summary.gates.items() if gate.rejected)
+    return f"; {summary.rejected_rows:,} were rejected by gates ({by_gate}) and are kept, with reasons, in `rejected/`"
 
 
 def _methods(recipe: Mapping[str, Any]) -> dict[str, str]:
@@ -163,7 +189,7 @@ def _kinds(
 ) -> dict[str, dict[str, Any]]:
     """`dataset_info` of what there is, by kind."""
     found = {}
-    for kind, rows in zip(KINDS, (summary.done, summary.failed), strict=True):
+    for kind, rows in zip(KINDS, (summary.done, summary.rejected_rows, summary.failed), strict=True):
         if not rows:
             continue
         files = [slot.file for slot in merged.slots(kind) if slot.file is not None]
@@ -173,7 +199,7 @@ def _kinds(
             info["features"] = features_in_yaml(
                 unified([read_part(fs, f"{root}/{file.path}", pq.read_schema) for file in files])
             )
-        info["splits"] = [{"name": "train", "num_bytes": size, "num_examples": rows}]
+        info["splits"] = [{"name": PLACES[kind][1], "num_bytes": size, "num_examples": rows}]
         found[kind] = info | {"download_size": size, "dataset_size": size}
     return found
 

@@ -35,6 +35,7 @@ from pipeline.writing.manifest import (
     data_path,
     manifest_path,
     quarantine_path,
+    rejected_path,
     shard_path,
     split_generation,
     split_unit_id,
@@ -83,7 +84,7 @@ def commit(finished: FinishedUnit, sink: SinkConfig, check: Callable[[], None]) 
     if not sink.shard_size:
         # An attempt that died before its manifest may have left a kind of file that this one does not write: its rows
         # may be refused by now. Where units are merged, such files go after the merging.
-        of_unit = {data_path(unit, generation, sink), quarantine_path(unit, generation, sink)}
+        of_unit = {path(unit, generation, sink) for path in (data_path, rejected_path, quarantine_path)}
         for path in of_unit - {path for path, _ in finished.files}:
             remove(fs, f"{root}/{path}")
     for path, data in finished.files:

@@ -14,10 +14,11 @@ from pipeline.recipe import Recipe
 from pipeline.records import Rejected
 from pipeline.samples import ReadRow, UnitInput, Unreadable
 from pipeline.writing.commit import FinishedUnit, file_record
-from pipeline.writing.manifest import NOT_MEASURED, Counts, Manifest, data_path, quarantine_path
+from pipeline.writing.gate_counts import gate_counts
+from pipeline.writing.manifest import NOT_MEASURED, Counts, Manifest, data_path, quarantine_path, rejected_path
 from pipeline.writing.parquet import render_parquet
 from pipeline.writing.quarantine import render_quarantine
-from pipeline.writing.rows import Labels, OutputRow, as_written, schema, shared_columns
+from pipeline.writing.rows import ATTEMPT, Labels, OutputRow, as_written, is_kept, schema_of, shared_columns
 from pipeline.writing.webdataset import render_tar
 
 
@@ -30,33 +31,37 @@ def finish_unit(
     model_digest: str,
     call_size: int,
 ) -> FinishedUnit:
-    """Render a unit. A unit in which nothing succeeded, or nothing failed, has no file of that kind.
+    """Render a unit. A unit in which nothing passed, was rejected by gates, or failed, has no file of that kind.
 
     Args:
         unit_input: what was read.
-        encoded: one row or rejection per (image, edit, method) asked for, in any order.
+        encoded: one row or rejection per (image, edit, method) asked for, or one row per attempt at it, in any order.
         recipe: decides formats.
         generation: of the driver.
         model_digest: of the model that made the results.
         call_size: rows of a network call.
     """
     unit = unit_input.unit
-    rows = sorted((one for one in encoded if not isinstance(one, Rejected)), key=_order_of_row)
+    made = sorted((one for one in encoded if not isinstance(one, Rejected)), key=_order_of_row)
     failed = sorted((one for one in encoded if isinstance(one, Rejected)), key=_order_of_rejected)
-    _check_once_each(unit_input, rows, failed)
+    _check_once_each(unit_input, made, failed)
+    rows, rejected = [row for row in made if is_kept(row)], [row for row in made if not is_kept(row)]
     files: list[tuple[str, bytes, int]] = []
-    if rows:
-        files.append(
-            (data_path(unit.id, generation, recipe.sink), _render(rows, recipe, labels_of(unit_input.rows)), len(rows))
-        )
+    for some, path_of in ((rows, data_path), (rejected, rejected_path)):
+        if some:
+            path = path_of(unit.id, generation, recipe.sink)
+            files.append((path, _render(some, recipe, labels_of(unit_input.rows)), len(some)))
     if failed:
         path = quarantine_path(unit.id, generation, recipe.sink)
         files.append((path, render_quarantine(failed, unit.id, recipe.sink), len(failed)))
     counts = Counts(
         images=len(unit_input.rows),
-        asked=len(encoded),
+        asked=len({_result(row) for row in made}) + len(failed),
         ok=len(rows),
         failed=len(failed),
+        rejected=len({_result(row) for row in rejected} - {_result(row) for row in rows}),
+        rejected_rows=len(rejected),
+        gates=gate_counts(made, recipe.gates),
         failed_by_stage=dict(sorted(Counter(one.stage for one in failed).items())),
         failed_by_class=dict(sorted(Counter(one.error_class for one in failed).items())),
     )
@@ -88,7 +93,7 @@ def _render(rows: Sequence[OutputRow], recipe: Recipe, labels: Labels) -> bytes:
     written = [as_written(row, sink, labels) for row in rows]
     return render_parquet(
         written,
-        schema(sink, labels, bases=recipe.writes_bases, recorded=recipe.recorded, attention=recipe.records_attention),
+        schema_of(recipe, labels),
         shared_columns(sink),
     )
 
@@ -99,9 +104,13 @@ def labels_of(rows: Sequence[ReadRow]) -> Labels:
     return next((sample.labels for sample in samples if sample.labels), {})
 
 
-def _order_of_row(row: OutputRow) -> tuple[int, str, str]:
-    # By name, not in the order of the recipe: one that lists them in another order is the same recipe.
+def _result(row: OutputRow) -> tuple[int, str, str]:
     return row["index"], row["edit"], row["method"]
+
+
+def _order_of_row(row: OutputRow) -> tuple[int, str, str, int]:
+    # By name, not in the order of the recipe: one that lists them in another order is the same recipe.
+    return *_result(row), row.get(ATTEMPT, 0)
 
 
 def _order_of_rejected(rejected: Rejected) -> tuple[int, str, str]:
@@ -109,10 +118,10 @@ def _order_of_rejected(rejected: Rejected) -> tuple[int, str, str]:
 
 
 def _check_once_each(unit_input: UnitInput, rows: Sequence[OutputRow], failed: Sequence[Rejected]) -> None:
-    """See that every result asked for is in data or quarantine, once; else the fault is ours, and is not committed."""
-    results = [(row["index"], row["edit"], row["method"]) for row in rows]
-    results += [(one.sample.index, one.edit, one.method) for one in failed]
+    """See that every result asked for is in data, rejected or quarantine, once; else the fault is ours."""
+    results = [_order_of_row(row) for row in rows]
+    results += [(*_order_of_rejected(one), 0) for one in failed]
     twice = [result for result, count in Counter(results).items() if count > 1]
     assert not twice, f"unit {unit_input.unit.id} has results twice: {twice[:3]}"
     read = {row.sample.index if isinstance(row, Unreadable) else row.index for row in unit_input.rows}
-    assert read == {index for index, _, _ in results}, f"unit {unit_input.unit.id} lost rows or made some up"
+    assert read == {index for index, *_ in results}, f"unit {unit_input.unit.id} lost rows or made some up"

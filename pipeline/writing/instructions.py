@@ -1,9 +1,65 @@
-"""What was asked for in one sentence: given, or made of what the request holds."""
+"""What was asked for in one sentence: given, made of what the request holds, or drawn from templates."""
 
 from __future__ import annotations
 
+import re
+from random import Random
+from typing import Literal, NamedTuple
+
 from pipeline.interventions import Intervention
 from pipeline.records import Concept, EditRequest
+from pipeline.settings.instructions import InstructionsConfig, Kind
+
+
+class Instruction(NamedTuple):
+    """A sentence, and where it comes from."""
+
+    text: str
+    source: Literal["given", "words", "templates"]
+    revision: str  # of the templates; "" of others
+
+
+def drawn_instruction(request: EditRequest, config: InstructionsConfig, seed: int) -> Instruction:
+    """An instruction by templates and synonyms; the given one where there is one, and plain words for what no template
+    is for: a direction, an intervention, several texts.
+
+    Args:
+        request: what was asked for.
+        config: the sentences.
+        seed: of the draw.
+    """
+    plain = instruction_of(request)
+    if request.instruction:
+        return Instruction(plain, "given", "")
+    draw = Random(seed)
+    concepts = [concept for concept in request.concepts if concept.guidance_scale]
+    if request.direction is None and not request.interventions and not request.experts and request.subject is None:
+        if concepts:
+            clauses = [_drawn(_verb(one), {"what": one.prompt}, config, draw) for one in concepts]
+            return Instruction(_joined(clauses), "templates", config.revision)
+        before, after = request.source_prompt, request.target_prompt
+        if before and after and before != after:
+            words = {"before": f'"{before}"', "after": f'"{after}"'}
+            return Instruction(_drawn("change", words, config, draw), "templates", config.revision)
+    return Instruction(plain, "words", "")
+
+
+def _drawn(kind: Kind, words: dict[str, str], config: InstructionsConfig, draw: Random) -> str:
+    varied = {name: _with_synonyms(text, config, draw) for name, text in words.items()}
+    return draw.choice(config.sentences(kind)).format(**varied)
+
+
+def _with_synonyms(text: str, config: InstructionsConfig, draw: Random) -> str:
+    def other(found: re.Match[str]) -> str:
+        word = found[0]
+        return draw.choice((word, *config.synonyms.get(word, ())))
+
+    return re.sub(r"[^\W_]+", other, text)
+
+
+def _joined(clauses: list[str]) -> str:
+    *others, last = clauses
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def instruction_of(request: EditRequest) -> str:
@@ -22,8 +78,7 @@ def instruction_of(request: EditRequest) -> str:
     clauses = [_clause(concept) for concept in request.concepts if concept.guidance_scale]
     clauses += [f"{verb} {name}" for one in request.interventions for verb, name in _verbs(one)]
     if clauses:
-        *others, last = clauses
-        return f"{', '.join(others)} and {last}" if others else last
+        return _joined(clauses)
     source = request.source_prompt
     prompts = (request.target_prompt, *(expert.prompt for expert in request.experts))
     targets = " and ".join(f'"{prompt}"' for prompt in prompts if prompt and prompt != source)
@@ -40,6 +95,10 @@ def _verbs(intervention: Intervention) -> list[tuple[str, str]]:
     return [*((adds, name) for name in intervention.add), *((removes, name) for name in intervention.remove)]
 
 
-def _clause(concept: Concept) -> str:
+def _verb(concept: Concept) -> Literal["add", "remove"]:
     removes = (concept.guidance_scale < 0) != (concept.direction == "remove")
-    return f"{'remove' if removes else 'add'} {concept.prompt}"
+    return "remove" if removes else "add"
+
+
+def _clause(concept: Concept) -> str:
+    return f"{_verb(concept)} {concept.prompt}"

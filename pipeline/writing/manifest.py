@@ -5,8 +5,8 @@
 Names carry the generation of the driver whose run wrote them (writing/lock.py): what one driver writes, no other can
 overwrite. Which generation of a unit counts, writing/baseline.py says.
 
-The files that it lists stand in _parts/ until the run is whole and they are merged (writing/merging.py), or in data/
-and quarantine/ from the beginning where `sink.shard_size` is 0.
+The files that it lists stand in _parts/ until the run is whole and they are merged (writing/merging.py), or in data/,
+rejected/ and quarantine/ from the beginning where `sink.shard_size` is 0.
 
 Everything but `measured` derives from the input, the recipe and the model: two runs write the same.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -23,7 +24,7 @@ from pipeline.recipe import SinkConfig
 from pipeline.writing.paths import Chunk, FilePath, Generation, NonNegative, Sha256, UnitId, is_of_unit
 
 SUFFIXES = {"parquet": "parquet", "webdataset": "tar"}
-KINDS = ("data", "quarantine")  # of files: results, and what failed
+KINDS = ("data", "rejected", "quarantine")  # of files: results, those that gates rejected, and what failed
 PARTS = "_parts"  # folder of units' files until they are merged
 # Name of a file that is never merged: unit and generation.
 PART_NAME = re.compile(r"part-(.+-\d{5,})-(\d{8,})\.(?:parquet|tar)")
@@ -44,13 +45,28 @@ class FileRecord(Stored):
     rows: NonNegative
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateCounts:
+    """What became of rows at one gate: they passed, were rejected, or had nothing to be judged by."""
+
+    passed: NonNegative
+    rejected: NonNegative
+    alone: NonNegative  # of the rejected, those that no other gate rejected
+    undefined: NonNegative
+    measured: NonNegative  # rows with a number
+    seen: tuple[float, ...] = ()  # of the numbers: least, lower quartile, middle, upper quartile, greatest
+
+
 class Counts(Stored):
-    """How a unit went. `asked` counts results, one per (image, edit, method); every one is ok or failed."""
+    """How a unit went. `asked` counts results, one per (image, edit, method); every one is ok, rejected or failed."""
 
     images: NonNegative
     asked: NonNegative
     ok: NonNegative
     failed: NonNegative
+    rejected: NonNegative = 0  # of which no row passed the gates
+    rejected_rows: NonNegative = 0  # in rejected/
+    gates: dict[str, GateCounts] = {}
     failed_by_stage: dict[str, NonNegative]
     failed_by_class: dict[str, NonNegative]
 
@@ -102,7 +118,7 @@ class Manifest(Stored):
 
     @property
     def by_kind(self) -> dict[str, FileRecord]:
-        """The files by what they hold: "data", "quarantine", or both."""
+        """The files by what they hold: one or more of `KINDS`."""
         return {kind_of(file.path): file for file in self.files}
 
     def to_bytes(self) -> bytes:
@@ -121,6 +137,11 @@ def data_path(unit_id: str, generation: int, sink: SinkConfig) -> str:
     return _file_path("data", unit_id, generation, SUFFIXES[sink.format], sink)
 
 
+def rejected_path(unit_id: str, generation: int, sink: SinkConfig) -> str:
+    """Where the results that gates rejected stand, relative to the run's folder."""
+    return _file_path("rejected", unit_id, generation, SUFFIXES[sink.format], sink)
+
+
 def quarantine_path(unit_id: str, generation: int, sink: SinkConfig) -> str:
     """Where what failed in a unit stands, relative to the run's folder."""
     return _file_path("quarantine", unit_id, generation, SUFFIXES[sink.format], sink)
@@ -134,7 +155,7 @@ def _file_path(kind: str, unit_id: str, generation: int, suffix: str, sink: Sink
 
 
 def kind_of(path: str) -> str:
-    """Whether a listed file holds "data" or "quarantine"."""
+    """Which of `KINDS` a listed file holds."""
     return path.removeprefix(f"{PARTS}/").partition("/")[0]
 
 

@@ -129,7 +129,7 @@ class Span:
 
     @property
     def kind(self) -> str:
-        """ "data" or "quarantine"."""
+        """One of `KINDS`."""
         return kind_of(self.path)
 
 

@@ -1,7 +1,7 @@
 """A finished run's units are merged into files of about `sink.shard_size` bytes, named as dataset hubs expect them.
 
     _parts/data/SLUG/CHUNK-GENERATION.parquet ...   ->   data/train-00000-of-00012-1a2b3c4d.parquet ...
-                                                         the same for quarantine/
+                                                         the same for rejected/, quarantine/
 
 What goes where derives from the units and their sizes alone, in the order of their names: any run over the same input
 cuts the same files, whoever writes them. A name ends in eight digits of what the file holds, so that nobody overwrites

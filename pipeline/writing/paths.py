@@ -21,7 +21,7 @@ from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
 
 _NAME = "[A-Za-z0-9_-]{1,200}"
-_KIND = "(?:data|quarantine)"
+_KIND = "(?:data|rejected|quarantine)"
 _CHUNK = "[0-9]{5,8}"  # readers hold a bit per chunk of a shard: 12 MB at the most
 
 UnitId = Annotated[str, StringConstraints(pattern=f"^{_NAME}-{_CHUNK}$")]
@@ -47,20 +47,25 @@ Bits = Annotated[str, StringConstraints(pattern="^[0-9a-f]+$", max_length=10**8 
 _MERGED = re.compile(rf"{_KIND}/train-[0-9]{{5,}}-of-[0-9]{{5,}}(?:-[0-9a-f]+)*\.(?:parquet|tar)")
 _MORE = r"(?:-[0-9a-f]+)*"  # what tells commits of one unit apart
 
+JUDGED = "_judged"
+"""Folder with a judge's answers, of a run whose gates ask one."""
+
 # Folders of ours that are written to or removed from, and those of them that hold folders of shards or kinds.
 FOLDERS = (
     "data",
     "quarantine",
+    "rejected",
     "report",
     "_attempts",
     "_baseline",
+    JUDGED,
     "_lock",
     "_output",
     "_parts",
     "_shards",
     "_units",
 )
-_WITH_FOLDERS = ("_output", "_parts", "_parts/data", "_parts/quarantine", "_units")
+_WITH_FOLDERS = ("_output", "_parts", "_parts/data", "_parts/rejected", "_parts/quarantine", "_units")
 
 
 def is_merged(path: str) -> bool:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 
 import numpy as np
 
+from pipeline.errors import RowError, ShardeditError
 from pipeline.evaluation.metrics import figures
 from pipeline.reading.placement import restore, restore_mask
 from pipeline.reading.requests import refusal_by
 from pipeline.records import Decoded, Edited, Outcome, Rejected
 
 
-def outcome_of(result: Decoded | Rejected) -> Outcome:
-    """What becomes of a result: restored, or rejected in stage "encode" where that fails."""
+def outcome_of(result: Decoded | Rejected, gates: Callable[[Edited], Edited] | None = None) -> Outcome:
+    """What becomes of a result: restored, and judged by gates where there are any; or failed in stage "encode"."""
     if isinstance(result, Rejected):
         return result
     try:
-        return restored(result)
+        edited = restored(result)
+        return edited if gates is None else gates(edited)
     except Exception as error:
+        if isinstance(error, ShardeditError) and not isinstance(
+            error, RowError
+        ):  # a judge that cannot be asked: the run's
+            raise
         return Rejected.by(refusal_by(error, "encode"), result.prepared.sample, result.edit, result.method)
 
 
@@ -39,6 +46,9 @@ def restored(decoded: Decoded) -> Edited:
         seed=decoded.seed,
         basis=decoded.basis,
         recorded=decoded.recorded,
+        inversion_psnr=decoded.inversion_psnr,
+        stopped=decoded.stopped,
+        attempt=prepared.attempt,
         figures={}
         if decoded.basis is not None or not decoded.is_compared
         else figures(

@@ -22,17 +22,24 @@ import pipeline
 from pipeline.engine.backbone import ModelRecord
 from pipeline.errors import EncodeError
 from pipeline.evaluation.metrics import NAMES as FIGURES
+from pipeline.gating.gate import columns_of
 from pipeline.reading.rows_as_json import Labels
 from pipeline.recipe import Recipe, SinkConfig
 from pipeline.recordings import RecordingKey
 from pipeline.records import Edited, Outcome, Rejected
 from pipeline.samples import Sample
+from pipeline.seeds import seed_for
+from pipeline.settings.gates import GatesConfig
 from pipeline.writing.basis_columns import BASIS_COLUMNS, basis_columns
-from pipeline.writing.instructions import instruction_of
+from pipeline.writing.instructions import drawn_instruction, instruction_of
 from pipeline.writing.recorded_columns import recorded_columns, recorded_schema
 
 OutputRow = dict[str, Any]
 """One output row under our own names, and `LABELS`; `as_written` makes it ready for `schema`."""
+REASONS = "reject_reasons"
+"""The column with the gates that rejected a row; an empty list of those that passed."""
+ATTEMPT, CHOSEN, SETTINGS, ATTEMPTS_FAILED = "attempt", "chosen", "settings", "attempts_failed"
+"""Columns of a run that makes several attempts; best_of.py fills the second and the last."""
 LABELS = "labels of the source"  # in a row: {column of the source: number of the class}; no column's name
 PNG_LEVEL = 4  # of zlib, 0..9: a third of the time of the default 6, for 2 % more bytes
 THUMBNAIL_SIDE = 256  # pixels of the longer side: about 12 kB
@@ -42,6 +49,7 @@ _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _MEMBER = pa.struct([("name", pa.string()), ("bytes", pa.binary())])
 _FEATURES: dict[Any, Any] = {  # how Hugging Face `datasets` spells these types
     pa.string(): {"dtype": "string", "_type": "Value"},
+    pa.bool_(): {"dtype": "bool", "_type": "Value"},
     pa.int64(): {"dtype": "int64", "_type": "Value"},
     pa.float64(): {"dtype": "float64", "_type": "Value"},
     pa.float32(): {"dtype": "float32", "_type": "Value"},
@@ -58,6 +66,9 @@ def schema(
     bases: bool = False,
     recorded: Sequence[RecordingKey] = (),
     attention: bool = False,
+    gates: GatesConfig | None = None,
+    attempts: bool = False,
+    drawn_instructions: bool = False,
 ) -> pa.Schema:
     """Columns of `data/`, with the metadata by which `datasets.load_dataset("parquet")` sees images as images.
 
@@ -67,6 +78,9 @@ def schema(
         bases: the rows hold bases, too.
         recorded: what the rows hold of the network's blocks.
         attention: they hold where words were attended to, too.
+        gates: of the run, whose figures and reasons they hold.
+        attempts: the run makes several of each.
+        drawn_instructions: they say where their instructions come from.
     """
     columns: dict[str, pa.DataType] = {
         "id": pa.string(),
@@ -85,6 +99,7 @@ def schema(
         ("input_path", "caption", "instruction", "source_prompt", "target_prompt", "negative_prompt", "request"),
         pa.string(),
     )
+    columns |= dict.fromkeys(("instruction_source", "instruction_revision") if drawn_instructions else (), pa.string())
     columns["seed"] = pa.int64()
     columns |= dict.fromkeys(
         ("model", "model_revision", "model_digest", "recipe_hash", "code_version"),
@@ -92,6 +107,12 @@ def schema(
     )
     columns["call_size"] = pa.int64()
     columns |= dict.fromkeys(FIGURES, pa.float64())
+    if gates is not None:
+        kinds = {float: pa.float64(), str: pa.string()}
+        columns |= {name: kinds[kind] for name, kind in columns_of(gates).items()} | {REASONS: pa.list_(pa.string())}
+    if attempts:
+        columns |= {ATTEMPT: pa.int64(), CHOSEN: pa.bool_(), SETTINGS: pa.string()}
+        columns |= {ATTEMPTS_FAILED: pa.list_(pa.string())}
     columns |= BASIS_COLUMNS if bases else {}
     columns |= recorded_schema(recorded, attention=attention)
     columns |= {"columns": pa.string(), "members": pa.list_(_MEMBER)}
@@ -101,6 +122,20 @@ def schema(
         column = label_column(name, features)
         columns[column], features[column] = pa.int64(), {"names": list(classes), "_type": "ClassLabel"}
     return with_features(list(columns.items()), features)
+
+
+def schema_of(recipe: Recipe, labels: Labels | None = None) -> pa.Schema:
+    """Columns of a run's `data/` and `rejected/`."""
+    return schema(
+        recipe.sink,
+        labels,
+        bases=recipe.writes_bases,
+        recorded=recipe.recorded,
+        attention=recipe.records_attention,
+        gates=recipe.gates,
+        attempts=recipe.best_of is not None,
+        drawn_instructions=recipe.instructions is not None,
+    )
 
 
 def with_features(columns: Sequence[tuple[str, pa.DataType]], features: Mapping[str, Any]) -> pa.Schema:
@@ -162,7 +197,7 @@ def encode_outcome(outcome: Outcome, recipe: Recipe, model: ModelRecord, call_si
 
 def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> OutputRow:
     sample, request, sink = edited.sample, edited.request, recipe.sink
-    stem = stem_of(sample, edited.edit, edited.method)
+    stem = stem_of(sample, edited.edit, edited.method, edited.attempt)
     row: OutputRow = {
         "id": utf8_text(sample.id),
         "shard": utf8_text(sample.shard),
@@ -176,7 +211,7 @@ def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> 
         "concepts": [utf8_text(concept.prompt) for concept in request.concepts],
         "input_path": utf8_text(sample.image_path),
         "caption": utf8_text(sample.caption),
-        "instruction": utf8_text(instruction_of(request)),
+        **_instruction_columns(edited, recipe),
         "source_prompt": utf8_text(request.source_prompt),
         "target_prompt": utf8_text(request.target_prompt),
         "negative_prompt": utf8_text(request.negative_prompt),
@@ -191,6 +226,8 @@ def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> 
         **{name: edited.figures.get(name) for name in FIGURES},
         "columns": json_text(dict(sample.columns)),
         "members": [{"name": utf8_text(name), "bytes": bytes(data)} for name, data in sorted(sample.members.items())],
+        **_gate_columns(edited, recipe),
+        **_attempt_columns(edited, recipe),
         LABELS: {name: sample.columns.get(name) for name in sample.labels},
     }
     if edited.basis is not None:
@@ -202,6 +239,39 @@ def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> 
     else:
         row["input_thumbnail"] = _named(encode_thumbnail(edited.original), f"{stem}.thumbnail.jpg")
     return row
+
+
+def _instruction_columns(edited: Edited, recipe: Recipe) -> OutputRow:
+    if recipe.instructions is None:
+        return {"instruction": utf8_text(instruction_of(edited.request))}
+    seed = seed_for(recipe.run.seed, edited.sample.id, f"instruction of {edited.edit}")
+    drawn = drawn_instruction(edited.request, recipe.instructions, seed)
+    return {
+        "instruction": utf8_text(drawn.text),
+        "instruction_source": drawn.source,
+        "instruction_revision": drawn.revision,
+    }
+
+
+def _gate_columns(edited: Edited, recipe: Recipe) -> OutputRow:
+    if recipe.gates is None:
+        return {}
+    assert edited.gated is not None, "a gated run's results have been before its gates"
+    figures, reasons = edited.gated.figures, list(edited.gated.reasons)
+    return {name: figures.get(name) for name in columns_of(recipe.gates)} | {REASONS: reasons}
+
+
+def _attempt_columns(edited: Edited, recipe: Recipe) -> OutputRow:
+    if recipe.best_of is None:
+        return {}
+    method = recipe.methods_of(edited.attempt)[edited.method]
+    settings = json_text(method.model_dump(mode="json"))
+    return {ATTEMPT: edited.attempt, CHOSEN: False, SETTINGS: settings, ATTEMPTS_FAILED: []}
+
+
+def is_kept(row: OutputRow) -> bool:
+    """Whether a row stands in data/: no gate rejected it and, of several attempts, it is the one that was chosen."""
+    return not row.get(REASONS) and bool(row.get(CHOSEN, True))
 
 
 def _named(data: bytes, path: str) -> dict[str, Any]:
@@ -271,13 +341,15 @@ def _encode(image: Image.Image, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def stem_of(sample: Sample, edit: str, method: str) -> str:
+def stem_of(sample: Sample, edit: str, method: str, attempt: int = 0) -> str:
     """Name of one result's files: ASCII, no dots (a WebDataset key ends at the first), unique in the whole run.
 
     Names of edits and methods hold no "~", so that the parts stay apart.
     """
     key = re.sub(r"[^A-Za-z0-9_-]+", "_", sample.key)[:64]
-    return f"{key}-{hashlib.sha256(utf8_text(sample.id).encode()).hexdigest()[:10]}~{edit}~{method}"
+    return f"{key}-{hashlib.sha256(utf8_text(sample.id).encode()).hexdigest()[:10]}~{edit}~{method}" + (
+        f"~{attempt}" if attempt else ""
+    )
 
 
 def json_text(value: Mapping[str, Any]) -> str:

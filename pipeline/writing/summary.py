@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from pipeline.reading.shards import Shard, shard_slug
@@ -13,7 +13,8 @@ from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
 from pipeline.writing.commit import Committed
 from pipeline.writing.files import put
-from pipeline.writing.manifest import FileRecord, Manifest
+from pipeline.writing.gate_counts import added
+from pipeline.writing.manifest import FileRecord, GateCounts, Manifest
 from pipeline.writing.merged import Merged
 
 SUMMARY_FILE = "summary.json"
@@ -51,12 +52,15 @@ class Summary:
     worker_seconds: float
     busy_seconds: float  # of these, in which the models had calls to work on
     network_rows: int
-    output_bytes: int  # of data and quarantine
+    output_bytes: int  # of data, rejected and quarantine
     failed_by_stage: dict[str, int]
     failed_by_class: dict[str, int]
     outcome: RunOutcome
     exit_code: int  # of the command
     generation: int  # of the driver that added it up; an earlier driver's summary is stale
+    rejected: int = 0  # results of which no row passed the gates; they stand in rejected/
+    rejected_rows: int = 0  # in rejected/
+    gates: dict[str, GateCounts] = field(default_factory=dict)  # rows at each gate; quartiles are means over units
 
 
 def summarise(
@@ -106,6 +110,7 @@ class Totals:
         self._sums: Counter[str] = Counter()
         self._stages: Counter[str] = Counter()
         self._classes: Counter[str] = Counter()
+        self._gates: dict[str, GateCounts] = {}
         self._seconds = self._worker_seconds = self._busy_seconds = 0.0
 
     @property
@@ -122,11 +127,14 @@ class Totals:
             asked=counts.asked,
             ok=counts.ok,
             failed=counts.failed,
+            rejected=counts.rejected,
+            rejected_rows=counts.rejected_rows,
             network_rows=measured.network_rows,
             bytes=sum(file.size for file in manifest.files if not self._is_merged(file, manifest.unit)),
         )
         self._stages.update(counts.failed_by_stage)
         self._classes.update(counts.failed_by_class)
+        self._gates = added(self._gates, counts.gates)
         self._worker_seconds += measured.worker_seconds
         self._busy_seconds += measured.busy_seconds
         self._seconds += measured.worker_seconds / measured.workers
@@ -156,6 +164,9 @@ class Totals:
             planned=sums["asked"],
             done=sums["ok"],
             failed=sums["failed"],
+            rejected=sums["rejected"],
+            rejected_rows=sums["rejected_rows"],
+            gates=dict(sorted(self._gates.items())),
             complete=complete,
             units=sums["units"],
             units_now=units_now,

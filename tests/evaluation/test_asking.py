@@ -15,9 +15,9 @@ import pytest
 
 from pipeline.evaluation.items import Item, Result
 from pipeline.evaluation.judging.asking import JudgeError
-from pipeline.evaluation.judging.config import JudgeConfig
 from pipeline.evaluation.judging.judged import Judging
 from pipeline.records import Concept, EditRequest
+from pipeline.settings.judge import JudgeConfig
 from pipeline.writing.rows import encode_png
 from tests.evaluation.fake_judge import GOOD, FakeJudge, Reply, Script, fake_judge
 

@@ -12,10 +12,10 @@ import torch
 
 from pipeline.errors import ModelError
 from pipeline.evaluation.items import Item, Result
-from pipeline.evaluation.judging.config import JudgeConfig
 from pipeline.evaluation.judging.judged import Judging
 from pipeline.models.vision_language import load_vision_language
 from pipeline.records import EditRequest
+from pipeline.settings.judge import JudgeConfig
 from pipeline.writing.rows import encode_png
 
 WORDS = [

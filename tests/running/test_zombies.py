@@ -25,7 +25,6 @@ import numpy as np
 import pytest
 
 from pipeline.errors import RunAborted, SinkError
-from pipeline.flow import seed_for
 from pipeline.looking.verify import verify
 from pipeline.reading.storage import open_fs
 from pipeline.reading.units import read_units
@@ -36,6 +35,7 @@ from pipeline.running.pool import WorkerSettings
 from pipeline.running.tally import Seen, Tally
 from pipeline.running.todo import Todo
 from pipeline.samples import Sample, UnitInput
+from pipeline.seeds import seed_for
 from pipeline.writing import commit, files, folding, indexing
 from pipeline.writing.attempts import Attempt
 from pipeline.writing.commit import FinishedUnit, committed_units

@@ -22,9 +22,9 @@ from tenacity.wait import wait_random_exponential
 from pipeline.common import stopping
 from pipeline.errors import RunAborted, ShardeditError
 from pipeline.evaluation.judging.answers import Read
-from pipeline.evaluation.judging.config import JudgeConfig
 from pipeline.evaluation.judging.questions import Question
 from pipeline.reading.storage import FileSystem
+from pipeline.settings.judge import JudgeConfig
 from pipeline.writing.files import from_json, get, list_folder, put
 
 LONGEST = 60.0  # seconds between two requests, where the judge names none
@@ -182,8 +182,10 @@ class Journal:
 
     def __init__(self, fs: FileSystem, root: str, config: JudgeConfig) -> None:
         self._fs, self._root = fs, root
+        # As JSON has it: a default of 0 and a 0 that was read back are one number.
         self._judge = config.model_dump(
-            include={"kind", "model", "revision", "protocol", "temperature", "max_tokens", "seed", "image", "max_side"}
+            mode="json",
+            include={"kind", "model", "revision", "protocol", "temperature", "max_tokens", "seed", "image", "max_side"},
         )
         self._there = {path.rpartition("/")[2] for path in list_folder(fs, root)}
 

@@ -18,8 +18,8 @@ import httpx2 as httpx
 from typing_extensions import override
 
 from pipeline.evaluation.judging.asking import Answer, Judge, JudgeError, PassingError, RowFailedError, key_of
-from pipeline.evaluation.judging.config import JudgeConfig
 from pipeline.evaluation.judging.questions import Question
+from pipeline.settings.judge import JudgeConfig
 
 LONGEST_NAMED = 120.0  # seconds that a server may ask for
 AGAIN = {408, 409, 425, 429, *range(500, 600)}

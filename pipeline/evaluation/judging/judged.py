@@ -19,7 +19,6 @@ from pipeline.evaluation.benchmarks.imgedit_bench import CRITERIA
 from pipeline.evaluation.items import Result
 from pipeline.evaluation.judging.answers import Read
 from pipeline.evaluation.judging.asking import MOST_TEXT, Answer, Interview, Journal, Judge, Outcome, key_of
-from pipeline.evaluation.judging.config import JudgeConfig
 from pipeline.evaluation.judging.local import LocalJudge
 from pipeline.evaluation.judging.questions import (
     PARTS,
@@ -34,6 +33,7 @@ from pipeline.evaluation.scoring import JPEG_QUALITY, MAX_PIXELS
 from pipeline.models.vision_language import found_safe
 from pipeline.reading.decode import decode
 from pipeline.reading.storage import FileSystem
+from pipeline.settings.judge import JudgeConfig
 from pipeline.writing.rows import encode_png, utf8_text
 
 NO_INSTRUCTION = "no_instruction"  # class of a row whose edit no words name: a judge cannot be asked about it

@@ -14,9 +14,9 @@ from PIL import Image
 from typing_extensions import override
 
 from pipeline.evaluation.judging.asking import Answer, Judge
-from pipeline.evaluation.judging.config import JudgeConfig
 from pipeline.evaluation.judging.questions import Question
 from pipeline.models.vision_language import VisionLanguageModel, load_vision_language
+from pipeline.settings.judge import JudgeConfig
 
 MOST_TOKENS = 512  # of an answer, as the official scripts let their local judge write
 

@@ -59,7 +59,7 @@ def image_card(
         result_tile(ref, pictures[key_of(ref)], verdicts[key_of(ref)], gains.get(key_of(ref)), name) for ref in row.refs
     ]
     tiles += [failed_tile(failure) for failure in row.failures]
-    tiles.sort(key=lambda tile: (tile["edit"], tile["method"]))
+    tiles.sort(key=lambda tile: (tile["edit"], tile["method"], tile.get("attempt") or 0))
     return {
         "id": row.id,
         "caption": caption,
@@ -105,9 +105,18 @@ def result_tile(ref: ResultRef, shown: Pictures, verdict: Verdict, gain: float |
         "figures": ref.figures,
         "verdict": verdict,
         "gain": gain,
-        "outcomes": outcomes(verdict),
+        "outcomes": " ".join(filter(None, [outcomes(verdict), "rejected" if ref.is_rejected else ""])),
+        "rejected": rejections(ref),
+        "attempt": ref.attempt,
         "place": f"{ref.file}, row {ref.row_in_file}",
     }
+
+
+def rejections(ref: ResultRef) -> list[str]:
+    """The gates that rejected a result, and by which figures; or that another attempt was chosen."""
+    values = {name: ref.figures.get(name) for name in ref.reasons}
+    found = [name if value is None else f"{name} {value:.3g}" for name, value in values.items()]
+    return found or (["another attempt was chosen"] if ref.is_rejected else [])
 
 
 def failed_tile(failure: Mapping[str, str]) -> dict[str, Any]:

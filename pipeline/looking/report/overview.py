@@ -32,6 +32,7 @@ class RunCounts:
     images: int
     images_per_second: float | None
     complete: bool
+    rejected: int = 0  # by gates, all of a result's attempts
 
     @classmethod
     def of(cls, run: RunFolder) -> RunCounts:
@@ -40,21 +41,29 @@ class RunCounts:
         return cls(
             done=run.totals.done,
             failed=run.totals.failed,
+            rejected=run.totals.rejected,
             images=run.totals.images,
             images_per_second=summary.get("images_per_second"),
             complete=bool(summary.get("complete")),
         )
 
+    @property
+    def asked(self) -> int:
+        """Results that were asked for and are committed."""
+        return self.done + self.rejected + self.failed
+
     def sentence(self) -> str:
         """The run in one line."""
-        asked = self.done + self.failed
         parts = [f"{count(self.done, 'result')} from {count(self.images, 'image')}."]
+        if self.failed or self.rejected:
+            parts[0] = f"{self.done:,} of {count(self.asked, 'result')} from {count(self.images, 'image')}."
+        if self.rejected:
+            parts.append(f"{self.rejected:,} did not pass the gates.")
         if self.failed:
-            parts[0] = f"{self.done:,} of {count(asked, 'result')} from {count(self.images, 'image')}."
             parts.append(f"{self.failed:,} failed and {'is' if self.failed == 1 else 'are'} kept in quarantine.")
         if not self.complete:
             parts.append("The run is not complete: the same command goes on from here.")
-        elif not self.failed:
+        elif not self.failed and not self.rejected:
             parts.append("Everything that was asked for is here.")
         return " ".join(parts)
 
@@ -68,6 +77,8 @@ def tiles(counts: RunCounts, scored: Sequence[Scored]) -> list[dict[str, Any]]:
         found.append(tile("edit happened", share_text(sum(edit == "done" for edit in edits), len(edits))))
     if rests:
         found.append(tile("rest stayed", share_text(sum(rest == "kept" for rest in rests), len(rests))))
+    if counts.rejected:
+        found.append(tile("rejected by gates", f"{counts.rejected:,}"))
     found.append(tile("failed", f"{counts.failed:,}", bad=counts.failed > 0))
     if counts.images_per_second:
         found.append(tile("images per second", f"{counts.images_per_second:.3g}"))
@@ -76,7 +87,6 @@ def tiles(counts: RunCounts, scored: Sequence[Scored]) -> list[dict[str, Any]]:
 
 def bar(counts: RunCounts, scored: Sequence[Scored]) -> list[dict[str, Any]]:
     """All that was asked for as parts of one bar: how the edits went, and what failed."""
-    asked = counts.done + counts.failed
     edits: Counter[str] = Counter(verdict.edit or "not judged" for _, verdict, _ in scored)
     grades = {"done": "good", "faint": "fair", "off target": "fair", "nothing changed": "poor", "not judged": "none"}
     parts = [
@@ -85,9 +95,10 @@ def bar(counts: RunCounts, scored: Sequence[Scored]) -> list[dict[str, Any]]:
         for name, grade in grades.items()
         if edits[name]
     ]
+    parts += [("rejected by gates", "none", float(counts.rejected))] if counts.rejected else []
     parts += [("failed", "failed", float(counts.failed))] if counts.failed else []
     return [
-        {"label": label, "grade": grade, "weight": round(weight, 2), "share": share_text(weight, asked)}
+        {"label": label, "grade": grade, "weight": round(weight, 2), "share": share_text(weight, counts.asked)}
         for label, grade, weight in parts
     ]
 

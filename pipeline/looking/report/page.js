@@ -6,7 +6,7 @@
   const PER_PAGE = 24; // images
   const OUTCOMES = {
     good: "edit done, rest kept", "nothing-changed": "nothing changed", faint: "edit faint", "off-target": "off target",
-    drifted: "rest drifted or changed", failed: "failed",
+    drifted: "rest drifted or changed", rejected: "rejected by gates", failed: "failed",
   };
   const plain = text => text.toLowerCase().normalize("NFKC");
   const known = text => text === undefined || text === "" ? null : Number(text);

@@ -23,7 +23,7 @@ from pipeline.common.wording import count
 from pipeline.evaluation import verdict
 from pipeline.evaluation.metrics import MAX_PSNR
 from pipeline.evaluation.verdict import judge
-from pipeline.looking.report import overview
+from pipeline.looking.report import gates, overview
 from pipeline.looking.report.cards import Pictures, image_card, pictures_of
 from pipeline.looking.report.selection import (
     Gains,
@@ -42,6 +42,7 @@ from pipeline.looking.report.text_gain import text_gain
 from pipeline.looking.results import READERS, ResultRef, RunFolder
 from pipeline.recipe import SinkConfig
 from pipeline.writing.files import list_folder, put_over_ours, remove
+from pipeline.writing.manifest import KINDS
 from pipeline.writing.paths import refuse_links
 
 if TYPE_CHECKING:
@@ -105,9 +106,9 @@ class Chosen:
     def of(cls, run: RunFolder, results: int | None, model: ImageTextModel | None) -> Chosen:
         """Read figures and failures, choose, score, sort."""
         most = None if results is None else max(MAX_UNITS, results)
-        spans = {kind: run.spans(kind) for kind in ("data", "quarantine")}
-        refs = run.figures(spans["data"] if most is None else spread(spans["data"], most))
-        failures = list(run.failures(spans["quarantine"] if most is None else spread(spans["quarantine"], most)))
+        spans = {kind: run.spans(kind) if most is None else spread(run.spans(kind), most) for kind in KINDS}
+        refs = run.figures([*spans["data"], *spans["rejected"]])
+        failures = list(run.failures(spans["quarantine"]))
         verdicts = {key_of(ref): judge(ref.figures) for ref in refs}
         rows = images_of(refs, failures)
         if results is not None:
@@ -178,7 +179,8 @@ def common_values(
     run: RunFolder, chosen: Chosen, pages: Sequence[Sequence[ImageRow]], model: ImageTextModel | None
 ) -> dict[str, Any]:
     """What every page says."""
-    size, asked = sum(row.size for row in chosen.rows), run.totals.done + run.totals.failed
+    totals = run.totals
+    size, asked = sum(row.size for row in chosen.rows), totals.done + totals.rejected_rows + totals.failed
     refs = [ref for row in chosen.rows for ref in row.refs]
     return {
         "title": run.name,
@@ -192,6 +194,7 @@ def common_values(
         "score_model": model.name if model else "",
         "page_count": len(pages),
         "shown_in_all": size,
+        "gated": bool(run.gates),
         "indexed": len(pages) > 1 and size <= MAX_INDEXED,
     }
 
@@ -199,7 +202,8 @@ def common_values(
 def overview_values(run: RunFolder, chosen: Chosen) -> dict[str, Any]:
     """What the first page alone says."""
     counts = overview.RunCounts.of(run)
-    scored = overview.scored_of(chosen.refs, chosen.verdicts, chosen.gains)
+    kept = [ref for ref in chosen.refs if not ref.is_rejected]
+    scored = overview.scored_of(kept, chosen.verdicts, chosen.gains)
     reasons = overview.failure_table(chosen.failures)
     lines = overview.method_lines(scored, chosen.failures)
     return {
@@ -209,7 +213,10 @@ def overview_values(run: RunFolder, chosen: Chosen) -> dict[str, Any]:
         "failures": reasons[: overview.MAX_LINES],
         "failures_note": overview.failures_note(counts, len(chosen.failures), len(reasons)),
         "lines": lines[: overview.MAX_LINES],
-        "lines_note": overview.lines_note(len(chosen.refs), counts.done, len(lines)),
+        "lines_note": overview.lines_note(len(kept), counts.done, len(lines)),
+        "gates": gates.gate_lines(run, chosen.refs),
+        "gates_note": gates.note(run, chosen.refs),
+        "reasons": gates.reasons(chosen.refs),
         "drawing": overview.drawing(scored),
         "facts": overview.facts(run),
     }

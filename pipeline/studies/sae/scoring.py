@@ -21,12 +21,12 @@ from pipeline.engine.calls import Denoise, Denoised, EncodeImage, EncodeText, St
 from pipeline.engine.controls import Add, Adds, Control, Plan, Record, Records, Transformer
 from pipeline.engine.engine import Engine
 from pipeline.errors import ModelError
-from pipeline.flow import seed_for
 from pipeline.interventions import BlockAutoencoder
 from pipeline.inversion.base import draw_from
 from pipeline.models.loading import load_backbone
 from pipeline.reading.libraries import read_library
 from pipeline.reading.storage import open_fs
+from pipeline.seeds import seed_for
 from pipeline.studies.sae.config import ScoreConfig
 from pipeline.studies.sae.labelling import entries_of
 from pipeline.studies.sae.recorded import RecordedImage, RecordedRuns

@@ -1,4 +1,4 @@
-"""The judge's section of an evaluation."""
+"""The section that names a judge, of an evaluation or of a job's gates."""
 
 from __future__ import annotations
 

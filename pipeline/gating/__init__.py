@@ -1,0 +1,1 @@
+"""Which results are kept: figures that gates judge, and what becomes of a result at each."""
