@@ -9,7 +9,7 @@ another but for its shift.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -104,26 +104,30 @@ def refine(
     """
     height, width = one.shape
     system = _System(one)
-    found, moved = start, math.inf
-    for _ in range(steps):
+    found = start
+    for number in range(steps):
         step = system.step(other, weight, found)
         if step is None:
             return None
         change = torch.eye(3, dtype=torch.float64)
         change[:2] += step.change
-        found = Map(found.matrix @ change, step.error)
+        found = Map(found.matrix @ change)
         if not bool(torch.isfinite(found.matrix).all()) or not 0.1 < float(torch.linalg.det(found.matrix[:, :2])) < 10:
             return None
         moved = _largest_move(step.change, height, width)
-        if moved < STILL:
-            return found
-    return found if moved < SETTLED else None
+        if moved < STILL or (number == steps - 1 and moved < SETTLED):
+            return replace(found, error=system.error(step))
+    return None
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
     change: Float[Tensor, "2 3"]
-    error: float
+    solved: Float[Tensor, "10"]  # all unknowns
+    residual: Float[Tensor, "h w"]
+    columns: Float[Tensor, "10 h w"]  # what each unknown changes
+    weighted: Float[Tensor, "10 h w"]
+    inverse: Float[Tensor, "10 10"]  # of the normal matrix
 
 
 class _System:
@@ -170,15 +174,16 @@ class _System:
         if int(failed) or not bool(torch.isfinite(inverse).all()):
             return None
         residual = centred - moved
-        solved = inverse @ (weighted * residual).sum(dim=(1, 2)).double()
-        left = residual - torch.einsum("k,khw->hw", solved.float(), columns)
+        solved = inverse @ (weighted.flatten(1) @ residual.flatten()).double()
         step = solved[:6].reshape(2, 3).clone()
         step[:, :2] /= self.side
-        return _Step(step, self._error(weighted * left, inverse))
+        return _Step(step, solved, residual, columns, weighted, inverse)
 
-    def _error(self, scores: Tensor, inverse: Tensor) -> float:
-        """Standard error of a corner, by the sandwich of Huber and White over blocks: what is left over, of JPEG's
-        blocks or of an edit that was not told, is no noise that differs from pixel to pixel."""
+    def error(self, step: _Step) -> float:
+        """Standard error of a corner after a step, by the sandwich of Huber and White over blocks: what is left over,
+        of JPEG's blocks or of an edit that was not told, is no noise that differs from pixel to pixel."""
+        left = step.residual - torch.einsum("k,khw->hw", step.solved.float(), step.columns)
+        scores, inverse = step.weighted * left, step.inverse
         area = CLUSTER * CLUSTER
         bottom, right = -scores.shape[1] % CLUSTER, -scores.shape[2] % CLUSTER
         clusters = avg_pool2d(pad(scores, (0, right, 0, bottom)), CLUSTER).flatten(1).double() * area
