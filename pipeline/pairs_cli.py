@@ -65,8 +65,8 @@ class PresetChoice(StrEnum):
 class End(StrEnum):
     """Of a score."""
 
-    higher = "higher"
-    lower = "lower"
+    HIGHER = "higher"
+    LOWER = "lower"
 
 
 SIGNED = "a PEM file. With the other one, every result is signed (C2PA; needs shardedit[c2pa])."

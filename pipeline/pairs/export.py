@@ -25,10 +25,11 @@ from pipeline.pairs.hub import Push, Repository
 from pipeline.pairs.plan import Plan, planned
 from pipeline.pairs.preferences import BY_GATES, Better, score_of
 from pipeline.pairs.presets import PRESETS, SIMILARITIES, Preset, PresetName
-from pipeline.pairs.results import Results
+from pipeline.pairs.results import ACCEPTED, Results
 from pipeline.pairs.signing import Signer, Signing
 from pipeline.reading.storage import is_local, open_fs
-from pipeline.writing.files import get, list_folder, put, put_made
+from pipeline.writing.files import from_json, get, list_folder, put, put_made
+from pipeline.writing.summary import SUMMARY_FILE
 
 RECORD, CARD = "export.json", "README.md"
 
@@ -164,8 +165,14 @@ def _refuse_settings(config: ExportConfig, preset: Preset, *, on_this_machine: b
 def _refuse_unfit(run: RunFolder) -> None:
     where = public_url(run.sink.folder)
     sink = run.record["recipe"]["sink"]
+    there = sum(span.rows for span in run.spans(ACCEPTED))
     if not (run.summary or {}).get("complete"):
         raise SinkError(f"{where} is not done: a part would be exported for the whole. Run its `shardedit edit` again")
+    if there != (counted := _counted(run)):
+        raise SinkError(
+            f"{where} is not whole: its summary.json counts {counted:,} results, and {there:,} are there. See what is "
+            "missing with `shardedit verify`; its `shardedit edit` makes that again"
+        )
     if sink["format"] != "parquet":
         raise RecipeError(where, [("sink.format", "is webdataset: runs in Parquet are exported")])
     if not (sink["include_input"] or sink["columns"] == "instructpix2pix"):
@@ -173,6 +180,12 @@ def _refuse_unfit(run: RunFolder) -> None:
             where,
             [("sink.include_input", "is false: the inputs are not in the run. Edit with sink.include_input=true")],
         )
+
+
+def _counted(run: RunFolder) -> int:
+    """Rows that the run had when it ended."""
+    data = get(run.fs, f"{run.root}/{SUMMARY_FILE}")
+    return int(from_json(data or b"{}").get("rows", -1))
 
 
 def _about(config: ExportConfig, runs: Sequence[RunFolder]) -> bytes:

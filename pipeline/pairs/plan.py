@@ -111,7 +111,7 @@ def planned(
     edits: Counter[str] = Counter()
     takes_all = preset.pairs or with_rejected
     for place in results.places((ACCEPTED, REJECTED)):
-        row = results.shown(place)
+        row = results.read(place)
         accepted = is_accepted(place, row)
         if kind_of(place.path) == REJECTED:
             reasons.update(row["reject_reasons"] or ())
@@ -124,6 +124,7 @@ def planned(
             continue
         seen.add(pair)
         filled.see(row)
+        results.mark(place, row)  # a result that cannot be marked is told before anything is written
         size = len(row["input"]["bytes"]) + len(row["image"]["bytes"])
         number = row["figures"].get(score.name) if score else None
         number = None if number is None or not math.isfinite(number) else number

@@ -98,16 +98,24 @@ class Results:
         """A row whose result says in its metadata that it was edited.
 
         Raises:
-            SinkError: the file cannot be read, or the result is no whole picture.
+            SinkError: as `read` and `mark`.
         """
-        row = self.read(place)
+        return self.mark(place, self.read(place))
+
+    def mark(self, place: Place, row: Row) -> dict[str, Any]:
+        """A row as it stands, made so that its result says in its metadata that it was edited.
+
+        Raises:
+            SinkError: the result is no whole picture.
+        """
         try:
-            return row | {"image": {**row["image"], "bytes": marked(row["image"]["bytes"], packet_of(row))}}
+            image = {**row["image"], "bytes": marked(row["image"]["bytes"], packet_of(row))}
         except EncodeError as error:
             where = f"{public_url(self.runs[place.run].sink.folder)}/{place.path}"
             raise SinkError(
                 f"{where}, row {place.row} ({name_of(row)}): {error}. To look for damage: shardedit verify"
             ) from error
+        return {**row, "image": image}
 
     def _starts_of(self, place: Place) -> list[int]:
         key = (place.run, place.path)

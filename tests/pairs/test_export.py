@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +196,12 @@ def test_a_run_that_is_given_twice_is_exported_once(run, tmp_path):
     assert (sum(result.splits.values()), result.duplicates) == (30, 30)
 
 
-def test_an_export_is_audited_without_an_error(run, tmp_path, audited):
-    made(run, tmp_path / "set", "instructpix2pix")
-    kinds = set().union(*found_in(audited(tmp_path / "set")).values())
+@pytest.mark.parametrize("preset", ["instructpix2pix", "ultraedit_region", "webdataset"])
+def test_an_export_is_audited_without_an_error(run, tmp_path, audited, preset):
+    made(run, tmp_path / "set", preset)
+    result = audited(tmp_path / "set")
+    assert result.rows == 30
+    kinds = set().union(*found_in(result).values())
     assert not kinds & {"missing", "broken", "split_leak", "prompt_empty", "duplicate_pair", "swapped"}
 
 
@@ -219,6 +223,13 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(run, tmp_path):
     refused(r"validation: 0.02 of 1 source image\(s\) leaves no row to train on", runs=alone)
     (tmp_path / "bare" / "summary.json").unlink()
     refused("is not done", SinkError, runs=alone)
+    shutil.copytree(run, tmp_path / "damaged")
+    file = next((tmp_path / "damaged").glob("data/*.parquet"))
+    content = bytearray(file.read_bytes())
+    at = content.index(b"\x89PNG") + 8  # of the first result: results stand before inputs
+    content[at : at + 4] = b"\xff" * 4
+    file.write_bytes(content)
+    refused(r"row 0 .*cannot be marked as edited.*shardedit verify", SinkError, runs=(str(tmp_path / "damaged"),))
     refused("validation: 0.99 of 15", validation=0.99)
     refused("score: is for pairs of better and worse", score="background_psnr")
     refused("push_to: needs an --out on this machine", out="memory://set", push=Push(repository="a/b"))

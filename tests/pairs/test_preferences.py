@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, SinkError
 from pipeline.looking.results import RunFolder
 from pipeline.pairs.export import ExportConfig, export
 from pipeline.pairs.preferences import Candidate, Score, pairs_among, score_of
@@ -212,3 +212,11 @@ def test_a_score_must_be_one_of_the_runs_and_have_a_better_end(plain, tmp_path):
         with pytest.raises(RecipeError, match=match):
             made(plain, tmp_path / "set", **settings)
         assert not (tmp_path / "set").exists()
+
+
+def test_a_run_that_has_lost_results_is_not_exported(plain, tmp_path):
+    run = rewritten(plain, tmp_path / "run", lambda number, row: row, {})
+    next(run.glob("data/*.parquet")).unlink()
+    with pytest.raises(SinkError, match=r"is not whole: its summary\.json counts 12 results, and 8 are there"):
+        made(run, tmp_path / "set", preset="instructpix2pix")
+    assert not (tmp_path / "set").exists()
