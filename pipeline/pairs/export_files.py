@@ -8,9 +8,10 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 from webdataset import TarWriter
 
+from pipeline.errors import EncodeError, SinkError
 from pipeline.pairs.plan import Item, Plan
 from pipeline.pairs.presets import OF_GATES, OF_MASKS, Columns, Entry, Preset, extras_of, key_of, of_run
-from pipeline.pairs.results import Results, is_accepted, name_of
+from pipeline.pairs.results import Place, Results, is_accepted, name_of
 from pipeline.pairs.signing import Signer
 from pipeline.writing.parquet import parquet_writer, regroup
 
@@ -95,11 +96,14 @@ class ExportFiles:
                 extras=extras_of(row, accepted=accepted, with_rle=self._mask_rle),
             )
 
-    def _shown(self, place: Any) -> dict[str, Any]:
+    def _shown(self, place: Place) -> dict[str, Any]:
         row = self._results.shown(place)
         if self._signer is None:
             return row
-        signed = self._signer.sign(row["image"]["bytes"], row["input"]["bytes"])
+        try:
+            signed = self._signer.sign(row["image"]["bytes"], row["input"]["bytes"])
+        except EncodeError as error:
+            raise SinkError(f"{name_of(row)}: {error}. What is written stays; the same command goes on") from error
         return row | {"image": {**row["image"], "bytes": signed}}
 
 

@@ -57,13 +57,6 @@ class Preferred:
     better: Candidate
     worse: Candidate
 
-    @property
-    def margin(self) -> float | None:
-        """By how much, in the score's unit; None where gates decided."""
-        if self.better.score is None or self.worse.score is None:
-            return None
-        return abs(self.better.score - self.worse.score)
-
 
 def score_of(name: str | None, better: Better | None, figures: Collection[str]) -> Score | None:
     """The score that is asked for; None: gates decide.

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.pairs.results import Row
+from pipeline.pairs.results import Row, of_attempt
 from pipeline.pairs.rle import rle_of
 from pipeline.writing.rows import feature_of, format_of, with_features
 from pipeline.writing.webdataset import json_member
@@ -327,8 +327,7 @@ PRESETS: dict[PresetName, Preset] = {
 def key_of(row: Row, run: int) -> str:
     """Tells a result from those of all other runs, as a file's name may."""
     stem = str(row["image"]["path"]).partition(".")[0]
-    attempt = f"~{row['attempt']}" if (row["attempt"] or 0) > 1 else ""
-    return f"{stem}{attempt}{of_run(run)}"
+    return f"{stem}{of_attempt(row)}{of_run(run)}"
 
 
 def of_run(run: int) -> str:

@@ -148,8 +148,12 @@ def is_accepted(place: Place, row: Row) -> bool:
 
 def name_of(row: Row) -> str:
     """Tells a result from the others of its run."""
-    attempt = f"~{row['attempt']}" if (row["attempt"] or 0) > 1 else ""
-    return f"{row['id']}~{row['edit']}~{row['method']}{attempt}"
+    return f"{row['id']}~{row['edit']}~{row['method']}{of_attempt(row)}"
+
+
+def of_attempt(row: Row) -> str:
+    """What a name ends in where a run tried several times."""
+    return f"~{row['attempt']}" if row["attempt"] else ""
 
 
 def packet_of(row: Row) -> bytes:
