@@ -3,12 +3,14 @@
 2,000 pairs of photographs, four edits of each source, in UltraEdit's columns; of every kind of defect 20. And 1,000
 pairs more, laid on one another without a mask: a third as they are, a third shifted by half a pixel, a third zoomed by
 0.2 %. A displaced pair counts as found where it is called misaligned or undecided: half a pixel is between the bounds.
+At last edits of our own, of drawn faces by the bundled model, laid on their inputs outside of their masks.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import resource
 import shutil
 import sys
 import time
@@ -18,18 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.pairs import Displacement, MadePair, crop_of, decoded, displaced, edit, jpeg, pair, region
+from pipeline.looking.results import RunFolder
 from pipeline.pairs.alignment import align
 from pipeline.pairs.audit import AuditConfig, audit
+from pipeline.running.demo import demo_recipe, draw_input
+from pipeline.running.driver import run
 from pipeline.writing.rows import encode_mask
 
 PAIRS, EDITS, SHARDS = 2000, 4, 8
 ALIGNED = 1000
 PLANTED = 20
+OWN, WITHIN = 60, 0.1  # faces that are edited by the demo's recipe; pixels of the furthest corner
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 SCHEMA = pa.schema(
     [
@@ -134,9 +141,9 @@ def audited(folder: Path, rng: np.random.Generator) -> dict[str, Any]:
         some = rows[shard * PAIRS // SHARDS : (shard + 1) * PAIRS // SHARDS]
         path = folder / "set" / f"train-{shard:05d}-of-{SHARDS:05d}.parquet"
         pq.write_table(pa.Table.from_pylist(some, schema=SCHEMA), path, row_group_size=100)
-    began = time.perf_counter(), time.process_time()
+    began = cpu_seconds()
     result = audit(AuditConfig(url=str(folder / "set"), out=str(folder / "audit"), engine="local"))
-    seconds = time.perf_counter() - began[0]
+    seconds = cpu_seconds() - began
     found: dict[str, set[str]] = {}
     alarms = []
     for one in result.findings:
@@ -153,8 +160,15 @@ def audited(folder: Path, rng: np.random.Generator) -> dict[str, Any]:
         "false_alarms": len(alarms),
         "by_kind": {kind: {"planted": planted[kind], "found": len(found.get(kind, ()))} for kind in KINDS},
         "alarms": alarms[:20],
-        "images_per_second": round(result.pictures / seconds, 1),
+        "images_per_second_per_core": round(result.pictures / seconds, 1),
     }
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that it decodes in: others may use the machine, too."""
+    children = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + sum(one.user + one.system for one in children) + ended.ru_utime + ended.ru_stime
 
 
 def aligned(rng: np.random.Generator) -> dict[str, Any]:
@@ -173,6 +187,30 @@ def aligned(rng: np.random.Generator) -> dict[str, Any]:
     }
 
 
+def own_edits(folder: Path) -> dict[str, Any]:
+    """How far the demo's edits lie from their inputs."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    draw_input(folder, OWN)
+    plain = demo_recipe(folder, engine="local")
+    recipe = plain.model_copy(update={"sink": plain.sink.model_copy(update={"include_input": True})})
+    run(recipe, progress="off")
+    results = RunFolder(recipe.sink)
+    found = []
+    for portion in results.portions(results.figures(results.spans("data"))):
+        for result in results.load(portion):
+            mask = None if result.mask is None else decoded(result.mask)[..., 0] > 127
+            found.append(align(decoded(result.input), decoded(result.image), mask))
+    corners = np.array([one.corner_px for one in found if one.corner_px is not None])
+    return {
+        "own_edits": len(found),
+        "own_edits_with_a_fit": len(corners),
+        "own_edits_within_a_tenth": float((corners <= WITHIN).mean()) if len(corners) else None,
+        "own_edits_furthest": float(corners.max()) if len(corners) else None,
+        "own_verdicts": dict(Counter(one.verdict for one in found)),
+    }
+
+
 def share(counts: Counter[str], verdicts: tuple[str, ...]) -> float:
     """Of some verdicts."""
     return sum(counts[verdict] for verdict in verdicts) / sum(counts.values())
@@ -182,6 +220,7 @@ def main() -> int:
     """Print and write the score."""
     Image.init()
     score = audited(Path("build/audit"), np.random.default_rng(0)) | aligned(np.random.default_rng(1))
+    score |= own_edits(Path("build/audit/own"))
     Path("build/audit.json").write_text(json.dumps(score, indent=1), encoding="utf-8")
     print(json.dumps(score, indent=1))
     return 0

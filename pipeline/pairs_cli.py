@@ -52,8 +52,24 @@ class PresetChoice(StrEnum):
 
     instructpix2pix = "instructpix2pix"
     ip2p_original = "ip2p_original"
+    ultraedit = "ultraedit"
+    ultraedit_region = "ultraedit_region"
     magicbrush = "magicbrush"
+    imgedit = "imgedit"
     x2edit = "x2edit"
+    webdataset = "webdataset"
+    preference = "preference"
+    diffusion_dpo = "diffusion_dpo"
+
+
+class End(StrEnum):
+    """Of a score."""
+
+    HIGHER = "higher"
+    LOWER = "lower"
+
+
+SIGNED = "a PEM file. With the other one, every result is signed (C2PA; needs shardedit[c2pa])."
 
 
 def export(
@@ -66,14 +82,58 @@ def export(
         float, typer.Option(min=0, max=0.99, help="Share of the source images that is held out, with all their edits.")
     ] = 0.02,
     shard_mb: Annotated[int, typer.Option("--shard-mb", min=1, help="Megabytes of pictures in a file, about.")] = 500,
+    mask_rle: Annotated[
+        bool, typer.Option("--mask-rle", help="Add a column `mask_rle`: masks as COCO's run lengths.")
+    ] = False,
+    with_rejected: Annotated[
+        bool, typer.Option("--with-rejected", help="Export what gates rejected, too, with columns that say so.")
+    ] = False,
+    score: Annotated[
+        str | None,
+        typer.Option(metavar="FIGURE", help="Of pairs: the figure that tells better from worse; none: gates."),
+    ] = None,
+    better: Annotated[
+        End | None, typer.Option(help="Of pairs: the better end of --score, where it is not known.")
+    ] = None,
+    min_margin: Annotated[float, typer.Option(help="Of pairs: how far apart both must be, in the score's unit.")] = 0.0,
+    license: Annotated[str | None, typer.Option(metavar="ID", help="Licence of the set, such as cc-by-4.0.")] = None,
+    title: Annotated[str | None, typer.Option(help="Of the set, for its card.")] = None,
+    source: Annotated[str | None, typer.Option(metavar="TEXT", help="Where the input images are from.")] = None,
+    push_to: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Push to this dataset of the hub, in one commit.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Of a dataset that --push-to makes.")] = False,
+    sign_certificates: Annotated[str | None, typer.Option(metavar="FILE", help=f"Certificates, {SIGNED}")] = None,
+    sign_key: Annotated[str | None, typer.Option(metavar="FILE", help=f"Private key, {SIGNED}")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
 ) -> None:
     """Write the results of runs as a data set that a trainer reads. The same command goes on where one stopped."""
     with reported(debug):
+        from pipeline.errors import RecipeError
         from pipeline.pairs.export import ExportConfig
+        from pipeline.pairs.export_card import Said
+        from pipeline.pairs.hub import Push
         from pipeline.pairs.show import show_export
+        from pipeline.pairs.signing import Signing
 
+        if (sign_certificates is None) != (sign_key is None):
+            raise RecipeError("export", [("sign", "takes both --sign-certificates and --sign-key")])
+        signing = None
+        if sign_certificates is not None and sign_key is not None:
+            signing = Signing(certificates=sign_certificates, key=sign_key)
         config = ExportConfig(
-            runs=tuple(runs), out=out, preset=preset.value, validation=validation, shard_bytes=shard_mb * 10**6
+            runs=tuple(runs),
+            out=out,
+            preset=preset.value,
+            validation=validation,
+            shard_bytes=shard_mb * 10**6,
+            mask_rle=mask_rle,
+            with_rejected=with_rejected,
+            score=score,
+            better=None if better is None else better.value,
+            min_margin=min_margin,
+            said=Said(license=license, title=title, source=source),
+            push=None if push_to is None else Push(repository=push_to, private=private),
+            signing=signing,
         )
         show_export(config)

@@ -84,13 +84,14 @@ def open_pairs(url: str, given: PairLayout | None = None, storage_options: Mappi
         layout = _checked(given, columns, url) or layout_of_columns(columns)
         if layout is not None and _holds_bytes(url, parquet[0], options, layout):
             return _of_shards(url, "parquet", layout, options)
-    elif tars and not any(name.endswith((".json", ".jsonl", ".csv")) for name in names):
+    may_have_tables = parquet or not tars or any(name.endswith((".json", ".jsonl", ".csv")) for name in names)
+    tables = open_tables(url, names, given, options) if may_have_tables else None
+    if tables is None and tars:  # a JSON beside them may be about the set, as an export's is
         members = _members(url, tars[0], options)
         layout = _checked(given, members, url) or layout_of_members(members)
         if layout is None:
             raise _unknown(url, f"members of its samples: {', '.join(members[:8])}")
         return _of_shards(url, "webdataset", layout, options)
-    tables = open_tables(url, names, given, options)
     if tables is None:
         raise _unknown(url, f"{len(names):,} files, such as {', '.join(names[:3])}" if names else "no file")
     tasks = [

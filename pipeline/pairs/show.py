@@ -28,4 +28,9 @@ def show_export(config: ExportConfig) -> None:
     made = export(config, lambda text: print(text, file=sys.stderr, flush=True))
     print(", ".join(f"{split} {rows:,}" for split, rows in made.splits.items()))
     left_out = f"; {made.duplicates:,} duplicates left out" if made.duplicates else ""
+    left_out += f"; {made.rejected:,} left out that gates rejected or nobody chose" if made.rejected else ""
     print(f"{count(len(made.files), 'file')}, {made.written} written now{left_out}: {public_url(config.out)}")
+    for note in made.notes:
+        print(f"note: {note}")
+    if made.pushed is not None:
+        print(f"pushed: {made.pushed}")

@@ -130,12 +130,12 @@ def _text(sink: SinkConfig, record: RunRecord, summary: Summary) -> list[str]:
             [
                 "| | |",
                 "|---|---|",
-                f"| model | {_cell(' '.join(record.model.get(key, '') for key in ('name', 'revision')))} |",
-                f"| weights | {_cell(' '.join(record.model.get(key, '') for key in ('digest', 'dtype')))} |",
-                *(f"| method `{name}` | {_cell(method)} |" for name, method in _methods(recipe).items()),
+                f"| model | {cell(' '.join(record.model.get(key, '') for key in ('name', 'revision')))} |",
+                f"| weights | {cell(' '.join(record.model.get(key, '') for key in ('digest', 'dtype')))} |",
+                *(f"| method `{name}` | {cell(method)} |" for name, method in _methods(recipe).items()),
                 f"| seed | {recipe['run']['seed']} |",
                 f"| recipe | `{record.recipe_hash}`; the whole of it stands in `run.json` |",
-                f"| source | {_cell(', '.join(recipe['source']['shards']))} |",
+                f"| source | {cell(', '.join(recipe['source']['shards']))} |",
             ]
         ),
         "## The edits",
@@ -161,11 +161,11 @@ def _edits(recipe: Mapping[str, Any]) -> str:
     if not recipe["edits"]:
         return "Each image brought its own."
     asked = {name: instruction_of(EditRequest.model_validate(edit)) for name, edit in recipe["edits"].items()}
-    lines = [f"- `{name}`: {_cell(text) or 'see `request`'}" for name, text in asked.items()]
+    lines = [f"- `{name}`: {cell(text) or 'see `request`'}" for name, text in asked.items()]
     return "\n".join([*lines, "", "Images may have brought edits of their own instead."])
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """Untrusted text in one line of Markdown, shown as text whatever it holds."""
     kept = " ".join(text.split())
     return "".join(f"\\{sign}" if sign in "\\`*_{}[]<>|#!" else sign for sign in kept)

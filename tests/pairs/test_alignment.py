@@ -101,6 +101,8 @@ def test_a_mask_over_nearly_all_leaves_nothing_to_compare():
     [
         (0.3, 0.05, "aligned"),
         (0.3, 0.2, "undetermined"),
+        (0.38, 0.03, "undecided"),
+        (0.38, 0.01, "aligned"),
         (0.5, 0.05, "undecided"),
         (0.7, 0.05, "misaligned"),
         (0.7, 0.2, "undetermined"),
