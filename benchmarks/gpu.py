@@ -4,14 +4,15 @@
     python -m benchmarks.gpu --models SDXL --parts network,engine      a part of it
     python -m benchmarks.gpu --small                     on a CPU: a dry run, whose figures say nothing
 
-Stable Diffusion 1.5 at 512 pixels and XL at 1024, of their true shapes with random weights; no hub is asked. Writes
-build/gpu.json after every part:
+Stable Diffusion 1.5 at 512 pixels and XL at 1024, the transformers of Stable Diffusion 3 and FLUX.1-dev at both, of
+their true shapes with random weights; no hub is asked. Writes build/gpu.json after every part:
 
     peak      TFLOP/s of products of large matrices: what every share below is a share of
     network   rows/s of the network alone: by kernels of attention and rows of a call, then, at the best of these, by
               layout, projections, compiled code and CUDA graphs
     engine    rows/s of the engine over those of the network in calls of the same size, both tuned as for a run; gaps
               between kernels; memory
+    flow      rows/s of the transformers alone, by rows of a call and side of the image
     ledits    whole LEDITS++ edits, from pixels to pixels, against diffusers' pipeline at its best batch
 """
 
@@ -34,6 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.architectures import SD15, SDXL, TINY_SD, TINY_SDXL, Architecture
+from benchmarks.flow_architectures import FLUX, SD3, TINY_FLUX, TINY_SD3, FlowArchitecture
 from benchmarks.jobs import LEDITS, from_latents
 from benchmarks.ledits_on_gpu import compare, tuned_model
 from benchmarks.machine import machine, show
@@ -63,6 +65,8 @@ class Scale:
     profiled_steps: int
     images: int  # of the engine alone, at least; and of whole edits
     batches: Sequence[int]  # of diffusers, ascending
+    flow: Sequence[FlowArchitecture]
+    flow_call_sizes: Sequence[int]  # ascending
     compiled: bool
 
 
@@ -79,6 +83,8 @@ def full(*, compiled: bool = True) -> Scale:
         profiled_steps=4,
         images=16,
         batches=(1, 2, 4, 8, 16),
+        flow=(SD3, FLUX),
+        flow_call_sizes=(1, 2, 4, 8, 16),
         compiled=compiled,
     )
 
@@ -94,6 +100,8 @@ SMALL = Scale(
     profiled_steps=1,
     images=2,
     batches=(1, 2),
+    flow=(TINY_SD3, TINY_FLUX),
+    flow_call_sizes=(1, 2),
     compiled=False,
 )
 
@@ -184,6 +192,42 @@ class Network:
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return None
+
+
+@torch.no_grad()
+def tflop_per_flow_row(architecture: FlowArchitecture, size: int) -> float:
+    """Of the products of one row of a call for an image of this side, counted on the meta device."""
+    velocity = architecture.make(META, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        velocity(*architecture.inputs(1, size, META, torch.float32))
+    return counter.get_total_flops() / 1e12
+
+
+@torch.no_grad()
+def flow(scale: Scale, peak_tflops: float) -> Iterator[dict[str, Any]]:
+    """Rows/s of the transformers alone. Larger calls than fit into memory are left out."""
+    for architecture in scale.flow:
+        velocity = architecture.make(scale.device, scale.dtype)
+        for size in architecture.image_sizes:
+            per_row = tflop_per_flow_row(architecture, size)
+            for rows in scale.flow_call_sizes:
+                inputs = architecture.inputs(rows, size, scale.device, scale.dtype)
+                forget_peak(scale.device)
+                try:
+                    rate = rows / seconds_of(partial(velocity, *inputs), scale.device)
+                except torch.OutOfMemoryError:
+                    torch.cuda.empty_cache()
+                    break
+                yield {
+                    "model": architecture.name,
+                    "pixels": size,
+                    "call_size": rows,
+                    "rows_per_s": round(rate, 2),
+                    "tflops": round(rate * per_row, 3),
+                    "share_of_peak": round(rate * per_row / peak_tflops, 3),
+                    "memory_gib": memory_gib(scale.device),
+                }
+        del velocity
 
 
 def network_line(network: Network, rate: float, rows: int, per_row: float, peak_tflops: float) -> dict[str, Any]:
@@ -285,6 +329,8 @@ def measure(scale: Scale, parts: Sequence[str]) -> Iterator[tuple[str, str, list
         yield "network", "The network alone", list(network(scale, peak_tflops))
     if "engine" in parts:
         yield "engine", "The engine against the network", list(engine_rows(scale))
+    if "flow" in parts:
+        yield "flow", "The transformers of flow matching alone", list(flow(scale, peak_tflops))
     if "ledits" in parts:
         rows = [row for one in scale.architectures for row in compare(scale, one)]
         yield "ledits", "LEDITS++ against diffusers' own pipeline at its best batch (ratio above 1: faster)", rows
@@ -295,8 +341,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a dry run on the CPU")
     parser.add_argument("--no-compile", action="store_true", help="our networks are not compiled")
-    parser.add_argument("--parts", default="network,engine,ledits", help="beside the peak; with commas")
-    parser.add_argument("--models", default="", help="SD 1.5, SDXL; with commas. All where left out")
+    parser.add_argument("--parts", default="network,engine,flow,ledits", help="beside the peak; with commas")
+    parser.add_argument("--models", default="", help="SD 1.5, SDXL, SD 3, FLUX.1-dev; with commas. All where left out")
     parser.add_argument("--steps", type=int, help="of an edit; 20 where left out")
     chosen = parser.parse_args()
     if not chosen.small and not torch.cuda.is_available():
@@ -305,7 +351,11 @@ def main() -> None:
     scale = replace(scale, steps=chosen.steps or scale.steps)
     if chosen.models:
         wanted = chosen.models.split(",")
-        scale = replace(scale, architectures=[one for one in scale.architectures if one.name in wanted])
+        scale = replace(
+            scale,
+            architectures=[one for one in scale.architectures if one.name in wanted],
+            flow=[one for one in scale.flow if one.name in wanted],
+        )
     console = Console(width=140)
     results: dict[str, Any] = {"machine": machine(), "dry_run": chosen.small}
     console.print(results["machine"])

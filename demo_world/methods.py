@@ -82,6 +82,7 @@ STRENGTHS: dict[tuple[str, str], float] = {
     ("direct", "fast_diffedit"): 0.8,
     ("uni_inv", "uniedit_flow"): 0.8,
     ("ddim", "uniedit_flow"): 0.8,
+    ("dna", "direct_edit"): 0.7,
     ("ddpm", "ledits_pp"): 0.8,
     ("ddpm", "cfg"): 0.75,
     ("ddpm", "masactrl"): 0.75,

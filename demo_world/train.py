@@ -18,6 +18,7 @@ from typing import Annotated
 import torch
 import typer
 
+from demo_world.objectives import OBJECTIVES, objective_of, retell
 from demo_world.scoring import load_recipes, measure, table
 from demo_world.train_autoencoder import refine_decoder, train_vae
 from demo_world.train_unet import draw_pool, train_unet
@@ -37,6 +38,9 @@ def main(
     learning_rate: Annotated[
         float | None, typer.Option(min=0.0, help="Peak, of the UNet and the text encoder. Default: the preset's.")
     ] = None,
+    objective: Annotated[
+        str, typer.Option(help=f"What the UNet learns to predict. One of: {', '.join(OBJECTIVES)}.")
+    ] = "noise",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = os.cpu_count() or 1,
     scenes: Annotated[int, typer.Option(min=0, help="Scenes on which the model is scored at the end.")] = 64,
     recipes: Annotated[Path, typer.Option(help="Folder of the recipes that it is scored by.")] = Path(
@@ -47,6 +51,9 @@ def main(
     """Train the demo model from nothing."""
     if preset not in PRESETS:
         raise typer.BadParameter(f"{preset!r} is unknown. Choose one of: {', '.join(PRESETS)}", param_hint="--preset")
+    if objective not in OBJECTIVES:
+        known = ", ".join(OBJECTIVES)
+        raise typer.BadParameter(f"{objective!r} is unknown. Choose one of: {known}", param_hint="--objective")
     if not resume and any(out.glob("*.pt")):
         raise typer.BadParameter(f"{out} holds a training. Add --resume or choose another", param_hint="--out")
     plan = PRESETS[preset]
@@ -66,8 +73,12 @@ def main(
     else:
         plan = dataclasses.replace(plan, vae_share=0.0, decoder_share=0.0)
         vae = start.vae.to(device).eval().requires_grad_(False)
+        before, now = objective_of(start), OBJECTIVES[objective]()
+        if type(before) is not type(now) and not resume:
+            left = retell(start.unet, before, now)
+            print(f"time embedding: {left:.1%} of its variance is left to learn", flush=True)
     pool = draw_pool(plan, vae, out / "pool.pt", device, seed)
-    train_unet(plan, vae, pool, out, device, seed, start)
+    train_unet(plan, vae, pool, out, device, seed, start, OBJECTIVES[objective]())
     if scenes:
         scores = measure(out / "weights", load_recipes(recipes), scenes)
         with (out / "weights" / "README.md").open("a") as card:

@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import CLIPTokenizer
 
 from demo_world.aiming import ATTRIBUTES, aiming_loss, attribute_table, named_attributes, record_attention
+from demo_world.objectives import Noise, Objective
 from demo_world.training import (
     LOG_SECONDS,
     SAVE_SECONDS,
@@ -31,7 +32,6 @@ from demo_world.training import (
 )
 from pipeline.models.demo.networks import (
     IMAGE_SIZE,
-    build_scheduler,
     build_text_encoder,
     build_tokenizer,
     build_unet,
@@ -42,12 +42,6 @@ from pipeline.models.demo.world import VOCABULARY, Scene, caption, draw, region
 COVERAGE_SIDE = 16  # cells per side of the coverage maps: the finest attention grid
 PROMPT_DROPOUT = 0.4  # inversion, and what an edit leaves alone, are predictions for the empty prompt
 AIMING_WEIGHT = 0.02
-SNR_CEILING = 5.0  # Min-SNR weighting (Hang et al., arXiv 2303.09556)
-# At the noisiest steps an error in the image hardly moves the noise: unweighted, a model goes on reading the colour of
-# large areas from what is left in the mean of the latents, and paints a quarter of the backgrounds against the prompt
-# (16 of 64). After 600 more steps with a floor of 0.03 and a learning rate of 4e-4 it was 3 of 64; with a floor of 0.1
-# and 1e-3 the loss grew.
-SNR_FLOOR = 0.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +88,10 @@ def train_unet(
     device: torch.device,
     seed: int,
     start: DiffusionPipeline | None = None,
+    objective: Objective | None = None,
 ) -> None:
-    """Train UNet and text encoder together to predict the noise, with the aiming loss on the side."""
+    """Train UNet and text encoder together, with the aiming loss on the side. `objective`: None for the noise."""
+    objective = objective or Noise()
     # A model knows its tokens by number, so training that goes on from one keeps its tokenizer.
     tokenizer = build_tokenizer(VOCABULARY) if start is None else start.tokenizer
     unet = build_unet(plan.sizes) if start is None else start.unet
@@ -115,9 +111,6 @@ def train_unet(
         clock.resume(state["clock"])
     rng = np.random.default_rng([seed, 3, clock.steps])
 
-    alpha_bars = build_scheduler().alphas_cumprod.to(device)
-    snr = alpha_bars / (1 - alpha_bars)
-    timestep_weights = snr.clamp(SNR_FLOOR, SNR_CEILING) / snr
     table = attribute_table(tokenizer).to(device)
     articles = torch.tensor(tokenizer.convert_tokens_to_ids(["a</w>", "an</w>"]), device=device)
 
@@ -129,7 +122,7 @@ def train_unet(
             optimizer=optimizer.state_dict(),
             clock=clock.state(),
         )
-        export(plan, vae, averaged, tokenizer, clock, out)
+        export(plan, objective, vae, averaged, tokenizer, clock, out)
 
     losses = RunningMeans()
     while clock.progress < 1:
@@ -139,17 +132,14 @@ def train_unet(
         captions = ["" if rng.random() < PROMPT_DROPOUT else caption(pool.scenes[i], rng) for i in chosen]
         token_ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(device)
 
-        noise = torch.randn_like(latents)
-        timesteps = torch.randint(len(alpha_bars), (plan.batch,), device=device)
-        alpha_bar = alpha_bars[timesteps][:, None, None, None]
-        noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
+        task = objective.task(latents, torch.randn_like(latents))
         set_learning_rate(optimizer, plan.learning_rate, clock)
         with autocast(device):
             text_states = text_encoder(token_ids).last_hidden_state
-            noisy = noisy.contiguous(memory_format=torch.channels_last)
-            noise_pred = unet(noisy, timesteps, encoder_hidden_states=text_states).sample
-        errors = (noise_pred.float() - noise).square().mean(dim=(1, 2, 3))
-        denoising = (errors * timestep_weights[timesteps]).mean()
+            noised = task.latents.contiguous(memory_format=torch.channels_last)
+            output = unet(noised, task.timesteps, encoder_hidden_states=text_states).sample
+        errors = (output.float() - task.target).square().mean(dim=(1, 2, 3))
+        denoising = (errors * task.weights).mean()
         aiming = aiming_loss(recorder.take(), coverage, named_attributes(token_ids, table, articles))
         descend(denoising + AIMING_WEIGHT * aiming, networks, optimizer, clock)
         decay = min(plan.ema_decay, (1 + clock.steps) / (10 + clock.steps))
@@ -164,6 +154,7 @@ def train_unet(
 
 def export(
     plan: Preset,
+    objective: Objective,
     vae: AutoencoderKL,
     averaged: torch.nn.ModuleDict,
     tokenizer: CLIPTokenizer,
@@ -176,9 +167,9 @@ def export(
     unet, text_encoder = averaged["unet"], averaged["text_encoder"]
     fresh, current, old = out / "weights.new", out / "weights", out / "weights.old"
     shutil.rmtree(fresh, ignore_errors=True)
-    save_pipeline(fresh, vae, text_encoder, tokenizer, unet)
+    save_pipeline(fresh, vae, text_encoder, tokenizer, unet, objective.scheduler())
     parts = {"autoencoder": vae, "UNet": unet, "text encoder": text_encoder}
-    (fresh / "README.md").write_text(model_card(plan, parts, clock))
+    (fresh / "README.md").write_text(model_card(plan, objective, parts, clock))
     shutil.rmtree(old, ignore_errors=True)
     if current.exists():
         current.rename(old)
@@ -186,25 +177,27 @@ def export(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def model_card(plan: Preset, parts: Mapping[str, torch.nn.Module], clock: Clock) -> str:
+def model_card(plan: Preset, objective: Objective, parts: Mapping[str, torch.nn.Module], clock: Clock) -> str:
     """What the model is and how it was made. Its scores are appended once they are measured."""
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     sizes = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items())
     vae_minutes = plan.minutes * (plan.vae_share + plan.decoder_share)
+    began = "from nothing: no photograph, no other model, no text but captions" if vae_minutes else "from a demo model"
+    before = f"autoencoder {vae_minutes:.0f} minutes in batches of {plan.vae_batch}, then " if vae_minutes else ""
     return f"""# The demo model
 
 A small text-to-image latent diffusion model of drawn cartoon faces, {IMAGE_SIZE} x {IMAGE_SIZE} pixels, in the
 diffusers format of Stable Diffusion 1.x. It exists to show and to test image editing without a download: the faces are
 drawn by `pipeline/models/demo/world.py`, so what an edit should have done is known. It knows nothing else.
 
-Made by `python -m demo_world.train` from nothing: no photograph, no other model, no text but captions.
+Made by `python -m demo_world.train` {began}.
 
 | | |
 |---|---|
 | parameters | {sizes} |
 | data | autoencoder: scenes drawn afresh; UNet: {plan.pool} scenes, their captions worded afresh each time |
-| losses | autoencoder: L1, L2, gradients, KL; UNet: noise with Min-SNR weights, aimed attention x {AIMING_WEIGHT} |
-| training | autoencoder {vae_minutes:.0f} minutes in batches of {plan.vae_batch}, then UNet and text encoder \
+| losses | autoencoder: L1, L2, gradients, KL; UNet: {objective.about}, aimed attention x {AIMING_WEIGHT} |
+| training | {before}UNet and text encoder \
 {clock.seconds / 60:.0f} minutes, {clock.steps} steps of {plan.batch} |
 | hardware | {hardware()} |
 """

@@ -46,6 +46,18 @@ PRESETS = {
         ema_decay=0.998,
         sizes=Sizes(),
     ),
+    "onward": Preset(  # for --start-from: few steps of a model that is nearly there
+        minutes=60,
+        vae_share=0.0,
+        decoder_share=0.0,
+        vae_batch=8,
+        vae_learning_rate=0.0,
+        pool=1200,
+        batch=16,
+        learning_rate=5e-4,
+        ema_decay=0.98,
+        sizes=Sizes(),
+    ),
     "gpu": Preset(
         minutes=45,
         vae_share=0.15,

@@ -26,9 +26,10 @@ NEEDS = """## What a method needs
 
 Of its partner, and of the model at default settings. Noise maps: one per step. DDIM steps: the solver is DDIM. Path:
 replayed, it returns the image, at least about. Faithful source: a source branch follows it without guidance. Levels
-alone: nothing was paid for but image and levels. Upward velocities: along what the inversion went up. Source
-branch: one that shows the source beside the target. Unconditional prompt: one to guide away from, in whose place an
-inversion's embeddings stand. Distilled models know no guidance and cannot be walked backwards.
+alone: nothing was paid for but image and levels. Upward velocities: along what the inversion went up. Displaced
+target: one that is predicted where the inversion predicted. Source branch: one that shows the source beside the target.
+Unconditional prompt: one to guide away from, in whose place an inversion's embeddings stand. Distilled models know no
+guidance and cannot be walked backwards.
 """
 COLUMNS = {
     "inversion": ("records", "reconstruction", "network rows for N steps"),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pipeline.diffusion.steps import Solver
     from pipeline.engine.calls import Conditioning
     from pipeline.engine.controls import Transformer
+    from pipeline.engine.halfway import SecondOrder
     from pipeline.engine.pullback import LocalBasis
     from pipeline.interventions import Library
     from pipeline.recordings import Attended, Recorded
@@ -218,8 +219,11 @@ class Trajectory:
     latents: Tensor  # (N + 1, C, h, w), float32 or wider
     noise_maps: Tensor | None = None  # (N, C, h, w)
     data_preds: Tensor | None = None  # (N, C, h, w) predictions of the clean latents, for multistep solvers
-    # (N, C, h, w) velocities that an inversion by DDIM went up along, by step; None: it went otherwise.
+    # (N, C, h, w) velocities that an inversion went up along, by step; None: it tells of none.
     velocities: Tensor | None = None
+    second_order: SecondOrder | None = None  # the rule that it was walked by, half-way; None: first order
+    # (N, C, h, w) latents that these were predicted at, at the level that each step starts from. None: those below it.
+    predicted_at: Tensor | None = None
     source_guidance: float = 1.0
     skipped_steps: int = 0  # steps of the whole schedule that were left out at its noisy end
     level_above: Level | None = None  # that the last of these starts from; None: none was left out

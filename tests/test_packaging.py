@@ -162,8 +162,8 @@ def test_the_wheel_holds_weights_templates_recipes_and_the_mark_of_types(monkeyp
     build.ensure_finalized()
     inside = {Path(path).relative_to(build.build_lib).as_posix() for path in build.get_outputs()}
     recipes = {f"pipeline/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
-    weights = ROOT / "pipeline" / "models" / "demo" / "weights"
-    parts = {path.relative_to(ROOT).as_posix() for path in weights.rglob("*") if path.is_file()}
+    models = [ROOT / "pipeline" / "models" / "demo" / name for name in ("weights", "flow_weights")]
+    parts = {path.relative_to(ROOT).as_posix() for one in models for path in one.rglob("*") if path.is_file()}
     assert len(recipes) > 10
     assert len(parts) > 10
     assert recipes | parts | {"pipeline/py.typed", "pipeline/looking/report/page.html.j2", "jobs/edit.py"} <= inside

@@ -131,6 +131,10 @@ class FlowSchedule(Schedule):
             sigma = self.shift * sigma / (1 + (self.shift - 1) * sigma)
         return float(sigma)
 
+    def level(self, timestep: int) -> Level:
+        """That of a time which the network is told, 0 to 1000."""
+        return level_of(timestep / TRAINED)
+
     @override
     def steps(
         self, num_steps: int, size: tuple[int, int], *, leading: bool = False, to_lowest: bool = False

@@ -8,6 +8,9 @@ prediction and the stored one: FlowEdit, with the inverted trajectory in place o
 
 In the first steps the target's attention may take the source's values, which keeps more of the image.
 
+After the inversion `dna` it is displaced to where that predicted, as in DNAEdit; whose pull towards a reference, the
+image moved along the same differences, is `target_share`.
+
 Cost: one row per step, two where the target is guided against another prompt; one more in each step that takes values.
 Where nothing is to change the image comes back bit for bit. Deterministic. The paper speaks of flow-matching models
 alone; here levels are points of a straight line, which those of other models are, too (`Level.scale`).
@@ -16,7 +19,7 @@ alone; here levels are points of a straight line, which those of other models ar
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from pydantic import Field
@@ -33,6 +36,7 @@ from pipeline.editing.walk import no_masks
 from pipeline.engine.backbone import Offers
 from pipeline.engine.calls import Conditioning, Denoise, Denoised, EncodeText, Steps
 from pipeline.engine.controls import Control, Layers, Route
+from pipeline.engine.halfway import SecondOrder
 from pipeline.engine.prompts import GuidedPrompt
 from pipeline.errors import PrepareError
 from pipeline.inversion.base import Inversion
@@ -47,7 +51,7 @@ class DirectEdit(EditingMethod):
     """Move an offset from an inverted trajectory along the difference of predictions at one place."""
 
     needs: ClassVar = frozenset({"DDIM steps", "path", "upward velocities"})
-    takes: ClassVar = frozenset({"source branch"})
+    takes: ClassVar = frozenset({"source branch", "displaced target"})
     paper: ClassVar = "DirectEdit, arXiv 2605.02417"
 
     method: Literal["direct_edit"] = "direct_edit"
@@ -59,6 +63,10 @@ class DirectEdit(EditingMethod):
     """Share of the schedule's steps, from the first that is walked, in which the target's attention takes the source's
     values; more keeps more of the image. None: 0.3, and 0.15 where the network is told its guidance. 0: it never
     does."""
+
+    target_share: float = Field(default=1.0, gt=0, le=1)
+    """Weight of the target's prediction; the rest goes straight to the image moved by the edit so far, which keeps more
+    of it. DNAEdit's is 0.8; 1: DirectEdit."""
 
     @property
     @override
@@ -77,6 +85,11 @@ class DirectEdit(EditingMethod):
             yield (
                 "direct_edit keeps its source on the trajectory, and the inversion's offset_scale and interval let it "
                 "drift. Leave them at 1"
+            )
+        if getattr(inversion, "solver", "first_order") in get_args(SecondOrder):
+            yield (
+                "direct_edit reads along what each step of the inversion went up, which steps of second order do not "
+                "tell. Leave inversion.solver out"
             )
 
     @override
@@ -106,22 +119,31 @@ class DirectEdit(EditingMethod):
         assert isinstance(trajectory.solver, DDIM)
         taking = self.steps_taking_values(trajectory, told=target.is_told_guidance)
         offset = torch.zeros_like(trajectory.latents[0])
+        moved = torch.zeros_like(offset)  # the image's, along the target's own predictions
         for step, (start, end) in enumerate(trajectory.solver.steps):
-            below, level = trajectory.latents[step + 1], trajectory.solver.level_below(step)
+            below, at, level, scale = _where_predicted(trajectory, step)
             # An offset of zeros leaves the latents that the inversion predicted at: equal prompts predict equal bits.
-            displaced = below + end.scale * offset
+            displaced = at + scale * offset
             if step < taking:
-                prediction = yield from _with_values(prompt, source, below, displaced, level)
+                prediction = yield from _with_values(prompt, source, at, displaced, level)
             else:
                 prediction = yield from prompt.predict(displaced, level)
             velocity = prediction.velocity
-            offset = offset + (end.share - start.share) * (velocity - trajectory.velocities[step])
+            down, difference = end.share - start.share, velocity - trajectory.velocities[step]
+            if self.target_share < 1.0:
+                moved = moved + down * difference
+                state = trajectory.latents[step] / start.scale + offset
+                reference = trajectory.latents[-1] / trajectory.solver.steps[-1].end.scale + moved
+                pulled = (state - reference) / start.share
+                mixed = self.target_share * velocity + (1.0 - self.target_share) * pulled
+                difference = mixed - trajectory.velocities[step]
+            offset = offset + down * difference
             if user_mask is not None:
-                offset = user_mask * offset
+                offset, moved = user_mask * offset, user_mask * moved
             if tell := observer():
-                moved = below + end.scale * offset
+                state = below + end.scale * offset
                 seen = {"velocity": velocity}
-                tell(StepRecord(step=step, latents=moved, masks=no_masks(moved), source_latents=below, details=seen))
+                tell(StepRecord(step=step, latents=state, masks=no_masks(state), source_latents=below, details=seen))
         latents = trajectory.latents[-1] + trajectory.solver.steps[-1].end.scale * offset
         return EditedLatents(latents=latents, masks=None)
 
@@ -131,6 +153,16 @@ class DirectEdit(EditingMethod):
         if ratio is None:
             ratio = TOLD_RATIO if told else GUIDED_RATIO
         return int(trajectory.total_steps * ratio)
+
+
+def _where_predicted(trajectory: Trajectory, step: int) -> tuple[Tensor, Tensor, Level, float]:
+    """Of a step up: the latents below it, those that it was predicted at, their level, and the scale of an offset."""
+    below = trajectory.latents[step + 1]
+    start, end = trajectory.solver.steps[step]
+    if trajectory.predicted_at is not None:
+        return below, trajectory.predicted_at[step], start, start.scale
+    assert isinstance(trajectory.solver, DDIM)
+    return below, below, trajectory.solver.level_below(step), end.scale
 
 
 def _with_values(

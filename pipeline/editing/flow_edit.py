@@ -8,6 +8,10 @@ Cost: per step `n_avg` rows for the source, which do not wait for each other and
 many for each target; twice as many where a branch is guided against another prompt. Where nothing is to change, the
 image comes back bit for bit. Memory: `n_avg` + 1 latents per step. Stochastic: one seed per image.
 
+FlowAlign (Kim et al., arXiv 2505.23145) is the same with three changes, each a setting: the target is guided away from
+the source prompt instead of an empty one, the source is not guided, and the two predictions of the clean latents pull
+each other together.
+
 Levels are taken as points of a straight line from image to noise, which those of a variance-preserving model are, too,
 once its latents are divided by `Level.scale`. The paper speaks of flow-matching models alone.
 """
@@ -51,7 +55,8 @@ class FlowEdit(EditingMethod):
     """FlowEdit: an offset from the image, moved along the difference of what both prompts predict."""
     n_max: int | None = Field(default=None, ge=1)
     """Steps that are walked, the least noisy ones of the inversion's num_steps: the edit's strength. None: 0.66 of
-    them, and 0.86 where the network is told its guidance (FLUX.1-dev), as the authors have it."""
+    them, and 0.86 where the network is told its guidance (FLUX.1-dev), as the authors have it; all of them where
+    guided_against is source_prompt, as FlowAlign has it."""
     n_min: int = Field(default=0, ge=0)
     """Of these, the last that are plain sampling under the target prompt; more gives up structure for its style."""
     n_avg: int = Field(default=1, ge=1, le=10)
@@ -60,23 +65,39 @@ class FlowEdit(EditingMethod):
     """Guidance of the target prompt, against the edit's negative prompt or told to the network; 1: none. None: 13.5,
     and 5.5 where the network is told."""
     source_guidance_scale: float | None = Field(default=None, allow_inf_nan=False)
-    """Guidance of the source prompt, likewise. None: 3.5, and 1.5 where the network is told."""
+    """Guidance of the source prompt, likewise. None: 3.5, and 1.5 where the network is told; 1 where guided_against is
+    source_prompt."""
+    guided_against: Literal["negative_prompt", "source_prompt"] = "negative_prompt"
+    """What the target prompt is guided away from. negative_prompt: the edit's, or what the network is told;
+    source_prompt: FlowAlign's, by classifier-free guidance on every model."""
+    pull: float = Field(default=0.0, ge=0, lt=1)
+    """Weight by which the two predictions of the clean latents are drawn together at each step: FlowAlign's 0.01. More
+    keeps more of the image."""
 
     @property
     @override
     def guides(self) -> bool:
-        return (self.guidance_scale, self.source_guidance_scale) != (1.0, 1.0)
+        source = self.source_guidance_scale
+        if self.guided_against == "source_prompt" and source is None:
+            source = 1.0
+        return (self.guidance_scale, source) != (1.0, 1.0)
 
     @override
     def problems(
         self, request: EditRequest, inversion: Inversion, *, caption_follows: bool = False
     ) -> Iterator[Problem]:
         yield from target_problems(self.method, request)
+        if request.negative_prompt and self.guided_against == "source_prompt":
+            yield Problem(
+                "a negative_prompt",
+                "with guided_against: source_prompt flow_edit reads no negative_prompt. Leave it out, or leave "
+                "editing.guided_against out",
+            )
 
     @override
     def pair_problems(self, inversion: Inversion) -> Iterator[str]:
         num_steps = inversion.num_steps
-        walked = self.n_max or steps_walked(num_steps, GUIDED_SHARE)
+        walked = self._count(num_steps, told=False)
         if walked > num_steps:
             yield (
                 f"n_max {walked} is more than the {num_steps} steps that there are. Lower editing.n_max or raise "
@@ -136,9 +157,11 @@ class FlowEdit(EditingMethod):
         clean, draw = trajectory.source.latents, trajectory.source.editing_noise()
         noised = torch.stack([step.start.noised(clean, draw()) for step in moved for _ in range(self.n_avg)])
         scale = self.source_guidance_scale
-        if scale is None:
-            scale = (TOLD_SCALES if cond.is_told_guidance else GUIDED_SCALES)[0]
-        prompt = GuidedPrompt.as_model_guides(cond, negative, scale)
+        if scale is None and self.guided_against == "source_prompt":
+            prompt = GuidedPrompt(cond, cond, 1.0)
+        else:
+            scale = (TOLD_SCALES if cond.is_told_guidance else GUIDED_SCALES)[0] if scale is None else scale
+            prompt = GuidedPrompt.as_model_guides(cond, negative, scale)
         levels = [step.start for step in moved for _ in range(self.n_avg)]
         velocities = (yield from prompt.predict_all(noised, levels)).velocity
         by_step = (len(moved), self.n_avg, *clean.shape)
@@ -151,18 +174,19 @@ class FlowEdit(EditingMethod):
 
     def _walked(self, trajectory: Trajectory, *, told: bool) -> tuple[Step, ...]:
         """The steps that are walked, noisiest first."""
-        count = self.n_max or steps_walked(trajectory.num_steps, TOLD_SHARE if told else GUIDED_SHARE)
-        return trajectory.solver.steps[trajectory.num_steps - count :]
+        return trajectory.solver.steps[trajectory.num_steps - self._count(trajectory.num_steps, told=told) :]
+
+    def _count(self, num_steps: int, *, told: bool) -> int:
+        """How many that is, of `num_steps`."""
+        if self.n_max is None and self.guided_against == "source_prompt":
+            return num_steps
+        return self.n_max or steps_walked(num_steps, TOLD_SHARE if told else GUIDED_SHARE)
 
     def _target(
         self, trajectory: Trajectory, request: EditRequest, source: NoisedSource, user_mask: Tensor | None
     ) -> Steps[EditedLatents]:
         """Move the offset, step by step, then sample the last steps."""
-        cond, negative = yield EncodeText((request.target_prompt, request.negative_prompt))
-        scale = self.guidance_scale
-        if scale is None:
-            scale = (TOLD_SCALES if cond.is_told_guidance else GUIDED_SCALES)[1]
-        prompt = GuidedPrompt.as_model_guides(cond, negative, scale)
+        prompt = yield from self._target_prompt(trajectory, request)
         clean = trajectory.source.latents
         offset = torch.zeros_like(clean)
         first = trajectory.num_steps - len(source.steps)
@@ -170,7 +194,9 @@ class FlowEdit(EditingMethod):
             start, end = source.steps[at]
             # An offset of zeros leaves the source's own latents: equal prompts then predict equal bits.
             prediction = yield from prompt.predict_all(noised + start.scale * offset, [start] * self.n_avg)
-            offset = offset + (end.share - start.share) * (prediction.velocity.mean(dim=0) - velocity)
+            difference = prediction.velocity.mean(dim=0) - velocity
+            # The pull goes along the source's clean latents less the target's: start.share * difference - offset.
+            offset = (1.0 - self.pull) * offset + (end.share - start.share + self.pull * start.share) * difference
             if user_mask is not None:
                 offset = user_mask * offset
             _tell(first + at, clean + offset)
@@ -188,6 +214,16 @@ class FlowEdit(EditingMethod):
                     latents = user_mask * latents + (1.0 - user_mask) * around
                 _tell(step, latents)
         return EditedLatents(latents=latents, masks=None)
+
+    def _target_prompt(self, trajectory: Trajectory, request: EditRequest) -> Steps[GuidedPrompt]:
+        against_source = self.guided_against == "source_prompt"
+        away_from = trajectory.source_prompt if against_source else request.negative_prompt
+        cond, other = yield EncodeText((request.target_prompt, away_from))
+        told = cond.is_told_guidance and not against_source
+        scale = (TOLD_SCALES if told else GUIDED_SCALES)[1] if self.guidance_scale is None else self.guidance_scale
+        if against_source:
+            return GuidedPrompt(cond, other, 1.0 if cond is other else scale)
+        return GuidedPrompt.as_model_guides(cond, other, scale)
 
 
 def steps_walked(num_steps: int, share: float) -> int:

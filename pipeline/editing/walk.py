@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.levels import Prediction
+from pipeline.diffusion.levels import Level, Prediction
 from pipeline.editing.observing import StepRecord, observer
 from pipeline.engine.calls import Conditioning, Steps
+from pipeline.engine.halfway import SecondOrderWalk
 from pipeline.engine.prompts import GuidedPrompt
 from pipeline.errors import PrepareError
 from pipeline.records import Trajectory
 
-Predict = Callable[[Tensor, int], Steps[Prediction]]
-"""Latents (C, h, w) before a step, and its number, give after model calls a prediction (C, h, w)."""
+
+class Predict(Protocol):
+    """A prediction for one branch."""
+
+    def __call__(self, latents: Tensor, step: int, level: Level | None = None) -> Steps[Prediction]:
+        """After model calls a prediction (C, h, w) for latents (C, h, w) of a step, at its own level or at another."""
 
 
 def no_masks(latents: Tensor) -> Tensor:
@@ -57,8 +63,8 @@ def start_of(trajectory: Trajectory, step: int) -> tuple[Tensor, Tensor | None]:
 def guided(trajectory: Trajectory, prompt: GuidedPrompt) -> Predict:
     """Predict under a prompt at the trajectory's levels."""
 
-    def predict(latents: Tensor, step: int) -> Steps[Prediction]:
-        return (yield from prompt.predict(latents, trajectory.levels[step]))
+    def predict(latents: Tensor, step: int, level: Level | None = None) -> Steps[Prediction]:
+        return (yield from prompt.predict(latents, level or trajectory.levels[step]))
 
     return predict
 
@@ -66,24 +72,33 @@ def guided(trajectory: Trajectory, prompt: GuidedPrompt) -> Predict:
 def guided_against_brought(trajectory: Trajectory, prompt: Conditioning, guidance_scale: float) -> Predict:
     """Predict under a prompt, guided against the unconditional embeddings that the inversion brought."""
 
-    def predict(latents: Tensor, step: int) -> Steps[Prediction]:
+    def predict(latents: Tensor, step: int, level: Level | None = None) -> Steps[Prediction]:
         assert trajectory.uncond is not None
         uncond = trajectory.uncond[step]
         scale = 1.0 if uncond is prompt else guidance_scale  # there is no direction between a prompt and itself
-        return (yield from GuidedPrompt(prompt, uncond, scale).predict(latents, trajectory.levels[step]))
+        return (yield from GuidedPrompt(prompt, uncond, scale).predict(latents, level or trajectory.levels[step]))
 
     return predict
 
 
 def walk(trajectory: Trajectory, first_step: int, predict: Predict) -> Steps[Tensor]:
-    """From the stored latents of `first_step` to the end."""
+    """From the stored latents of `first_step` to the end, by the rule that the trajectory was walked up by."""
     latents, previous = start_of(trajectory, first_step)
+    halfway = None if trajectory.second_order is None else SecondOrderWalk(trajectory.second_order)
     for step in range(first_step, trajectory.num_steps):
-        prediction = yield from predict(latents, step)
-        latents, previous = take_step(trajectory, step, latents, prediction, previous)
+        if halfway is not None:
+            start, end = trajectory.solver.steps[step]
+            latents = yield from halfway.step(latents, start, end, partial(_swapped, predict, step))
+        else:
+            prediction = yield from predict(latents, step)
+            latents, previous = take_step(trajectory, step, latents, prediction, previous)
         if tell := observer():
             tell(StepRecord(step=step, latents=latents, masks=no_masks(latents)))
     return latents
+
+
+def _swapped(predict: Predict, step: int, latents: Tensor, level: Level) -> Steps[Prediction]:
+    return (yield from predict(latents, step, level))
 
 
 def source_residuals(trajectory: Trajectory, prompt: GuidedPrompt, first_step: int) -> Steps[Tensor]:

@@ -6,6 +6,7 @@ from pipeline.inversion.base import Inversion
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.ddpm import DDPMInversion
 from pipeline.inversion.direct import DirectInversion
+from pipeline.inversion.dna import DNAInversion
 from pipeline.inversion.negative_prompt import NegativePromptInversion
 from pipeline.inversion.noise import NoiseStart
 from pipeline.inversion.null_text import NullTextInversion
@@ -15,6 +16,7 @@ INVERSIONS: dict[str, type[Inversion]] = {
     "ddim": DDIMInversion,
     "ddpm": DDPMInversion,
     "direct": DirectInversion,
+    "dna": DNAInversion,
     "negative_prompt": NegativePromptInversion,
     "noise": NoiseStart,
     "null_text": NullTextInversion,

@@ -25,9 +25,10 @@ Provision = Literal["noise maps", "DDIM steps", "path", "faithful source", "leve
 returns the image, at least about; faithful source: a source branch follows it without guidance; levels alone: it took
 no network row, for editors that read nothing but image and levels; upward velocities: it tells along what it went up,
 step by step."""
-Demand = Literal["source branch", "unconditional prompt"]
-"""What a trajectory is made for, and wasted on an editor without: a branch that shows the source; a prompt to guide
-away from, in whose place the inversion's own embeddings stand."""
+Demand = Literal["displaced target", "source branch", "unconditional prompt"]
+"""What a trajectory is made for, and wasted on an editor without: a target that is predicted where the inversion
+predicted; a branch that shows the source; a prompt to guide away from, in whose place the inversion's own embeddings
+stand."""
 
 
 class Inversion(BaseModel, ABC):

@@ -77,7 +77,11 @@ class NullTextInversion(DDIMInversion):
         cond, empty = yield EncodeText((source.prompt, ""))
         uncond = yield from self.optimise(trajectory, cond, empty)
         return dataclasses.replace(
-            trajectory, uncond=uncond, uncond_scope=self.uncond_scope, source_guidance=self.edit_guidance_scale
+            trajectory,
+            uncond=uncond,
+            uncond_scope=self.uncond_scope,
+            source_guidance=self.edit_guidance_scale,
+            second_order=None,  # embeddings are optimised for plain steps
         )
 
     def optimise(

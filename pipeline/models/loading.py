@@ -1,4 +1,5 @@
-"""From a recipe's model section to a loaded backbone: a local folder, a hub id with a revision, `demo` or `analytic`.
+"""From a recipe's model section to a loaded backbone: a local folder, a hub id with a revision, `demo`,
+`demo_flow` or `analytic`.
 
 What a checkpoint is made of, and what is made of it, is for its family to say (`families/`); which of its files that
 reads, `checkpoint.py` says. Nothing of the process that loads is changed.
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from pipeline.recipe import ModelConfig
 
 DEMO_FOLDER = Path(str(files("pipeline.models.demo") / "weights"))  # the bundled model
+BUNDLED = {"demo": DEMO_FOLDER, "demo_flow": DEMO_FOLDER.with_name("flow_weights")}
+"""By name: models of drawn faces, of diffusion and of rectified flow."""
 
 
 def load_backbone(
@@ -138,8 +141,8 @@ def is_hub_id(name: str) -> bool:
 
 def _locate(config: ModelConfig) -> tuple[Path, str]:
     """The checkpoint's folder, downloaded where it is a hub id, and its resolved revision."""
-    if config.name == "demo":
-        return DEMO_FOLDER, ""
+    if config.name in BUNDLED:
+        return BUNDLED[config.name], ""
     folder = Path(os.path.expanduser(config.name))
     if folder.is_dir():
         return folder, ""

@@ -15,7 +15,7 @@ from pipeline.models.checkpoint import INDEX, read_configurations, read_index, s
 from pipeline.models.families import family_of
 from pipeline.models.families.base import components_of
 from pipeline.models.hub import silent
-from pipeline.models.loading import DEMO_FOLDER, is_hub_id
+from pipeline.models.loading import BUNDLED, is_hub_id
 from pipeline.models.networks import load_tokenizer, starts_at, words_of_tokens
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def outline_of(config: ModelConfig) -> Outline:
 
 
 def _folder(config: ModelConfig) -> Path | None:
-    folder = DEMO_FOLDER if config.name == "demo" else Path(os.path.expanduser(config.name))
+    folder = BUNDLED.get(config.name) or Path(os.path.expanduser(config.name))
     if folder.is_dir():
         return folder
     if not is_hub_id(config.name):

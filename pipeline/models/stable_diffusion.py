@@ -11,7 +11,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from pipeline.diffusion.copying import stacked_on, to_device
-from pipeline.diffusion.levels import prediction_of
+from pipeline.diffusion.flow_schedule import FlowSchedule
+from pipeline.diffusion.levels import OutputKind, prediction_of
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.engine.backbone import Backbone, ModelRecord, Offers
 from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Product
@@ -51,7 +52,7 @@ class StableDiffusion(Backbone):
         unet: Any,  # diffusers types its configuration as Any
         autoencoder: Autoencoder,
         text: Text,
-        schedule: NoiseSchedule,
+        schedule: NoiseSchedule | FlowSchedule,
         offers: Offers,
         record: ModelRecord,
         device: torch.device,
@@ -126,7 +127,7 @@ class StableDiffusion(Backbone):
             None if added else self._alike(call),
             call.plan.free_u,
         )
-        kind = self.schedule.prediction_type
+        kind: OutputKind = "velocity" if isinstance(self.schedule, FlowSchedule) else self.schedule.prediction_type
         predictions = prediction_of(kind, output.to(self._outside), latents, call.levels)
         grads = None if call.cotangents is None else gradients(predictions, embeddings, call.cotangents)
         return NetworkAnswer(

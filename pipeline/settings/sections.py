@@ -109,7 +109,8 @@ class ModelConfig(Section):
     """Which checkpoint, at which size and precision."""
 
     name: Location = Field(default="demo", min_length=1)
-    """The bundled "demo", which knows drawn faces only; the closed-form "analytic"; a local folder; or a hub id."""
+    """The bundled "demo" and "demo_flow", of diffusion and of flow matching, which know drawn faces only; the
+    closed-form "analytic"; a local folder; or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; none: its main branch."""
     variant: str | None = None
@@ -149,7 +150,9 @@ class ModelConfig(Section):
     @property
     def caveat(self) -> str:
         """What a user of this model must know, or ""."""
-        return "the demo model knows drawn faces only; model.name chooses another" if self.name == "demo" else ""
+        if self.name not in ("demo", "demo_flow"):
+            return ""
+        return "the demo model knows drawn faces only; model.name chooses another"
 
 
 COLUMN_NAMES: dict[str, dict[str, str]] = {

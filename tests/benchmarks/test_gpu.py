@@ -11,6 +11,7 @@ import torch
 from benchmarks import gpu
 from benchmarks.against_diffusers import photographs, prepared, recipe_for
 from benchmarks.architectures import SD15, SDXL, Architecture
+from benchmarks.flow_architectures import FLUX, SD3, FlowArchitecture
 from benchmarks.ledits_on_gpu import requests, with_own_words
 
 META = torch.device("meta")
@@ -35,6 +36,26 @@ def test_networks_have_as_many_weights_as_the_published_ones(
     assert weights(architecture.make_vae(META, torch.float32)) == 83_653_863
     encoders = architecture.make_texts(META, torch.float32)
     assert [weights(one) - one.config.vocab_size * one.config.hidden_size for one in encoders] == text
+
+
+@pytest.mark.parametrize(("architecture", "weights"), [(SD3, 2.03e9), (FLUX, 11.90e9)], ids=["SD 3", "FLUX.1-dev"])
+def test_transformers_have_as_many_weights_as_the_published_ones(architecture: FlowArchitecture, weights: int) -> None:
+    """As their authors round them: 2 B and 12 B."""
+    network = architecture.make(META, torch.float32).transformer
+    assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(weights, rel=0.005)
+
+
+@pytest.mark.parametrize(("architecture", "size"), [(SD3, 512), (FLUX, 1024)], ids=["SD 3", "FLUX.1-dev"])
+def test_a_row_of_a_transformer_takes_what_its_tokens_and_weights_come_to(
+    architecture: FlowArchitecture, size: int
+) -> None:
+    """Each block multiplies all tokens by its matrices, and attends over all of them; the rest is small."""
+    config, image, text = architecture.config, (size // 16) ** 2, architecture.text_places
+    width, tokens = config["num_attention_heads"] * config["attention_head_dim"], image + text
+    joint, single = config["num_layers"], config.get("num_single_layers", 0)
+    attended = 4 * tokens**2 * width * (joint + single)
+    multiplied = 2 * tokens * 12 * width**2 * (joint + single)
+    assert gpu.tflop_per_flow_row(architecture, size) == pytest.approx((attended + multiplied) / 1e12, rel=0.1)
 
 
 def test_a_row_of_stable_diffusion_takes_800_gflop() -> None:
@@ -94,6 +115,9 @@ def test_a_dry_run_fills_every_table(
     assert all(row["rows_per_s"] > 0 for row in found["network"])
     assert [row["model"] for row in found["engine"]] == ["tiny SD", "tiny SDXL"]
     assert all(row["ratio"] > 0 and 0 <= row["idle_share"] < 1 for row in found["engine"])
+    flow = [(row["model"], row["pixels"], row["call_size"]) for row in found["flow"]]
+    assert flow == [(model, size, rows) for model in ("tiny SD 3", "tiny FLUX") for size in (32, 64) for rows in (1, 2)]
+    assert all(row["rows_per_s"] > 0 and row["share_of_peak"] > 0 for row in found["flow"])
     cases = {(row["model"], row["concepts"], row["edits"], row["of"]) for row in found["ledits"]}
     assert len(cases) == len(found["ledits"]) == 2 * 3 * 2 * 2
     assert all(row["ratio"] > 0 for row in found["ledits"])

@@ -178,3 +178,49 @@ def test_settings_that_leave_nothing_to_do_are_refused() -> None:
     with pytest.raises(PrepareError, match="no target_prompt"):
         FlowEdit().check(EditRequest(source_prompt=CAT), NoiseStart())
     assert not FlowEdit.fits(DDIMInversion)  # whose rows would be wasted
+
+
+ALIGN = FlowEdit(guided_against="source_prompt", guidance_scale=3.0, pull=0.1)
+
+
+def test_flow_align_walks_all_steps_by_three_rows_and_pulls_the_clean_latents_together() -> None:
+    """As its authors write it: the latents' predictions, not offsets."""
+    backbone = ClosedFormFlow(torch.float64)
+    ours, rows = edited(backbone, ALIGN)
+    trajectory = start(backbone, 5)
+    assert rows == 3 * 5
+    clean, draw = trajectory.source.latents, trajectory.source.editing_noise()
+    offset = torch.zeros_like(clean)
+    for start_, end in trajectory.solver.steps:
+        sigma, noised = start_.noise, start_.noised(clean, draw())
+        total = ((1 - sigma) * SPREAD) ** 2 + sigma**2
+        slope = (sigma - (1 - sigma) * SPREAD**2) / total
+
+        def velocity(latents: Tensor, mean: Tensor, slope: float = slope, sigma: float = sigma) -> Tensor:
+            return slope * (latents - (1 - sigma) * mean) - mean
+
+        source_velocity = velocity(noised, backbone.mean_of(CAT))
+        away = velocity(noised + offset, backbone.mean_of(CAT))
+        target_velocity = away + 3.0 * (velocity(noised + offset, backbone.mean_of(DOG)) - away)
+        pulled = (noised - sigma * source_velocity) - (noised + offset - sigma * target_velocity)
+        offset = offset + (end.noise - sigma) * (target_velocity - source_velocity) + 0.1 * pulled
+    torch.testing.assert_close(ours, clean + offset)
+    assert float(offset.abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_flow_align_of_equal_prompts_returns_the_image_bit_for_bit(name: str) -> None:
+    latents, _ = edited(tiny(name), ALIGN, EditRequest(source_prompt=CAT, target_prompt=CAT))
+    assert torch.equal(latents, start(tiny(name), 5).source.latents)
+
+
+def test_flow_align_guides_a_network_that_is_told_its_guidance_against_the_source_too() -> None:
+    weak, rows = edited(tiny("flux"), ALIGN.model_copy(update={"guidance_scale": 1.5}))
+    strong, _ = edited(tiny("flux"), ALIGN)
+    assert rows == 3 * 5
+    assert not torch.allclose(weak, strong, rtol=0.01)
+
+
+def test_what_is_guided_against_the_source_prompt_takes_no_negative_prompt() -> None:
+    (problem,) = ALIGN.problems(REQUEST.model_copy(update={"negative_prompt": "snow"}), NoiseStart())
+    assert "reads no negative_prompt" in problem.text

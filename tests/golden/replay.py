@@ -48,10 +48,12 @@ from tests.golden.flow import (
     replay_joint_attention,
     replay_kontext,
 )
+from tests.golden.flow_variations import replay_dna_edit, replay_flow_align
 from tests.golden.h_edit import read_h_edit, replay_h_edit
 from tests.golden.masactrl import replay_masactrl
 from tests.golden.pair_sets import set_of as pairs_of
 from tests.golden.proxedit import replay_proxedit
+from tests.golden.rf_solvers import replay_rf_solvers
 from tests.golden.riemannian import replay_riemannian
 from tests.golden.sae_concepts import replay_sae_concepts
 from tests.golden.sdxl import replay_sdxl_sample, with_size_ids
@@ -346,6 +348,8 @@ KINDS: dict[str, Callable[..., Iterator[Check]]] = {
     "diffedit": replay_diffedit,
     "direct_edit": replay_direct_edit,
     "direct_inversion": replay_direct_inversion,
+    "dna_edit": replay_dna_edit,
+    "flow_align": replay_flow_align,
     "flow_edit": replay_flow_edit,
     "flux_kontext": replay_kontext,
     "flux_sample": replay_flow_sample,
@@ -357,6 +361,7 @@ KINDS: dict[str, Callable[..., Iterator[Check]]] = {
     "null_text_inversion": replay_null_text,
     "prompt_to_prompt": replay_prompt_to_prompt,
     "proxedit": replay_proxedit,
+    "rf_solvers": replay_rf_solvers,
     "riemannian": replay_riemannian,
     "sae_concepts": replay_sae_concepts,
     "sd3_sample": replay_flow_sample,

@@ -8,11 +8,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import typer
 
+from demo_world import train as training
 from demo_world.aiming import (
     ATTRIBUTES,
     NOTHING,
@@ -21,9 +25,16 @@ from demo_world.aiming import (
     named_attributes,
     record_attention,
 )
+from demo_world.objectives import Flow
+from demo_world.oracle import read
+from demo_world.scoring import complete_caption
 from demo_world.train_autoencoder import refine_decoder, standardize_latents, train_vae
 from demo_world.train_unet import draw_pool, train_unet
 from demo_world.training import PRESETS
+from pipeline.diffusion.flow_schedule import FlowSchedule
+from pipeline.editing.cfg import ClassifierFreeGuidance
+from pipeline.engine.engine import Engine
+from pipeline.inversion.noise import NoiseStart
 from pipeline.models.demo.networks import (
     LATENT_SIZE,
     Sizes,
@@ -33,7 +44,11 @@ from pipeline.models.demo.networks import (
     load_pipeline,
     save_pipeline,
 )
-from pipeline.models.demo.world import VOCABULARY
+from pipeline.models.demo.world import VOCABULARY, Scene
+from pipeline.models.loading import BUNDLED, load_backbone
+from pipeline.recipe import ModelConfig
+from pipeline.records import EditRequest
+from tests.methods import invert_and_edit, source
 
 WEIGHTS = Path(__file__).parents[2] / "pipeline" / "models" / "demo" / "weights"
 TINY = Sizes(vae_channels=(8, 8, 8), unet_channels=(8, 8, 16), unet_heads=1, text_width=16, text_layers=1)
@@ -44,9 +59,10 @@ def shipped():
     return load_pipeline(WEIGHTS)
 
 
-def test_the_shipped_weights_are_small_and_safe() -> None:
-    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 40e6
+@pytest.mark.parametrize("folder", BUNDLED.values(), ids=list(BUNDLED))
+def test_the_shipped_weights_are_small_and_safe(folder: Path) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20e6
     assert {path.suffix for path in files} <= {".json", ".txt", ".md", ".safetensors"}
 
 
@@ -112,6 +128,31 @@ def test_a_caption_becomes_an_image(shipped) -> None:
     image = shipped("a yellow face with a red hat", num_inference_steps=2, output_type="np").images[0]
     assert image.shape == (128, 128, 3)
     assert np.isfinite(image).all()
+
+
+def test_captions_become_the_faces_that_they_name_by_the_flow_model() -> None:
+    wanted = [
+        Scene(background="lavender", face_color="yellow", hat="red", beard=True),
+        Scene(background="navy", face_color="pink", sunglasses=True, mouth="open"),
+    ]
+    backbone = load_backbone(ModelConfig(name="demo_flow"), device="cpu")
+    assert isinstance(backbone.schedule, FlowSchedule)
+    engine = Engine(backbone, call_size=4)
+    found = []
+    for number, scene in enumerate(wanted):
+        request = EditRequest(target_prompt=complete_caption(scene, np.random.default_rng(number)))
+        given = source(backbone, number, side=LATENT_SIZE)
+        steps = invert_and_edit(given, request, NoiseStart(num_steps=10), ClassifierFreeGuidance(guidance_scale=4.0))
+        _, made = engine.run_one(steps)
+        pixels = read(np.asarray(backbone.decode_latents(made.latents[None])[0]))
+        found += [pixels[name] == value for name, value in scene.attributes().items() if value]
+    assert np.mean(found) >= 0.9
+
+
+def test_both_models_have_one_autoencoder() -> None:
+    """So that what an edit loses beside it is the same."""
+    one, other = (folder / "vae" / "diffusion_pytorch_model.safetensors" for folder in BUNDLED.values())
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_recorded_attention_predicts_what_diffusers_own_attention_predicts() -> None:
@@ -181,3 +222,28 @@ def test_training_goes_from_nothing_to_a_model_and_resumes_where_it_stopped(tmp_
     assert torch.equal(torch.load(tmp_path / "vae.pt", weights_only=True)["vae"]["encoder.conv_in.weight"], encoder)
     assert load_pipeline(tmp_path / "weights").vae.config.scaling_factor == 1.0
     assert "steps of 2" in (tmp_path / "weights" / "README.md").read_text()
+
+
+def test_training_for_flow_goes_on_from_a_model_and_says_in_the_new_one_what_it_was_for(
+    shipped, tmp_path: Path
+) -> None:
+    plan = dataclasses.replace(PRESETS["onward"], minutes=0.01, pool=4, batch=2)
+    vae = shipped.vae.eval().requires_grad_(False)
+    pool = draw_pool(plan, vae, tmp_path / "pool.pt", torch.device("cpu"), seed=0)
+    start: Any = SimpleNamespace(
+        unet=copy.deepcopy(shipped.unet),
+        text_encoder=copy.deepcopy(shipped.text_encoder),
+        tokenizer=shipped.tokenizer,
+    )
+    train_unet(plan, vae, pool, tmp_path, torch.device("cpu"), 0, start, Flow())
+    scheduler = json.loads((tmp_path / "weights" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "flow_prediction"
+    card = (tmp_path / "weights" / "README.md").read_text()
+    assert "velocity at logit-normal levels" in card
+    assert "from a demo model" in card
+    assert isinstance(load_backbone(ModelConfig(name=str(tmp_path / "weights")), device="cpu").schedule, FlowSchedule)
+
+
+def test_an_objective_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match=r"'speed' is unknown\. Choose one of: noise, flow"):
+        training.main(tmp_path / "out", objective="speed")

@@ -17,6 +17,7 @@ from pipeline.flow import edit_prepared
 from pipeline.looking.check_model.drawn import drawn_face
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.base import Family
+from pipeline.models.loading import BUNDLED
 from pipeline.reading.prepare import prepare
 from pipeline.recipe import Method, Recipe
 from pipeline.records import Asked, Concept, Decoded, EditRequest, Prepared
@@ -56,7 +57,7 @@ class Subject:
             DecodeError: the image cannot be opened.
         """
         side = recipe.model.size or backbone.image_size
-        picture = image or drawn_face(side, grain=recipe.model.name != "demo")
+        picture = image or drawn_face(side, grain=recipe.model.name not in BUNDLED)
         sample = Sample(id="check-model", shard="", key="check-model", index=0, image=picture)
         asked = Asked(sample=sample, edits=())
         return cls(

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+    UNet2DConditionModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -136,21 +143,32 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
+def build_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """Rectified flow's levels, evenly spaced: an image this small needs no shift towards noise."""
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
+    scheduler.register_to_config(prediction_type="flow_prediction")  # what tells a UNet that was trained for it
+    return scheduler
+
+
 def save_pipeline(
     folder: Path,
     vae: AutoencoderKL,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     unet: UNet2DConditionModel,
+    scheduler: SchedulerMixin | None = None,
 ) -> None:
-    """Write an ordinary diffusers folder with fp16 weights. The networks given are converted in place."""
+    """Write an ordinary diffusers folder with fp16 weights. The networks given are converted in place.
+
+    `scheduler`: None for `build_scheduler`.
+    """
     tokenizer.backend_tokenizer.no_padding()  # that of the last call would be saved as the model's
     pipeline = stable_diffusion_pipeline()(
         vae=vae.half(),
         text_encoder=text_encoder.half(),
         tokenizer=tokenizer,
         unet=unet.half(),
-        scheduler=build_scheduler(),
+        scheduler=scheduler or build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.flow_schedule import SCHEDULER as FLOW_SCHEDULER
+from pipeline.diffusion.flow_schedule import FlowSchedule
 from pipeline.diffusion.schedule import SCHEDULERS, NoiseSchedule
 from pipeline.engine.backbone import Offers
 from pipeline.errors import ModelError
@@ -24,9 +26,11 @@ from pipeline.models.unet_layout import KNOWN_BLOCKS, block_types, bottleneck_of
 
 # Its levels are those of the others; what it steps along was distilled into the network.
 LATENT_CONSISTENCY = "LCMScheduler"
+FLOW_PREDICTION = "flow_prediction"  # diffusers' name for a velocity
 KNOWN_SCHEDULERS = (*SCHEDULERS, LATENT_CONSISTENCY)
 OTHER_LEVELS = {  # by the start of a scheduler's class
-    "FlowMatch": "whose levels are those of flow matching: this family's are variance preserving",
+    "FlowMatch": "whose levels are those of flow matching: this family's are variance preserving (a UNet of Stable "
+    "Diffusion 1.x or 2.x that was trained for them says prediction_type flow_prediction in scheduler_config.json)",
     "EDM": "whose levels are those of EDM (unbounded noise, and inputs scaled by it): this family's are variance "
     "preserving",
     "": "whose levels nobody here knows",
@@ -58,6 +62,16 @@ def check_scheduler(configurations: Configurations, where: str) -> None:
                 f"{where} is a {configurations.pipeline} with the scheduler {name}, {reason}. Known are "
                 f"{', '.join(KNOWN_SCHEDULERS)}. Use a checkpoint with the scheduler that it was trained for"
             )
+
+
+def predicts_flow(configurations: Configurations) -> bool:
+    """Whether a UNet was trained for rectified flow: both classes of its scheduler and its own file must say so.
+
+    The scheduler alone does not tell, since any can be put beside any UNet; diffusers' names for what a network puts
+    out have one for it.
+    """
+    told = configurations.parts["scheduler"].get("prediction_type") == FLOW_PREDICTION
+    return told and all(name == FLOW_SCHEDULER for name in scheduler_classes(configurations))
 
 
 def scheduler_classes(configurations: Configurations) -> list[Any]:
@@ -110,9 +124,11 @@ def _block_types(unet: Mapping[str, Any]) -> list[Any]:
         return []  # loading says what is wrong with it
 
 
-def schedule_of(configurations: Configurations) -> NoiseSchedule:
+def schedule_of(configurations: Configurations) -> NoiseSchedule | FlowSchedule:
     """The levels, as the scheduler's configuration states them."""
     config: Mapping[str, Any] = configurations.parts["scheduler"]
+    if predicts_flow(configurations):
+        return FlowSchedule.from_config(config, "even")
     if LATENT_CONSISTENCY in scheduler_classes(configurations):
         # Its student has seen timesteps 19, 39 .. 999 alone (arXiv 2310.04378): few trailing steps are among them.
         config = {**config, "_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}

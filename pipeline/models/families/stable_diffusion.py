@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x and 2.x, and their inpainting and latent consistency variants.
 
 One CLIP text encoder, whose last hidden state (normed) a UNet reads; latents of a KL autoencoder, an eighth of the
-image's side. epsilon or v predictions. Page: docs/families/stable_diffusion.md.
+image's side. epsilon or v predictions, or rectified flow's velocity. Page: docs/families/stable_diffusion.md.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pipeline.models.families.latent_diffusion import (
     ddim_of,
     load_networks,
     offers_of,
+    predicts_flow,
     schedule_of,
 )
 from pipeline.models.networks import check_text, load_tokenizer
@@ -48,7 +49,8 @@ class StableDiffusionFamily(Family):
 
     @override
     def check(self, configurations: Configurations, where: str) -> None:
-        check_scheduler(configurations, where)
+        if not predicts_flow(configurations):
+            check_scheduler(configurations, where)
         check_unet(configurations, None, where)
         schedule_of(configurations)
 
@@ -82,8 +84,10 @@ class StableDiffusionFamily(Family):
 
     @override
     def reference(self, backbone: Backbone, configurations: Configurations) -> Any | None:
-        """None for variants: they are sampled otherwise."""
+        """None for variants: they are sampled otherwise. Nor is there one of rectified flow with a UNet."""
         if not isinstance(backbone, StableDiffusion) or backbone.offers.inputs or backbone.offers.distilled:
+            return None
+        if predicts_flow(configurations):
             return None
         from diffusers import StableDiffusionPipeline
 
