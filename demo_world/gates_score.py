@@ -4,7 +4,7 @@ Drawn scenes in ten kinds of edits are edited as a job does it, gates included; 
 which results are correct: every attribute that the edit should change did, and every other one stayed. Of the
 kind that is hardest four attempts are made. Bounds were chosen by `--choose`, on scenes of another seed.
 
-Cost: about 1.5 s per edit and 0.1 s per reading on one core.
+Cost: about two seconds of one core per edit, its reading included.
 """
 
 from __future__ import annotations

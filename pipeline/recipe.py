@@ -49,6 +49,7 @@ from pipeline.settings.explain import problems_in_words
 from pipeline.settings.gated import attempt_problems, gate_problems
 from pipeline.settings.gates import GatesConfig
 from pipeline.settings.instructions import InstructionsConfig
+from pipeline.settings.judge import HOW_IT_IS_ASKED
 from pipeline.settings.overrides import apply_overrides
 from pipeline.settings.sections import ModelConfig, RunConfig, Section, SinkConfig, SourceConfig
 from pipeline.settings.yaml_file import UnusableFileError, read_yaml_file
@@ -192,6 +193,9 @@ class Recipe(Section):
             for key in keys:
                 data[section].pop(key)
         data["run"].pop("max_consecutive_failed_units")
+        if data["gates"] is not None and data["gates"]["judge"] is not None:
+            for key in HOW_IT_IS_ASKED:
+                data["gates"]["judge"].pop(key)
         for section in ("instructions", "gates", "best_of"):
             if data[section] is None:  # so that runs from before there was one go on
                 data.pop(section)

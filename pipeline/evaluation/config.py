@@ -16,7 +16,7 @@ from pipeline.evaluation.metrics_config import MetricsConfig
 from pipeline.recipe import Method, Name, Recipe, recipe_from
 from pipeline.records import EditRequest
 from pipeline.settings.configuration import config_from, read_config
-from pipeline.settings.judge import JudgeConfig
+from pipeline.settings.judge import HOW_IT_IS_ASKED, JudgeConfig
 from pipeline.settings.sections import (
     Location,
     ModelConfig,
@@ -197,7 +197,7 @@ class EvaluateConfig(Section):
             part.pop("storage_options", None)
         data["run"] = {name: data["run"][name] for name in ("seed", "unit_size")}
         if data["judge"]:
-            for name in ("key_env", "concurrency", "timeout_s", "tries", "max_failed"):
+            for name in HOW_IT_IS_ASKED:
                 del data["judge"][name]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.settings.judge import JudgeConfig
+from pipeline.settings.judge import EXTRA, JudgeConfig
 from pipeline.settings.sections import Location, Section
 
 PLUG_IN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
@@ -187,6 +188,9 @@ class GatesConfig(Section):
                     f"gates.{name}",
                     f"is not measured with sink.round_trip false. Set that to true, or {name} to null",
                 )
+        if self.judge is not None and (missing := [name for name in EXTRA if find_spec(name) is None]):
+            text = f"needs {', '.join(missing)}, which is not installed: pip install 'shardedit[evaluate]'"
+            yield "gates.judge", text
         if self.judge is not None and self.judge.protocol not in PROTOCOLS:
             text = f"is '{self.judge.protocol}', which scores no single result by its request. Set it to one of: "
             yield "gates.judge.protocol", text + ", ".join(PROTOCOLS)

@@ -13,6 +13,10 @@ from pydantic import Field, field_validator
 from pipeline.settings.sections import Location, Section
 
 KEY = re.compile(r"\bsk-[A-Za-z0-9_-]{8,}|\bBearer\s+\S+")
+EXTRA = ("httpx2", "json_repair")
+"""Packages that asking a judge takes, of the extra `evaluate`."""
+HOW_IT_IS_ASKED = ("key_env", "concurrency", "timeout_s", "tries", "max_failed")
+"""Settings that decide no answer."""
 PLUG_IN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 
 

@@ -199,3 +199,18 @@ def test_counts_of_a_gate_add_up_and_tell_who_rejected_alone() -> None:
     assert both.seen[2] == pytest.approx((3 * 2.0 + 5.0) / 4)
     assert seen_in_words(found["change_inside"]) == "1 to 5, half of them about 1.5 to 3.5"
     assert gate_counts(rows, None) == {}
+
+
+def test_a_judge_without_its_packages_is_refused_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.settings.gates.EXTRA", ("no_such_package",))
+    with pytest.raises(RecipeError, match=r"needs no_such_package, .* pip install 'shardedit\[evaluate\]'"):
+        recipe(tmp_path, {"judge": {"model": "x"}, "judge_overall": {"min": 6}})
+
+
+def test_how_a_judge_is_asked_makes_no_other_run(tmp_path: Path) -> None:
+    gates = {"judge": {"model": "x"}, "judge_overall": {"min": 6}}
+    other = gates | {"judge": {"model": "x", "tries": 9, "concurrency": 1}}
+    assert recipe(tmp_path, gates).hash == recipe(tmp_path, other).hash
+    assert recipe(tmp_path, gates | {"judge": {"model": "y"}}).hash != recipe(tmp_path, gates).hash
