@@ -31,13 +31,16 @@ class Kind:
     window: str  # that its figure is of
     strength: float
     region: tuple[float, float, float, float] | None = None  # None: where what it replaces is predicted
+    blocks: tuple[str, ...] = ()  # that are written to; none: all
 
     def intervention(self, before: Any, after: Any) -> dict[str, Any]:
         """What is written into one scene."""
         where = {"region": list(self.region) if self.region else "predicted"}
         remove = {} if before in (False, None) else {"remove": [tag_of(self.attribute, before)]}
         window = list(WINDOWS[self.window])
-        return {"add": [tag_of(self.attribute, after)], **remove, **where, "strength": self.strength, "window": window}
+        blocks = {"blocks": list(self.blocks)} if self.blocks else {}
+        concepts = {"add": [tag_of(self.attribute, after)], **remove}
+        return {**concepts, **where, **blocks, "strength": self.strength, "window": window}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

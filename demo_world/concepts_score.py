@@ -38,7 +38,7 @@ TIMES = (1.0, 0.5, 0.0)
 LABELS = "demo_world.concept_labels:drawn_regions"
 KINDS = (
     Kind(attribute="background", window="middle", strength=1.0),
-    Kind(attribute="face_color", window="middle", strength=1.0),
+    Kind(attribute="face_color", window="middle", strength=1.0, blocks=("up_blocks.1.attentions.0",)),
     Kind(attribute="sunglasses", window="all", strength=1.0, region=(0.22, 0.4, 0.78, 0.58)),
 )
 FACTORS = (0.5, 2.0)  # of a kind's own strength
@@ -140,10 +140,10 @@ def table(reached: Mapping[Attribute, Mapping[str, Reached]]) -> str:
 
 
 def main(
-    scenes: Annotated[int, typer.Option(help="That are learnt from.")] = 400,
-    labelled: Annotated[int, typer.Option(help="Whose features are named.")] = 160,
-    fresh: Annotated[int, typer.Option(help="By which layouts are judged.")] = 60,
-    edited: Annotated[int, typer.Option(help="That are intervened on.")] = 24,
+    scenes: Annotated[int, typer.Option(help="That are learnt from.")] = 160,
+    labelled: Annotated[int, typer.Option(help="Whose features are named.")] = 100,
+    fresh: Annotated[int, typer.Option(help="By which layouts are judged.")] = 40,
+    edited: Annotated[int, typer.Option(help="That are intervened on.")] = 20,
     vectors: Annotated[int, typer.Option(help="Vectors that are learnt from.")] = 400_000,
     features: Annotated[int, typer.Option(help="Of an autoencoder.")] = 512,
     seed: Annotated[int, typer.Option(help="Of the scenes.")] = SEED,
