@@ -24,10 +24,12 @@ THUMB = 16  # pixels of a side
 # Levels, of means over 8 x 8 pixels: what encoding again does to luma and to a channel. JPEG of quality 75 against 95
 # stays below both on photographs; an edit of 8 x 8 pixels is above.
 COPY_LUMA, COPY_CHANNEL, COPY_MEAN = 4.0, 10.0, 5.0  # and the mean over all pixels
+COPY_GRAIN = 0.3  # where it is larger: a share of the mean difference to the squares' own means, the picture's grain
 CHANGED = 16.0  # levels of a pixel, smoothed, that count as a change
 BEYOND_NOISE = 4.0  # times the middle pixel's difference: what an encoder changes everywhere is no edit
 FEWEST_CHANGED = 0.0005  # share of the image: less may be noise
 MISSED = 0.5  # share of the change that lies outside of the mask
+INVERTED = 2.0  # mean change outside over that inside, of a mask whose sides are exchanged
 EDGE = 0.02  # of the longer side, around a mask, that counts as inside
 PLACEHOLDERS = re.compile(
     r"(none|null|nan|n/a|todo|tbd|string|prompt|instruction|placeholder|lorem ipsum.*|<[^<>]*>|\{[^{}]*\})"
@@ -99,7 +101,7 @@ class Look:
             return
         mask, problems = self._mask(pair, size)
         yield from problems
-        found = align(source, edited, mask if mask is not None and mask.any() and not mask.all() else None)
+        found = _aligned(source, edited, mask)
         figures |= found.columns()
         if size == other and found.verdict not in ("misaligned", "undecided") and is_copy(source, edited):
             yield "unchanged", "the result is the input, encoded again"
@@ -122,6 +124,17 @@ class Look:
         if ((levels > 8) & (levels < 247)).mean() > 0.01:
             problems.append(("mask_gray", "values between black and white"))
         return levels > 127, problems
+
+
+def _aligned(source: np.ndarray, edited: np.ndarray, mask: np.ndarray | None) -> Alignment:
+    """Outside of the mask; where nothing fits there the mask may be the wrong one, and is not asked."""
+    if mask is None or not mask.any() or mask.all():
+        return align(source, edited)
+    found = align(source, edited, mask)
+    if found.verdict not in ("unrelated", "undetermined"):
+        return found
+    without = align(source, edited)
+    return found if without.verdict in ("unrelated", "undetermined") else without
 
 
 def _said(pair: Pair) -> Iterator[tuple[str, str]]:
@@ -179,9 +192,13 @@ def _displaced(found: Alignment) -> Iterator[tuple[str, str]]:
 def is_copy(source: UInt8[np.ndarray, "H W 3"], edited: UInt8[np.ndarray, "H W 3"]) -> bool:
     """Whether two pictures differ by their encoding alone: in grain, not in any place's mean."""
     difference = source.astype(np.float32) - edited
-    if float(np.abs(difference).mean()) > COPY_MEAN:
-        return False
-    luma = _boxed(difference @ np.array([0.299, 0.587, 0.114], dtype=np.float32), 8)
+    weights = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    apart = float(np.abs(difference).mean())
+    if apart > COPY_MEAN:  # gravel and grass lose more to an encoder than faces
+        levels = source.astype(np.float32) @ weights
+        if apart > COPY_GRAIN * float(np.abs(levels - _boxed(levels, 8)).mean()):
+            return False
+    luma = _boxed(difference @ weights, 8)
     if float(np.abs(luma).max()) > COPY_LUMA:
         return False
     return all(float(np.abs(_boxed(difference[..., at], 8)).max()) < COPY_CHANNEL for at in range(3))
@@ -204,15 +221,14 @@ def mask_findings(
     smooth = _boxed(difference)
     strong = np.where(smooth > max(CHANGED, BEYOND_NOISE * float(np.median(smooth))), smooth, 0)
     figures["mask_share"] = float(mask.mean())
-    figures["change_inside"], figures["change_outside"] = (
-        float(difference[mask].mean()),
-        float(difference[~mask].mean()),
-    )
+    inside, outside = float(difference[mask].mean()), float(difference[~mask].mean())
+    figures["change_inside"], figures["change_outside"] = inside, outside
     if (strong > 0).mean() < FEWEST_CHANGED:
         return
     missed = float(strong[~_grown(mask)].sum() / strong.sum())
     figures["change_missed"] = missed
-    if missed > MISSED:
+    most_is_outside = outside > INVERTED * inside and missed > MISSED / 2
+    if missed > MISSED or most_is_outside:  # the surroundings of a small edit are most of it
         yield "mask_misses_change", f"{missed:.0%} of the change lies outside of the mask"
 
 

@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.pairs import jpeg
+from benchmarks.pairs import decoded, jpeg, sources
 from pipeline.cli import app
 from pipeline.errors import RecipeError, SourceError
+from pipeline.pairs.checks import COPY_MEAN
 from pipeline.pairs.layouts import layout_of_columns, layout_of_members, layout_of_options, split_of
 from tests.pairs.conftest import box, edited, found_in, picture, png, row
 
@@ -57,6 +58,28 @@ def test_a_defect_of_one_row_is_found_there(write_set, audited, changes, finding
     found = found_in(audited(write_set([row(0, **changes), row(1)])))
     assert finding in found.pop("0")
     assert found == {}
+
+
+def crop(name, side):
+    return sources()[name][20 : 20 + side, 30 : 30 + side]
+
+
+def test_a_mask_of_everything_but_a_small_edit_is_found_though_nothing_fits_outside_of_it(write_set, audited):
+    source = crop("coffee.png", 288)
+    result, mask = source.copy(), np.zeros((288, 288), dtype=bool)
+    mask[60:92, 100:132] = True
+    result[mask] = 255 - result[mask]
+    pair = row(0, source_image=jpeg(source, 92), edited_image=jpeg(result, 92))
+    found = found_in(audited(write_set([pair | {"mask_image": png(~mask)}, row(1)])))
+    assert found == {"0": {"mask_misses_change"}}
+
+
+def test_a_copy_of_gravel_is_a_copy_though_its_grain_suffers(write_set, audited):
+    source = jpeg(crop("gravel.png", 288), 95)
+    again = jpeg(decoded(source), 65)
+    assert np.abs(decoded(again).astype(float) - decoded(source)).mean() > COPY_MEAN
+    pair = row(0, source_image=source, edited_image=again, mask_image=png(np.eye(288, dtype=bool)))
+    assert found_in(audited(write_set([pair, row(1)])))["0"] == {"unchanged"}
 
 
 def test_doubled_rows_and_ids_are_told_from_variants(write_set, audited):
