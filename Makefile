@@ -62,6 +62,9 @@ gates-score: $(STAMP) ## what gates and several attempts do on drawn scenes, wri
 h-edit-score: $(STAMP) ## what h-Edit does on drawn scenes, write docs/methods/h_edit.md and build/h_edit.json
 	$(BIN)/python -m demo_world.h_edit_score
 
+flow-score: $(STAMP) ## score the editors of flow matching on the drawn world's flow model, write build/flow_methods.json
+	$(BIN)/python -m demo_world.flow_score
+
 recipe-reference: $(STAMP) ## write the tables of docs/recipe.md and docs/methods/README.md from the code
 	$(BIN)/python -m jobs.recipe_reference
 	$(BIN)/python -m jobs.methods_overview

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT = 640, 400  # pixels
 LEFT, RIGHT, TOP, BOTTOM = 70, 150, 20, 50  # around the axes; the legend stands at the right
-COLOURS = ("#1f5fbf", "#c8502d", "#3c8c50", "#7d5aaa", "#a08019", "#2d9696", "#b4468c", "#5a5a5a")
+COLOURS = ("#1f5fbf", "#c8502d", "#3c8c50", "#7d5aaa", "#a08019", "#2d9696", "#b4468c", "#5a5a5a", "#d9a0c8", "#101010")
 TICKS = 5
 
 

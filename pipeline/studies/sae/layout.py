@@ -59,9 +59,9 @@ OVER_ALL = ("concepts_iou", "constant_iou")
 PLOTTED = {
     "best": "concepts_iou",
     "constant": "constant_iou",
-    "best, where shown": "shown_iou",
-    "words, where shown": "words_iou",
-    "constant, where shown": "shown_constant_iou",
+    "shown: best": "shown_iou",
+    "shown: words": "words_iou",
+    "shown: constant": "shown_constant_iou",
 }
 OVER_SHOWN = ("shown_iou", "words_iou", "shown_constant_iou")
 
