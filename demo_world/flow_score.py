@@ -39,15 +39,15 @@ MARK = "<!-- written by `make flow-score` -->"
 PLACES: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
     (
         {"method": "noise", "num_steps": 20},
-        {"method": "flow_edit", "n_max": 16, "guidance_scale": 4.0, "source_guidance_scale": 1.5},
+        {"method": "flow_edit", "n_max": 18, "guidance_scale": 5.5, "source_guidance_scale": 1.5},
     ),
     (
         {"method": "uni_inv", "num_steps": 18, "skip_steps": 2},
-        {"method": "uniedit_flow", "omega": 2.0, "inverts": "source"},
+        {"method": "uniedit_flow", "omega": 1.3, "inverts": "source"},
     ),
     (
         {"method": "ddim", "num_steps": 20},
-        {"method": "direct_edit", "guidance_scale": 4.0, "attn_ratio": 0.0},
+        {"method": "direct_edit", "guidance_scale": 5.0, "attn_ratio": 0.0},
     ),
 )
 """Inversion and editor, with the settings that they are compared with."""
