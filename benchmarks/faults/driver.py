@@ -188,13 +188,13 @@ def prepare(driver: Driver) -> None:
         pipeline.flow.outcome_of = _failing(pipeline.flow.outcome_of, driver.failing)
 
 
-def _failing(outcome_of: Callable[[Any], Any], keys: tuple[str, ...]) -> Callable[[Any], Any]:
+def _failing(outcome_of: Callable[..., Any], keys: tuple[str, ...]) -> Callable[..., Any]:
     from pipeline.flow import rejected
 
-    def some(result: Any) -> Any:
+    def some(result: Any, *others: Any) -> Any:
         prepared = getattr(result, "prepared", None)
         if prepared is None or prepared.sample.key not in keys:
-            return outcome_of(result)
+            return outcome_of(result, *others)
         return rejected(prepared.sample, result.edit, result.method, "encode", ValueError("a broken machine"))
 
     return some

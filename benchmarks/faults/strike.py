@@ -147,8 +147,8 @@ class Operations:
 
         outcome_of = pipeline.flow.outcome_of
 
-        def counted(result: Any) -> Any:
+        def counted(*arguments: Any) -> Any:
             self.happens("results", "")
-            return outcome_of(result)
+            return outcome_of(*arguments)
 
         pipeline.flow.outcome_of = counted

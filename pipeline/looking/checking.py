@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from pydantic import ValidationError
 
 from pipeline.common.room import Room
 from pipeline.common.showing import describe
@@ -59,7 +60,7 @@ class Expected:
             methods={name: one["inversion"]["method"] for name, one in recipe["methods"].items()}
             or {recipe["editing"]["method"]: recipe["inversion"]["method"]},
             seed=recipe["run"]["seed"],
-            best_of=BestOfConfig.model_validate(recipe["best_of"]) if recipe.get("best_of") else None,
+            best_of=_best_of(recipe.get("best_of")),
             unit_size=recipe["run"]["unit_size"],
             recipe_hash=record.recipe_hash,
             model_digest=record.model["digest"],
@@ -75,6 +76,14 @@ class Expected:
             inputs={path: (size, etag) for path, size, etag in record.input},
             names=column_names_of({"recipe": recipe}),
         )
+
+
+def _best_of(stored: Any) -> BestOfConfig | None:
+    """A recipe's section; none of what is no such section any more, which the recipe's hash tells."""
+    try:
+        return None if stored is None else BestOfConfig.model_validate(stored)
+    except ValidationError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
