@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
+from typing_extensions import override
 
+from pipeline.diffusion.levels import Schedule, Step
 from pipeline.engine.backbone import Offers
 from pipeline.engine.calls import Steps
 from pipeline.records import DrawNoise, Source, Trajectory, UncondScope
+
+TIMESTEPS = 1000  # of a model: a schedule has no more steps
 
 
 def draw_from(seed: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> DrawNoise:
@@ -70,3 +74,27 @@ class Inversion(BaseModel, ABC):
     @abstractmethod
     def invert(self, source: Source) -> Steps[Trajectory]:
         """Yield model calls; return the trajectory of one image."""
+
+
+class SkippingInversion(Inversion):
+    """Leaves out steps at the noisy end of the schedule."""
+
+    skip_steps: int  # a subclass says why, and how many by default
+
+    @model_validator(mode="after")
+    def _schedule_is_possible(self) -> Self:
+        if self.schedule_steps > TIMESTEPS:
+            raise ValueError(
+                f"num_steps {self.num_steps} and skip_steps {self.skip_steps} make a schedule of {self.schedule_steps} "
+                f"steps, possible are {TIMESTEPS}. Lower one of them"
+            )
+        return self
+
+    @property
+    @override
+    def schedule_steps(self) -> int:
+        return self.num_steps + self.skip_steps
+
+    def steps_on(self, schedule: Schedule, size: tuple[int, int]) -> tuple[Step, ...]:
+        """The N steps that are walked on a checkpoint's schedule, for latents of (h, w)."""
+        return schedule.steps(self.schedule_steps, size)[self.skip_steps :]

@@ -11,23 +11,22 @@ Reconstruction: approximate, it drifts with guidance. Memory: 2 N + 1 latents pe
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
-from pipeline.diffusion.levels import Schedule, Step
 from pipeline.diffusion.steps import DDIM
 from pipeline.engine.calls import Steps
 from pipeline.engine.halfway import SecondOrder, SecondOrderWalk
 from pipeline.engine.prompts import GuidedPrompt
-from pipeline.inversion.base import Inversion
+from pipeline.inversion.base import SkippingInversion
 from pipeline.records import Source, Trajectory
 
 
-class DDIMInversion(Inversion):
+class DDIMInversion(SkippingInversion):
     """Walk the deterministic sampler upwards, predicting each step at the timestep that it leads to."""
 
     provides: ClassVar = frozenset({"DDIM steps", "path", "upward velocities"})
@@ -46,25 +45,6 @@ class DDIMInversion(Inversion):
     solver: Literal["first_order", SecondOrder] = "first_order"
     """How steps are taken, up and, by cfg and reconstruct, down again. first_order: DDIM's; rf_solver: along a
     prediction half-way, two per step; fireflow: likewise, reached along the step before, one per step and one more."""
-
-    @model_validator(mode="after")
-    def _schedule_is_possible(self) -> Self:
-        if self.schedule_steps > 1000:
-            raise ValueError(
-                f"num_steps {self.num_steps} and skip_steps {self.skip_steps} make a schedule of {self.schedule_steps} "
-                "steps, possible are 1000. Lower one of them"
-            )
-        return self
-
-    @property
-    @override
-    def schedule_steps(self) -> int:
-        """Steps of the whole schedule, the skipped ones included."""
-        return self.num_steps + self.skip_steps
-
-    def steps_on(self, schedule: Schedule, size: tuple[int, int]) -> tuple[Step, ...]:
-        """The N steps that are walked on a checkpoint's schedule, for latents of (h, w)."""
-        return schedule.steps(self.schedule_steps, size)[self.skip_steps :]
 
     @override
     def invert(self, source: Source) -> Steps[Trajectory]:

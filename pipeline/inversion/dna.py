@@ -12,20 +12,20 @@ approximate. Memory: 3 N + 1 latents per image. Stochastic: one seed per image.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from typing_extensions import override
 
 from pipeline.diffusion.steps import DDIM
 from pipeline.engine.calls import Steps
 from pipeline.engine.prompts import GuidedPrompt
-from pipeline.inversion.base import Inversion
+from pipeline.inversion.base import SkippingInversion
 from pipeline.records import Source, Trajectory
 
 
-class DNAInversion(Inversion):
+class DNAInversion(SkippingInversion):
     """Walk upwards along predictions at points on the way to a noise that is moved with them."""
 
     provides: ClassVar = frozenset({"DDIM steps", "path", "upward velocities"})
@@ -43,21 +43,6 @@ class DNAInversion(Inversion):
 
     guidance_scale: float = Field(default=1.0, allow_inf_nan=False)
     """Classifier-free guidance of the source prompt on the way up; 1: none."""
-
-    @model_validator(mode="after")
-    def _schedule_is_possible(self) -> Self:
-        if self.schedule_steps > 1000:
-            raise ValueError(
-                f"num_steps {self.num_steps} and skip_steps {self.skip_steps} make a schedule of {self.schedule_steps} "
-                "steps, possible are 1000. Lower one of them"
-            )
-        return self
-
-    @property
-    @override
-    def schedule_steps(self) -> int:
-        """Steps of the whole schedule, the skipped ones included."""
-        return self.num_steps + self.skip_steps
 
     @override
     def invert(self, source: Source) -> Steps[Trajectory]:

@@ -10,21 +10,21 @@ Reconstruction: approximate. Memory: N + 1 latents per image. Deterministic.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
 from pipeline.diffusion.levels import Level, Prediction
 from pipeline.diffusion.steps import DDIM, along
 from pipeline.engine.calls import Denoise, Denoised, EncodeText, Steps
-from pipeline.inversion.base import Inversion
+from pipeline.inversion.base import SkippingInversion
 from pipeline.records import Source, Trajectory
 
 
-class UniInv(Inversion):
+class UniInv(SkippingInversion):
     """Walk upwards along predictions at looked-ahead latents."""
 
     provides: ClassVar = frozenset({"DDIM steps", "path"})
@@ -45,21 +45,6 @@ class UniInv(Inversion):
     """Where the image stands. alike: at the level where a sampler ends; authors: at no noise at all, while a sampler
     ends at the checkpoint's last level, for parity with the authors' code on Stable Diffusion XL only. On flow-matching
     models both are the same."""
-
-    @model_validator(mode="after")
-    def _schedule_is_possible(self) -> Self:
-        if self.schedule_steps > 1000:
-            raise ValueError(
-                f"num_steps {self.num_steps} and skip_steps {self.skip_steps} make a schedule of {self.schedule_steps} "
-                "steps, possible are 1000. Lower one of them"
-            )
-        return self
-
-    @property
-    @override
-    def schedule_steps(self) -> int:
-        """Steps of the whole schedule, the skipped ones included."""
-        return self.num_steps + self.skip_steps
 
     @override
     def invert(self, source: Source) -> Steps[Trajectory]:
