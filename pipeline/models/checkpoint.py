@@ -267,8 +267,11 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         ModelError: it cannot be read, or holds something else; names the file.
     """
+    path = folder / name
+    if path.is_fifo() or path.is_socket() or path.is_char_device():  # to open it may wait for ever
+        raise ModelError(f"{name} of the checkpoint is no regular file. Fetch it again")
     try:
-        value = json.loads((folder / name).read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{name} of the checkpoint cannot be read: {error}. Fetch it again") from error
     if not isinstance(value, dict):
