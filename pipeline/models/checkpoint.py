@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from pipeline.common.special_files import special_files
 from pipeline.errors import ModelError
 
 VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt")
@@ -116,6 +117,19 @@ def files_by_role(components: Components, names: Collection[str], variant: str |
     return found
 
 
+def refuse_special_files(folder: Path, where: str) -> None:
+    """See that a folder which libraries read has no named pipe, socket or device among its own entries.
+
+    Raises:
+        ModelError: it has one, which would be waited for; names it.
+    """
+    if names := special_files(folder):
+        raise ModelError(
+            f"{where} has {folder.name}/{names[0]}, which is a named pipe, a socket or a device, no file. Remove it, "
+            "or fetch the checkpoint again"
+        )
+
+
 def refuse_other_formats(names: Collection[str], where: str) -> None:
     """See that a listing is one of a whole checkpoint in diffusers format.
 
@@ -141,6 +155,7 @@ def read_index(folder: Path, where: str) -> dict[str, Any]:
     Raises:
         ModelError: it is not there, or cannot be read.
     """
+    refuse_special_files(folder, where)
     refuse_other_formats({path.name for path in folder.iterdir()}, where)
     return read_json(folder, INDEX)
 
@@ -193,6 +208,8 @@ def open_checkpoint(folder: Path, components: Components, variant: str | None, w
         ModelError: a file is missing or damaged, or asks for remote code; names it.
     """
     parts = [folder, *(folder / part for part in components)]
+    for part in parts:
+        refuse_special_files(part, where)
     paths = [path for part in parts if part.is_dir() for path in part.iterdir() if path.is_file()]
     names = {path.relative_to(folder).as_posix() for path in paths}
     files = files_by_role(components, names, variant, where)
@@ -267,11 +284,8 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         ModelError: it cannot be read, or holds something else; names the file.
     """
-    path = folder / name
-    if path.is_fifo() or path.is_socket() or path.is_char_device():  # to open it may wait for ever
-        raise ModelError(f"{name} of the checkpoint is no regular file. Fetch it again")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{name} of the checkpoint cannot be read: {error}. Fetch it again") from error
     if not isinstance(value, dict):

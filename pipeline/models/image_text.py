@@ -18,9 +18,9 @@ from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
 
 from pipeline.errors import ModelError
+from pipeline.models.checkpoint import PICKLED, refuse_special_files
 
 ALLOWED = ("*.json", "*.txt", "*.safetensors")
-PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 POINTS = 100.0  # per unit of the cosine, as CLIP scores are usually given
 
 
@@ -111,6 +111,7 @@ def located(name: str, revision: str | None = None, patterns: Sequence[str] = AL
     """
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
+        refuse_special_files(folder, f"the model '{name}'")
         return folder
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(f"the score model '{name}' is no folder here and no hub id (owner/name). Check the path")

@@ -18,7 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.common.special_files import is_special
 from pipeline.errors import ModelError
+from pipeline.models.checkpoint import refuse_special_files
 from pipeline.models.image_text import check_safe
 from pipeline.models.ir_se50 import IRSE50
 from pipeline.models.perceptual import PerceptualDistance
@@ -39,11 +41,14 @@ def weights_problem(kind: LearnedReward, folder: str) -> Iterator[str]:
     if not place.is_dir():
         yield f"weights.{kind} names '{folder}', and there is no such folder. Correct editing.weights.{kind}"
         return
-    if kind == "clip":
-        try:
+    try:
+        refuse_special_files(place, f"'{folder}'")
+        if kind == "clip":
             check_safe(place, folder)
-        except ModelError as error:
-            yield f"weights.clip: {error}"
+    except ModelError as error:
+        yield f"weights.{kind}: {error}"
+        return
+    if kind == "clip":
         return
     missing = missing_parameters(kind, place)
     if missing:
@@ -82,6 +87,7 @@ def _loaded(kind: str, folder: str, device: torch.device) -> Any:
         ModelError: its files are not what they should be.
     """
     place = Path(folder).expanduser()
+    refuse_special_files(place, f"'{folder}'")
     try:
         if kind == "clip":
             from transformers import CLIPVisionModel
@@ -108,8 +114,11 @@ def picture(path: str) -> Tensor:
     Raises:
         ModelError: there is none, or it does not open.
     """
+    place = Path(path).expanduser()
     try:
-        with Image.open(Path(path).expanduser()) as opened:
+        if is_special(place):
+            raise OSError("it is no file")
+        with Image.open(place) as opened:
             pixels = np.asarray(opened.convert("RGB"), dtype=np.float32)
     except (OSError, UnidentifiedImageError) as error:
         raise ModelError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from pipeline.common.showing import describe, has_password, public_url
+from pipeline.common.special_files import is_special
 from pipeline.errors import ShardeditError, SourceError
 
 ATTEMPTS = 5
@@ -21,9 +23,9 @@ LONGEST_WAIT = 20.0  # seconds
 
 WITH_PASSWORD = ("ftp://", "sftp://", "ssh://", "http://", "https://", "smb://", "webdav")  # may stand in the address
 
-# No second attempt changes these: nothing is there, access is refused, or the disk is full.
+# No second attempt changes these: nothing is there, it is no file, access is refused, or the disk is full.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
-_FINAL_ERRNOS = {28, 30, 36, 40, 122}  # no space, read-only, name too long, a link to itself, quota
+_FINAL_ERRNOS = {6, 28, 30, 36, 40, 122}  # no file, no space, read-only, name too long, a link to itself, quota
 # Connection and timeout errors that are no OSError; by name, since not all of these libraries are installed. None: all
 # errors of a library. Wrong or absent credentials are errors of botocore, too, and final.
 _PASSING = {
@@ -42,6 +44,15 @@ _PASSING = {
     "fsspec": {"FSTimeoutError"},
     "urllib3": None,
 }
+
+
+class LocalFiles(LocalFileSystem):
+    """The disks of this machine, whose named pipes, sockets and devices are refused: to open one may wait for ever."""
+
+    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> Any:
+        if is_special(self._strip_protocol(path)):
+            raise OSError(errno.ENXIO, "It is a named pipe, a socket or a device, no file", path)
+        return super()._open(path, mode, block_size, **options)
 
 
 def is_local(fs: FileSystem) -> bool:
@@ -70,7 +81,7 @@ def open_fs(url: str, storage_options: Mapping[str, Any]) -> tuple[FileSystem, s
     if not separator or scheme in ("file", "local"):
         # Not by its URL: in a path of this machine "::" is no chain of file systems.
         with _opening(url):
-            return fsspec.filesystem("file", **options), local_path(path if separator else url)
+            return LocalFiles(**options), local_path(path if separator else url)
     with _opening(url):
         if url.startswith(("s3://", "s3a://")):
             # Newer botocore adds checksums that not every store of this protocol knows: some refuse puts with them,

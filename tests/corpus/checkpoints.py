@@ -71,6 +71,8 @@ def situations() -> Iterator[Situation]:
     for name, content in CONTENT.items():
         make = partial(_write, name="tokenizer/tokenizer.json", content=content)
         yield case("checkpoint tokenizer", name, make)
+    for file in ("tokenizer/added_tokens.json", "tokenizer/notes.txt", "unet/generation_config.json"):
+        yield case("checkpoint json", f"{file}: a named pipe", partial(_put, name=file, put=os.mkfifo))
     for folder in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         yield case("checkpoint folder", f"{folder} gone", partial(_put, name=folder, put=lambda _: None))
         yield case("checkpoint folder", f"{folder} is a file", partial(_put, name=folder, put=Path.touch))

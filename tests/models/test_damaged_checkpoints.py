@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -182,3 +183,23 @@ def test_the_side_of_models_of_the_first_days_is_corrected_as_diffusers_pipeline
     assert load_backbone(ModelConfig(name=str(checkpoint)), device="cpu").image_size == 512
     change(checkpoint / "unet" / "config.json", _diffusers_version="0.42.1")
     assert load_backbone(ModelConfig(name=str(checkpoint)), device="cpu").image_size == 256
+
+
+@pytest.mark.timeout(30)  # a pipe that nobody writes to is waited for, for ever
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model_index.json",
+        "notes.txt",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "tokenizer/added_tokens.json",
+        "tokenizer/chat_template.jinja",
+        "vae/diffusion_pytorch_model.safetensors.index.json",
+    ],
+)
+def test_a_named_pipe_among_its_files_is_named(checkpoint: Path, name: str) -> None:
+    file = checkpoint / name
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+    refused(checkpoint, rf"has {file.parent.name}/{file.name}, which is a named pipe, a socket or a device, no file")

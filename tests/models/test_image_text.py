@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +103,5 @@ def test_only_safetensors_of_a_clip_are_loaded(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(b"torn")
     refused("cannot be loaded")
+    os.mkfifo(tmp_path / "tokenizer.json")
+    refused(r"has .*/tokenizer.json, which is a named pipe")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from s3fs import S3FileSystem
 from pipeline.common.showing import describe, public_url
 from pipeline.errors import SourceError
 from pipeline.reading import listing, storage
-from pipeline.reading.storage import is_transient, source_error
+from pipeline.reading.storage import is_transient, open_fs, source_error
 from pipeline.reading.units import list_shards, unit_id
 from pipeline.recipe import SourceConfig
 
@@ -173,3 +174,15 @@ def test_credentials_and_addresses_are_left_out_of_what_is_shown():
     error = ValueError("bad https://u:p@host/a?sig=1 in <_io.BytesIO object at 0x7f00deadbeef>")
     assert describe(error) == "ValueError: bad https://host/a in (object)"
     assert "storage_options" not in repr(SourceConfig(shards=("x",), storage_options={"secret": "s"}))
+
+
+@pytest.mark.timeout(30)  # a pipe that nobody writes to is waited for, for ever
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    fs, root = open_fs(f"file://{tmp_path}", {})
+    for path in (f"{root}/pipe", f"{root}/link", "/dev/zero"):
+        for read in (fs.cat_file, fs.open):
+            with pytest.raises(OSError, match="a named pipe, a socket or a device, no file") as raised:
+                read(path)
+            assert not is_transient(raised.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipeline.engine.calls import DecodeGradient
 from pipeline.engine.engine import Engine
 from pipeline.errors import ModelError, PrepareError
 from pipeline.models.reward_networks import OWN, network, weights_problem
+from pipeline.models.reward_networks import picture as reference
 from pipeline.rewards import REWARDS, RewardSample
 from pipeline.rewards.closed_form import Downsampling, GaussianBlur, MaskedColor, Masking, gaussian_blur
 from pipeline.rewards.gram import RandomGram
@@ -178,6 +180,18 @@ def test_a_network_that_lacks_parameters_is_told_by_its_files_and_refused_at_loa
     assert "lacks lin3.model.1.weight. It should hold torchvision's VGG-16" in problem
     with pytest.raises(ModelError, match=r"lacks lin3\.model\.1\.weight"):
         network("lpips", str(tmp_path))(torch.device("cpu"))
+
+
+@pytest.mark.timeout(30)  # a pipe that nobody writes to is waited for, for ever
+def test_a_named_pipe_in_place_of_weights_or_of_a_picture_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    (problem,) = weights_problem("arcface", str(tmp_path))
+    assert problem.startswith("weights.arcface: ")
+    assert "model.safetensors, which is a named pipe" in problem
+    with pytest.raises(ModelError, match="which is a named pipe"):
+        network("lpips", str(tmp_path))(torch.device("cpu"))
+    with pytest.raises(ModelError, match="does not open"):
+        reference(str(tmp_path / "model.safetensors"))
 
 
 def test_a_reward_without_what_it_reads_says_so() -> None:

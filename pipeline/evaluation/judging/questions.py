@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.common.showing import describe
+from pipeline.common.special_files import is_special
 from pipeline.errors import RecipeError
 from pipeline.evaluation.benchmarks.imgedit_bench import CRITERIA
 from pipeline.evaluation.judging.answers import Read, read_imgedit, read_preference, read_viescore
@@ -153,8 +154,11 @@ def asked_for(request: EditRequest) -> str:
 def _text_of(name: str, folder: str | None) -> str:
     if folder is None:
         return (files("pipeline.evaluation.judging") / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
+    place = Path(folder) / f"{name}.txt"
     try:
-        return (Path(folder) / f"{name}.txt").read_text(encoding="utf-8")
+        if is_special(place):
+            raise OSError("it is no file")
+        return place.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError("judge", [("judge.prompts", f"{name}.txt cannot be read: {describe(error)}")]) from error
 
