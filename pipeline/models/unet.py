@@ -29,7 +29,14 @@ from pipeline.errors import ModelError
 from pipeline.models.attention import Acting, attention_of_distinct_rows, explicit_attention, fused_attention
 from pipeline.models.compiling import compiled
 from pipeline.models.graphs import Replayed
-from pipeline.models.kernels import asking_first, exact_float32, join_projections, projections
+from pipeline.models.kernels import (
+    asking_first,
+    exact_float32,
+    join_projections,
+    output_projection,
+    projections,
+    widen_heads,
+)
 from pipeline.models.unet_layout import decoder_of
 
 PLACES: dict[str, NetworkPart] = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}  # as they are executed
@@ -222,6 +229,7 @@ def _open_attention(unet: Any, now: Now) -> None:
             )
         # In place of diffusers' own `forward`, which inspects its processor's signature at every call.
         attention.forward = partial(_attend, attention, layer, now)
+        widen_heads(attention)
 
 
 def _attend(
@@ -247,7 +255,7 @@ def _attend(
         attended = fused_attention(query, key, value, None, attention.scale)
     else:
         attended = acting.attend(layer, query, key, value, attention.scale)
-    return attention.to_out[1](attention.to_out[0](attended.transpose(1, 2).flatten(2)))
+    return output_projection(attention, attended.transpose(1, 2).flatten(2))
 
 
 def _open_residuals(unet: Any, now: Now) -> None:

@@ -18,7 +18,7 @@ from tests.methods import analytic, levels, network_calls, source, tiny_sd
 @pytest.mark.parametrize("width", [8, 16, 40])
 @pytest.mark.parametrize("keys", [9, 64, 77, 100])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-14)])
-def test_filled_up_heads_and_keys_change_no_sum(width: int, keys: int, dtype: torch.dtype, tolerance: float) -> None:
+def test_filled_up_keys_change_no_sum(width: int, keys: int, dtype: torch.dtype, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn((2, 3, length, width), generator=generator, dtype=dtype) for length in (50, keys, keys)

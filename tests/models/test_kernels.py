@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.engine.calls import NetworkCall
 from pipeline.engine.tuning import UNTUNED, Tuning, tune
 from pipeline.models.graphs import Replayed
-from pipeline.models.kernels import asking_first, exact_float32
+from pipeline.models.kernels import VECTOR_WIDTH, asking_first, exact_float32
 from pipeline.models.loading import load_backbone
 from pipeline.models.stable_diffusion import WAYS, StableDiffusion
 from pipeline.recipe import ModelConfig
@@ -72,6 +72,17 @@ def test_joined_projections_are_one_product_over_weights_that_are_held_once(mode
         hook.remove()
     model.tune(UNTUNED)
     assert products == 0
+
+
+def test_narrow_heads_are_filled_up_on_a_cpu_beside_the_networks_own_weights(model: StableDiffusion) -> None:
+    for attention in (module for module in model.unet.modules() if hasattr(module, "to_q")):
+        width, wide = attention.to_q.out_features // attention.heads, attention.wide
+        assert (wide is None) == (width >= VECTOR_WIDTH)
+        if wide is not None:
+            own = wide.key.unflatten(0, (attention.heads, VECTOR_WIDTH))
+            assert torch.equal(own[:, :width].flatten(0, 1), attention.to_k.weight)
+            assert not own[:, width:].any()
+            assert wide.out.shape == (attention.to_out[0].out_features, attention.heads * VECTOR_WIDTH)
 
 
 def test_the_ways_of_a_network_are_found_by_trying(model: StableDiffusion) -> None:
