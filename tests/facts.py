@@ -34,6 +34,7 @@ class EditorFacts:
     quick: Mapping[str, Any] = field(default_factory=dict)  # settings by which something happens within three steps
     unguided: Mapping[str, Any] = field(default_factory=dict)  # settings without which guidance 1 is refused, or edits
     takes_reference: bool = False  # needs a model that reads the image itself, which those of all pairs do not
+    asks_server: bool = False  # makes its edits by a server, and reads no model
     finds_region: bool = False  # one of its own, with blend words or a concept, and needs no user's mask for it
 
     def rows_of(self, inversion: str, steps: int) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.engine.backbone import Offers
 from pipeline.errors import ModelError
+from pipeline.models.absent import NoModel
 from pipeline.models.analytic import AnalyticBackbone
 from pipeline.models.checkpoint import INDEX, read_configurations, read_index, small_files
 from pipeline.models.families import family_of
@@ -45,6 +46,8 @@ def outline_of(config: ModelConfig) -> Outline:
     """What is known of a model before it is loaded. Of a hub's repository, some hundred kB are fetched."""
     if config.name == "analytic":
         return Outline(AnalyticBackbone.offers)
+    if config.name == "none":
+        return Outline(NoModel.offers)
     if (folder := _folder(config)) is None:
         return Outline()
     try:

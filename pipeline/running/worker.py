@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 
+from pipeline.answering import refuse_without_key, servers_of
 from pipeline.engine.backbone import Backbone, ModelRecord
 from pipeline.engine.engine import Engine
 from pipeline.engine.faults import is_out_of_memory
@@ -92,6 +93,7 @@ def describe_model(recipe: Recipe, before: RunRecord | None, tell: Tell = tell_n
     refuse_other_directions(recipe, backbone)
     refuse_other_autoencoders(recipe, backbone)
     gates_of(recipe)  # told now, not by every worker
+    refuse_without_key(recipe)
     return backbone.record, fit(recipe, backbone, before, tell)
 
 
@@ -130,6 +132,7 @@ class Worker:
             self.backbone,
             call_size=settings.call_size,
             images_in_flight=in_flight if isinstance(in_flight, int) else None,
+            asker=servers_of(recipe),
         )
         self._gates = gates_of(recipe)
         self._encoders = Encoders(settings.encoders)

@@ -110,7 +110,7 @@ class ModelConfig(Section):
 
     name: Location = Field(default="demo", min_length=1)
     """The bundled "demo" and "demo_flow", of diffusion and of flow matching, which know drawn faces only; the
-    closed-form "analytic"; a local folder; or a hub id."""
+    closed-form "analytic"; a local folder; a hub id; or "none", where no method reads a model."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; none: its main branch."""
     variant: str | None = None
@@ -143,8 +143,8 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _something_to_compile(self) -> ModelConfig:
-        if self.compile is True and self.name == "analytic":
-            raise ValueError("the closed-form model has no networks to compile. Leave compile out")
+        if self.compile is True and self.name in ("analytic", "none"):
+            raise ValueError(f"model.name {self.name} has no networks to compile. Leave compile out")
         return self
 
     @property
