@@ -253,8 +253,8 @@ def show_methods() -> None:
     for table in (inversions, editors):
         Console(highlight=False).print(table)
     out.print(
-        "All of them work with the bundled model (model.name: demo), which knows drawn faces only, and with any Stable "
-        "Diffusion 1.x or 2.x checkpoint. Settings for parity with published code are left out: `shardedit schema "
+        "All but endpoint, which asks a server, and instruct, whose model reads the image, work with the bundled model "
+        "(model.name: demo), which knows drawn faces only, and with any Stable Diffusion 1.x or 2.x checkpoint. Settings for parity with published code are left out: `shardedit schema "
         "--markdown` ends with them.",
         markup=False,
     )
