@@ -205,6 +205,9 @@ class Recipe(Section):
             for key in keys:
                 data[section].pop(key)
         data["run"].pop("max_consecutive_failed_units")
+        data["model"].pop("offload")  # where networks wait changes no bit
+        if not data["model"]["text_8bit"]:  # so that runs from before there was a choice go on
+            data["model"].pop("text_8bit")
         for editing in (data["editing"], *(method["editing"] for method in data["methods"].values())):
             for key in endpoint.HOW_IT_IS_ASKED if editing["method"] == "endpoint" else ():
                 editing.pop(key)

@@ -20,7 +20,7 @@ from pipeline.common.partition import WHOLE, Partition
 from pipeline.looking.asking_servers import cost_at_most, requests_notes, without_servers
 from pipeline.looking.counting import RowCounter
 from pipeline.looking.probe import PROBE_SECONDS, Probe, probe_model
-from pipeline.models.outline import outline_of
+from pipeline.models.outline import memory_note, outline_of
 from pipeline.reading.requests import asked_of
 from pipeline.reading.rows import light
 from pipeline.reading.shards import ReadTask, Shard
@@ -89,6 +89,7 @@ def plan(recipe: Recipe, *, probe: bool = True, partition: Partition = WHOLE) ->
     asked = {name: round(number * scale) for name, number in cost.requests.items()}
     notes = [recipe.model.caveat, todo.left_out, images_note, cost.note(len(rows), complete)]
     notes.append(check_captions(rows, shards, recipe))
+    notes.append(memory_note(recipe.model, outline_of(recipe.model)))
     if recipe.best_of is not None:
         notes.append(
             f"results and network rows are of first attempts; best_of makes up to {recipe.best_of.attempts} of each"

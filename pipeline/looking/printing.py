@@ -254,8 +254,8 @@ def show_methods() -> None:
         Console(highlight=False).print(table)
     out.print(
         "All but endpoint, which asks a server, and instruct, whose model reads the image, work with the bundled model "
-        "(model.name: demo), which knows drawn faces only, and with any Stable Diffusion 1.x or 2.x checkpoint. Settings for parity with published code are left out: `shardedit schema "
-        "--markdown` ends with them.",
+        "(model.name: demo), which knows drawn faces only, and with any Stable Diffusion 1.x or 2.x checkpoint. "
+        "Settings for parity with published code are left out: `shardedit schema --markdown` ends with them.",
         markup=False,
     )
 

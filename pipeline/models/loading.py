@@ -24,6 +24,7 @@ from pipeline.models.compiling import check_compiler
 from pipeline.models.families import family_of
 from pipeline.models.families.base import Family, Loading, components_of
 from pipeline.models.hub import fetch
+from pipeline.models.offload import Turns, take_turns
 
 if TYPE_CHECKING:
     from pipeline.recipe import ModelConfig
@@ -82,6 +83,7 @@ def _load_any(config: ModelConfig, dtype: torch.dtype | None, device: str | torc
         dtype=str(precision).removeprefix("torch."),
         device=place.type,
     )
+    turns = None if config.offload == "none" else Turns(place, layers=config.offload == "layers")
     loading = Loading(
         record=record,
         device=place,
@@ -89,8 +91,12 @@ def _load_any(config: ModelConfig, dtype: torch.dtype | None, device: str | torc
         empty_prompt=config.empty_prompt,
         text_tokens=config.text_tokens,
         embedded_guidance=config.embedded_guidance,
+        turns=turns,
+        text_8bit=config.text_8bit,
     )
     backbone = family.load(checkpoint, loading)
+    if turns is not None:
+        take_turns(backbone, turns)
     if config.compile is True:
         backbone.tune(Tuning(execution="compiled"))
     return backbone

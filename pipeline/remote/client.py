@@ -17,12 +17,11 @@ from typing import Any, NamedTuple, NoReturn
 import httpx2 as httpx
 
 from pipeline.remote.server import Server
-from pipeline.remote.tries import PassingError, RowFailedError
+from pipeline.remote.tries import PassingError, RowFailedError, is_filtered
 
 LONGEST_NAMED = 120.0  # seconds that a server may ask for
 AGAIN = {408, 409, 425, 429, *range(500, 600)}
 OF_THE_ROW = {400, 413, 422}
-FILTERS = ("content_filter", "content_policy_violation", "ResponsibleAIPolicyViolation", "moderation_blocked")
 SHOWN = 300  # characters of a server's message
 MOST_BYTES = 256 * 2**20  # of a reply
 
@@ -144,11 +143,6 @@ class Client:
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._server.key, "(key)") if self._server.key else text
-
-
-def is_filtered(code: str, message: str) -> bool:
-    """Whether an error is the verdict of a server's filter."""
-    return any(mark in (code, message) or mark in message for mark in FILTERS)
 
 
 def message_of(content: bytes) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -23,11 +23,13 @@ from PIL import Image
 
 from pipeline.common.wording import count
 from pipeline.errors import AnswerError, RowError, ServerError
-from pipeline.remote.client import Client, is_filtered
 from pipeline.remote.interview import Interview
 from pipeline.remote.journal import Journal, Store
 from pipeline.remote.server import Server, host_of, key_from
-from pipeline.remote.tries import PassingError, RowFailedError, retried
+from pipeline.remote.tries import PassingError, RowFailedError, is_filtered, retried
+
+if TYPE_CHECKING:
+    from pipeline.remote.client import Client  # whose library is that of an extra
 
 PNG_LEVEL = 1  # of zlib, 0..9: what is sent once need not be small
 MILLION = 1_000_000  # tokens that a price is of
@@ -335,6 +337,8 @@ class Servers:
             ask, journal, server.concurrency, is_kept=lambda outcome: outcome.is_final, name="picture-server"
         )
         if self._asks:
+            from pipeline.remote.client import Client
+
             clients.append(Client(server.opened(), interview.sleep, proven=not journal.is_empty))
         return interview
 

@@ -9,6 +9,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_at
 from tenacity.wait import wait_random_exponential
 
 T = TypeVar("T")
+FILTERS = ("content_filter", "content_policy_violation", "ResponsibleAIPolicyViolation", "moderation_blocked")
 LONGEST = 60.0  # seconds between two requests, where the server names none
 
 
@@ -54,3 +55,8 @@ def _wait(state: RetryCallState) -> float:
     if not isinstance(error, PassingError):
         return 0.0
     return growing(state) if error.after is None else error.after
+
+
+def is_filtered(code: str, message: str) -> bool:
+    """Whether a server's error is the verdict of its filter."""
+    return any(mark in (code, message) or mark in message for mark in FILTERS)

@@ -59,7 +59,7 @@ def fit(recipe: Recipe, backbone: Backbone, before: RunRecord | None = None, tel
         return Fit(call_size=before.call_size, tuned=before.tuned)
     size, rates = call_size_for(recipe, backbone, tell)
     as_loaded = Tuned(tuning=backbone.tuning, by_call_size=rates)
-    if recipe.model.compile is False or not backbone.ways:
+    if recipe.model.compile is False or recipe.model.offload != "none" or not backbone.ways:
         return Fit(call_size=size, tuned=as_loaded)
     try:
         tuned = tune(backbone, trial_call(backbone, side_of(recipe, backbone), size), backbone.ways, tell)

@@ -32,6 +32,7 @@ from pipeline.models.families.flow_matching import (
     check_widths,
     joint_openings,
     load_networks,
+    widest_of_transformer,
 )
 from pipeline.models.families.sd3 import refuse_zeros
 from pipeline.models.flow_transformer import FlowText, FlowTransformer, Velocity
@@ -115,6 +116,15 @@ class FluxFamily(Family):
             device=loading.device,
             side=SIDE,
         )
+
+    @override
+    def side(self, configurations: Configurations) -> int:
+        return SIDE
+
+    @override
+    def widest(self, configurations: Configurations, side: int) -> tuple[int, int]:
+        text = TEXT_TOKENS["dev" if _is_told_guidance(configurations) else "schnell"]
+        return widest_of_transformer(configurations, side, 24, 128, text)
 
     @override
     def reference(self, backbone: Backbone, configurations: Configurations) -> Any | None:

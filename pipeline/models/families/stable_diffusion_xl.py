@@ -30,6 +30,7 @@ from pipeline.models.families.latent_diffusion import (
     load_networks,
     offers_of,
     schedule_of,
+    widest_of_unet,
 )
 from pipeline.models.networks import check_text, load_tokenizer
 from pipeline.models.stable_diffusion import StableDiffusion, Text
@@ -96,6 +97,10 @@ class StableDiffusionXLFamily(Family):
             record=loading.record,
             device=loading.device,
         )
+
+    @override
+    def widest(self, configurations: Configurations, side: int) -> tuple[int, int]:
+        return widest_of_unet(configurations, side)
 
     @override
     def reference(self, backbone: Backbone, configurations: Configurations) -> Any | None:
