@@ -101,13 +101,13 @@ def needs_of(
     """
     parts: dict[str, int] = {}
     block = rest = 0
+    of_pictures = family.autoencoder_dtype(configurations, dtype).itemsize
     for name, component in components.items():
         if component.kind != "network" or name not in configurations.parts:
             continue
         network = without_memory(component.library, component.classes[0], configurations.parts[name])
         width = QUANTIZED if text_8bit and component.classes[0] == "T5EncoderModel" else dtype.itemsize
-        if name == STAYS and dtype.itemsize == 2 and configurations.parts[name].get("force_upcast") is True:
-            width = torch.float32.itemsize
+        width = of_pictures if name == STAYS else width
         parts[name] = width * _count(network)
         if name != STAYS and not name.startswith("text_encoder"):
             lists = [group for group in network.children() if isinstance(group, torch.nn.ModuleList)]
@@ -123,7 +123,7 @@ def needs_of(
         block=block,
         rest=rest,
         row=HELD * places * channels * dtype.itemsize,
-        picture=HELD_OF_PICTURES * side * side * levels[min(1, len(levels) - 1)] * dtype.itemsize,
+        picture=HELD_OF_PICTURES * side * side * levels[min(1, len(levels) - 1)] * of_pictures,
     )
 
 

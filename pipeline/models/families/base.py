@@ -104,6 +104,11 @@ class Family(ABC):
         (network,) = (configurations.parts[name] for name in ("unet", "transformer") if name in configurations.parts)
         return int(network.get("sample_size") or 64)
 
+    def autoencoder_dtype(self, configurations: Configurations, dtype: torch.dtype) -> torch.dtype:
+        """Of the autoencoder, beside networks of a dtype. Many overflow in float16, and say so; bfloat16 has the range."""
+        upcast = dtype == torch.float16 and configurations.parts["vae"].get("force_upcast", True)
+        return torch.float32 if upcast else dtype
+
     def widest(self, configurations: Configurations, side: int) -> tuple[int, int]:
         """Places and channels of the widest tensor that the network holds of latents (side, side).
 

@@ -81,22 +81,19 @@ def joint_openings(layers: tuple[Layer, ...]) -> Openings:
     return Openings(joint=layers, watched=watched, watched_factor=PATCH)
 
 
-def load_networks(checkpoint: Checkpoint, components: Components, loading: Loading) -> dict[str, Any]:
-    """The networks of a checkpoint by name, on their device, in the dtype that each can bear.
+def load_networks(checkpoint: Checkpoint, components: Components, loading: Loading, vae: torch.dtype) -> dict[str, Any]:
+    """The networks of a checkpoint by name, on their device, in the dtype that each can bear. `vae`: of that one.
 
     Raises:
         ModelError: one cannot be loaded.
     """
     refuse_8bit(loading, {name: components[name] for name in checkpoint.configurations.parts}, checkpoint.where)
     half = loading.dtype == torch.float16
-    upcast = half and checkpoint.configurations.parts["vae"].get("force_upcast", True)
     networks = {}
     for name, component in components.items():
         if component.kind != "network" or name not in checkpoint.configurations.parts:
             continue
-        dtype = loading.dtype
-        if name == "vae" and upcast:
-            dtype = torch.float32
+        dtype = vae if name == "vae" else loading.dtype
         if half and component.classes[0] == "T5EncoderModel":
             dtype = torch.bfloat16  # its feed-forward layers exceed float16
         if loading.text_8bit and component.classes[0] == "T5EncoderModel":

@@ -96,7 +96,8 @@ class FluxFamily(Family):
                 f"model.embedded_guidance is {loading.embedded_guidance:g}, and the transformer of {where} takes no "
                 "guidance scale (guidance_embeds is false). Leave it out"
             )
-        networks = load_networks(checkpoint, self.components, loading)
+        vae = self.autoencoder_dtype(configurations, loading.dtype)
+        networks = load_networks(checkpoint, self.components, loading, vae)
         clip = ClipText(load_tokenizer(checkpoint.folder, "tokenizer"), networks["text_encoder"])
         check_tokenizer("tokenizer", clip.tokenizer, clip.encoder.config, where)
         t5_tokenizer = load_tokenizer(checkpoint.folder, "tokenizer_2", self.components["tokenizer_2"])

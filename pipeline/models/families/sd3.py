@@ -82,7 +82,8 @@ class StableDiffusion3Family(Family):
                 f"model.embedded_guidance is {loading.embedded_guidance:g}, and {checkpoint.where} is a Stable "
                 "Diffusion 3, whose network takes no guidance scale. Leave it out, and set the method's guidance_scale"
             )
-        networks = load_networks(checkpoint, self.components, loading)
+        vae = self.autoencoder_dtype(checkpoint.configurations, loading.dtype)
+        networks = load_networks(checkpoint, self.components, loading, vae)
         velocity = StableDiffusion3Velocity(networks["transformer"])
         return FlowTransformer(
             velocity=velocity,
