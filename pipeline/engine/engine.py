@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from pipeline.common import stopping
-from pipeline.common.showing import describe
 from pipeline.engine.arriving import Arriving, begin_copy
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import (
@@ -34,7 +33,7 @@ from pipeline.engine.calls import (
     Steps,
 )
 from pipeline.engine.control_checks import check_call
-from pipeline.engine.faults import is_of_the_device, is_out_of_memory
+from pipeline.engine.faults import device_error, is_of_the_device, is_out_of_memory
 from pipeline.engine.outside import Asker, Outside
 from pipeline.engine.packing import Batch, CallRow, RowQueue
 from pipeline.engine.pending import PendingCall, does_not_fit, pending_call, rows_per_call
@@ -150,6 +149,7 @@ class Engine:
         """Its caller has gone, by Ctrl-C or an error of its own: what it asked for would only delay the next one."""
         session.is_left = True
         self._ready = deque(item for item in self._ready if item[0].session is not session)
+        self._outside.drop(session)
         self._texts.drop(lambda owner: owner.session is session)
         self._pictures.drop(lambda owner: owner.session is session)
         for pending in self._queue.calls():
@@ -350,11 +350,7 @@ class Engine:
         return error
 
     def _breaks(self, error: Exception) -> DeviceError:
-        broken = DeviceError(
-            f"the device {self.backbone.device} failed ({describe(error)}): no row is to blame, and this process can "
-            "no longer use it. What is committed stays: the same command goes on from there. If it fails again, look "
-            "at the machine's logs (nvidia-smi, dmesg)"
-        )
+        broken = device_error(self.backbone.device, error)
         self.give_up(broken)
         return broken
 

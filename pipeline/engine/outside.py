@@ -33,6 +33,7 @@ class Outside:
         self._asker = asker
         self._changed = threading.Condition()
         self._arrived: deque[tuple[Task, Future[PictureAnswer]]] = deque()
+        self._asked: dict[Future[PictureAnswer], Task] = {}  # and not answered yet
 
     def ask(self, task: Task, call: AskServer) -> None:
         """Begin a call.
@@ -42,12 +43,22 @@ class Outside:
         """
         if self._asker is None:
             raise TypeError("a method asks a server, and this engine was given nobody who does: a fault of ours")
-        self._asker.begin(call.question).add_done_callback(lambda future: self._note(task, future))
-
-    def _note(self, task: Task, future: Future[PictureAnswer]) -> None:
+        future = self._asker.begin(call.question)
         with self._changed:
-            self._arrived.append((task, future))
+            self._asked[future] = task
+        future.add_done_callback(self._note)
+
+    def _note(self, future: Future[PictureAnswer]) -> None:
+        with self._changed:
+            self._arrived.append((self._asked.pop(future), future))
             self._changed.notify_all()
+
+    def drop(self, session: Session) -> None:
+        """Take back what nobody waits for any more, as far as it is not on its way: answers are paid for."""
+        with self._changed:
+            unwanted = [future for future, task in self._asked.items() if task.session is session]
+        for future in unwanted:
+            future.cancel()
 
     def take(self) -> list[tuple[Task, Any, Exception | None]]:
         """What has arrived, as answers or exceptions of those who wait for it.
@@ -59,6 +70,8 @@ class Outside:
             arrived, self._arrived = self._arrived, deque()
         answers: list[tuple[Task, Any, Exception | None]] = []
         for task, future in arrived:
+            if future.cancelled():
+                continue
             error = future.exception()
             if isinstance(error, ShardeditError) and not isinstance(error, RowError):
                 raise error

@@ -15,6 +15,7 @@ import torch
 
 from pipeline.models.checkpoint import Components, Configurations
 from pipeline.models.offload import STAYS
+from pipeline.models.placing import T5
 
 if TYPE_CHECKING:
     from pipeline.models.families.base import Family
@@ -33,6 +34,7 @@ class Needs:
     """Bytes on the device."""
 
     parts: Mapping[str, int]  # networks, by name
+    in_8_bit: int = 0  # of the text encoders, what is loaded so, and stays
     block: int  # the largest block of the network
     rest: int  # of the network, what is in no block
     row: int  # estimated: what one row of a network call takes beside
@@ -44,14 +46,9 @@ class Needs:
         return sum(size for name, size in self.parts.items() if name.startswith("text_encoder"))
 
     @property
-    def autoencoder(self) -> int:
-        """The part that always stays."""
-        return self.parts.get(STAYS, 0)
-
-    @property
     def network(self) -> int:
         """The part that is called once per step."""
-        return sum(self.parts.values()) - self.text - self.autoencoder
+        return sum(self.parts.values()) - self.text - self.parts.get(STAYS, 0)
 
     def under(self, offload: str) -> int:
         """All networks that are on the device at once, at most, under a `model.offload`."""
@@ -59,7 +56,7 @@ class Needs:
             return sum(self.parts.values())
         # One block works while the next one comes.
         network = self.network if offload == "components" else min(self.network, self.rest + 2 * self.block)
-        return max(self.text, network) + self.autoencoder
+        return max(self.text - self.in_8_bit, network) + self.in_8_bit + self.parts.get(STAYS, 0)
 
     def in_words(self, offload: str, dtype: torch.dtype) -> str:
         """ "needs about 31.5 GiB ...": for a plan."""
@@ -100,15 +97,16 @@ def needs_of(
         KeyError, TypeError, ValueError: the configurations make no such networks.
     """
     parts: dict[str, int] = {}
-    block = rest = 0
+    block = rest = in_8_bit = 0
     of_pictures = family.autoencoder_dtype(configurations, dtype).itemsize
     for name, component in components.items():
         if component.kind != "network" or name not in configurations.parts:
             continue
         network = without_memory(component.library, component.classes[0], configurations.parts[name])
-        width = QUANTIZED if text_8bit and component.classes[0] == "T5EncoderModel" else dtype.itemsize
-        width = of_pictures if name == STAYS else width
-        parts[name] = width * _count(network)
+        parts[name] = (of_pictures if name == STAYS else dtype.itemsize) * _count(network)
+        if text_8bit and component.classes[0] == T5:
+            parts[name] = QUANTIZED * _count(network)
+            in_8_bit += parts[name]
         if name != STAYS and not name.startswith("text_encoder"):
             lists = [group for group in network.children() if isinstance(group, torch.nn.ModuleList)]
             blocks = [_count(one) for group in lists for one in group]
@@ -120,6 +118,7 @@ def needs_of(
     places, channels = family.widest(configurations, side // scale)
     return Needs(
         parts=parts,
+        in_8_bit=in_8_bit,
         block=block,
         rest=rest,
         row=HELD * places * channels * dtype.itemsize,

@@ -49,6 +49,8 @@ class DaemonPool:
     def _work(self) -> None:
         while (given := self._next()) is not None:
             future, work = given
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 result = work()
             except BaseException as error:
@@ -100,6 +102,10 @@ class Interview(Generic[Q, O]):
         """Wait, but no longer than the run lasts."""
         if self._ending.wait(seconds):
             raise self._cause or RunAborted("the run has ended")
+
+    def end(self) -> None:
+        """Ask nothing any more: the run is over, and answers would be paid for in vain. From any thread."""
+        self._ending.set()
 
     def begin(self, question: Q, then: Callable[[O], T]) -> Future[T]:
         """Ask a question; what `then` makes of its outcome, in the thread that asked, is there later.

@@ -309,6 +309,12 @@ class Servers:
         """
         return self._interview(question.server).begin(question, self._answer_of)
 
+    def end(self) -> None:
+        """Ask nothing any more: what waits raises. From any thread."""
+        with self._lock:
+            for interview in self._interviews.values():
+                interview.end()
+
     def _interview(self, server: PictureServer) -> Interview[PictureQuestion, PictureOutcome]:
         with self._lock:
             if server not in self._interviews:

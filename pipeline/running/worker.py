@@ -128,11 +128,12 @@ class Worker:
         refuse_other_directions(recipe, self.backbone)
         refuse_other_autoencoders(recipe, self.backbone)
         in_flight = recipe.run.images_in_flight
+        self._servers = servers_of(recipe)
         self.engine = Engine(
             self.backbone,
             call_size=settings.call_size,
             images_in_flight=in_flight if isinstance(in_flight, int) else None,
-            asker=servers_of(recipe),
+            asker=self._servers,
         )
         self._gates = gates_of(recipe)
         self._encoders = Encoders(settings.encoders)
@@ -194,10 +195,16 @@ class Worker:
     def give_up(self, reason: Exception) -> None:
         """Let units that are at work raise, soon. From any thread."""
         self.engine.give_up(reason)
+        self._ask_no_more()
 
     def close(self) -> None:
-        """End the encoder threads."""
+        """End the encoder threads, and ask servers nothing any more."""
         self._encoders.close()
+        self._ask_no_more()
+
+    def _ask_no_more(self) -> None:
+        if self._servers is not None:
+            self._servers.end()
 
 
 def one_by_one(attempt: Attempt, rows: Sequence[Asked]) -> Iterator[Sequence[Asked]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -253,6 +254,15 @@ def test_rows_and_attempts_are_questions_of_their_own_and_one_of_them_is_asked_o
     for seed in (1, 2, 1):
         engine.run_one(steps(server, image(), seed))
     assert list(server.asked.values()) == [2]
+
+
+def test_what_nobody_waits_for_any_more_is_not_asked(server: EditServer) -> None:
+    server.script = lambda *_: Reply(seconds=0.3)
+    engine = Engine(NoModel(SIDE), asker=servers_without_a_run(), images_in_flight=8)
+    with closing(engine.run(steps(server, image(number), concurrency=1) for number in range(6))) as running:
+        next(running)
+    time.sleep(1.0)
+    assert len(server.at) <= 2, "the one that was fetched, and the one that was on its way"
 
 
 def test_prices_take_tokens_of_an_untold_kind_for_the_dearer_one_and_odd_usage_for_none() -> None:

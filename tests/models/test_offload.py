@@ -205,7 +205,9 @@ def test_parameters_are_those_of_the_published_models_and_offload_takes_off_what
     assert found.under("layers") < 10 * GIB, "text encoders, then blocks"
     in_8_bit = needs("FluxPipeline", dict(flux), text_8bit=True)
     assert in_8_bit.parts["text_encoder_2"] * 2 == found.parts["text_encoder_2"]
-    assert in_8_bit.under("layers") < 6 * GIB
+    stays = in_8_bit.parts["text_encoder_2"]
+    assert in_8_bit.under("components") - found.under("components") == stays, "it does not leave for the network"
+    assert stays < in_8_bit.under("layers") < found.under("layers")
 
 
 def test_an_estimate_grows_with_the_picture_and_the_precision() -> None:

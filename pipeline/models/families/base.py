@@ -105,7 +105,7 @@ class Family(ABC):
         return int(network.get("sample_size") or 64)
 
     def autoencoder_dtype(self, configurations: Configurations, dtype: torch.dtype) -> torch.dtype:
-        """Of the autoencoder, beside networks of a dtype. Many overflow in float16, and say so; bfloat16 has the range."""
+        """Of the autoencoder beside networks of `dtype`: many overflow in float16, and say so; bfloat16 does not."""
         upcast = dtype == torch.float16 and configurations.parts["vae"].get("force_upcast", True)
         return torch.float32 if upcast else dtype
 
