@@ -158,10 +158,7 @@ class Engine:
 
     def _advance(self) -> bool:
         """One unit of progress: resume whoever has an answer, let images in, then give the device a call or take one.
-
-        It is given full calls ahead; a short one only where nothing else can come. False: there was nothing to do, all
-        wait for servers.
-        """
+        It is given full calls ahead; a short one only where nothing else can come. False: all wait for servers."""
         resumed = False
         while True:
             self._take_from_outside()

@@ -99,6 +99,8 @@ def plan(recipe: Recipe, *, probe: bool = True, partition: Partition = WHOLE) ->
     notes += requests_notes(asked, recipe)
     workers, more = assumed_workers(recipe.run)
     measured, probed = None, without_servers(recipe)
+    if probe and probed is None:
+        notes.append("time and output: unknown, every method asks a server")
     if probe and probed is not None:
         why: list[str] = []
         per_image = cost.results / max(len(rows), 1)

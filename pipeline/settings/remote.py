@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 EXTRA = "httpx2"
 """The package that asking takes, of the extra `evaluate`."""
+OF_THE_ROUND_TRIP = ("edit_change", "rest_change")
+"""Gates whose figures compare with an input that has been through the autoencoder and back."""
 
 
 def server_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -21,6 +23,10 @@ def server_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
     at = f"methods.{asking[0]}.editing" if recipe.methods else "editing"
     if find_spec(EXTRA) is None:
         yield at, f"asks a server by {EXTRA}, which is not installed: pip install 'shardedit[evaluate]'"
+    on = {} if recipe.gates is None else recipe.gates.gates
+    for name in (name for name in OF_THE_ROUND_TRIP if name in on):
+        text = f"a server's picture has been through no autoencoder (method '{asking[0]}'), so that nothing measures it"
+        yield f"gates.{name}", f"{text}. Set it to null; change_inside and background_psnr are measured"
 
 
 def needless_model(recipe: Recipe) -> list[tuple[str, str]]:

@@ -316,6 +316,13 @@ def test_a_recipe_that_cannot_work_or_holds_a_secret_is_refused(settings: dict[s
         recipe_from({**data, "editing": {"method": "endpoint", "model": "m", **settings}})
 
 
+def test_gates_on_figures_that_a_servers_picture_has_not_are_refused() -> None:
+    data = {"source": {"shards": "x"}, "sink": {"folder": "y"}, "model": {"name": "none"}, "inversion": NOISE}
+    data |= {"editing": {"method": "endpoint", "model": "m"}, "gates": {"preset": "none", "edit_change": {"min": 40}}}
+    with pytest.raises(RecipeError, match=r"gates\.edit_change: a server's picture has been through no autoencoder"):
+        recipe_from(data)
+
+
 def test_what_it_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     editor = Endpoint(model="m")
     with pytest.raises(PrepareError, match="sends an instruction, and this edit has none"):
