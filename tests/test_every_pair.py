@@ -45,8 +45,7 @@ PAIRS = [
     (inversion, editor)
     for inversion in INVERSIONS
     for editor in EDITORS
-    if EDITORS[editor].fits(INVERSIONS[inversion])
-    and not (editor_facts(editor).takes_reference or editor_facts(editor).asks_server)
+    if EDITORS[editor].fits(INVERSIONS[inversion]) and not editor_facts(editor).served_elsewhere
 ]
 OTHERS = [
     (inversion, editor)

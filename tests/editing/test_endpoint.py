@@ -29,7 +29,7 @@ from tests.edit_server import EditServer, Reply, edit_server, encoded, with_red_
 from tests.facts import EditorFacts
 from tests.methods import analytic, source
 
-FACTS = EditorFacts(rows=0, asks_server=True)
+FACTS = EditorFacts(rows=0, served_elsewhere=True)
 SIDE = 32  # pixels
 REQUEST = EditRequest(instruction="put a hat on the dog")
 NOISE = {"method": "noise", "num_steps": 1}
