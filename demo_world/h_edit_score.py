@@ -164,7 +164,8 @@ def edit_scenes(
     def edit(trajectory: Trajectory, request: EditRequest, place: np.ndarray | None) -> Steps[Any]:
         given = replace(trajectory, source=replace(trajectory.source, mask=place))
         mask = latent_mask(place, trajectory.latents[0])
-        latents: EditedLatents = yield from method.editing.edit(given, request, mask)
+        latents = yield from method.editing.edit(given, request, mask)
+        assert isinstance(latents, EditedLatents), "no server is asked here"
         return (yield DecodeLatents(latents.latents)), latents
 
     finished = in_order(

@@ -43,8 +43,8 @@ WITHOUT_SOURCE_PROMPT = frozenset({"ledits_pp", "masactrl"})
 # Editors that move an image along directions which no word names, make other images than it, or need autoencoders that
 # were trained before: they are scored apart (geometry_score.py, consistory_score.py, concepts_score.py).
 AIMLESS = frozenset({"concepts", "consistory", "riemannian"})
-# Editors whose models read the image itself, which the bundled one does not.
-WITH_REFERENCE = frozenset({"instruct"})
+# Editors that the bundled model cannot serve: their models read the image itself, or they ask a server.
+WITH_REFERENCE = frozenset({"endpoint", "instruct"})
 # Editors that are told the words whose place changes.
 READS_WORDS = frozenset({"prompt_to_prompt", "proxedit"})
 
@@ -304,6 +304,7 @@ def edit_all(
 
     def edit(trajectory: Trajectory, request: EditRequest) -> Steps[tuple[Pixels, EditedLatents]]:
         latents = yield from method.editing.edit(trajectory, request)
+        assert isinstance(latents, EditedLatents), "no server is asked here"
         pixels = yield DecodeLatents(latents.latents)
         return pixels, latents
 

@@ -20,6 +20,7 @@ from typing import Any, Literal, Self, TypedDict, Unpack
 import numpy as np
 import torch
 
+from pipeline.answering import servers_without_a_run
 from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import Steps
@@ -78,7 +79,8 @@ class Editor:
     """
 
     def __init__(self, backbone: Backbone, *, call_size: int | None = None) -> None:
-        self._engine: Engine | None = Engine(backbone, call_size=call_size or 16, pad=call_size is not None)
+        settings: dict[str, Any] = {"call_size": call_size or 16, "pad": call_size is not None}
+        self._engine: Engine | None = Engine(backbone, **settings, asker=servers_without_a_run())
 
     @classmethod
     def load(
@@ -92,7 +94,8 @@ class Editor:
         """Load a model.
 
         Args:
-            model: "demo", the bundled model, which knows drawn faces only; a folder in diffusers format; or a hub id.
+            model: "demo", the bundled model, which knows drawn faces only; a folder in diffusers format; a hub id; or
+                "none", for methods that ask a server.
             device: "cpu", "cuda", "cuda:1", ...; None for the GPU where there is one.
             call_size: rows of every network call; None for calls as small as what is asked, or, with `compile=True`,
                 for calls of 8: every other size would be compiled anew.
@@ -306,7 +309,7 @@ class Editor:
                 self.backbone,
                 stored=stored_directions(recipe),
                 libraries=libraries_of(recipe),
-                round_trip=recipe.sink.round_trip,
+                round_trip=recipe.decodes_inputs,
             )
         )
 

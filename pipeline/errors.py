@@ -8,13 +8,15 @@
     │   └── HeldError      another driver is writing to the folder
     ├── ClusterError       the cluster lacks what the recipe asks for
     ├── DeviceError        the GPU of this process failed for good: another process goes on
+    ├── ServerError        a server cannot be asked: its key, address or model is wrong, or its quota spent
     ├── RunAborted         an error budget was spent
     └── RowError           one image fails; the run goes on, the image goes to quarantine
         ├── DecodeError    stage "decode"    the bytes are no image that may be opened
         ├── PrepareError   stage "prepare"   no usable edit request, mask or size
         ├── InvertError    stage "invert"    the inversion cannot work on this image
         ├── EditError      stage "edit"      the edit cannot work on this image
-        │   └── BlackImageError              the result is black all over, the input was not
+        │   ├── BlackImageError              the result is black all over, the input was not
+        │   └── AnswerError                  a server's answer to this image is no edit of it
         └── EncodeError    stage "encode"    the result cannot be written as an image
 
 A message says what was wrong, where, and what to do. A row's message holds no address, time or host, so that two
@@ -23,7 +25,7 @@ runs over the same data quarantine the same bytes.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 UNREADABLE = "ReadError"
 """`error_class` in quarantine of a row that could not be read, at stage "read". Nothing of that name is raised."""
@@ -74,6 +76,10 @@ class DeviceError(ShardeditError):
     """The device failed, and stays so for this process: no row's fault."""
 
 
+class ServerError(ShardeditError):
+    """A server cannot be asked: wrong key, model or address, or the quota is spent. No row's fault."""
+
+
 class RunAborted(ShardeditError):  # noqa: N818  a verdict on the run, as KeyboardInterrupt is
     """The run was stopped because too much of it failed."""
 
@@ -110,6 +116,17 @@ class EditError(RowError):
 
 class BlackImageError(EditError):
     """The result is black all over, the input was not: a half-precision decoder that overflowed looks like this."""
+
+
+class AnswerError(EditError):
+    """A server has answered with no edit of the image: it refused, failed for good, or sent something else.
+
+    `spent`: what its answers have cost, a `remote.pictures.Spent`; None: nothing was asked.
+    """
+
+    def __init__(self, message: str, spent: Any = None) -> None:
+        super().__init__(message)
+        self.spent = spent
 
 
 class EncodeError(RowError):

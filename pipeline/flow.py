@@ -31,7 +31,7 @@ from pipeline.engine.calls import DecodeLatents, EncodeImage, Fork, Steps
 from pipeline.engine.controls import Transformer
 from pipeline.engine.engine import Engine
 from pipeline.engine.pullback import LocalBasis
-from pipeline.errors import BlackImageError, ClusterError, EditError, InvertError, Stage
+from pipeline.errors import AnswerError, BlackImageError, ClusterError, EditError, InvertError, Stage
 from pipeline.gating.replay import replay, stopped
 from pipeline.interventions import Library
 from pipeline.inversion.base import Inversion, draw_from
@@ -48,12 +48,14 @@ from pipeline.records import (
     DrawNoise,
     Edited,
     EditedLatents,
+    EditedPixels,
     InversionPrompts,
     Prepared,
     Rejected,
     Source,
     Trajectory,
 )
+from pipeline.remote.pictures import Spent, added
 from pipeline.samples import Sample, UnitInput
 from pipeline.seeds import run_seed_of, seed_for
 from pipeline.settings.gates import Bounds
@@ -112,12 +114,14 @@ def edit_unit(
     def results(asked: Sequence[Asked]) -> Iterator[Decoded | Rejected]:
         for rows in turns(asked):
             for result in edit_rows(rows, recipe, engine, decoder, rank=rank):
+                spent.update(added(spent, spent_on(result)))
                 on_result(result)
                 yield result
 
     def make(asked: Sequence[Asked]) -> list[OutputRow | Rejected]:
         return encoders.map(encode, results(asked))
 
+    spent: dict[str, Spent] = {}
     asked = [asked_of(row, recipe) for row in unit_input.rows]
     encoded = make(asked) if recipe.best_of is None else best_of(asked, recipe, make)
     return finish_unit(
@@ -127,7 +131,17 @@ def edit_unit(
         generation=generation,
         model_digest=engine.backbone.record.digest,
         call_size=engine.call_size,
+        spent=spent,
     )
+
+
+def spent_on(result: Decoded | Rejected) -> dict[str, Spent]:
+    """What servers took for a result, or for none, by its method; empty where none was asked."""
+    if isinstance(result, Rejected):
+        spent = result.error.spent if isinstance(result.error, AnswerError) else None
+    else:
+        spent = None if result.answer is None else result.answer.spent
+    return {} if spent is None else {result.method: spent}
 
 
 def edit_rows(
@@ -166,7 +180,7 @@ def _edit_ready(
         recipe.methods_of(ready.attempt),
         run_seed_of(recipe.run.seed, recipe.best_of, ready.attempt),
         backbone,
-        round_trip=recipe.sink.round_trip and not recipe.writes_bases,
+        round_trip=recipe.decodes_inputs,
         stored=stored_directions(recipe),
         libraries=libraries_of(recipe),
         bases=recipe.writes_bases,
@@ -260,6 +274,7 @@ def edit_prepared(
             placement=prepared.placement,
             stored=stored,
             libraries=libraries,
+            seed=seed_for(run_seed, sample.id, "server"),
             blocks=blocks_of(backbone.offers.openings) if blocks is None else blocks,
             draws=partial(_draws, run_seed, sample.noise_id, latents),
         )
@@ -292,7 +307,7 @@ def _decode(latents: Tensor) -> Steps[np.ndarray]:
 
 
 def _with_round_trip(result: Decoded | Rejected, back: np.ndarray | Exception | None) -> Decoded | Rejected:
-    if isinstance(result, Rejected):
+    if isinstance(result, Rejected) or result.answer is not None:  # a server's picture has been through no autoencoder
         return result
     if isinstance(back, Exception):
         return rejected(result.prepared.sample, result.edit, result.method, "invert", back)
@@ -383,11 +398,27 @@ def _shown_basis(prepared: Prepared, basis: LocalBasis, edit: str, name: str, se
 
 
 def _shown(
-    prepared: Prepared, edited: EditedLatents | Exception, method: Method, edit: str, name: str, seed: int
+    prepared: Prepared,
+    edited: EditedLatents | EditedPixels | Exception,
+    method: Method,
+    edit: str,
+    name: str,
+    seed: int,
 ) -> Steps[Decoded]:
     """One edit, at model size."""
     if isinstance(edited, Exception):
         raise edited
+    if isinstance(edited, EditedPixels):
+        return Decoded(
+            prepared=prepared,
+            edit=edit,
+            method=name,
+            pixels=edited.pixels,
+            round_trip=None,
+            masks=tuple(at_image_size(one, edited.pixels) for one in edited.masks),
+            seed=seed,
+            answer=edited.answer,
+        )
     if not bool(torch.isfinite(edited.latents).all()):
         raise EditError("the edit gave values that are not finite. Try lower guidance scales or model.dtype float32")
     pixels = yield DecodeLatents(edited.latents)

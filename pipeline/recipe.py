@@ -34,7 +34,7 @@ from pydantic import (
 )
 
 from pipeline.directions import one_per_result
-from pipeline.editing import EDITORS
+from pipeline.editing import EDITORS, endpoint
 from pipeline.editing.base import EditingMethod
 from pipeline.editing.ledits_pp import LEditsPP
 from pipeline.engine.backbone import Offers
@@ -51,6 +51,7 @@ from pipeline.settings.gates import GatesConfig
 from pipeline.settings.instructions import InstructionsConfig
 from pipeline.settings.judge import HOW_IT_IS_ASKED
 from pipeline.settings.overrides import apply_overrides
+from pipeline.settings.remote import server_problems
 from pipeline.settings.sections import ModelConfig, RunConfig, Section, SinkConfig, SourceConfig
 from pipeline.settings.yaml_file import UnusableFileError, read_yaml_file
 
@@ -166,6 +167,17 @@ class Recipe(Section):
         return False
 
     @property
+    def decodes_inputs(self) -> bool:
+        """Whether an input's latents are decoded as they are, which figures compare with."""
+        reading = any(method.editing.reads_model for method in self.all_methods.values())
+        return self.sink.round_trip and not self.writes_bases and reading
+
+    @property
+    def asks_servers(self) -> bool:
+        """Whether a method asks a server for its edits."""
+        return any(method.editing.server is not None for method in self.all_methods.values())
+
+    @property
     def recorded(self) -> tuple[RecordingKey, ...]:
         """What its methods record of the network's blocks, together."""
         return tuple(dict.fromkeys(key for method in self.all_methods.values() for key in method.editing.records))
@@ -193,6 +205,12 @@ class Recipe(Section):
             for key in keys:
                 data[section].pop(key)
         data["run"].pop("max_consecutive_failed_units")
+        data["model"].pop("offload")  # where networks wait changes no bit
+        if not data["model"]["text_8bit"]:  # so that runs from before there was a choice go on
+            data["model"].pop("text_8bit")
+        for editing in (data["editing"], *(method["editing"] for method in data["methods"].values())):
+            for key in endpoint.HOW_IT_IS_ASKED if editing["method"] == "endpoint" else ():
+                editing.pop(key)
         if data["gates"] is not None and data["gates"]["judge"] is not None:
             for key in HOW_IT_IS_ASKED:
                 data["gates"]["judge"].pop(key)
@@ -251,7 +269,7 @@ class Recipe(Section):
                     (f"edits.{edit}", problem.text + (f" (method '{name}')" if self.methods else ""))
                     for problem in editing.problems(request, inversion, caption_follows=follows)
                 ]
-        found += [*gate_problems(self), *attempt_problems(self)]
+        found += [*gate_problems(self), *attempt_problems(self), *server_problems(self)]
         if self.recorded and self.sink.format != "parquet":
             found.append(("sink.format", "what editing.record asks for is written as Parquet. Leave format out"))
         return found

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pipeline.engine.pullback import LocalBasis
     from pipeline.interventions import Library
     from pipeline.recordings import Attended, Recorded
+    from pipeline.remote.pictures import Spent
 
 
 class Concept(BaseModel):
@@ -186,6 +187,7 @@ class Source:
     pixels: np.ndarray | None = None  # (H, W, 3) uint8, the image itself
     mask: np.ndarray | None = None  # (H, W) in [0, 1], the row's own, for what looks at pixels; None: it brings none
     placement: Placement | None = None  # of the image on its canvas; None: it fills the canvas
+    seed: int = 0  # of the row and the attempt: what is asked of a server for one is asked for no other
     stored: Mapping[str, Mapping[str, StoredDirection]] = field(default_factory=dict)  # by file and name
     libraries: Mapping[str, Library] = field(default_factory=dict)  # of autoencoders, by folder
     blocks: Mapping[str, Transformer] = field(default_factory=dict)  # of the network, by name
@@ -280,6 +282,23 @@ class EditedLatents:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EditedPixels:
+    """What an editor returns that makes pictures without the model."""
+
+    pixels: np.ndarray  # (H, W, 3) uint8, of the size of the canvas
+    masks: Tensor  # (1, h, w) bool at the latents' size: where they differ from the image
+    answer: ServerAnswer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerAnswer:
+    """Of a result that a server made."""
+
+    model: str  # as the server names it
+    spent: Spent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decoded:
     """One result as it leaves the engine, at model size: what is left to do needs no model, and no waiting GPU."""
 
@@ -295,6 +314,7 @@ class Decoded:
     is_compared: bool = True  # whether the result shows the input, changed, so that figures compare the two
     inversion_psnr: float | None = None  # dB, of the trajectory that is replayed without an edit; None: not measured
     stopped: bool = False  # that was too low: the pixels are those of the replay, and nothing was edited
+    answer: ServerAnswer | None = None  # None: no server made it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,6 +345,7 @@ class Edited:
     inversion_psnr: float | None = None  # as that of `Decoded`
     stopped: bool = False
     gated: Gated | None = None  # None: the run has no gates
+    answer: ServerAnswer | None = None  # as that of `Decoded`
     attempt: int = 0  # of a run that makes several
 
 

@@ -33,7 +33,7 @@ class EditorFacts:
     rows_once: int = 0  # and these, whatever the number of steps
     quick: Mapping[str, Any] = field(default_factory=dict)  # settings by which something happens within three steps
     unguided: Mapping[str, Any] = field(default_factory=dict)  # settings without which guidance 1 is refused, or edits
-    takes_reference: bool = False  # needs a model that reads the image itself, which those of all pairs do not
+    served_elsewhere: bool = False  # by a model that reads the image itself, or by a server: not by those of all pairs
     finds_region: bool = False  # one of its own, with blend words or a concept, and needs no user's mask for it
 
     def rows_of(self, inversion: str, steps: int) -> int:

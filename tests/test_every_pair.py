@@ -39,12 +39,13 @@ REQUEST = EditRequest(
     blend_words=WordPair(source=("cat",), target=("dog",)),
     subject=Subject(words=("mat",), anchor_prompts=("a mat",)),
 )
-# What takes a model of its own is asked of that model's family: see tests/models/families.
+# What takes a model of its own is asked of that model's family (tests/models/families), what asks a server of its own
+# test alone.
 PAIRS = [
     (inversion, editor)
     for inversion in INVERSIONS
     for editor in EDITORS
-    if EDITORS[editor].fits(INVERSIONS[inversion]) and not editor_facts(editor).takes_reference
+    if EDITORS[editor].fits(INVERSIONS[inversion]) and not editor_facts(editor).served_elsewhere
 ]
 OTHERS = [
     (inversion, editor)

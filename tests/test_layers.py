@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "pipeline"
 LAYERS = [
     {"errors", "common", "compat"},
     {"diffusion"},
-    {"rewards", "experts"},
+    {"rewards", "experts", "remote"},
     {"records", "samples", "directions", "interventions", "recordings", "placement", "subjects"},
     {"engine"},
     {"models"},
@@ -22,7 +22,7 @@ LAYERS = [
     {"recipe", "settings"},
     {"reading", "gating", "seeds", "evaluation.metrics", "pairs.alignment", "pairs.affine"},
     {"writing"},
-    {"best_of", "flow"},
+    {"best_of", "flow", "answering"},
     {"evaluation"},
     {"looking.results", "looking.report"},  # a run ends with its report
     {"running"},
@@ -40,7 +40,7 @@ FOREIGN = {
     "transformers": {"models"},
     "fsspec": {"reading", "writing"},
     "typer": {"cli", "cli_sae", "pairs_cli", "looking.ending"},
-    "httpx2": {"evaluation.judging"},
+    "httpx2": {"remote"},
     "scipy": {"evaluation"},
 }
 PLANTED = "from pipeline.cli import main\n"

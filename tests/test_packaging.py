@@ -113,7 +113,9 @@ def test_what_the_package_imports_is_what_it_depends_on() -> None:
         used = set().union(*map(imported, paths)) - ours
         return {owner.lower().replace("_", "-") for name in used for owner in owners[name]}
 
-    evaluating = [path for path in files if path.is_relative_to(EVALUATION)]
+    # Servers that edit are asked by the judges' client, which is imported where one is named.
+    client = ROOT / "pipeline" / "remote" / "client.py"
+    evaluating = [path for path in files if path.is_relative_to(EVALUATION) or path == client]
     needed = wanted([path for path in files if path not in evaluating])
     assert needed == names(PROJECT["dependencies"])
     assert wanted(evaluating) - needed - OF_ONES_OWN == names(PROJECT["optional-dependencies"]["evaluate"])

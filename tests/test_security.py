@@ -32,6 +32,7 @@ from pipeline.reading.storage import source_error
 from pipeline.recipe import ModelConfig, load_recipe, recipe_from
 from pipeline.running import driver
 from tests.checkpoints import change, refused
+from tests.edit_server import Reply, edit_server
 from tests.runs import png, recipe_data, write_shards
 
 ROOT = Path(__file__).parents[1]
@@ -393,6 +394,22 @@ def test_credentials_reach_no_file_and_no_log_of_ray(s3_server: Any, tmp_path: P
             assert [path.name for path in files if secret.encode() in path.read_bytes()] == []
     finally:
         shutil.rmtree(logs, ignore_errors=True)
+
+
+def test_the_key_of_a_server_that_edits_is_printed_by_no_error_and_written_nowhere(tmp_path: Path) -> None:
+    """Not even where the server says it back."""
+    write_shards(tmp_path / "in", shards=1, rows=1, damaged=())
+    echo = json.dumps({"error": {"message": f"no such key: {SECRETS['token']}"}}).encode()
+    with edit_server(lambda *_: Reply(status=401, body=echo)) as server:
+        data = recipe_data(tmp_path / "in", tmp_path / "out", engine="local")
+        data |= {"edits": {"instruction": "a hat"}, "model": {"name": "none", "size": 32}}
+        data |= {"inversion": {"method": "noise", "num_steps": 1}}
+        data |= {"editing": {"method": "endpoint", "model": "m", "base_url": server.url}}
+        code, printed = command(tmp_path / "run", data, "edit", EDIT_API_KEY=SECRETS["token"])
+        assert server.headers[0]["Authorization"] == f"Bearer {SECRETS['token']}"
+    assert code == 1, printed
+    assert "no such key: (key)" in printed
+    assert_no_trace(printed, tmp_path / "out", tmp_path / "run")
 
 
 @pytest.mark.parametrize("secret", SECRETS.values())

@@ -8,6 +8,7 @@ from pipeline.editing.concepts import Concepts
 from pipeline.editing.consistory import ConsiStory
 from pipeline.editing.diffedit import DiffEdit
 from pipeline.editing.direct_edit import DirectEdit
+from pipeline.editing.endpoint import Endpoint
 from pipeline.editing.fast_diffedit import FastDiffEdit
 from pipeline.editing.flow_edit import FlowEdit
 from pipeline.editing.h_edit import HEdit
@@ -28,6 +29,7 @@ EDITORS: dict[str, type[EditingMethod]] = {
     "consistory": ConsiStory,
     "diffedit": DiffEdit,
     "direct_edit": DirectEdit,
+    "endpoint": Endpoint,
     "fast_diffedit": FastDiffEdit,
     "flow_edit": FlowEdit,
     "h_edit": HEdit,

@@ -16,7 +16,8 @@ from pipeline.engine.calls import Fork, Steps
 from pipeline.engine.pullback import LocalBasis
 from pipeline.inversion.base import Demand, Inversion, Provision
 from pipeline.recordings import RecordingKey
-from pipeline.records import EditedLatents, EditRequest, InversionPrompts, Trajectory
+from pipeline.records import EditedLatents, EditedPixels, EditRequest, InversionPrompts, Trajectory
+from pipeline.remote.pictures import PictureServer
 
 
 class EditingMethod(BaseModel, ABC):
@@ -33,6 +34,7 @@ class EditingMethod(BaseModel, ABC):
     # Settings by which it does not guide, for models that cannot be guided.
     unguided: ClassVar[str] = "editing.guidance_scale: 1 where the method has one"
     shows_input: ClassVar[bool] = True  # whether results show the input, changed: else no figure compares the two
+    reads_model: ClassVar[bool] = True  # whether it takes a model: a recipe whose methods do not may go without
     finds_bases: ClassVar[bool] = False  # whether it moves along local latent bases, which a run may write instead
 
     @classmethod
@@ -49,6 +51,11 @@ class EditingMethod(BaseModel, ABC):
     def gives(self) -> frozenset[str]:
         """What it gives the network beside the latents, by name."""
         return frozenset()
+
+    @property
+    def server(self) -> PictureServer | None:
+        """Whom it asks; None: nobody."""
+        return None
 
     @property
     def reads(self) -> str:
@@ -82,6 +89,12 @@ class EditingMethod(BaseModel, ABC):
 
     def model_problems(self, offers: Offers) -> Iterator[str]:
         """Why it cannot work on a model that offers this, and the way out."""
+        if offers.is_absent and self.reads_model:
+            yield (
+                f"editing.method '{self.method}' reads a model, and model.name none stands for no model. Name one, or "
+                "use editing.method endpoint"
+            )
+            return
         if offers.distilled and self.guides:
             yield (
                 f"{offers.distilled}: such a model knows no guidance, which editing.method '{self.method}' uses. Set "
@@ -147,7 +160,7 @@ class EditingMethod(BaseModel, ABC):
     @abstractmethod
     def edit(
         self, trajectory: Trajectory, request: EditRequest, user_mask: Tensor | None = None
-    ) -> Steps[EditedLatents]:
+    ) -> Steps[EditedLatents | EditedPixels]:
         """Yield model calls; return the edit of one image.
 
         Args:
@@ -158,12 +171,12 @@ class EditingMethod(BaseModel, ABC):
 
     def edit_all(
         self, trajectory: Trajectory, requests: Sequence[EditRequest], user_mask: Tensor | None = None
-    ) -> Steps[list[EditedLatents | Exception]]:
+    ) -> Steps[Sequence[EditedLatents | EditedPixels | Exception]]:
         """Several edits of one image, side by side: of each what came out, or why nothing did.
 
         A method whose edits have work in common does that once.
         """
-        found: list[EditedLatents | Exception] = yield Fork(
+        found: list[EditedLatents | EditedPixels | Exception] = yield Fork(
             tuple(self.edit(trajectory, request, user_mask) for request in requests)
         )
         return found

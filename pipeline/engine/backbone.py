@@ -63,6 +63,7 @@ class Offers:
     # Why it cannot be guided away from a prompt or walked backwards: it was distilled to few steps or to one guidance.
     # "": it can be.
     distilled: str = ""
+    is_absent: bool = False  # whether there is no model at all, for methods that read none
     bottleneck: Bottleneck | None = None  # whose Jacobian products can be had, in both modes; None: none can
 
     def at_size(self, size: int | None) -> Offers:

@@ -8,6 +8,7 @@ A method is a generator over one image. It yields these records, the engine answ
     Product       -> R vectors: the bottleneck's Jacobian times each
     DecodeLatents -> pixels (H, W, 3) uint8
     DecodeGradient -> Valued: a function's value at the decoded pixels, and its gradient at the latents (C, h, w)
+    AskServer     -> a picture that a server edited: what a model would else do
     Fork          -> list of results or exceptions, one per child generator
 
 R counts the rows of one call. Rows do not interact and may be packed into different network calls, unless the call has
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from pipeline.diffusion.levels import Level, Prediction
 from pipeline.engine.controls import PLAIN, Control, Plan, Seen, Where
+from pipeline.remote.pictures import PictureQuestion
 
 T = TypeVar("T")
 
@@ -249,12 +251,22 @@ class NetworkAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class AskServer:
+    """Ask a server for a picture. Seconds or minutes pass, in which other rows' calls go on; it costs no network row.
+
+    Raises AnswerError into the generator where it gives none.
+    """
+
+    question: PictureQuestion
+
+
+@dataclass(frozen=True, slots=True)
 class Fork:
     """Run children side by side; one that fails leaves its exception in its place."""
 
     children: tuple[Steps[Any], ...]
 
 
-Call = EncodeText | EncodeImage | DecodeLatents | DecodeGradient | Denoise | Product | Fork
+Call = EncodeText | EncodeImage | DecodeLatents | DecodeGradient | Denoise | Product | AskServer | Fork
 Steps = Generator[Call, Any, T]
 """A generator over one image: yields calls, receives their answers, returns T."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.engine.backbone import Offers
+from pipeline.engine.calls import Denoise
 from pipeline.engine.controls import (
     Add,
     Blend,
@@ -24,6 +26,21 @@ from pipeline.engine.controls import (
 )
 from pipeline.engine.placing import placed
 from pipeline.errors import EditError
+
+
+def check_call(call: Denoise, offers: Offers) -> None:
+    """Refuse what a model cannot do.
+
+    Raises:
+        ValueError, EditError: as `check`, and of maps that the model does not have.
+    """
+    height, width = call.latents.shape[-2:]
+    control = call.control
+    if call.watch is not None or (control is not None and control.watches and control.plan.watched is None):
+        offers.check_watchable(height, width)
+    if control is not None:
+        length = call.conditioning[0].embedding.shape[0]
+        check(control, len(call.levels), length, (height, width), offers.openings)
 
 
 def check(control: Control, rows: int, length: int, size: tuple[int, int], openings: Openings) -> None:

@@ -19,11 +19,10 @@ from typing import Any
 import torch
 
 from pipeline.common import stopping
-from pipeline.common.showing import describe
 from pipeline.engine.arriving import Arriving, begin_copy
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import (
-    Call,
+    AskServer,
     DecodeGradient,
     DecodeLatents,
     Denoise,
@@ -33,10 +32,11 @@ from pipeline.engine.calls import (
     Product,
     Steps,
 )
-from pipeline.engine.control_checks import check
-from pipeline.engine.faults import is_of_the_device, is_out_of_memory
+from pipeline.engine.control_checks import check_call
+from pipeline.engine.faults import device_error, is_of_the_device, is_out_of_memory
+from pipeline.engine.outside import Asker, Outside
 from pipeline.engine.packing import Batch, CallRow, RowQueue
-from pipeline.engine.pending import PendingCall, pending_call, rows_per_call
+from pipeline.engine.pending import PendingCall, does_not_fit, pending_call, rows_per_call
 from pipeline.engine.pictures import Picture, PictureBatch, PictureQueue, pictures_per_call
 from pipeline.engine.tasks import EngineStats, Finished, Session, Task
 from pipeline.engine.texts import Texts
@@ -54,10 +54,17 @@ class Engine:
         images_in_flight: generators held at once; bounds memory. None: as many as keep calls full, one after the other.
         pad: fill short calls up to `call_size`, so that a row's bits do not depend on what else is in flight. Without
             padding calls are as short as what is pending: less work where a single image is edited.
+        asker: who asks servers, for methods that do.
     """
 
     def __init__(
-        self, backbone: Backbone, *, call_size: int = 16, images_in_flight: int | None = None, pad: bool = True
+        self,
+        backbone: Backbone,
+        *,
+        call_size: int = 16,
+        images_in_flight: int | None = None,
+        pad: bool = True,
+        asker: Asker | None = None,
     ) -> None:
         if call_size < 1 or (images_in_flight is not None and images_in_flight < 1):
             raise ValueError(f"call_size {call_size} and images_in_flight {images_in_flight} should be at least 1")
@@ -70,6 +77,7 @@ class Engine:
         self._texts = Texts(backbone, pad=pad)
         self._queue = RowQueue()
         self._pictures = PictureQueue()
+        self._outside = Outside(asker)
         self._given: deque[tuple[Batch | PictureBatch, Arriving]] = deque()  # to the device, oldest first
         self._given_since = 0.0  # how far `busy_seconds` has counted
         self._broken: Exception | None = None  # what every `run` raises from now on
@@ -98,6 +106,7 @@ class Engine:
 
         Raises:
             DeviceError: the device has failed, for good; no generator is to blame.
+            ServerError: a server that methods ask cannot be asked.
         """
         session = Session(iter(generators), rank)
         told = 0
@@ -109,8 +118,9 @@ class Engine:
                 with self._lock:
                     if self._broken is not None:
                         raise self._broken
-                    if not session.finished:
-                        self._advance()
+                    idle = not session.finished and not self._advance()
+                if idle:
+                    self._outside.wait(session)
                 if on_rows is not None and session.answered_rows > told:
                     told = session.answered_rows
                     on_rows(told)
@@ -139,20 +149,22 @@ class Engine:
         """Its caller has gone, by Ctrl-C or an error of its own: what it asked for would only delay the next one."""
         session.is_left = True
         self._ready = deque(item for item in self._ready if item[0].session is not session)
+        self._outside.drop(session)
         self._texts.drop(lambda owner: owner.session is session)
         self._pictures.drop(lambda owner: owner.session is session)
         for pending in self._queue.calls():
             if pending.owner.session is session:
                 self._queue.drop(pending)
 
-    def _advance(self) -> None:
+    def _advance(self) -> bool:
         """One unit of progress: resume whoever has an answer, let images in, then give the device a call or take one.
-
-        It is given full calls ahead; a short one only where nothing else can come.
-        """
+        It is given full calls ahead; a short one only where nothing else can come. False: all wait for servers."""
+        resumed = False
         while True:
+            self._take_from_outside()
             while self._ready:
                 self._resume(*self._ready.popleft())
+                resumed = True
             # A full call goes first: it lets the oldest images finish before new ones are held in memory.
             if self._has_full() or not self._admit():
                 if not len(self._texts):
@@ -160,9 +172,16 @@ class Engine:
                 self._encode_texts()
         given = sum(isinstance(batch, Batch) for batch, _ in self._given)  # pictures are over before a call is packed
         if not self._given or (given < GIVEN_CALLS and self._has_full()):
-            self._give_next()
-        else:
-            self._take(*self._given.popleft())
+            return self._give_next() or resumed
+        self._take(*self._given.popleft())
+        return True
+
+    def _take_from_outside(self) -> None:
+        try:
+            self._ready += self._outside.take()
+        except Exception as error:  # a server that cannot be asked: no row is to blame, and every later one fails, too
+            self.give_up(error)
+            raise
 
     def _has_full(self) -> bool:
         return (
@@ -222,7 +241,12 @@ class Engine:
                 if isinstance(call, Denoise | Product):
                     self._enqueue(task, call)
                     return
-                answer = self._answer(call)
+                if isinstance(call, AskServer):
+                    self._outside.ask(task, call)
+                    return
+                if not isinstance(call, Fork):
+                    raise TypeError(f"a method yielded {type(call).__name__}, which is no model call (engine/calls.py)")
+                answer = []  # of no children
             except Exception as failure:
                 error = self._no_fault_of_the_device(failure)
 
@@ -237,19 +261,13 @@ class Engine:
         if parent is None:
             task.session.running -= 1
             task.session.finished.append(Finished(task.index, value, error, task.network_rows))
+            self._outside.tell()
             return
         parent.children[task.index] = value if error is None else error
         parent.network_rows += task.network_rows
         parent.unfinished_children -= 1
         if parent.unfinished_children == 0:
             self._ready.append((parent, parent.children, None))
-
-    def _answer(self, call: Call) -> Any:
-        match call:
-            case Fork():
-                return []
-            case _:
-                raise TypeError(f"a method yielded {type(call).__name__}, which is no model call (engine/calls.py)")
 
     def _encode_texts(self) -> None:
         """One call of the text encoder. Its answers stay on the device: nothing waits for them."""
@@ -259,35 +277,22 @@ class Engine:
     def _enqueue(self, task: Task, call: Denoise | Product) -> None:
         pending = pending_call(task, call)
         if isinstance(call, Denoise):
-            self._check(call)
+            check_call(call, self.backbone.offers)
         if rows_per_call(pending.kind, self.call_size) == 0:
-            raise EditError(self._does_not_fit(pending))
+            raise EditError(does_not_fit(pending.group, self.call_size))
         task.network_rows += call.cost
         self._queue.push(pending)
 
-    def _check(self, call: Denoise) -> None:
-        """Refuse what the model cannot do."""
-        height, width = call.latents.shape[-2:]
-        control = call.control
-        if call.watch is not None or (control is not None and control.watches and control.plan.watched is None):
-            self.backbone.offers.check_watchable(height, width)
-        if control is not None:
-            length = call.conditioning[0].embedding.shape[0]
-            check(control, len(call.levels), length, (height, width), self.backbone.offers.openings)
-
-    def _does_not_fit(self, pending: PendingCall) -> str:
-        return (
-            f"{pending.group} rows read each other and must share a network call, which has {self.call_size} rows. Set "
-            f"run.call_size to {pending.group} or more"
-        )
-
-    def _give_next(self) -> None:
+    def _give_next(self) -> bool:
         """Give the device the next call, if any. Pictures go before a short call: what is encoded may fill that up."""
         pictures = self._pictures
         if pictures.has_full(self.pictures_per_call) or (len(pictures) and not self._queue.has_full(self.call_size)):
             self._give(pictures.pop(self.pictures_per_call))
         elif len(self._queue):
             self._give(self._queue.pop(self.call_size))
+        else:
+            return False
+        return True
 
     def _give(self, batch: Batch | PictureBatch) -> None:
         if not self._given:
@@ -342,11 +347,7 @@ class Engine:
         return error
 
     def _breaks(self, error: Exception) -> DeviceError:
-        broken = DeviceError(
-            f"the device {self.backbone.device} failed ({describe(error)}): no row is to blame, and this process can "
-            "no longer use it. What is committed stays: the same command goes on from there. If it fails again, look "
-            "at the machine's logs (nvidia-smi, dmesg)"
-        )
+        broken = device_error(self.backbone.device, error)
         self.give_up(broken)
         return broken
 

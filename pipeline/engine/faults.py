@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from pipeline.common.showing import describe
+from pipeline.errors import DeviceError
+
 # PyTorch raises plain RuntimeErrors for failures inside cuBLAS, cuDNN and NCCL.
 FATAL = (
     "CUDA error",
@@ -33,3 +36,12 @@ def is_of_the_device(error: Exception) -> bool:
     if is_out_of_memory(error) or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, torch.AcceleratorError) or any(text in str(error) for text in FATAL)
+
+
+def device_error(device: torch.device, error: Exception) -> DeviceError:
+    """The end of everything on a device: what every later call would raise, in words."""
+    return DeviceError(
+        f"the device {device} failed ({describe(error)}): no row is to blame, and this process can no longer use it. "
+        "What is committed stays: the same command goes on from there. If it fails again, look at the machine's logs "
+        "(nvidia-smi, dmesg)"
+    )

@@ -148,3 +148,11 @@ def rows_per_call(kind: Kind, call_size: int) -> int:
     fits. It depends on nothing else, so that a row's bits do not either."""
     size = max(kind.group, call_size // GRADIENT_SHARE) if kind.wants_gradients else call_size
     return min(size, call_size) // kind.group * kind.group
+
+
+def does_not_fit(group: int, call_size: int) -> str:
+    """Why a group of rows cannot be asked for, and the way out."""
+    return (
+        f"{group} rows read each other and must share a network call, which has {call_size} rows. Set run.call_size to "
+        f"{group} or more"
+    )

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from pipeline.common.partition import WHOLE, Partition
+from pipeline.looking.asking_servers import cost_at_most, requests_notes, without_servers
 from pipeline.looking.counting import RowCounter
 from pipeline.looking.probe import PROBE_SECONDS, Probe, probe_model
-from pipeline.models.outline import outline_of
+from pipeline.models.outline import memory_note, outline_of
 from pipeline.reading.requests import asked_of
 from pipeline.reading.rows import light
 from pipeline.reading.shards import ReadTask, Shard
@@ -51,6 +52,8 @@ class Plan:
     methods: tuple[str, ...]
     results: int  # (image, edit, method) asked for
     network_rows: int
+    requests: int | None  # to servers; None: no method asks one
+    cost_at_most: float | None  # of these, each made as often as it may be; None: the recipe does not tell
     workers: int
     bytes_out: int | None  # None without a probe
     seconds: float | None  # on `workers` workers like this machine; None without a probe
@@ -83,20 +86,25 @@ def plan(recipe: Recipe, *, probe: bool = True, partition: Partition = WHOLE) ->
     cost, rows, complete = looked.cost, looked.rows, looked.complete
     scale = 1.0 if complete else images / max(len(rows), 1)
     results, network_rows = round(cost.results * scale), round(cost.network_rows * scale)
+    asked = {name: round(number * scale) for name, number in cost.requests.items()}
     notes = [recipe.model.caveat, todo.left_out, images_note, cost.note(len(rows), complete)]
     notes.append(check_captions(rows, shards, recipe))
+    notes.append(memory_note(recipe.model, outline_of(recipe.model)))
     if recipe.best_of is not None:
         notes.append(
             f"results and network rows are of first attempts; best_of makes up to {recipe.best_of.attempts} of each"
         )
     if todo.before is not None:
         notes.append(BEGUN)
+    notes += requests_notes(asked, recipe)
     workers, more = assumed_workers(recipe.run)
-    measured = None
-    if probe:
+    measured, probed = None, without_servers(recipe)
+    if probe and probed is None:
+        notes.append("time and output: unknown, every method asks a server")
+    if probe and probed is not None:
         why: list[str] = []
         per_image = cost.results / max(len(rows), 1)
-        measured = probe_model(recipe, looked.to_probe, per_image, why) if looked.to_probe else None
+        measured = probe_model(probed, looked.to_probe, per_image, why) if looked.to_probe else None
         notes.append(probe_note(measured, why))
         if measured is not None and more is not None:
             share = f"{workers / more:.0%}"
@@ -111,6 +119,8 @@ def plan(recipe: Recipe, *, probe: bool = True, partition: Partition = WHOLE) ->
         methods=tuple(recipe.all_methods),
         results=results,
         network_rows=network_rows,
+        requests=sum(asked.values()) if recipe.asks_servers else None,
+        cost_at_most=cost_at_most(asked, recipe),
         workers=workers,
         bytes_out=None
         if measured is None or measured.bytes_per_result is None
@@ -170,6 +180,7 @@ class Cost:
 
     results: int = 0
     network_rows: int = 0
+    requests: Counter[str] = field(default_factory=Counter)  # to servers, by method, if each answers at once
     own_edits: int = 0  # rows that bring an edit of their own
     unusable: int = 0  # rows of which something that was asked for cannot be made
     reasons: Counter[str] = field(default_factory=Counter)  # why, by rows
@@ -252,6 +263,9 @@ def add_cost(cost: Cost, row: ReadRow, recipe: Recipe, counter: RowCounter) -> N
         for name, method in recipe.all_methods.items()
         if (problems := tuple(method.editing.problems_of_row(request, method.inversion, masked=masked)))
     }
+    for name, method in recipe.all_methods.items():
+        if method.editing.server is not None:
+            cost.requests[name] += sum((edit, name) not in refused for edit in requests)
     cost.cannot(problem.reason for problems in refused.values() for problem in problems)
     cost.network_rows += counter.rows(requests, masked=masked, refused=frozenset(refused))
 

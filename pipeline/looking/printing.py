@@ -71,6 +71,7 @@ def show_summary(summary: Summary, recipe: Recipe) -> None:
     """The end of a run, as a person reads it."""
     from pipeline.common.showing import public_url
     from pipeline.common.wording import count, size_text
+    from pipeline.remote.pictures import spent_in_words
 
     folder = public_url(recipe.sink.folder).rstrip("/")
     rows = {
@@ -85,9 +86,16 @@ def show_summary(summary: Summary, recipe: Recipe) -> None:
         rows["  by stage"] = counted(summary.failed_by_stage)
         rows["  by reason"] = counted(summary.failed_by_class)
         rows["  kept in"] = f"{folder}/quarantine"
+    if summary.spent:
+        rows["servers"] = spent_in_words(summary.spent)
     speed = f"{summary.images_per_second:.3g} images/s, " if summary.images_per_second else ""
     rows["pace"] = f"{speed}{summary.network_rows:,} network rows in {duration(summary.seconds)}"
-    if summary.worker_seconds > LONG_S and (share := summary.busy_seconds / summary.worker_seconds) < BUSY:
+    # A run that asks servers waits for these.
+    if (
+        not summary.spent
+        and summary.worker_seconds > LONG_S
+        and (share := summary.busy_seconds / summary.worker_seconds) < BUSY
+    ):
         rows["limit"] = f"processors: the model had work for {share:.0%} of that time. Give a worker more CPUs"
     rows["written"] = f"{size_text(summary.output_bytes)} in {count(summary.units, 'unit')} ({summary.units_now:,} now)"
     rows["results"] = f"{folder}/data"
@@ -102,6 +110,7 @@ def show_summary(summary: Summary, recipe: Recipe) -> None:
 def show_status(found: Status, config: str) -> None:
     """How far a run is, as a person reads it."""
     from pipeline.common.wording import count, size_text
+    from pipeline.remote.pictures import spent_in_words
 
     so_far = found.so_far
     about = "about " if found.planned_is_estimate else ""
@@ -118,6 +127,8 @@ def show_status(found: Status, config: str) -> None:
     table.add_row(
         "committed", f"{count(so_far.units, 'unit')}, {found.shards_done:,} of {count(found.shards, 'shard')}"
     )
+    if so_far.spent:
+        table.add_row("servers", spent_in_words(so_far.spent))
     speed = f"{so_far.images_per_second:.3g} images/s, " if so_far.images_per_second else ""
     table.add_row("pace", f"{speed}{so_far.network_rows:,} network rows in {duration(so_far.seconds)}")
     table.add_row("written", size_text(so_far.output_bytes))
@@ -200,6 +211,9 @@ def show_plan(made: Plan, config: str) -> None:
         "results": f"{made.results:,}",
         "network rows": f"{made.network_rows:,}, {per_image:.1f} per image",
     }
+    if made.requests is not None:
+        most = "" if made.cost_at_most is None else f", cost {made.cost_at_most:,.2f} at most"
+        rows["requests"] = f"{made.requests:,} to servers{most}"
     if made.bytes_out is not None:
         rows["output"] = f"about {size_text(made.bytes_out)}"
     if made.seconds is not None and made.probe is not None:
@@ -239,9 +253,9 @@ def show_methods() -> None:
     for table in (inversions, editors):
         Console(highlight=False).print(table)
     out.print(
-        "All of them work with the bundled model (model.name: demo), which knows drawn faces only, and with any Stable "
-        "Diffusion 1.x or 2.x checkpoint. Settings for parity with published code are left out: `shardedit schema "
-        "--markdown` ends with them.",
+        "All but endpoint, which asks a server, and instruct, whose model reads the image, work with the bundled model "
+        "(model.name: demo), which knows drawn faces only, and with any Stable Diffusion 1.x or 2.x checkpoint. "
+        "Settings for parity with published code are left out: `shardedit schema --markdown` ends with them.",
         markup=False,
     )
 

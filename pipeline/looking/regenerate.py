@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from pipeline.answering import servers_of
 from pipeline.best_of import again
 from pipeline.common.showing import public_url
 from pipeline.engine.engine import Engine
@@ -114,7 +115,7 @@ def regenerate(
     with _threads(record.threads if on_cpu else None):
         backbone = load_backbone(recipe.model, device="cpu" if on_cpu else None)
         backbone.tune(record.tuned.tuning)
-        engine = Engine(backbone, call_size=record.call_size)
+        engine = Engine(backbone, call_size=record.call_size, asker=servers_of(recipe, asks=False))
         gates = gates_of(recipe)
         made = [
             encode_outcome(outcome_of(result, gates), recipe, backbone.record, record.call_size)

@@ -21,6 +21,8 @@ from pipeline.errors import SinkError
 from pipeline.evaluation.metrics import NAMES
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
+from pipeline.remote.pictures import Spent
+from pipeline.remote.pictures import added as spent_by_both
 from pipeline.writing.commit import committed_units
 from pipeline.writing.files import NotAFileError, get
 from pipeline.writing.gate_counts import added
@@ -94,6 +96,7 @@ class StoredTotals:
     rejected_rows: int = 0
     images: int = 0
     network_rows: int = 0
+    spent: dict[str, Spent] = field(default_factory=dict)  # by servers, by method; empty: none was asked
     output_bytes: int = 0
     gates: dict[str, GateCounts] = field(default_factory=dict)
     spans: dict[str, list[Span]] = field(default_factory=dict)  # by kind, in the order of the units
@@ -107,6 +110,7 @@ class StoredTotals:
         self.gates = added(self.gates, manifest.counts.gates)
         self.images += manifest.counts.images
         self.network_rows += manifest.measured.network_rows
+        self.spent = spent_by_both(self.spent, manifest.counts.spent)
         for span, file in zip(merged.spans(manifest), manifest.files, strict=True):
             self.output_bytes += file.size
             self.spans.setdefault(span.kind, []).append(span)

@@ -1,5 +1,5 @@
 """From a recipe's model section to a loaded backbone: a local folder, a hub id with a revision, `demo`,
-`demo_flow` or `analytic`.
+`demo_flow`, `analytic` or `none`.
 
 What a checkpoint is made of, and what is made of it, is for its family to say (`families/`); which of its files that
 reads, `checkpoint.py` says. Nothing of the process that loads is changed.
@@ -17,12 +17,14 @@ import torch
 from pipeline.engine.backbone import Backbone, ModelRecord
 from pipeline.engine.tuning import Tuning
 from pipeline.errors import ModelError
+from pipeline.models.absent import NoModel
 from pipeline.models.analytic import AnalyticBackbone
 from pipeline.models.checkpoint import Checkpoint, check_weights, digest, open_checkpoint, read_index
 from pipeline.models.compiling import check_compiler
 from pipeline.models.families import family_of
 from pipeline.models.families.base import Family, Loading, components_of
 from pipeline.models.hub import fetch
+from pipeline.models.offload import Turns, take_turns
 
 if TYPE_CHECKING:
     from pipeline.recipe import ModelConfig
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 DEMO_FOLDER = Path(str(files("pipeline.models.demo") / "weights"))  # the bundled model
 BUNDLED = {"demo": DEMO_FOLDER, "demo_flow": DEMO_FOLDER.with_name("flow_weights")}
 """By name: models of drawn faces, of diffusion and of rectified flow."""
+SIDE_WITHOUT_MODEL = 1024  # pixels of the canvas where no model says
 
 
 def load_backbone(
@@ -65,6 +68,8 @@ def load_backbone(
 def _load_any(config: ModelConfig, dtype: torch.dtype | None, device: str | torch.device | None) -> Backbone:
     if config.name == "analytic":
         return AnalyticBackbone(image_size=config.size or 64)
+    if config.name == "none":
+        return NoModel(image_size=config.size or SIDE_WITHOUT_MODEL)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = dtype or _dtype(config.dtype, place)
     family, checkpoint, revision = find_checkpoint(config)
@@ -78,6 +83,7 @@ def _load_any(config: ModelConfig, dtype: torch.dtype | None, device: str | torc
         dtype=str(precision).removeprefix("torch."),
         device=place.type,
     )
+    turns = None if config.offload == "none" else Turns(place, layers=config.offload == "layers")
     loading = Loading(
         record=record,
         device=place,
@@ -85,8 +91,12 @@ def _load_any(config: ModelConfig, dtype: torch.dtype | None, device: str | torc
         empty_prompt=config.empty_prompt,
         text_tokens=config.text_tokens,
         embedded_guidance=config.embedded_guidance,
+        turns=turns,
+        text_8bit=config.text_8bit,
     )
     backbone = family.load(checkpoint, loading)
+    if turns is not None:
+        take_turns(backbone, turns)
     if config.compile is True:
         backbone.tune(Tuning(execution="compiled"))
     return backbone
@@ -129,8 +139,8 @@ def checked_device(device: str | torch.device, model: str) -> torch.device:
         raise ModelError(
             f"there is no device {str(device)!r} here ({reason}). Leave device out, or try 'cpu'"
         ) from error
-    if model == "analytic" and chosen.type != "cpu":
-        raise ModelError(f"the closed-form model computes on the CPU, not on {chosen}. Leave device out")
+    if model in ("analytic", "none") and chosen.type != "cpu":
+        raise ModelError(f"model '{model}' works on the CPU, not on {chosen}. Leave device out")
     return chosen
 
 

@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from pipeline.engine.backbone import Offers
 from pipeline.errors import ModelError
+from pipeline.models.absent import NoModel
 from pipeline.models.analytic import AnalyticBackbone
-from pipeline.models.checkpoint import INDEX, read_configurations, read_index, small_files
+from pipeline.models.checkpoint import INDEX, Components, Configurations, read_configurations, read_index, small_files
 from pipeline.models.families import family_of
-from pipeline.models.families.base import components_of
+from pipeline.models.families.base import Family, components_of
 from pipeline.models.hub import silent
 from pipeline.models.loading import BUNDLED, is_hub_id
+from pipeline.models.memory import SHOWN_FROM, needs_of
 from pipeline.models.networks import load_tokenizer, starts_at, words_of_tokens
 
 if TYPE_CHECKING:
@@ -28,6 +32,7 @@ class Outline:
 
     offers: Offers | None = None
     tokenizers: Sequence[Any] = ()
+    whole: tuple[Family, Configurations, Components] | None = None  # of a checkpoint that a family knows
 
     def read_part(self, prompt: str) -> str:
         """The words of a prompt that every text encoder reads, at least in part; all where that is not known."""
@@ -45,6 +50,8 @@ def outline_of(config: ModelConfig) -> Outline:
     """What is known of a model before it is loaded. Of a hub's repository, some hundred kB are fetched."""
     if config.name == "analytic":
         return Outline(AnalyticBackbone.offers)
+    if config.name == "none":
+        return Outline(NoModel.offers)
     if (folder := _folder(config)) is None:
         return Outline()
     try:
@@ -56,9 +63,22 @@ def outline_of(config: ModelConfig) -> Outline:
         family.check(configurations, "it")
         offers = family.offers(configurations)
         tokenizers = {part: one for part, one in components.items() if one.kind == "tokenizer"}
-        return Outline(offers, [load_tokenizer(folder, part, one) for part, one in tokenizers.items()])
+        loaded = [load_tokenizer(folder, part, one) for part, one in tokenizers.items()]
+        return Outline(offers, loaded, (family, configurations, components))
     except (ModelError, OSError, KeyError, TypeError, IndexError):
         return Outline()
+
+
+def memory_note(config: ModelConfig, outline: Outline) -> str:
+    """What a model needs of a device's memory, in words; "" where that is not known, or fits anywhere."""
+    if outline.whole is None:
+        return ""
+    dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+    try:
+        needs = needs_of(*outline.whole, size=config.size, dtype=dtype, text_8bit=config.text_8bit)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):  # loading says what is wrong
+        return ""
+    return needs.in_words(config.offload, dtype) if needs.under("none") >= SHOWN_FROM else ""
 
 
 def _folder(config: ModelConfig) -> Path | None:

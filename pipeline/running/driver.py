@@ -28,6 +28,7 @@ from pipeline.running.preflight import check_captions, refuse_what_the_model_lac
 from pipeline.running.progress import Display, Watch
 from pipeline.running.tally import Seen, over_budget
 from pipeline.running.todo import Todo, find_todo
+from pipeline.writing.answers import forget_failed_answers
 from pipeline.writing.attempts import forget_stops, note_stop
 from pipeline.writing.baseline import Baseline, Counted
 from pipeline.writing.card import BESIDE, CARD, write_card
@@ -180,6 +181,8 @@ def _run(
     todo = find_todo(recipe, retry_failed=retry_failed, partition=partition)
     _say(todo.left_out, progress)
     stopping.check()
+    if retry_failed:
+        forget_failed_answers(recipe.sink)
     try:
         if not todo.tasks:
             _begin(recipe, todo, lock)

@@ -17,6 +17,7 @@ from pipeline.recipe import Method, Recipe
 from pipeline.records import EditRequest
 from pipeline.running.todo import Todo, find_todo
 from pipeline.samples import ReadRow, Sample
+from pipeline.settings.remote import needless_model
 from pipeline.settings.sections import SourceConfig
 from pipeline.writing.lock import DriverLock
 from pipeline.writing.sink_place import refuse_sink_over_source, refuse_unusable_sink
@@ -39,7 +40,8 @@ def refuse_what_the_model_lacks(recipe: Recipe) -> None:
     outline = outline_of(recipe.model)
     if outline.offers is not None:
         recipe.refuse_what_lacks(outline.offers, recipe.model.name)
-    problems = [
+    problems = needless_model(recipe)
+    problems += [
         (f"edits.{edit}", f"{text} (method '{name}')" if recipe.methods else text)
         for edit, request in recipe.edits.items()
         for name, method in recipe.all_methods.items()

@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 
+from pipeline.answering import refuse_without_key, servers_of
 from pipeline.engine.backbone import Backbone, ModelRecord
 from pipeline.engine.engine import Engine
 from pipeline.engine.faults import is_out_of_memory
@@ -58,7 +59,7 @@ def fit(recipe: Recipe, backbone: Backbone, before: RunRecord | None = None, tel
         return Fit(call_size=before.call_size, tuned=before.tuned)
     size, rates = call_size_for(recipe, backbone, tell)
     as_loaded = Tuned(tuning=backbone.tuning, by_call_size=rates)
-    if recipe.model.compile is False or not backbone.ways:
+    if recipe.model.compile is False or recipe.model.offload != "none" or not backbone.ways:
         return Fit(call_size=size, tuned=as_loaded)
     try:
         tuned = tune(backbone, trial_call(backbone, side_of(recipe, backbone), size), backbone.ways, tell)
@@ -92,6 +93,7 @@ def describe_model(recipe: Recipe, before: RunRecord | None, tell: Tell = tell_n
     refuse_other_directions(recipe, backbone)
     refuse_other_autoencoders(recipe, backbone)
     gates_of(recipe)  # told now, not by every worker
+    refuse_without_key(recipe)
     return backbone.record, fit(recipe, backbone, before, tell)
 
 
@@ -126,10 +128,12 @@ class Worker:
         refuse_other_directions(recipe, self.backbone)
         refuse_other_autoencoders(recipe, self.backbone)
         in_flight = recipe.run.images_in_flight
+        self._servers = servers_of(recipe)
         self.engine = Engine(
             self.backbone,
             call_size=settings.call_size,
             images_in_flight=in_flight if isinstance(in_flight, int) else None,
+            asker=self._servers,
         )
         self._gates = gates_of(recipe)
         self._encoders = Encoders(settings.encoders)
@@ -191,10 +195,16 @@ class Worker:
     def give_up(self, reason: Exception) -> None:
         """Let units that are at work raise, soon. From any thread."""
         self.engine.give_up(reason)
+        self._ask_no_more()
 
     def close(self) -> None:
-        """End the encoder threads."""
+        """End the encoder threads, and ask servers nothing any more."""
         self._encoders.close()
+        self._ask_no_more()
+
+    def _ask_no_more(self) -> None:
+        if self._servers is not None:
+            self._servers.end()
 
 
 def one_by_one(attempt: Attempt, rows: Sequence[Asked]) -> Iterator[Sequence[Asked]]:

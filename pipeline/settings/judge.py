@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
-import os
-import re
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
+from pipeline.remote.server import host_of, key_from, plain_address, without_a_key
 from pipeline.settings.sections import Location, Section
 
-KEY = re.compile(r"\bsk-[A-Za-z0-9_-]{8,}|\bBearer\s+\S+")
 EXTRA = ("httpx2", "json_repair")
 """Packages that asking a judge takes, of the extra `evaluate`."""
 HOW_IT_IS_ASKED = ("key_env", "concurrency", "timeout_s", "tries", "max_failed")
@@ -63,19 +59,12 @@ class JudgeConfig(Section):
     @field_validator("*", mode="after")
     @classmethod
     def _holds_no_key(cls, value: Any) -> Any:
-        if isinstance(value, str) and KEY.search(value):
-            raise ValueError("holds what looks like a key. Put it into an environment variable, and name that: key_env")
-        return value
+        return without_a_key(value)
 
     @field_validator("base_url")
     @classmethod
     def _is_plain(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("is no address of a web server, such as http://127.0.0.1:8000/v1")
-        if "@" in parts.netloc or parts.query:
-            raise ValueError("holds a user, a password or a query. The key comes from the environment: key_env")
-        return value.rstrip("/")
+        return plain_address(value)
 
     @property
     def scores_rows(self) -> bool:
@@ -85,19 +74,12 @@ class JudgeConfig(Section):
     @property
     def host(self) -> str:
         """Of the endpoint."""
-        return urlsplit(self.base_url).hostname or ""
+        return host_of(self.base_url)
 
     @property
     def whereabouts(self) -> str:
         """Who answers: the endpoint's host, or the kind."""
         return self.host if self.kind == "openai" else self.kind
-
-    def is_here(self) -> bool:
-        """Whether the endpoint is on this machine."""
-        try:
-            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
 
     def key(self) -> str:
         """From the environment; may be empty for an endpoint on this machine.
@@ -105,7 +87,4 @@ class JudgeConfig(Section):
         Raises:
             ValueError: it is missing.
         """
-        found = os.environ.get(self.key_env, "")
-        if not found and not self.is_here():
-            raise ValueError(f"the environment variable {self.key_env} is empty, and {self.host} asks for a key")
-        return found
+        return key_from(self.key_env, self.host)

@@ -110,7 +110,7 @@ class ModelConfig(Section):
 
     name: Location = Field(default="demo", min_length=1)
     """The bundled "demo" and "demo_flow", of diffusion and of flow matching, which know drawn faces only; the
-    closed-form "analytic"; a local folder; or a hub id."""
+    closed-form "analytic"; a local folder; a hub id; or "none", where no method reads a model."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; none: its main branch."""
     variant: str | None = None
@@ -136,15 +136,26 @@ class ModelConfig(Section):
     """Guidance scale that a guidance-distilled network (FLUX.1-dev) is told wherever a method does not say its own.
     None: 1, which inverts best; 3.5 is usual for text to image. It is no classifier-free guidance, which methods have
     beside it."""
+    offload: Literal["none", "components", "layers"] = "none"
+    """What leaves the device while it is not wanted, where memory asks for it. components: text encoders and the
+    network take turns; layers: the network's blocks come one by one besides, which costs their way to the device in
+    every call. Results stay the same. `shardedit plan` says what each needs."""
+    text_8bit: bool = False
+    """Load the T5 text encoder of Stable Diffusion 3 and FLUX in 8 bit, by bitsandbytes, on a GPU: half of its memory.
+    Changes results a little."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the UNet with torch: faster calls, minutes at the start; changes how results are rounded. auto: on a GPU
     kernels, layouts, compiled code and CUDA graphs are tried, and the fastest taken (`run.json` says which); on a CPU
-    as false, which runs the network as it is loaded."""
+    and with offload as false, which runs the network as it is loaded."""
 
     @model_validator(mode="after")
     def _something_to_compile(self) -> ModelConfig:
-        if self.compile is True and self.name == "analytic":
-            raise ValueError("the closed-form model has no networks to compile. Leave compile out")
+        if self.compile is True and self.name in ("analytic", "none"):
+            raise ValueError(f"model.name {self.name} has no networks to compile. Leave compile out")
+        if self.compile is True and self.offload != "none":
+            raise ValueError(
+                f"a compiled network keeps its place on the device, and offload {self.offload} moves it. Leave out one"
+            )
         return self
 
     @property

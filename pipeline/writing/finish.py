@@ -7,11 +7,13 @@ beside other units, and after a restart.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import pipeline
 from pipeline.recipe import Recipe
 from pipeline.records import Rejected
+from pipeline.remote.pictures import Spent
 from pipeline.samples import ReadRow, UnitInput, Unreadable
 from pipeline.writing.commit import FinishedUnit, file_record
 from pipeline.writing.gate_counts import gate_counts
@@ -30,6 +32,7 @@ def finish_unit(
     generation: int,
     model_digest: str,
     call_size: int,
+    spent: Mapping[str, Spent] = MappingProxyType({}),
 ) -> FinishedUnit:
     """Render a unit. A unit in which nothing passed, was rejected by gates, or failed, has no file of that kind.
 
@@ -40,6 +43,7 @@ def finish_unit(
         generation: of the driver.
         model_digest: of the model that made the results.
         call_size: rows of a network call.
+        spent: what servers took for all of it, by method.
     """
     unit = unit_input.unit
     made = sorted((one for one in encoded if not isinstance(one, Rejected)), key=_order_of_row)
@@ -62,6 +66,7 @@ def finish_unit(
         rejected=len({_result(row) for row in rejected} - {_result(row) for row in rows}),
         rejected_rows=len(rejected),
         gates=gate_counts(made, recipe.gates),
+        spent=dict(spent),
         failed_by_stage=dict(sorted(Counter(one.stage for one in failed).items())),
         failed_by_class=dict(sorted(Counter(one.error_class for one in failed).items())),
     )

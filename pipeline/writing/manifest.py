@@ -21,6 +21,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.recipe import SinkConfig
+from pipeline.remote.pictures import Spent
 from pipeline.writing.paths import Chunk, FilePath, Generation, NonNegative, Sha256, UnitId, is_of_unit
 
 SUFFIXES = {"parquet": "parquet", "webdataset": "tar"}
@@ -67,6 +68,7 @@ class Counts(Stored):
     rejected: NonNegative = 0  # of which no row passed the gates
     rejected_rows: NonNegative = 0  # in rejected/
     gates: dict[str, GateCounts] = {}
+    spent: dict[str, Spent] = {}  # what servers took, by method, for results that failed, too
     failed_by_stage: dict[str, NonNegative]
     failed_by_class: dict[str, NonNegative]
 

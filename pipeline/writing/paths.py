@@ -49,6 +49,8 @@ _MORE = r"(?:-[0-9a-f]+)*"  # what tells commits of one unit apart
 
 JUDGED = "_judged"
 """Folder with a judge's answers, of a run whose gates ask one."""
+ANSWERS = "_answers"
+"""Folder with the answers of servers that edit, of a run whose methods ask some."""
 
 # Folders of ours that are written to or removed from, and those of them that hold folders of shards or kinds.
 FOLDERS = (
@@ -56,6 +58,7 @@ FOLDERS = (
     "quarantine",
     "rejected",
     "report",
+    ANSWERS,
     "_attempts",
     "_baseline",
     JUDGED,

@@ -49,6 +49,7 @@ def restored(decoded: Decoded) -> Edited:
         inversion_psnr=decoded.inversion_psnr,
         stopped=decoded.stopped,
         attempt=prepared.attempt,
+        answer=decoded.answer,
         figures={}
         if decoded.basis is not None or not decoded.is_compared
         else figures(

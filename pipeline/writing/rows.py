@@ -40,6 +40,14 @@ REASONS = "reject_reasons"
 """The column with the gates that rejected a row; an empty list of those that passed."""
 ATTEMPT, CHOSEN, SETTINGS, ATTEMPTS_FAILED = "attempt", "chosen", "settings", "attempts_failed"
 """Columns of a run that makes several attempts; best_of.py fills the second and the last."""
+ANSWER_COLUMNS: dict[str, pa.DataType] = {
+    "server_model": pa.string(),
+    "server_requests": pa.int64(),
+    "server_input_tokens": pa.int64(),
+    "server_output_tokens": pa.int64(),
+    "server_cost": pa.float64(),
+}
+"""Columns of a run whose methods ask servers: which model answered, and what it took."""
 LABELS = "labels of the source"  # in a row: {column of the source: number of the class}; no column's name
 PNG_LEVEL = 4  # of zlib, 0..9: a third of the time of the default 6, for 2 % more bytes
 THUMBNAIL_SIDE = 256  # pixels of the longer side: about 12 kB
@@ -69,6 +77,7 @@ def schema(
     gates: GatesConfig | None = None,
     attempts: bool = False,
     drawn_instructions: bool = False,
+    answers: bool = False,
 ) -> pa.Schema:
     """Columns of `data/`, with the metadata by which `datasets.load_dataset("parquet")` sees images as images.
 
@@ -81,6 +90,7 @@ def schema(
         gates: of the run, whose figures and reasons they hold.
         attempts: the run makes several of each.
         drawn_instructions: they say where their instructions come from.
+        answers: they say which server made them, and what it took.
     """
     columns: dict[str, pa.DataType] = {
         "id": pa.string(),
@@ -106,6 +116,7 @@ def schema(
         pa.string(),
     )
     columns["call_size"] = pa.int64()
+    columns |= ANSWER_COLUMNS if answers else {}
     columns |= dict.fromkeys(FIGURES, pa.float64())
     if gates is not None:
         kinds = {float: pa.float64(), str: pa.string()}
@@ -135,6 +146,7 @@ def schema_of(recipe: Recipe, labels: Labels | None = None) -> pa.Schema:
         gates=recipe.gates,
         attempts=recipe.best_of is not None,
         drawn_instructions=recipe.instructions is not None,
+        answers=recipe.asks_servers,
     )
 
 
@@ -228,6 +240,7 @@ def _row(edited: Edited, recipe: Recipe, model: ModelRecord, call_size: int) -> 
         "members": [{"name": utf8_text(name), "bytes": bytes(data)} for name, data in sorted(sample.members.items())],
         **_gate_columns(edited, recipe),
         **_attempt_columns(edited, recipe),
+        **_answer_columns(edited, recipe),
         LABELS: {name: sample.columns.get(name) for name in sample.labels},
     }
     if edited.basis is not None:
@@ -267,6 +280,16 @@ def _attempt_columns(edited: Edited, recipe: Recipe) -> OutputRow:
     method = recipe.methods_of(edited.attempt)[edited.method]
     settings = json_text(method.model_dump(mode="json"))
     return {ATTEMPT: edited.attempt, CHOSEN: False, SETTINGS: settings, ATTEMPTS_FAILED: []}
+
+
+def _answer_columns(edited: Edited, recipe: Recipe) -> OutputRow:
+    if not recipe.asks_servers:
+        return {}
+    if (answer := edited.answer) is None:  # of a method that asks nobody
+        return dict.fromkeys(ANSWER_COLUMNS)
+    spent = answer.spent
+    tokens = (spent.requests, spent.input_tokens, spent.output_tokens)
+    return dict(zip(ANSWER_COLUMNS, (utf8_text(answer.model), *tokens, spent.cost), strict=True))
 
 
 def is_kept(row: OutputRow) -> bool:

@@ -41,7 +41,7 @@ RUN_FILE = "run.json"
 SCHEMA_VERSION: Literal[5] = 5
 # What a run writes below its folder after the record; README.md has a mark of its own (writing/card.py).
 OURS = (
-    *("data", "rejected", "quarantine", "_parts", "_units", "_shards", "_output", "_attempts", "_judged"),
+    *("data", "rejected", "quarantine", "_parts", "_units", "_shards", "_output", "_attempts", "_judged", "_answers"),
     *("summary.json", "report.html", "report"),
 )
 PACKAGES = ("torch", "diffusers", "transformers", "ray", "pyarrow", "pillow", "numpy", "webdataset")

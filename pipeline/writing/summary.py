@@ -11,6 +11,8 @@ from typing import Literal
 from pipeline.reading.shards import Shard, shard_slug
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import SinkConfig
+from pipeline.remote.pictures import Spent
+from pipeline.remote.pictures import added as spent_by_both
 from pipeline.writing.commit import Committed
 from pipeline.writing.files import put
 from pipeline.writing.gate_counts import added
@@ -61,6 +63,7 @@ class Summary:
     rejected: int = 0  # results of which no row passed the gates; they stand in rejected/
     rejected_rows: int = 0  # in rejected/
     gates: dict[str, GateCounts] = field(default_factory=dict)  # rows at each gate; quartiles are means over units
+    spent: dict[str, Spent] = field(default_factory=dict)  # what servers took, by method; empty: none was asked
 
 
 def summarise(
@@ -111,6 +114,7 @@ class Totals:
         self._stages: Counter[str] = Counter()
         self._classes: Counter[str] = Counter()
         self._gates: dict[str, GateCounts] = {}
+        self._spent: dict[str, Spent] = {}
         self._seconds = self._worker_seconds = self._busy_seconds = 0.0
 
     @property
@@ -135,6 +139,7 @@ class Totals:
         self._stages.update(counts.failed_by_stage)
         self._classes.update(counts.failed_by_class)
         self._gates = added(self._gates, counts.gates)
+        self._spent = spent_by_both(self._spent, counts.spent)
         self._worker_seconds += measured.worker_seconds
         self._busy_seconds += measured.busy_seconds
         self._seconds += measured.worker_seconds / measured.workers
@@ -167,6 +172,7 @@ class Totals:
             rejected=sums["rejected"],
             rejected_rows=sums["rejected_rows"],
             gates=dict(sorted(self._gates.items())),
+            spent=self._spent,
             complete=complete,
             units=sums["units"],
             units_now=units_now,

@@ -69,7 +69,7 @@ NETWORK = Network()
 def test_every_method_is_measured() -> None:
     jobs = [*MAIN, MASACTRL_AUTO, *others()]
     measured = {part["method"] for job in jobs for part in (job.inversion, job.editing)}
-    of_other_models = {name for name in EDITORS if editor_facts(name).takes_reference}
+    of_other_models = {name for name in EDITORS if editor_facts(name).served_elsewhere}
     missing = (set(EDITORS) | set(INVERSIONS)) - measured - of_other_models
     assert not missing, f"no job that WORDS are enough for: add one to benchmarks/jobs.py for {', '.join(missing)}"
     assert len({job.name for job in jobs}) == len(jobs)

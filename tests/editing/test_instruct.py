@@ -27,7 +27,7 @@ from tests.facts import EditorFacts
 from tests.golden.replay import TINY_FLUX
 from tests.methods import invert_and_edit, source
 
-FACTS = EditorFacts(rows=1, takes_reference=True)
+FACTS = EditorFacts(rows=1, served_elsewhere=True)
 SIDE = 6
 REQUEST = EditRequest(instruction="a dog with a hat")
 

@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.loopback import Handler, served
 
 GOOD = {
     "sc": '{"score": [7, 8], "reasoning": "done"}',
@@ -71,9 +72,7 @@ def fake_judge(script: Script = lambda digest, part, attempt: Reply()) -> Iterat
     """A server on a free port, until the block is left."""
     judge = FakeJudge(script)
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Judging(Handler):
         def do_POST(self) -> None:
             with judge.lock:
                 judge.in_flight += 1
@@ -100,27 +99,8 @@ def fake_judge(script: Script = lambda digest, part, attempt: Reply()) -> Iterat
                 "usage": {"prompt_tokens": 10, "completion_tokens": 5},
             }
             body = reply.body if reply.body is not None else json.dumps(answer).encode()
-            self.send_response(reply.status)
-            for name, value in reply.headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body[: len(body) // 2] if reply.cut else body)
-            self.wfile.flush()
-            if reply.cut:
-                self.close_connection = True
-                self.connection.close()
+            self.send(reply.status, body, reply.headers, cut=reply.cut)
 
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    judge.url = f"http://127.0.0.1:{server.server_port}/v1"
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
+    with served(Judging) as url:
+        judge.url = f"{url}/v1"
         yield judge
-    finally:
-        server.shutdown()
-        server.server_close()

@@ -85,7 +85,7 @@ def test_two_questions_give_three_scores_and_everything_that_made_them(tmp_path)
     ids=["500", "502", "503", "no json", "no choices", "cut", "words", "429", "odd wait", "odd message"],
 )
 def test_what_may_pass_is_asked_again_alone_and_then_counts(tmp_path, first, monkeypatch):
-    monkeypatch.setattr("pipeline.evaluation.judging.asking._growing", lambda _: 0.01)
+    monkeypatch.setattr("pipeline.remote.tries.growing", lambda _: 0.01)
     (row,), judge = judged(lambda _, part, attempt: first if (part, attempt) == ("sc", 0) else Reply(), tmp_path)
     assert row["judge_overall"] == pytest.approx(42**0.5)
     assert sorted(judge.asked.values()) == [1, 2], "the other question is not asked again"
@@ -113,9 +113,12 @@ def test_what_may_pass_is_asked_again_alone_and_then_counts(tmp_path, first, mon
 def test_a_question_without_an_answer_gives_a_reason_and_keeps_the_other_score(
     tmp_path, reply, reason, requests, monkeypatch
 ):
-    monkeypatch.setattr("pipeline.evaluation.judging.asking._growing", lambda _: 0.01)
+    monkeypatch.setattr("pipeline.remote.tries.growing", lambda _: 0.01)
     (row,), judge = judged(
-        lambda _, part, attempt: reply if part == "pq" else Reply(), tmp_path, concurrency=1, timeout_s=0.3
+        lambda _, part, attempt: reply if part == "pq" else Reply(),
+        tmp_path,
+        concurrency=1,
+        timeout_s=0.3 if reply.seconds else 5,
     )
     assert row["judge_sc"] == 7
     assert row["judge_pq"] is row["judge_overall"] is None

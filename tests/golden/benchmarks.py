@@ -21,10 +21,11 @@ from pipeline.evaluation.benchmarks.pie_bench import decode_mask, items_of
 from pipeline.evaluation.config import evaluation_from
 from pipeline.evaluation.job.run import evaluate
 from pipeline.evaluation.judging.answers import Read, read_imgedit, read_viescore
-from pipeline.evaluation.judging.asking import Answer, Judge, RowFailedError
+from pipeline.evaluation.judging.asking import Answer, Judge
 from pipeline.evaluation.judging.questions import Question
 from pipeline.evaluation.score_rows import rows_in
 from pipeline.evaluation.statistics import Score, Settings, compare_all, describe
+from pipeline.remote.tries import RowFailedError
 from pipeline.settings.judge import JudgeConfig
 from tests.golden.checks import Check
 

@@ -18,7 +18,15 @@ from pipeline.errors import RecipeError
 from pipeline.evaluation.benchmarks.imgedit_bench import CRITERIA
 from pipeline.evaluation.items import Result
 from pipeline.evaluation.judging.answers import Read
-from pipeline.evaluation.judging.asking import MOST_TEXT, Answer, Interview, Journal, Judge, Outcome, key_of
+from pipeline.evaluation.judging.asking import (
+    MOST_TEXT,
+    Answer,
+    Judge,
+    Outcome,
+    Questioning,
+    journal_of,
+    server_of,
+)
 from pipeline.evaluation.judging.local import LocalJudge
 from pipeline.evaluation.judging.questions import (
     PARTS,
@@ -34,6 +42,7 @@ from pipeline.models.vision_language import found_safe
 from pipeline.reading.decode import decode
 from pipeline.reading.storage import FileSystem
 from pipeline.settings.judge import JudgeConfig
+from pipeline.writing.answers import FolderStore
 from pipeline.writing.rows import encode_png, utf8_text
 
 NO_INSTRUCTION = "no_instruction"  # class of a row whose edit no words name: a judge cannot be asked about it
@@ -66,7 +75,7 @@ class Judging:
         self._config = config
         self._prompts = Prompts(config.protocol, config.prompts)
         self._types: dict[str, str] = {}  # of the rows that are asked about
-        book = Journal(fs, journal, config)
+        book = journal_of(FolderStore(fs, journal), config)
         waiting: list[Callable[[float], None]] = []
         if judge is None and config.kind == "openai":
             from pipeline.evaluation.judging.endpoint import Endpoint
@@ -74,13 +83,13 @@ class Judging:
             judge = Endpoint(config, lambda seconds: waiting[0](seconds), proven=not book.is_empty)
         elif judge is None:
             judge = LocalJudge(config) if config.kind == "transformers" else plugged_in(config)
-        self._interview = Interview(judge, config, self._read, book, ask_failed_again=ask_failed_again)
-        waiting.append(self._interview.sleep)
+        self._questioning = Questioning(judge, config, self._read, book, ask_failed_again=ask_failed_again)
+        waiting.append(self._questioning.sleep)
 
     @property
     def requests(self) -> int:
         """That were made so far by this command."""
-        return self._interview.requests
+        return self._questioning.requests
 
     def _read(self, question: Question, answer: Answer) -> Read:
         return self._prompts.read(answer.text, self._types[question.row], answer.finish_reason)
@@ -97,7 +106,7 @@ class Judging:
             for at, (result, reason) in enumerate(zip(results, reasons, strict=True))
             if not reason and asked_for(result.item.request)
         ]
-        outcomes = iter(self._interview.ask([question for _, questions in asked for question in questions]))
+        outcomes = iter(self._questioning.ask([question for _, questions in asked for question in questions]))
         found = [self._without_answers(reason or NO_INSTRUCTION) for reason in reasons]
         for at, questions in asked:
             found[at] = self._with_answers([(question, next(outcomes)) for question in questions])
@@ -122,7 +131,7 @@ class Judging:
                 for pair in combinations(ordered, 2):
                     pairs.append(pair)
                     asked.append(self._which(*pair, seen))
-            outcomes = iter(self._interview.ask([question for questions in asked for question in questions]))
+            outcomes = iter(self._questioning.ask([question for questions in asked for question in questions]))
             found += [
                 self._preferred(pair, [(question, next(outcomes)) for question in questions])
                 for pair, questions in zip(pairs, asked, strict=True)
@@ -266,7 +275,7 @@ def refuse_unusable(config: JudgeConfig) -> None:
     """
     Prompts(config.protocol, config.prompts)
     if config.kind == "openai":
-        key_of(config)
+        server_of(config)
     elif config.kind == "transformers":
         found_safe(config.model, config.revision)
     else:

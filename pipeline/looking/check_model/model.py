@@ -15,6 +15,9 @@ from pipeline.models.families.base import Family
 from pipeline.models.parity import parameters_of
 from pipeline.recipe import Method
 
+READING = {name: editor for name, editor in EDITORS.items() if editor.reads_model}
+"""Editors that a model has to serve."""
+
 
 def loaded(backbone: Backbone, checkpoint: tuple[Family, Checkpoint] | None, seconds: float) -> Check:
     """What was loaded, and where to."""
@@ -111,11 +114,11 @@ def _grids(found: Offers, size: tuple[int, int]) -> Iterator[str]:
 
 
 def methods(subject: Subject) -> Check:
-    """Every inversion with every editor, with default settings."""
-    pairs = tuple(_pair(inversion, editor, subject.backbone.offers) for inversion in INVERSIONS for editor in EDITORS)
+    """Every inversion with every editor that reads a model, with default settings."""
+    pairs = tuple(_pair(inversion, editor, subject.backbone.offers) for inversion in INVERSIONS for editor in READING)
     working = [pair for pair in pairs if pair.state == "works"]
     cannot = [pair for pair in pairs if pair.state == "cannot"]
-    lost = [name for name in EDITORS if name not in {pair.editor for pair in working}]
+    lost = [name for name in READING if name not in {pair.editor for pair in working}]
     text = f"All {len(working)} pairs of inversion and editor work with their default settings."
     if cannot:
         text = f"{len(working)} of {count(len(working) + len(cannot), 'pair')} work with their default settings"

@@ -8,8 +8,8 @@ from typing import Any
 from markupsafe import Markup
 
 import pipeline
-from pipeline.editing import EDITORS
 from pipeline.inversion import INVERSIONS
+from pipeline.looking.check_model.model import READING
 from pipeline.looking.check_model.records import Check, ModelCheck, Pair, Picture, Status, Verdict
 from pipeline.looking.report.templates import page_template
 from pipeline.looking.report.thumbnails import data_uri, thumbnail
@@ -82,7 +82,7 @@ def _table(pairs: Iterable[Pair]) -> dict[str, Any]:
     states = {(pair.editor, pair.inversion): pair.state for pair in pairs}
     return {
         "inversions": list(INVERSIONS),
-        "rows": [(editor, [states[editor, inversion] for inversion in INVERSIONS]) for editor in EDITORS],
+        "rows": [(editor, [states[editor, inversion] for inversion in INVERSIONS]) for editor in READING],
     }
 
 

@@ -14,6 +14,7 @@ from pipeline.evaluation.metrics import NAMES
 from pipeline.evaluation.verdict import HAPPENED, LOST, Verdict
 from pipeline.looking.report.selection import Gains, Verdicts, key_of, spread
 from pipeline.looking.results import ResultRef, RunFolder
+from pipeline.remote.pictures import spent_in_words
 
 MAX_LINES = 24  # of a table
 MAX_DOTS = 600  # of the drawing
@@ -244,6 +245,7 @@ def facts(run: RunFolder) -> list[tuple[str, str]]:
         ("Rows of a network call", str(run.record.get("call_size", ""))),
         ("Versions", ", ".join(f"{name} {version}" for name, version in run.record.get("versions", {}).items())),
         ("Network rows", f"{run.totals.network_rows:,}"),
+        ("Servers", spent_in_words(run.totals.spent) if run.totals.spent else ""),
         ("Output", size_text(run.totals.output_bytes)),
     ]
     return [(label, value) for label, value in found if value]

@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.engine.backbone import Backbone, ModelRecord, Offers
 from pipeline.errors import ModelError
 from pipeline.models.checkpoint import Checkpoint, Components, Configurations
+from pipeline.models.offload import Turns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,8 @@ class Loading:
     empty_prompt: Literal["auto", "zeros", "encoded"]  # what stands for one; see the recipe's `model.empty_prompt`
     text_tokens: int | None = None  # places of the longest text encoder; None: the family's usual number
     embedded_guidance: float | None = None  # what a network that takes a guidance scale is told; None: 1
+    turns: Turns | None = None  # by which networks come to the device; None: all are there
+    text_8bit: bool = False  # whether T5 is loaded in 8 bit
 
     @property
     def outside(self) -> torch.dtype:
@@ -95,6 +98,24 @@ class Family(ABC):
         Raises:
             ModelError: weights are damaged, or the parts do not fit each other.
         """
+
+    def side(self, configurations: Configurations) -> int:
+        """Of the latents that a checkpoint was made for."""
+        (network,) = (configurations.parts[name] for name in ("unet", "transformer") if name in configurations.parts)
+        return int(network.get("sample_size") or 64)
+
+    def autoencoder_dtype(self, configurations: Configurations, dtype: torch.dtype) -> torch.dtype:
+        """Of the autoencoder beside networks of `dtype`: many overflow in float16, and say so; bfloat16 does not."""
+        upcast = dtype == torch.float16 and configurations.parts["vae"].get("force_upcast", True)
+        return torch.float32 if upcast else dtype
+
+    def widest(self, configurations: Configurations, side: int) -> tuple[int, int]:
+        """Places and channels of the widest tensor that the network holds of latents (side, side).
+
+        Raises:
+            ValueError: the family does not say, and a plan leaves out what its models need of memory.
+        """
+        raise ValueError(f"family {self.name} does not say how wide its networks are")
 
     def reference(self, backbone: Backbone, configurations: Configurations) -> Any | None:
         """diffusers' own text-to-image pipeline around the networks of a model that `load` made, sampling by DDIM.

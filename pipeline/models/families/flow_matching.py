@@ -13,6 +13,7 @@ from pipeline.errors import ModelError
 from pipeline.models.checkpoint import Checkpoint, Component, Components, Configurations
 from pipeline.models.families.base import Loading
 from pipeline.models.networks import load_network, quiet
+from pipeline.models.placing import load_8bit, place, refuse_8bit
 
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
@@ -80,25 +81,42 @@ def joint_openings(layers: tuple[Layer, ...]) -> Openings:
     return Openings(joint=layers, watched=watched, watched_factor=PATCH)
 
 
-def load_networks(checkpoint: Checkpoint, components: Components, loading: Loading) -> dict[str, Any]:
-    """The networks of a checkpoint by name, on their device, in the dtype that each can bear.
+def load_networks(checkpoint: Checkpoint, components: Components, loading: Loading, vae: torch.dtype) -> dict[str, Any]:
+    """The networks of a checkpoint by name, on their device, in the dtype that each can bear. `vae`: of that one.
 
     Raises:
         ModelError: one cannot be loaded.
     """
+    refuse_8bit(loading, {name: components[name] for name in checkpoint.configurations.parts}, checkpoint.where)
     half = loading.dtype == torch.float16
-    upcast = half and checkpoint.configurations.parts["vae"].get("force_upcast", True)
     networks = {}
     for name, component in components.items():
         if component.kind != "network" or name not in checkpoint.configurations.parts:
             continue
-        dtype = loading.dtype
-        if name == "vae" and upcast:
-            dtype = torch.float32
+        dtype = vae if name == "vae" else loading.dtype
         if half and component.classes[0] == "T5EncoderModel":
             dtype = torch.bfloat16  # its feed-forward layers exceed float16
+        if loading.text_8bit and component.classes[0] == "T5EncoderModel":
+            networks[name] = load_8bit(checkpoint, name, component, loading).eval()
+            continue
         networks[name] = load_network(checkpoint, name, component, dtype)
         with quiet():
             # diffusers 0.42 leaves a transformer of Stable Diffusion 3 in float32, whatever it was asked for.
-            networks[name].to(device=loading.device, dtype=dtype).eval().requires_grad_(False)
+            place(name, networks[name].to(dtype=dtype).eval().requires_grad_(False), loading)
     return networks
+
+
+def widest_of_transformer(
+    configurations: Configurations, side: int, heads: int, width: int, text: int
+) -> tuple[int, int]:
+    """Of a stream of tokens, of image and text.
+
+    Args:
+        configurations: the checkpoint's.
+        side: of the latents.
+        heads, width: how many attention heads, and how wide each, where the configuration does not say.
+        text: tokens of it.
+    """
+    transformer = configurations.parts["transformer"]
+    channels = transformer.get("num_attention_heads", heads) * transformer.get("attention_head_dim", width)
+    return (side // PATCH) ** 2 + text, channels

@@ -32,6 +32,7 @@ from pipeline.models.families.flow_matching import (
     check_widths,
     joint_openings,
     load_networks,
+    widest_of_transformer,
 )
 from pipeline.models.families.sd3 import refuse_zeros
 from pipeline.models.flow_transformer import FlowText, FlowTransformer, Velocity
@@ -95,7 +96,8 @@ class FluxFamily(Family):
                 f"model.embedded_guidance is {loading.embedded_guidance:g}, and the transformer of {where} takes no "
                 "guidance scale (guidance_embeds is false). Leave it out"
             )
-        networks = load_networks(checkpoint, self.components, loading)
+        vae = self.autoencoder_dtype(configurations, loading.dtype)
+        networks = load_networks(checkpoint, self.components, loading, vae)
         clip = ClipText(load_tokenizer(checkpoint.folder, "tokenizer"), networks["text_encoder"])
         check_tokenizer("tokenizer", clip.tokenizer, clip.encoder.config, where)
         t5_tokenizer = load_tokenizer(checkpoint.folder, "tokenizer_2", self.components["tokenizer_2"])
@@ -115,6 +117,15 @@ class FluxFamily(Family):
             device=loading.device,
             side=SIDE,
         )
+
+    @override
+    def side(self, configurations: Configurations) -> int:
+        return SIDE
+
+    @override
+    def widest(self, configurations: Configurations, side: int) -> tuple[int, int]:
+        text = TEXT_TOKENS["dev" if _is_told_guidance(configurations) else "schnell"]
+        return widest_of_transformer(configurations, side, 24, 128, text)
 
     @override
     def reference(self, backbone: Backbone, configurations: Configurations) -> Any | None:

@@ -22,6 +22,7 @@ from pipeline.errors import ModelError
 from pipeline.models.checkpoint import Checkpoint, Component, Components, Configurations
 from pipeline.models.families.base import Loading
 from pipeline.models.networks import check_latents, load_network
+from pipeline.models.placing import place, refuse_8bit
 from pipeline.models.unet_layout import KNOWN_BLOCKS, block_types, bottleneck_of_config, openings_of_config
 
 # Its levels are those of the others; what it steps along was distilled into the network.
@@ -175,23 +176,30 @@ def load_networks(
         if component.kind == "network"
     }
     check_latents(networks["unet"].config, networks["vae"].config, checkpoint.where)
-    for network in networks.values():
-        network.to(loading.device).eval().requires_grad_(False)
+    refuse_8bit(loading, components, checkpoint.where)
+    for name, network in networks.items():
+        place(name, network.eval().requires_grad_(False), loading)
     if (width := networks["unet"].config.time_cond_proj_dim) is not None:
-        _tell_guidance(networks["unet"], width)
+        _tell_guidance(networks["unet"], width, loading.device)
     return networks
 
 
-def _tell_guidance(unet: Any, width: int) -> None:
+def _tell_guidance(unet: Any, width: int, device: torch.device) -> None:
     """Let a guidance-distilled UNet hear one guidance scale at every call: the one that it is published with."""
     frequencies = torch.exp(torch.arange(width // 2) * (-math.log(10_000.0) / (width // 2 - 1)))
     angles = 1000.0 * (EMBEDDED_GUIDANCE - 1.0) * frequencies
-    told = torch.cat([angles.sin(), angles.cos()])[None].to(unet.device, unet.dtype)
+    told = torch.cat([angles.sin(), angles.cos()])[None].to(device, unet.dtype)
     unet.time_embedding.forward = partial(_hear, unet.time_embedding.forward, told)
 
 
 def _hear(forward: Callable[..., Tensor], told: Tensor, time: Tensor, condition: None = None) -> Tensor:
     return forward(time, told)
+
+
+def widest_of_unet(configurations: Configurations, side: int) -> tuple[int, int]:
+    """Of its first level, where latents are largest."""
+    channels: int = configurations.parts["unet"].get("block_out_channels", [320])[0]
+    return side * side, channels
 
 
 def why_distilled(configurations: Configurations) -> str:

@@ -32,6 +32,7 @@ from pipeline.models.families.flow_matching import (
     check_widths,
     joint_openings,
     load_networks,
+    widest_of_transformer,
 )
 from pipeline.models.flow_transformer import FlowText, FlowTransformer, Velocity
 from pipeline.models.joint_attention import JointLayer
@@ -39,6 +40,7 @@ from pipeline.models.networks import check_tokenizer, load_tokenizer
 from pipeline.models.t5 import T5Text, check_t5
 
 MOST_SWAPPED = 37  # blocks
+CLIP_TOKENS = 77  # of both CLIP encoders, which stand side by side
 TEXT_TOKENS = 256  # of T5, where the recipe does not say
 
 
@@ -80,7 +82,8 @@ class StableDiffusion3Family(Family):
                 f"model.embedded_guidance is {loading.embedded_guidance:g}, and {checkpoint.where} is a Stable "
                 "Diffusion 3, whose network takes no guidance scale. Leave it out, and set the method's guidance_scale"
             )
-        networks = load_networks(checkpoint, self.components, loading)
+        vae = self.autoencoder_dtype(checkpoint.configurations, loading.dtype)
+        networks = load_networks(checkpoint, self.components, loading, vae)
         velocity = StableDiffusion3Velocity(networks["transformer"])
         return FlowTransformer(
             velocity=velocity,
@@ -92,6 +95,10 @@ class StableDiffusion3Family(Family):
             device=loading.device,
             side=int(velocity.transformer.config.sample_size),
         )
+
+    @override
+    def widest(self, configurations: Configurations, side: int) -> tuple[int, int]:
+        return widest_of_transformer(configurations, side, 18, 64, CLIP_TOKENS + TEXT_TOKENS)
 
     @override
     def reference(self, backbone: Backbone, configurations: Configurations) -> Any | None:

@@ -10,7 +10,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -30,6 +29,7 @@ from pipeline.models.families.latent_diffusion import (
     offers_of,
     predicts_flow,
     schedule_of,
+    widest_of_unet,
 )
 from pipeline.models.networks import check_text, load_tokenizer
 from pipeline.models.stable_diffusion import StableDiffusion, Text
@@ -65,9 +65,8 @@ class StableDiffusionFamily(Family):
                 f"model.empty_prompt is zeros, and {checkpoint.where} is a Stable Diffusion 1.x or 2.x, which was not "
                 "trained with zeros for a text. Leave model.empty_prompt out"
             )
-        # The VAE of many checkpoints overflows in float16, and says so; bfloat16 has the range.
-        upcast = loading.dtype == torch.float16 and checkpoint.configurations.parts["vae"].get("force_upcast", True)
-        networks = load_networks(checkpoint, self.components, loading, {"vae": torch.float32} if upcast else {})
+        vae = self.autoencoder_dtype(checkpoint.configurations, loading.dtype)
+        networks = load_networks(checkpoint, self.components, loading, {"vae": vae})
         unet, encoder = networks["unet"], networks["text_encoder"]
         _correct_side(unet)
         tokenizer = load_tokenizer(checkpoint.folder, "tokenizer")
@@ -81,6 +80,10 @@ class StableDiffusionFamily(Family):
             record=loading.record,
             device=loading.device,
         )
+
+    @override
+    def widest(self, configurations: Configurations, side: int) -> tuple[int, int]:
+        return widest_of_unet(configurations, side)
 
     @override
     def reference(self, backbone: Backbone, configurations: Configurations) -> Any | None:

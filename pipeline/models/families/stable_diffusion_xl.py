@@ -30,6 +30,7 @@ from pipeline.models.families.latent_diffusion import (
     load_networks,
     offers_of,
     schedule_of,
+    widest_of_unet,
 )
 from pipeline.models.networks import check_text, load_tokenizer
 from pipeline.models.stable_diffusion import StableDiffusion, Text
@@ -64,14 +65,8 @@ class StableDiffusionXLFamily(Family):
     @override
     def load(self, checkpoint: Checkpoint, loading: Loading) -> Backbone:
         configurations = checkpoint.configurations
-        # The published autoencoder overflows in float16, and loses precision in bfloat16; a repaired one says so.
-        upcast = configurations.parts["vae"].get("force_upcast", True) and loading.dtype in (
-            torch.float16,
-            torch.bfloat16,
-        )
-        networks = load_networks(
-            checkpoint, self.components, loading, {"vae": torch.float32 if upcast else loading.dtype}
-        )
+        vae = self.autoencoder_dtype(configurations, loading.dtype)
+        networks = load_networks(checkpoint, self.components, loading, {"vae": vae})
         tokenizers = {name: load_tokenizer(checkpoint.folder, name) for name in ("tokenizer", "tokenizer_2")}
         encoders = [
             (name, tokenizer, networks[name.replace("tokenizer", "text_encoder")])
@@ -96,6 +91,16 @@ class StableDiffusionXLFamily(Family):
             record=loading.record,
             device=loading.device,
         )
+
+    @override
+    def autoencoder_dtype(self, configurations: Configurations, dtype: torch.dtype) -> torch.dtype:
+        """The published one overflows in float16, and loses precision in bfloat16; a repaired one says so."""
+        upcast = configurations.parts["vae"].get("force_upcast", True) and dtype in (torch.float16, torch.bfloat16)
+        return torch.float32 if upcast else dtype
+
+    @override
+    def widest(self, configurations: Configurations, side: int) -> tuple[int, int]:
+        return widest_of_unet(configurations, side)
 
     @override
     def reference(self, backbone: Backbone, configurations: Configurations) -> Any | None:

@@ -244,7 +244,7 @@ def test_an_image_has_the_same_bits_alone_and_beside_others(
 def test_the_registries_are_all_there() -> None:
     """Or the tests over pairs test fewer than there are."""
     assert {pair[0] for pair in PAIRS} == set(INVERSIONS)
-    assert {pair[1] for pair in PAIRS} == {name for name in EDITORS if not editor_facts(name).takes_reference}
+    assert {pair[1] for pair in PAIRS} == {name for name in EDITORS if not editor_facts(name).served_elsewhere}
 
 
 def test_a_checkpoint_of_zero_terminal_snr_that_predicts_v_reconstructs(checkpoint: Path) -> None:
