@@ -295,6 +295,7 @@ class Decoded:
     is_compared: bool = True  # whether the result shows the input, changed, so that figures compare the two
     inversion_psnr: float | None = None  # dB, of the trajectory that is replayed without an edit; None: not measured
     stopped: bool = False  # that was too low: the pixels are those of the replay, and nothing was edited
+    denoise_gain: float | None = None  # see gating/gain.py; None: not measured, or no texts to compare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,6 +325,7 @@ class Edited:
     recorded: tuple[Recorded | Attended, ...] = ()
     inversion_psnr: float | None = None  # as that of `Decoded`
     stopped: bool = False
+    denoise_gain: float | None = None
     gated: Gated | None = None  # None: the run has no gates
     attempt: int = 0  # of a run that makes several
 

@@ -15,6 +15,7 @@ from jaxtyping import Bool, UInt8
 from pipeline.evaluation.metrics import BAND_VALUES
 from pipeline.pairs.alignment import align
 from pipeline.records import Edited, Gated
+from pipeline.settings.gain import GAIN
 from pipeline.settings.gates import BEFORE_THE_EDIT, JUDGE_GATES, GatesConfig
 
 Columns = Mapping[str, float | str | None]
@@ -57,6 +58,7 @@ class Gates:
             return replace(edited, gated=gated)
         figures: dict[str, float | str | None] = {
             BEFORE_THE_EDIT: edited.inversion_psnr,
+            GAIN: edited.denoise_gain,
             "change_inside": change_inside(edited.original, edited.image, edited.mask),
             **alignment(edited.original, edited.image, edited.mask),
         }
@@ -72,10 +74,15 @@ class Gates:
         return replace(edited, image=image, gated=Gated(figures=figures, reasons=reasons))
 
 
-def columns_of(config: GatesConfig) -> dict[str, type]:
-    """The columns that gates add to a row, and what they hold."""
+def columns_of(config: GatesConfig, *, gain: bool) -> dict[str, type]:
+    """The columns that gates add to a row, and what they hold.
+
+    Args:
+        config: the recipe's section.
+        gain: `denoise_gain` is measured.
+    """
     looked = [name for need, names in LOOKED.items() if getattr(config, need) is not None for name in names]
-    numbers = (BEFORE_THE_EDIT, "change_inside", *ALIGNMENT, *looked)
+    numbers = (BEFORE_THE_EDIT, "change_inside", *((GAIN,) if gain else ()), *ALIGNMENT, *looked)
     texts = (VERDICT, *(JUDGE_TEXTS if config.judge is not None else ()))
     return {**dict.fromkeys(numbers, float), **dict.fromkeys(texts, str)}
 

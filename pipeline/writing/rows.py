@@ -67,6 +67,7 @@ def schema(
     recorded: Sequence[RecordingKey] = (),
     attention: bool = False,
     gates: GatesConfig | None = None,
+    gain: bool = False,
     attempts: bool = False,
     drawn_instructions: bool = False,
 ) -> pa.Schema:
@@ -79,6 +80,7 @@ def schema(
         recorded: what the rows hold of the network's blocks.
         attention: they hold where words were attended to, too.
         gates: of the run, whose figures and reasons they hold.
+        gain: `denoise_gain` is among these.
         attempts: the run makes several of each.
         drawn_instructions: they say where their instructions come from.
     """
@@ -109,7 +111,9 @@ def schema(
     columns |= dict.fromkeys(FIGURES, pa.float64())
     if gates is not None:
         kinds = {float: pa.float64(), str: pa.string()}
-        columns |= {name: kinds[kind] for name, kind in columns_of(gates).items()} | {REASONS: pa.list_(pa.string())}
+        columns |= {name: kinds[kind] for name, kind in columns_of(gates, gain=gain).items()} | {
+            REASONS: pa.list_(pa.string())
+        }
     if attempts:
         columns |= {ATTEMPT: pa.int64(), CHOSEN: pa.bool_(), SETTINGS: pa.string()}
         columns |= {ATTEMPTS_FAILED: pa.list_(pa.string())}
@@ -133,6 +137,7 @@ def schema_of(recipe: Recipe, labels: Labels | None = None) -> pa.Schema:
         recorded=recipe.recorded,
         attention=recipe.records_attention,
         gates=recipe.gates,
+        gain=recipe.measures_gain,
         attempts=recipe.best_of is not None,
         drawn_instructions=recipe.instructions is not None,
     )
@@ -258,7 +263,9 @@ def _gate_columns(edited: Edited, recipe: Recipe) -> OutputRow:
         return {}
     assert edited.gated is not None, "a gated run's results have been before its gates"
     figures, reasons = edited.gated.figures, list(edited.gated.reasons)
-    return {name: figures.get(name) for name in columns_of(recipe.gates)} | {REASONS: reasons}
+    return {name: figures.get(name) for name in columns_of(recipe.gates, gain=recipe.measures_gain)} | {
+        REASONS: reasons
+    }
 
 
 def _attempt_columns(edited: Edited, recipe: Recipe) -> OutputRow:
