@@ -299,11 +299,21 @@ class Decoded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rewritten:
+    """An instruction in a judge's words."""
+
+    text: str  # "" where it gave none
+    revision: str  # which judge and which question
+    reason: str  # class of why there is none; "" where there is one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gated:
     """What gates say of a result."""
 
     figures: Mapping[str, float | str | None]  # their columns: gating/gate.py
     reasons: tuple[str, ...]  # the gates that rejected it, sorted; none: it passed
+    instruction: Rewritten | None = None  # of a result that passed; None: nobody was asked for one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,8 @@ Problem = tuple[str, str]
 def gate_problems(recipe: Recipe) -> Iterator[Problem]:
     """Gates that nothing could ever be judged by: they would let everything pass."""
     gates = recipe.gates
+    if recipe.instructions is not None and recipe.instructions.rewritten and (gates is None or gates.judge is None):
+        yield "instructions.rewritten", f"needs who rewrites. Set gates.judge to {WAYS_OUT['judge']}; or it to false"
     if gates is None:
         return
     yield from gates.problems(round_trip=recipe.sink.round_trip)

@@ -40,6 +40,8 @@ REASONS = "reject_reasons"
 """The column with the gates that rejected a row; an empty list of those that passed."""
 ATTEMPT, CHOSEN, SETTINGS, ATTEMPTS_FAILED = "attempt", "chosen", "settings", "attempts_failed"
 """Columns of a run that makes several attempts; best_of.py fills the second and the last."""
+REWRITTEN = ("instruction_given", "instruction_reason")
+"""Columns where a judge rewrites instructions: what stood there before, and the class of why it gave none."""
 LABELS = "labels of the source"  # in a row: {column of the source: number of the class}; no column's name
 PNG_LEVEL = 4  # of zlib, 0..9: a third of the time of the default 6, for 2 % more bytes
 THUMBNAIL_SIDE = 256  # pixels of the longer side: about 12 kB
@@ -70,6 +72,7 @@ def schema(
     gain: bool = False,
     attempts: bool = False,
     drawn_instructions: bool = False,
+    rewritten: bool = False,
 ) -> pa.Schema:
     """Columns of `data/`, with the metadata by which `datasets.load_dataset("parquet")` sees images as images.
 
@@ -83,6 +86,7 @@ def schema(
         gain: `denoise_gain` is among these.
         attempts: the run makes several of each.
         drawn_instructions: they say where their instructions come from.
+        rewritten: a judge puts them into its own words.
     """
     columns: dict[str, pa.DataType] = {
         "id": pa.string(),
@@ -102,6 +106,7 @@ def schema(
         pa.string(),
     )
     columns |= dict.fromkeys(("instruction_source", "instruction_revision") if drawn_instructions else (), pa.string())
+    columns |= dict.fromkeys(REWRITTEN if rewritten else (), pa.string())
     columns["seed"] = pa.int64()
     columns |= dict.fromkeys(
         ("model", "model_revision", "model_digest", "recipe_hash", "code_version"),
@@ -140,6 +145,7 @@ def schema_of(recipe: Recipe, labels: Labels | None = None) -> pa.Schema:
         gain=recipe.measures_gain,
         attempts=recipe.best_of is not None,
         drawn_instructions=recipe.instructions is not None,
+        rewritten=recipe.instructions is not None and recipe.instructions.rewritten,
     )
 
 
@@ -251,10 +257,22 @@ def _instruction_columns(edited: Edited, recipe: Recipe) -> OutputRow:
         return {"instruction": utf8_text(instruction_of(edited.request))}
     seed = seed_for(recipe.run.seed, edited.sample.id, f"instruction of {edited.edit}")
     drawn = drawn_instruction(edited.request, recipe.instructions, seed)
-    return {
+    columns = {
         "instruction": utf8_text(drawn.text),
         "instruction_source": drawn.source,
         "instruction_revision": drawn.revision,
+    }
+    if not recipe.instructions.rewritten:
+        return columns
+    assert edited.gated is not None, "the judge that rewrites is the gates'"
+    found = edited.gated.instruction
+    columns |= dict(zip(REWRITTEN, (columns["instruction"], found.reason or None if found else None), strict=True))
+    if found is None or not found.text:
+        return columns
+    return columns | {
+        "instruction": utf8_text(found.text),
+        "instruction_source": "judge",
+        "instruction_revision": found.revision,
     }
 
 
