@@ -4,7 +4,7 @@ Rounds: a unit's results are edited, then those that are still wanted are edited
 depends on each result's own earlier attempts alone, so that an attempt's bits, like any result's, depend on the image,
 the recipe and the seed. Attempt k is what a run with another `run.seed`, and settings as varied, would have made first.
 
-Cost: every attempt inverts anew, also where settings alone are varied.
+Cost: attempts share an inversion of the same settings from the same noise, or from none (gating/inverting.py).
 """
 
 from __future__ import annotations
@@ -59,8 +59,7 @@ def rank_by(recipe: Recipe) -> str:
     """The figure by which an attempt is chosen among those that pass."""
     assert recipe.best_of is not None, "only for runs that make several attempts"
     assert recipe.gates is not None, "which have gates"
-    by_model = "clip_sim_dir" if recipe.gates.clip is not None else "background_psnr"
-    return recipe.best_of.rank_by or ("judge_overall" if recipe.gates.judge is not None else by_model)
+    return recipe.best_of.ranked_by(recipe.gates)
 
 
 def _again(row: Asked, recipe: Recipe, attempt: int, wanted: set[Key]) -> Asked | None:

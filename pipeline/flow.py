@@ -31,8 +31,10 @@ from pipeline.engine.calls import DecodeLatents, EncodeImage, Fork, Steps
 from pipeline.engine.controls import Transformer
 from pipeline.engine.engine import Engine
 from pipeline.engine.pullback import LocalBasis
-from pipeline.errors import AnswerError, BlackImageError, ClusterError, EditError, InvertError, Stage
-from pipeline.gating.replay import replay, stopped
+from pipeline.errors import AnswerError, BlackImageError, ClusterError, EditError, Stage
+from pipeline.gating.gain import gain_seed_of, with_gains
+from pipeline.gating.inverting import KeptInversions, inverted
+from pipeline.gating.replay import stopped
 from pipeline.interventions import Library
 from pipeline.inversion.base import Inversion, draw_from
 from pipeline.reading.ahead import Ahead
@@ -112,8 +114,9 @@ def edit_unit(
         return encode_outcome(outcome, recipe, engine.backbone.record, engine.call_size)
 
     def results(asked: Sequence[Asked]) -> Iterator[Decoded | Rejected]:
+        kept.let_go_of_all_but(row.sample.index for row in asked)
         for rows in turns(asked):
-            for result in edit_rows(rows, recipe, engine, decoder, rank=rank):
+            for result in edit_rows(rows, recipe, engine, decoder, rank=rank, kept=kept):
                 spent.update(added(spent, spent_on(result)))
                 on_result(result)
                 yield result
@@ -122,6 +125,7 @@ def edit_unit(
         return encoders.map(encode, results(asked))
 
     spent: dict[str, Spent] = {}
+    kept = KeptInversions(recipe)
     asked = [asked_of(row, recipe) for row in unit_input.rows]
     encoded = make(asked) if recipe.best_of is None else best_of(asked, recipe, make)
     return finish_unit(
@@ -145,16 +149,22 @@ def spent_on(result: Decoded | Rejected) -> dict[str, Spent]:
 
 
 def edit_rows(
-    rows: Iterable[Asked], recipe: Recipe, engine: Engine, decoder: Decodes, *, rank: int = 0
+    rows: Iterable[Asked],
+    recipe: Recipe,
+    engine: Engine,
+    decoder: Decodes,
+    *,
+    rank: int = 0,
+    kept: KeptInversions | None = None,
 ) -> Iterator[Decoded | Rejected]:
     """Edit rows: every (image, edit, method) asked for comes back once, in whatever order, as `Decoded` or `Rejected`.
 
-    A few rows are made ready ahead of the engine, so that it never waits for a decoder.
+    A few rows are made ready ahead of the engine, so that it never waits for a decoder. Attempts share what is `kept`.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:
         ready = Ahead(rows, lambda asked: prepare_row(asked, recipe, engine.backbone, decoder))
         pool.submit(ready.fill)
-        steps = (None if one is None else _edit_ready(one, recipe, engine.backbone) for one in ready)
+        steps = (None if one is None else _edit_ready(one, recipe, engine.backbone, kept) for one in ready)
         try:
             for finished in engine.run(steps, rank=rank):
                 if finished.error is not None:  # a fault of ours, not of a row: those become outcomes
@@ -171,7 +181,10 @@ def edit_row(asked: Asked, recipe: Recipe, backbone: Backbone, decoder: Decodes)
 
 
 def _edit_ready(
-    ready: Prepared | list[Decoded | Rejected], recipe: Recipe, backbone: Backbone
+    ready: Prepared | list[Decoded | Rejected],
+    recipe: Recipe,
+    backbone: Backbone,
+    kept: KeptInversions | None = None,
 ) -> Steps[list[Decoded | Rejected]]:
     if not isinstance(ready, Prepared):
         return ready
@@ -185,6 +198,8 @@ def _edit_ready(
         libraries=libraries_of(recipe),
         bases=recipe.writes_bases,
         before=bounds_before(recipe),
+        gain_seed=gain_seed_of(recipe),
+        kept=kept,
     )
     return (yield from steps)
 
@@ -221,6 +236,8 @@ def edit_prepared(
     blocks: Mapping[str, Transformer] | None = None,
     bases: bool = False,
     before: Bounds | None = None,
+    gain_seed: int | None = None,
+    kept: KeptInversions | None = None,
 ) -> Steps[list[Decoded | Rejected]]:
     """Invert once per inversion and prompts that it runs under, then edit by every request and method, side by side.
 
@@ -235,6 +252,8 @@ def edit_prepared(
         blocks: of the network, by name; None: as it says itself.
         bases: find the local bases that the edits would move along, and edit nothing.
         before: PSNR of a trajectory that is replayed, outside of which nothing is edited. None: nothing is replayed.
+        gain_seed: of the noise that results are denoised with under both texts; None: they are not.
+        kept: inversions of earlier attempts, and for later ones; None: there are none.
     """
     sample = prepared.sample
     groups: dict[tuple[Inversion, InversionPrompts], list[tuple[str, str]]] = {}
@@ -279,14 +298,14 @@ def edit_prepared(
             draws=partial(_draws, run_seed, sample.noise_id, latents),
         )
         layer = backbone.offers.bottleneck.layer if bases and backbone.offers.bottleneck else None
-        children.append(_invert_and_edit(prepared, inversion, source, pairs, methods, seed, layer, before))
+        children.append(_invert_and_edit(prepared, inversion, source, pairs, methods, seed, layer, before, kept))
     made = yield Fork(tuple(children))
     back = made.pop(0) if round_trip else None
     for results in made:
         if isinstance(results, Exception):
             raise results
         outcomes += [_with_round_trip(result, back) for result in results]
-    return outcomes
+    return outcomes if gain_seed is None else (yield from with_gains(outcomes, backbone.schedule, gain_seed))
 
 
 def _encode(prepared: Prepared, backbone: Backbone) -> Steps[Tensor]:
@@ -323,17 +342,13 @@ def _invert_and_edit(
     seed: int,
     layer: str | None,
     before: Bounds | None,
+    kept: KeptInversions | None,
 ) -> Steps[list[Decoded | Rejected]]:
     """One trajectory, and every edit that reads it; or, of a bottleneck's layer, every basis."""
-    sample, replayed = prepared.sample, None
+    sample = prepared.sample
     try:
-        trajectory: Trajectory = yield from inversion.invert(source)
-        if not bool(torch.isfinite(trajectory.latents).all()):
-            raise InvertError(
-                "the inversion gave values that are not finite. Try model.dtype float32 or other settings"
-            )
-        if before is not None and not sample.blank:
-            replayed = yield from replay(trajectory, prepared)
+        replays = before is not None and not sample.blank
+        trajectory, replayed = yield from inverted(inversion, source, prepared, kept, replays=replays)
     except Exception as error:
         return [rejected(sample, edit, name, "invert", error) for edit, name in pairs]
     if before is not None and replayed is not None and not before.holds(replayed.psnr):

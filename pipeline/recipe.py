@@ -46,6 +46,7 @@ from pipeline.recordings import RecordingKey
 from pipeline.records import EditRequest
 from pipeline.settings.best_of import BestOfConfig
 from pipeline.settings.explain import problems_in_words
+from pipeline.settings.gain import gain_problems, measures_gain
 from pipeline.settings.gated import attempt_problems, gate_problems
 from pipeline.settings.gates import GatesConfig
 from pipeline.settings.instructions import InstructionsConfig
@@ -187,6 +188,11 @@ class Recipe(Section):
         """Whether a method records where words are attended to."""
         return any(method.editing.records_attention for method in self.all_methods.values())
 
+    @property
+    def measures_gain(self) -> bool:
+        """Whether `denoise_gain` is measured, and so paid for."""
+        return measures_gain(self.gates, self.best_of)
+
     def canonical_json(self) -> str:
         """Every setting, resolved, in one fixed spelling; without storage options, which may hold secrets."""
         data = self.model_dump(mode="json", exclude={"source": {"storage_options"}, "sink": {"storage_options"}})
@@ -242,6 +248,8 @@ class Recipe(Section):
             for method in self.methods_of(number + 1).values()
             for text in method.model_problems(sized)
         ]
+        if self.measures_gain:
+            problems += [("gates", f"{text} (model '{model}')") for text in gain_problems(sized)]
         if problems:
             raise RecipeError("recipe", problems)
 

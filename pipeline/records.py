@@ -314,7 +314,17 @@ class Decoded:
     is_compared: bool = True  # whether the result shows the input, changed, so that figures compare the two
     inversion_psnr: float | None = None  # dB, of the trajectory that is replayed without an edit; None: not measured
     stopped: bool = False  # that was too low: the pixels are those of the replay, and nothing was edited
+    denoise_gain: float | None = None  # see gating/gain.py; None: not measured, or no texts to compare
     answer: ServerAnswer | None = None  # None: no server made it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewritten:
+    """An instruction in a judge's words."""
+
+    text: str  # "" where it gave none
+    revision: str  # which judge and which question
+    reason: str  # class of why there is none; "" where there is one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,6 +333,7 @@ class Gated:
 
     figures: Mapping[str, float | str | None]  # their columns: gating/gate.py
     reasons: tuple[str, ...]  # the gates that rejected it, sorted; none: it passed
+    instruction: Rewritten | None = None  # of a result that passed; None: nobody was asked for one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -344,6 +355,7 @@ class Edited:
     recorded: tuple[Recorded | Attended, ...] = ()
     inversion_psnr: float | None = None  # as that of `Decoded`
     stopped: bool = False
+    denoise_gain: float | None = None
     gated: Gated | None = None  # None: the run has no gates
     answer: ServerAnswer | None = None  # as that of `Decoded`
     attempt: int = 0  # of a run that makes several

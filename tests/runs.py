@@ -85,7 +85,7 @@ def contents(folder: Path) -> dict[str, Any]:
         plain = MORE_DIGITS.sub("", GENERATION.sub("", name))
         if plain not in found:
             name = plain
-        if name.startswith(("data/", "quarantine/", "_parts/", "_output/data/", "_output/quarantine/")):
+        if name.startswith(("data/", "rejected/", "quarantine/", "_parts/", "_output/data/", "_output/quarantine/")):
             if path.is_file() and name.endswith(".json"):
                 found[name] = MORE_DIGITS.sub("", path.read_text()).encode()
             elif path.is_file():

@@ -6,6 +6,7 @@ that the recipe does not name. Cost: two pictures through the model per result.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import math
 from collections.abc import Callable, Sequence
@@ -18,15 +19,17 @@ from pipeline.common.showing import describe
 from pipeline.errors import EncodeError, RecipeError
 from pipeline.evaluation.items import Item, Result
 from pipeline.evaluation.judging.judged import Judging
+from pipeline.evaluation.judging.rewriting import prompt_hash
 from pipeline.evaluation.metric_models import clip_figures
 from pipeline.gating.gate import JUDGE_TEXTS, LOOKED, Columns, Gates, Look
 from pipeline.models.image_text import ImageTextModel, load_image_text
 from pipeline.models.self_similarity import VisionTransformer, load_vision_transformer
 from pipeline.reading.storage import open_fs
 from pipeline.recipe import Recipe
-from pipeline.records import Edited
+from pipeline.records import Edited, Rewritten
 from pipeline.settings.judge import JudgeConfig
 from pipeline.settings.sections import SinkConfig
+from pipeline.writing.instructions import instruction_of
 from pipeline.writing.paths import JUDGED
 from pipeline.writing.rows import encode_png
 
@@ -51,7 +54,11 @@ def gates_of(recipe: Recipe) -> Gates | None:
         looks.append(ContentLook(load_vision_transformer(config.dinov2)))
     if config.safety is not None:
         looks.append(SafetyLook(config.safety))
-    return Gates(config, looks, None if config.judge is None else JudgeLook(config.judge, recipe.sink))
+    if config.judge is None:
+        return Gates(config, looks)
+    judge = JudgeLook(config.judge, recipe.sink)
+    rewrites = recipe.instructions is not None and recipe.instructions.rewritten
+    return Gates(config, looks, judge, judge.rewrite if rewrites else None)
 
 
 class ClipLook(Look):
@@ -126,6 +133,8 @@ class JudgeLook(Look):
     def __init__(self, config: JudgeConfig, sink: SinkConfig) -> None:
         fs, root = open_fs(sink.folder, sink.storage_options)
         self._judging = Judging(config, fs, f"{root}/{JUDGED}")
+        told = "\x1f".join((config.kind, config.model, config.revision or "", prompt_hash()))
+        self._revision = hashlib.sha256(told.encode()).hexdigest()[:16]
 
     @property
     def requests(self) -> int:
@@ -134,10 +143,20 @@ class JudgeLook(Look):
 
     @override
     def __call__(self, edited: Edited) -> Columns:
-        key = f"{edited.sample.id}\x1f{edited.attempt}"
-        item = Item(key=key, image=encode_png(edited.original), request=edited.request)
-        result = Result(item=item, edit=edited.edit, method=edited.method, image=encode_png(edited.image))
-        (found,) = self._judging.columns([result], [""])
+        (found,) = self._judging.columns([_as_result(edited)], [""])
         texts = {name: found.get(name) for name in JUDGE_TEXTS}
         texts["judge_prompt_hash"] = " ".join(found["judge_prompt_hash"])
         return {**{name: found.get(name) for name in LOOKED["judge"]}, **texts}
+
+    def rewrite(self, edited: Edited) -> Rewritten:
+        """The instruction that the judge would give for what it sees."""
+        outcome = self._judging.rewritten(_as_result(edited), instruction_of(edited.request))
+        read = outcome.read
+        return Rewritten(text="" if read.reason else read.reasoning, revision=self._revision, reason=read.reason)
+
+
+def _as_result(edited: Edited) -> Result:
+    """As an evaluation has it."""
+    key = f"{edited.sample.id}\x1f{edited.attempt}"
+    item = Item(key=key, image=encode_png(edited.original), request=edited.request)
+    return Result(item=item, edit=edited.edit, method=edited.method, image=encode_png(edited.image))

@@ -5,7 +5,7 @@ Cost without a model: about that of one alignment (pipeline/pairs/alignment.py s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -14,7 +14,8 @@ from jaxtyping import Bool, UInt8
 
 from pipeline.evaluation.metrics import BAND_VALUES
 from pipeline.pairs.alignment import align
-from pipeline.records import Edited, Gated
+from pipeline.records import Edited, Gated, Rewritten
+from pipeline.settings.gain import GAIN
 from pipeline.settings.gates import BEFORE_THE_EDIT, JUDGE_GATES, GatesConfig
 
 Columns = Mapping[str, float | str | None]
@@ -45,10 +46,17 @@ class Gates:
         config: the recipe's section.
         looks: what looks through the models that it names.
         judge: what is paid for by the question, and so asked last, about what passes all else.
+        rewrite: says what would have been asked for, of what passes every gate; None: nobody does.
     """
 
-    def __init__(self, config: GatesConfig, looks: Sequence[Look] = (), judge: Look | None = None) -> None:
-        self._config, self._looks, self._judge = config, looks, judge
+    def __init__(
+        self,
+        config: GatesConfig,
+        looks: Sequence[Look] = (),
+        judge: Look | None = None,
+        rewrite: Callable[[Edited], Rewritten] | None = None,
+    ) -> None:
+        self._config, self._looks, self._judge, self._rewrite = config, looks, judge, rewrite
 
     def __call__(self, edited: Edited) -> Edited:
         """The result with what the gates say of it; its picture is blanked where it may not be kept."""
@@ -57,6 +65,7 @@ class Gates:
             return replace(edited, gated=gated)
         figures: dict[str, float | str | None] = {
             BEFORE_THE_EDIT: edited.inversion_psnr,
+            GAIN: edited.denoise_gain,
             "change_inside": change_inside(edited.original, edited.image, edited.mask),
             **alignment(edited.original, edited.image, edited.mask),
         }
@@ -69,13 +78,20 @@ class Gates:
         image = edited.image
         if "nsfw_score" in reasons and not self._config.keep_unsafe:
             image = np.full_like(image, PLAIN)
-        return replace(edited, image=image, gated=Gated(figures=figures, reasons=reasons))
+        instruction = None if self._rewrite is None or reasons else self._rewrite(edited)
+        gated = Gated(figures=figures, reasons=reasons, instruction=instruction)
+        return replace(edited, image=image, gated=gated)
 
 
-def columns_of(config: GatesConfig) -> dict[str, type]:
-    """The columns that gates add to a row, and what they hold."""
+def columns_of(config: GatesConfig, *, gain: bool) -> dict[str, type]:
+    """The columns that gates add to a row, and what they hold.
+
+    Args:
+        config: the recipe's section.
+        gain: `denoise_gain` is measured.
+    """
     looked = [name for need, names in LOOKED.items() if getattr(config, need) is not None for name in names]
-    numbers = (BEFORE_THE_EDIT, "change_inside", *ALIGNMENT, *looked)
+    numbers = (BEFORE_THE_EDIT, "change_inside", *((GAIN,) if gain else ()), *ALIGNMENT, *looked)
     texts = (VERDICT, *(JUDGE_TEXTS if config.judge is not None else ()))
     return {**dict.fromkeys(numbers, float), **dict.fromkeys(texts, str)}
 

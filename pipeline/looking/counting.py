@@ -22,6 +22,7 @@ from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, Pixe
 from pipeline.engine.controls import DecoderBlock, Openings, Records, Transformer
 from pipeline.engine.engine import Engine
 from pipeline.flow import bounds_before, edit_prepared
+from pipeline.gating.gain import gain_seed_of
 from pipeline.interventions import BlockAutoencoder, ConceptFeatures, Intervention, Library, Target, Telling
 from pipeline.recipe import Recipe
 from pipeline.records import EditRequest, Placement, Prepared
@@ -78,6 +79,7 @@ class RowCounter:
             blocks=_AnyBlock(),
             bases=self.recipe.writes_bases,
             before=bounds_before(self.recipe),
+            gain_seed=gain_seed_of(self.recipe),
         )
         (finished,) = engine.run([steps])
         if finished.error is not None:

@@ -128,7 +128,7 @@ def planned(
         size = len(row["input"]["bytes"]) + len(row["image"]["bytes"])
         number = row["figures"].get(score.name) if score else None
         number = None if number is None or not math.isfinite(number) else number
-        group = hashlib.sha256(source + _said(row)).digest() if preset.pairs else pair
+        group = hashlib.sha256(source + _asked(row)).digest() if preset.pairs else pair
         groups[group].append(Candidate(place, size, source, accepted, number))
         edits[row["edit"]] += 1
         for figure, value in row["figures"].items():
@@ -158,6 +158,11 @@ def _digests(row: Row) -> tuple[bytes, bytes]:
 
 def _said(row: Row) -> bytes:
     return (row["instruction"] or "").encode()
+
+
+def _asked(row: Row) -> bytes:
+    """What results of one edit have in common: their instruction, before a judge rewrote it by what it saw of each."""
+    return (row["instruction_given"] or row["instruction"] or "").encode()
 
 
 def _items(

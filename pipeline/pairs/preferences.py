@@ -23,6 +23,7 @@ DIRECTIONS: dict[str, bool | None] = {name: one.higher_is_better for name, one i
     "background_psnr": True,
     "background_ssim": True,
     "inversion_psnr": True,
+    "denoise_gain": True,
     "reconstruction_psnr": True,
     "rest_change": False,
     "align_corner_px": False,

@@ -26,7 +26,10 @@ Row = Mapping[str, Any]
 TEXTS = ("id", "edit", "method", "caption", "instruction", "source_prompt", "target_prompt")
 MADE_BY = ("model", "model_revision", "model_digest", "recipe_hash", "seed", "concepts")
 PICTURES = ("image", "mask", "input")
-OF_GATES = ("attempt", "chosen", "reject_reasons")  # of runs that have gates or try several times
+OF_GATES = (  # of runs that have gates or try several times
+    *("attempt", "chosen", "reject_reasons"),
+    "instruction_given",  # before a judge rewrote it
+)
 KEPT_GROUPS = 4  # row groups in memory: two runs are read side by side, each at two places
 ACCEPTED, REJECTED = "data", "rejected"
 

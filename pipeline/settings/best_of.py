@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from pipeline.settings.sections import Section
+
+if TYPE_CHECKING:
+    from pipeline.settings.gates import GatesConfig
 
 Rank = Literal[
     "background_psnr",
@@ -18,6 +21,7 @@ Rank = Literal[
     "clip_sim_image",
     "dinov2_sim",
     "judge_overall",
+    "denoise_gain",
 ]
 """Figures of which more is better."""
 
@@ -48,12 +52,18 @@ class BestOfConfig(Section):
     """What the attempts after the first do otherwise, in turn, beginning anew at its end; none: new seeds alone."""
     rank_by: Rank | None = None
     """Of several that pass, the one with the most of this figure is kept, the earlier of two with as much. None:
-    judge_overall where gates name a judge, else clip_sim_dir where they name a CLIP, else background_psnr."""
+    judge_overall where gates name a judge, else clip_sim_dir where they name a CLIP, else denoise_gain, which costs
+    network rows."""
 
     @property
     def variations(self) -> int:
         """Attempts after the first that may differ in more than their seeds."""
         return min(len(self.vary), self.attempts - 1)
+
+    def ranked_by(self, gates: GatesConfig) -> Rank:
+        """The figure by which an attempt is chosen among those that pass."""
+        by_model: Rank = "clip_sim_dir" if gates.clip is not None else "denoise_gain"
+        return self.rank_by or ("judge_overall" if gates.judge is not None else by_model)
 
     def variation(self, attempt: int) -> Variation | None:
         """What an attempt does otherwise; None for the first.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from pipeline.settings.explain import problems_in_words
+from pipeline.settings.gain import compared_texts
 from pipeline.settings.gates import NEEDS, PROMPTS_OF, WAYS_OUT
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ Problem = tuple[str, str]
 def gate_problems(recipe: Recipe) -> Iterator[Problem]:
     """Gates that nothing could ever be judged by: they would let everything pass."""
     gates = recipe.gates
+    if recipe.instructions is not None and recipe.instructions.rewritten and (gates is None or gates.judge is None):
+        yield "instructions.rewritten", f"needs who rewrites. Set gates.judge to {WAYS_OUT['judge']}; or it to false"
     if gates is None:
         return
     yield from gates.problems(round_trip=recipe.sink.round_trip)
@@ -28,6 +31,10 @@ def gate_problems(recipe: Recipe) -> Iterator[Problem]:
             text = f"a trajectory of inversion.method '{method.inversion.method}' cannot be replayed"
             yield "gates.inversion_psnr", f"{text} (method '{name}'). Set it to null, or choose another inversion"
     for edit, request in recipe.edits.items():
+        if recipe.measures_gain and compared_texts(request) is None:
+            text = "denoise_gain compares two texts, and this edit has no target_prompt and no concepts"
+            way_out = "Give one, or set gates.denoise_gain to null and best_of.rank_by to another figure"
+            yield f"edits.{edit}", f"{text}. {way_out}"
         missing = {
             "source_prompt": not request.source_prompt and not recipe.source.caption_is_source_prompt,
             "target_prompt": not request.target_prompt,

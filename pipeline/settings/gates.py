@@ -107,6 +107,9 @@ class GatesConfig(Section):
     """Share of the image inside the mask, 0..1."""
     change_inside: Gate
     """Mean absolute difference of input and result inside the mask, 0..255."""
+    denoise_gain: Gate
+    """How much better the diffusion model denoises the result under the target text than under the source's: see
+    docs/gates.md. Costs network rows for each result."""
     edit_change: Gate
     """The column of that name: change of the hundredth of the pixels that changed most, 0..255. Needs
     sink.round_trip."""

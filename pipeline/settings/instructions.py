@@ -29,6 +29,10 @@ class InstructionsConfig(Section):
     synonyms: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Other words for a word of concepts and prompts; it stays itself as often as each of them takes its place."""
 
+    rewritten: bool = False
+    """The judge of the gates looks at each result that passes all of them, and says what would have been asked for: its
+    sentence takes the place of the given one, which stays beside it."""
+
     @field_validator("templates")
     @classmethod
     def _have_their_places(cls, value: dict[Kind, tuple[str, ...]]) -> dict[Kind, tuple[str, ...]]:

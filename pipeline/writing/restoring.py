@@ -48,6 +48,7 @@ def restored(decoded: Decoded) -> Edited:
         recorded=decoded.recorded,
         inversion_psnr=decoded.inversion_psnr,
         stopped=decoded.stopped,
+        denoise_gain=decoded.denoise_gain,
         attempt=prepared.attempt,
         answer=decoded.answer,
         figures={}

@@ -48,6 +48,8 @@ ANSWER_COLUMNS: dict[str, pa.DataType] = {
     "server_cost": pa.float64(),
 }
 """Columns of a run whose methods ask servers: which model answered, and what it took."""
+REWRITTEN = ("instruction_given", "instruction_reason")
+"""Columns where a judge rewrites instructions: what stood there before, and the class of why it gave none."""
 LABELS = "labels of the source"  # in a row: {column of the source: number of the class}; no column's name
 PNG_LEVEL = 4  # of zlib, 0..9: a third of the time of the default 6, for 2 % more bytes
 THUMBNAIL_SIDE = 256  # pixels of the longer side: about 12 kB
@@ -75,9 +77,11 @@ def schema(
     recorded: Sequence[RecordingKey] = (),
     attention: bool = False,
     gates: GatesConfig | None = None,
+    gain: bool = False,
     attempts: bool = False,
     drawn_instructions: bool = False,
     answers: bool = False,
+    rewritten: bool = False,
 ) -> pa.Schema:
     """Columns of `data/`, with the metadata by which `datasets.load_dataset("parquet")` sees images as images.
 
@@ -88,9 +92,11 @@ def schema(
         recorded: what the rows hold of the network's blocks.
         attention: they hold where words were attended to, too.
         gates: of the run, whose figures and reasons they hold.
+        gain: `denoise_gain` is among these.
         attempts: the run makes several of each.
         drawn_instructions: they say where their instructions come from.
         answers: they say which server made them, and what it took.
+        rewritten: a judge puts them into its own words.
     """
     columns: dict[str, pa.DataType] = {
         "id": pa.string(),
@@ -110,6 +116,7 @@ def schema(
         pa.string(),
     )
     columns |= dict.fromkeys(("instruction_source", "instruction_revision") if drawn_instructions else (), pa.string())
+    columns |= dict.fromkeys(REWRITTEN if rewritten else (), pa.string())
     columns["seed"] = pa.int64()
     columns |= dict.fromkeys(
         ("model", "model_revision", "model_digest", "recipe_hash", "code_version"),
@@ -120,7 +127,9 @@ def schema(
     columns |= dict.fromkeys(FIGURES, pa.float64())
     if gates is not None:
         kinds = {float: pa.float64(), str: pa.string()}
-        columns |= {name: kinds[kind] for name, kind in columns_of(gates).items()} | {REASONS: pa.list_(pa.string())}
+        columns |= {name: kinds[kind] for name, kind in columns_of(gates, gain=gain).items()} | {
+            REASONS: pa.list_(pa.string())
+        }
     if attempts:
         columns |= {ATTEMPT: pa.int64(), CHOSEN: pa.bool_(), SETTINGS: pa.string()}
         columns |= {ATTEMPTS_FAILED: pa.list_(pa.string())}
@@ -144,9 +153,11 @@ def schema_of(recipe: Recipe, labels: Labels | None = None) -> pa.Schema:
         recorded=recipe.recorded,
         attention=recipe.records_attention,
         gates=recipe.gates,
+        gain=recipe.measures_gain,
         attempts=recipe.best_of is not None,
         drawn_instructions=recipe.instructions is not None,
         answers=recipe.asks_servers,
+        rewritten=recipe.instructions is not None and recipe.instructions.rewritten,
     )
 
 
@@ -259,10 +270,23 @@ def _instruction_columns(edited: Edited, recipe: Recipe) -> OutputRow:
         return {"instruction": utf8_text(instruction_of(edited.request))}
     seed = seed_for(recipe.run.seed, edited.sample.id, f"instruction of {edited.edit}")
     drawn = drawn_instruction(edited.request, recipe.instructions, seed)
-    return {
+    columns: OutputRow = {
         "instruction": utf8_text(drawn.text),
         "instruction_source": drawn.source,
         "instruction_revision": drawn.revision,
+    }
+    if not recipe.instructions.rewritten:
+        return columns
+    assert edited.gated is not None, "the judge that rewrites is the gates'"
+    found = edited.gated.instruction
+    given, reason = REWRITTEN
+    columns |= {given: columns["instruction"], reason: found.reason or None if found else None}
+    if found is None or not found.text:
+        return columns
+    return columns | {
+        "instruction": utf8_text(found.text),
+        "instruction_source": "judge",
+        "instruction_revision": found.revision,
     }
 
 
@@ -271,7 +295,9 @@ def _gate_columns(edited: Edited, recipe: Recipe) -> OutputRow:
         return {}
     assert edited.gated is not None, "a gated run's results have been before its gates"
     figures, reasons = edited.gated.figures, list(edited.gated.reasons)
-    return {name: figures.get(name) for name in columns_of(recipe.gates)} | {REASONS: reasons}
+    return {name: figures.get(name) for name in columns_of(recipe.gates, gain=recipe.measures_gain)} | {
+        REASONS: reasons
+    }
 
 
 def _attempt_columns(edited: Edited, recipe: Recipe) -> OutputRow:

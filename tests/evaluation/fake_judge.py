@@ -18,6 +18,7 @@ from tests.loopback import Handler, served
 GOOD = {
     "sc": '{"score": [7, 8], "reasoning": "done"}',
     "pq": '{"score": [6, 9], "reasoning": "clean"}',
+    "rewrite": '{"reasoning": "a hat came", "instruction": "Put a hat on."}',
     "pair": '{"reasoning": "sharper", "better": "A"}',
 }
 
@@ -57,6 +58,10 @@ class FakeJudge:
         pictures = [part["image_url"]["url"] for part in body["messages"][0]["content"] if part["type"] == "image_url"]
         digests = [hashlib.sha256(base64.b64decode(one.partition(",")[2])).hexdigest() for one in pictures]
         part = {1: "pq", 2: "sc", 3: "pair"}[len(pictures)]
+        if any(
+            "Where nothing was changed, write null" in one.get("text", "") for one in body["messages"][0]["content"]
+        ):
+            part = "rewrite"
         digest = ":".join(digests[1:]) if part == "pair" else digests[-1]
         with self.lock:
             attempt = self.asked[digest, part]

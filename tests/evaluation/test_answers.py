@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.evaluation.judging.answers import read_imgedit, read_preference, read_viescore
+from pipeline.evaluation.judging.answers import read_imgedit, read_preference, read_sentence, read_viescore
 
 
 @pytest.mark.parametrize(
@@ -142,3 +142,23 @@ def test_a_criterion_that_begins_another_is_not_taken_for_it():
     text = "Instruction Compliance: 5\nVisual Naturalness: 4\nPhysical Consistency & Fine Detail: 3"
     assert read_imgedit(text, "compose").scores == (5, 4, 3)
     assert read_imgedit(text, "background").reason == "score_count"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence", "reason"),
+    [
+        ('{"reasoning": "a hat", "instruction": " Put a\\n hat on. "}', "Put a hat on.", ""),
+        ('```json\n{"instruction": "Put a hat on."}\n```', "Put a hat on.", ""),
+        ('{"reasoning": "nothing differs", "instruction": null}', "", "no_sentence"),
+        ('{"instruction": "  "}', "", "no_sentence"),
+        ('{"instruction": ["Put a hat on."]}', "", "no_sentence"),
+        (f'{{"instruction": "{"hat " * 101}"}}', "", "long_sentence"),
+        ('{"reasoning": "a hat"}', "", "no_score"),
+        ("Put a hat on.", "", "no_json"),
+        ("I am sorry, I cannot help with that.", "", "refusal"),
+        ("", "", "empty"),
+    ],
+)
+def test_a_sentence_is_read_or_it_is_said_why_there_is_none(text: str, sentence: str, reason: str) -> None:
+    found = read_sentence(text)
+    assert (found.reasoning, found.reason, found.scores) == (sentence, reason, ())

@@ -14,14 +14,12 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import RecipeError, SinkError
-from pipeline.looking.results import RunFolder
 from pipeline.pairs.export import ExportConfig, export
 from pipeline.pairs.preferences import Candidate, Score, pairs_among, score_of
 from pipeline.pairs.results import Place
 from pipeline.recipe import recipe_from
 from pipeline.running import driver
-from pipeline.writing.merged import Span
-from tests.pairs.gated import rewritten, with_rows_changed
+from tests.pairs.gated import rewritten
 from tests.runs import recipe_data, write_shards
 
 datasets = pytest.importorskip("datasets")
@@ -136,32 +134,30 @@ def test_two_runs_of_the_same_sources_make_pairs_and_their_keys_stay_apart(plain
     assert len({row["img_id"] for row in rows}) == len(rows) == 24
 
 
-def test_what_gates_rejected_is_the_worse_one_and_is_exported_only_where_asked_for(plain, tmp_path, monkeypatch):
-    def rejected(number: int, row: dict[str, Any]) -> dict[str, Any]:
-        picture = Image.open(io.BytesIO(row["image"]["bytes"])).rotate(180)
-        file = io.BytesIO()
-        picture.save(file, "PNG")
-        return row | {"image": {**row["image"], "bytes": file.getvalue()}, "reject_reasons": ["mask_share"]}
-
-    file = sorted(plain.glob("data/*.parquet"))[0]
-    (tmp_path / "run").mkdir()
-    run = rewritten(plain, tmp_path / "run" / "out", lambda number, row: row, {})
-    (run / "rejected").mkdir()
-    copy = run / "rejected" / "part.parquet"
-    copy.write_bytes(file.read_bytes())
-    count = with_rows_changed(copy, 0, rejected, {"reject_reasons": pa.list_(pa.string())})
-    spans = RunFolder.spans
-    extra = [Span("rejected/part.parquet", "unit", count)]
-    monkeypatch.setattr(RunFolder, "spans", lambda self, kind: extra if kind == "rejected" else spans(self, kind))
-    result = made(run, tmp_path / "set", validation=0)
-    assert result.splits == {"train": count}
-    assert f"{12 - count} times one result alone" in result.notes[0]
-    row = pq.read_table(next(tmp_path.glob("set/data/*.parquet"))).to_pylist()[0]
-    assert (row["score_name"], row["margin"]) == ("gates", None)
-    assert pixels(row["chosen_image"]["bytes"]) == pixels(rows_of(plain)[0]["image"]["bytes"])
-    result = made(run, tmp_path / "plain", preset="instructpix2pix")
-    assert (sum(result.splits.values()), result.rejected) == (12, count)
-    assert f"| mask\\_share | {count} |" in (tmp_path / "plain" / "README.md").read_text()
+def test_what_gates_rejected_is_the_worse_one_and_is_exported_only_where_asked_for(tmp_path):
+    write_shards(tmp_path / "in", shards=1, rows=3, damaged=())
+    data = recipe_data(tmp_path / "in", tmp_path / "out", sink={"include_input": True}, engine="local")
+    data["gates"] = {"preset": "none", "change_inside": {"min": 62}}  # the first attempts change 64 to 80, weak ones 58
+    data["best_of"] = {"attempts": 2, "until": "budget", "rank_by": "change_inside", "vary": [{"scale": 0.2}]}
+    driver.run(recipe_from(data), progress="off")
+    kept, weak = (
+        {
+            (row["id"], row["edit"]): row
+            for path in tmp_path.glob(f"out/{kind}/*.parquet")
+            for row in pq.read_table(path).to_pylist()
+        }
+        for kind in ("data", "rejected")
+    )
+    assert {tuple(row["reject_reasons"]) for row in weak.values()} == {("change_inside",)}
+    result = made(tmp_path / "out", tmp_path / "set", validation=0)
+    assert result.splits == {"train": 6}
+    pairs = {(pixels(kept[key]["image"]["bytes"]), pixels(weak[key]["image"]["bytes"])) for key in kept}
+    exported = [row for path in tmp_path.glob("set/data/*.parquet") for row in pq.read_table(path).to_pylist()]
+    assert {(pixels(row["chosen_image"]["bytes"]), pixels(row["rejected_image"]["bytes"])) for row in exported} == pairs
+    assert {(row["score_name"], row["margin"]) for row in exported} == {("gates", None)}
+    result = made(tmp_path / "out", tmp_path / "plain", preset="instructpix2pix")
+    assert (sum(result.splits.values()), result.rejected) == (6, 6)
+    assert "| change\\_inside | 6 |" in (tmp_path / "plain" / "README.md").read_text()
 
 
 def candidate(number: int, score: float | None, *, accepted: bool = True) -> Candidate:

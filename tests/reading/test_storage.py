@@ -189,5 +189,5 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
 
 
 def test_a_path_of_this_machine_takes_no_protocol(tmp_path):
-    with pytest.raises(SourceError, match="no protocol to choose. Check the address, and the storage_options"):
+    with pytest.raises(SourceError, match=r"no protocol to choose\. Check the address, and the storage_options"):
         open_fs(str(tmp_path), {"protocol": "s3"})

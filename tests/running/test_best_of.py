@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.best_of import best_of
 from pipeline.errors import EncodeError, RecipeError
+from pipeline.gating import inverting
 from pipeline.looking.regenerate import regenerate
 from pipeline.looking.report.page import write_report
 from pipeline.looking.runs import find_run
@@ -121,6 +122,49 @@ def test_an_attempt_that_fails_is_named_and_the_others_stay(tmp_path: Path, monk
     assert checked(recipe).findings == []
 
 
+DDIM = {"inversion": {"method": "ddim", "num_steps": 4}, "editing": {"method": "cfg"}}
+TARGET = {"edits": {"a": {"target_prompt": "a dog"}}}
+
+
+def network_rows(folder: Path, out: str, **sections: Any) -> int:
+    best = {"attempts": 3, "until": "budget", "rank_by": "change_inside", **sections.pop("best_of")}
+    recipe = gated(folder, out, {"preset": "none", "mask_share": {"min": 0}}, best_of=best, **sections)
+    return driver.run(recipe, progress="off").network_rows
+
+
+@pytest.mark.parametrize(
+    ("vary", "sections", "inversions"),
+    [
+        ([{"new_seed": False, "scale": 2.0}], {}, 1),
+        ([{"scale": 2.0}], {}, 3),  # other noise: other trajectories
+        ([{"new_seed": False, "inversion": {"skip": 0.5}}, {"new_seed": False}], {}, 2),
+        ([{}], {**DDIM, **TARGET}, 1),  # without noise, whatever the seed is
+    ],
+)
+def test_attempts_share_an_inversion_of_equal_settings_and_noise(
+    vary: list[dict[str, Any]],
+    sections: dict[str, Any],
+    inversions: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_shards(tmp_path / "in", shards=1, rows=2, damaged=())
+    shared = network_rows(tmp_path, "shared", best_of={"vary": vary}, **sections)
+    monkeypatch.setattr(inverting, "MOST_BYTES", 0)
+    apart = network_rows(tmp_path, "apart", best_of={"vary": vary}, **sections)
+    assert apart - shared == 2 * 4 * (3 - inversions)  # images, steps
+    assert contents(tmp_path / "shared") == contents(tmp_path / "apart")
+
+
+def test_a_units_kept_inversions_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path / "in", shards=1, rows=2, damaged=())
+    monkeypatch.setattr(inverting, "bytes_of", lambda trajectory: 1)
+    monkeypatch.setattr(inverting, "MOST_BYTES", 1)  # one of two images
+    one = network_rows(tmp_path, "one", best_of={"vary": [{"new_seed": False}]})
+    monkeypatch.setattr(inverting, "MOST_BYTES", 2)
+    assert one - network_rows(tmp_path, "both", best_of={"vary": [{"new_seed": False}]}) == 2 * 4  # attempts, steps
+
+
 def row_of(attempt: int, rank: float | None, reasons: tuple[str, ...] = ()) -> dict[str, Any]:
     return {
         "index": 0, "edit": "a", "method": "m", "attempt": attempt, "background_psnr": rank,
@@ -143,7 +187,7 @@ def row_of(attempt: int, rank: float | None, reasons: tuple[str, ...] = ()) -> d
 def test_of_those_that_pass_the_best_is_chosen(made: list[dict[str, Any]], chosen: int | None, tmp_path: Path) -> None:
     asked = Asked(sample=make_sample(0), edits=("a",), requests={"a": EditRequest(concepts=(Concept(prompt="x"),))})
     left = list(made)
-    found = best_of([asked], tried(tmp_path, until="budget"), lambda rows: [left.pop(0)])
+    found = best_of([asked], tried(tmp_path, until="budget", rank_by="background_psnr"), lambda _: [left.pop(0)])
     kept = [row["attempt"] for row in found if not isinstance(row, Rejected) and row["chosen"]]
     assert kept == ([] if chosen is None else [chosen])
 

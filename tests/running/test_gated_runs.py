@@ -211,6 +211,42 @@ def test_a_judge_scores_what_passes_and_is_asked_nothing_twice(tmp_path: Path, m
         assert judge.asked.total() == asked_before
 
 
+def test_a_judge_rewrites_the_instructions_of_what_passes_and_is_asked_once(tmp_path: Path) -> None:
+    write_shards(tmp_path / "in", shards=1, rows=4, damaged=())
+
+    def script(digest: str, part: str, attempt: int) -> Reply:
+        says = '"Put a hat on."' if int(digest, 16) % 3 else "null"
+        return Reply(content=f'{{"reasoning": "seen", "instruction": {says}}}') if part == "rewrite" else Reply()
+
+    with fake_judge(script) as judge:
+        recipe = judged(tmp_path, "out", judge.url, change_inside={"min": 70}, judge_overall=None)
+        recipe = recipe_from(
+            recipe.model_dump(mode="json", exclude={"methods"}) | {"instructions": {"rewritten": True}}
+        )
+        driver.run(recipe, progress="off")
+        kept, rejected = rows(recipe, "data"), rows(recipe, "rejected")
+        assert {(row["instruction_source"], row["instruction_reason"]) for row in rejected} == {("templates", None)}
+        assert all("concept b" in row["instruction"] == row["instruction_given"] for row in rejected)
+        told = [row for row in kept if row["instruction_source"] == "judge"]
+        assert {row["instruction"] for row in told} == {"Put a hat on."}
+        assert all(row["instruction_given"] != row["instruction"] and row["instruction_revision"] for row in told)
+        untold = [row for row in kept if row["instruction_source"] == "templates"]
+        assert len(told) + len(untold) == len(kept)
+        assert {row["instruction_reason"] for row in untold} == {"no_sentence"}
+        assert all(row["instruction"] == row["instruction_given"] for row in untold)
+        assert told
+        assert untold
+        before = judge.asked.total()
+        made = regenerate(find_run(recipe.sink.folder), told[0]["id"], edit=told[0]["edit"])
+        assert made.equal, made.differences
+        assert judge.asked.total() == before
+
+
+def test_nobody_rewrites_without_a_judge(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"instructions.rewritten: needs who rewrites. Set gates.judge to a judge"):
+        gated(tmp_path, "out", instructions={"rewritten": True})
+
+
 def test_a_judge_that_cannot_be_asked_ends_the_run_and_quarantines_nothing(tmp_path: Path) -> None:
     write_shards(tmp_path / "in", shards=1, rows=2, damaged=())
     with fake_judge(lambda *_: Reply(status=401, body=b'{"error": {"message": "no such key"}}')) as judge:

@@ -1,7 +1,7 @@
 """From a judge's words to scores, or to a reason why there are none: never a guess.
 
 A class that is no score: empty, truncated, refusal, no_json, no_score, no_choice, not_a_number, score_count,
-out_of_range.
+out_of_range; that is no sentence: no_sentence, long_sentence.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ NUMBER = r"[-+]?\d+(?:\.\d+)?"
 WITHOUT_SCORES = {"length": "truncated", "refusal": "refusal"}
 """What an answer without scores is, by the endpoint's own reason of its end."""
 CHOICES = {"a": 1.0, "b": -1.0, "tie": 0.0}
+MOST_SENTENCE = 400  # characters of an instruction; more is a description
 MOST_WHOLE = 1_000_000  # beyond any range
 CAPPED = "cap_broken"
 
@@ -80,6 +81,26 @@ def read_preference(text: str, finish_reason: str = "stop") -> Read:
         return Read(reason="no_choice")
     reasoning = document.get("reasoning", "")
     return Read(scores=(choice,), flags=flags, reasoning=reasoning if isinstance(reasoning, str) else "")
+
+
+def read_sentence(text: str, finish_reason: str = "stop") -> Read:
+    """An instruction, as `reasoning`: an answer without scores.
+
+    Args:
+        text: the answer, a JSON object with `instruction`: a sentence, or null where there is nothing to be said.
+        finish_reason: as the endpoint says it; "length" where the answer was cut.
+    """
+    try:
+        document, flags = _document(text, "instruction")
+    except _NoScoreError as error:
+        return Read(reason=_why(str(error), text, finish_reason))
+    said = document["instruction"]
+    sentence = " ".join(said.split()) if isinstance(said, str) else ""
+    if not sentence:
+        return Read(reason="no_sentence")
+    if len(sentence) > MOST_SENTENCE:
+        return Read(reason="long_sentence")
+    return Read(flags=flags, reasoning=sentence)
 
 
 def _why(reason: str, text: str, finish_reason: str) -> str:

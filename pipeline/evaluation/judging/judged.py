@@ -17,7 +17,8 @@ from pipeline.common.showing import describe
 from pipeline.errors import RecipeError
 from pipeline.evaluation.benchmarks.imgedit_bench import CRITERIA
 from pipeline.evaluation.items import Result
-from pipeline.evaluation.judging.answers import Read
+from pipeline.evaluation.judging import rewriting
+from pipeline.evaluation.judging.answers import Read, read_sentence
 from pipeline.evaluation.judging.asking import (
     MOST_TEXT,
     Answer,
@@ -92,6 +93,8 @@ class Judging:
         return self._questioning.requests
 
     def _read(self, question: Question, answer: Answer) -> Read:
+        if question.part == rewriting.PART:
+            return read_sentence(answer.text, answer.finish_reason)
         return self._prompts.read(answer.text, self._types[question.row], answer.finish_reason)
 
     def columns(self, results: Sequence[Result], reasons: Sequence[str]) -> list[dict[str, Any]]:
@@ -111,6 +114,17 @@ class Judging:
         for at, questions in asked:
             found[at] = self._with_answers([(question, next(outcomes)) for question in questions])
         return found
+
+    def rewritten(self, result: Result, given: str) -> Outcome:
+        """What the judge would have asked for, by input and result, as the `reasoning` of what was read.
+
+        Args:
+            result: that could be measured.
+            given: the instruction that it was made by; may be "".
+        """
+        row = "\x1f".join((result.item.key, result.edit, result.method))
+        (outcome,) = self._questioning.ask([rewriting.question(row, given, self._shown(result))])
+        return outcome
 
     def preferences(self, results: Sequence[Result]) -> list[dict[str, Any]]:
         """Which is better of every two methods' results of one edit, as rows: `preference`, -1..1, is that of `first`.
