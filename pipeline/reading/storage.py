@@ -81,6 +81,8 @@ def open_fs(url: str, storage_options: Mapping[str, Any]) -> tuple[FileSystem, s
     if not separator or scheme in ("file", "local"):
         # Not by its URL: in a path of this machine "::" is no chain of file systems.
         with _opening(url):
+            if "protocol" in options:
+                raise ValueError("a path of this machine has no protocol to choose")
             return LocalFiles(**options), local_path(path if separator else url)
     with _opening(url):
         if url.startswith(("s3://", "s3a://")):

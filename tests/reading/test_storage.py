@@ -186,3 +186,8 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
             with pytest.raises(OSError, match="a named pipe, a socket or a device, no file") as raised:
                 read(path)
             assert not is_transient(raised.value)
+
+
+def test_a_path_of_this_machine_takes_no_protocol(tmp_path):
+    with pytest.raises(SourceError, match=r"no protocol to choose\. Check the address, and the storage_options"):
+        open_fs(str(tmp_path), {"protocol": "s3"})
