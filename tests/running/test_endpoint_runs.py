@@ -208,6 +208,40 @@ def test_a_wrong_key_ends_the_run_and_no_row_is_blamed(server: EditServer, tmp_p
     assert driver.run(made, progress="off").done == ROWS
 
 
+ON_RAY = """
+import sys, ray
+from pipeline.recipe import load_recipe
+from pipeline.running import driver
+ray.init(address="local", num_cpus=3, include_dashboard=False)
+print(driver.run(load_recipe(sys.argv[1]), progress="off").done, "done")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("status", [200, 401])
+def test_two_workers_on_ray_ask_nothing_twice_and_a_wrong_key_is_told_in_the_servers_words(
+    server: EditServer, tmp_path: Path, status: int
+) -> None:
+    server.script = lambda *_: Reply(status=status)
+    data = recipe_data(server, tmp_path)
+    data["run"] |= {"engine": "ray", "workers": 2}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
+    done = subprocess.run(
+        [sys.executable, "-c", ON_RAY, str(tmp_path / "recipe.yaml")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "RAY_USAGE_STATS_ENABLED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=220,
+        check=False,
+    )
+    if status == 200:
+        assert f"{ROWS} done" in done.stdout, done.stderr
+        assert list(server.asked.values()) == [1] * ROWS
+    else:
+        assert "RunAborted: the editing at 127.0.0.1 answers 401" in done.stderr
+    assert KEY not in done.stdout + done.stderr
+
+
 def test_a_missing_key_is_told_before_anything_is_written(
     server: EditServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,7 @@ from pipeline.common.showing import describe
 from pipeline.common.stderr_filter import without_lines
 from pipeline.engine.backbone import ModelRecord
 from pipeline.engine.tuning import Fit, Tell
-from pipeline.errors import ClusterError, DeviceError, ModelError, RunAborted, ShardeditError, SinkError
+from pipeline.errors import ClusterError, DeviceError, ModelError, RunAborted, ServerError, ShardeditError, SinkError
 from pipeline.reading.shards import ReadTask, shard_slug
 from pipeline.reading.units import read_units
 from pipeline.recipe import Recipe, SinkConfig, SourceConfig
@@ -315,6 +315,9 @@ class EditWorker:
             log.error("%s", error)
             self._worker.take_back()
             os._exit(DEVICE_FAILED)
+        except ServerError as error:  # Ray passes on another error and its own advice: the driver asks the tally why
+            ray.get(self._tally.stop.remote(str(error)))
+            raise
         self._meter.tell(self._worker.engine.stats.busy_seconds)
         return pack_finished(finished)
 
