@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from pipeline.interventions import Autoencoders, Intervention, Template
 from tests.editing.test_concepts import PAIR, UP, WHOLE, autoencoder, blocks, library, made, written
 
 GRID = (2, 3)
+BRANCHES: tuple[Literal["cond", "uncond", "both"], ...] = ("cond", "both", "uncond")
 
 
 def template(*features: int, seed: int = 0) -> Template:
@@ -111,3 +112,16 @@ def test_an_intervention_by_its_direction_is_written_down_as_before_there_were_t
     assert "form" not in plain.model_dump(mode="json")
     by_template = Intervention(add=("hat",), form="template")
     assert Intervention(**by_template.model_dump(mode="json")) == by_template
+
+
+def test_a_row_is_written_with_the_autoencoder_of_its_branch_where_there_is_one() -> None:
+    (entry,) = books().entries
+    both = Autoencoders((entry, dataclasses.replace(entry, branch="uncond")), "lib")
+    used = {branch: both.targets(Intervention(add=("hat",), branch=branch), 500.0, 1000.0) for branch in BRANCHES}
+    assert {branch: target.entry.branch for branch, (target,) in used.items()} == {
+        "cond": "cond",
+        "both": "cond",
+        "uncond": "uncond",
+    }
+    (alone,) = books().targets(Intervention(add=("hat",), branch="uncond"), 500.0, 1000.0)
+    assert alone.entry.branch == "cond", "of another one where there is no other"
