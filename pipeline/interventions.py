@@ -66,7 +66,7 @@ class Intervention(BaseModel):
     """Factor of the concepts' directions; 0: nothing. Negative turns them round."""
     relative: bool | None = None
     """Whether directions are made as long as what the block itself wrote at the place, times the strength; otherwise
-    they are the features' own. None: with a region, as in the paper."""
+    they are the features' own. None: with a region, as in the paper; a template has lengths of its own."""
     region: Literal["predicted"] | Box | None = None
     """Left, top, right, bottom as shares of the image, from 0 to 1. predicted: where what is removed is predicted to be
     when the window begins, or what is added where nothing is removed. None: everywhere."""
