@@ -141,7 +141,7 @@ def table(reached: Mapping[Attribute, Mapping[str, Reached]]) -> str:
 
 def main(
     scenes: Annotated[int, typer.Option(help="That are learnt from.")] = 160,
-    labelled: Annotated[int, typer.Option(help="Whose features are named.")] = 200,
+    labelled: Annotated[int, typer.Option(help="Whose features are named.")] = 100,
     fresh: Annotated[int, typer.Option(help="By which layouts are judged.")] = 40,
     edited: Annotated[int, typer.Option(help="That are intervened on.")] = 20,
     vectors: Annotated[int, typer.Option(help="Vectors that are learnt from.")] = 400_000,
