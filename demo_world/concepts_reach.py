@@ -19,7 +19,7 @@ from demo_world.scoring import Pixels
 from pipeline.models.demo.world import Attribute, Scene, edited
 from pipeline.running.driver import run
 
-WINDOWS = {"early": (0.0, 0.3), "middle": (0.3, 0.7), "late": (0.7, 1.0), "all": (0.0, 1.0)}
+WINDOWS = {"early": (0.0, 0.3), "middle": (0.3, 0.7), "late": (0.7, 1.0), "first": (0.0, 0.6), "all": (0.0, 1.0)}
 EYES = (0.22, 0.4, 0.78, 0.58)  # of a face in the middle, where this world's faces are
 
 
@@ -32,6 +32,7 @@ class Kind:
     strength: float
     region: tuple[float, float, float, float] | None = None  # None: where what it replaces is predicted
     blocks: tuple[str, ...] = ()  # that are written to; none: all
+    form: str = "direction"
 
     def intervention(self, before: Any, after: Any) -> dict[str, Any]:
         """What is written into one scene."""
@@ -39,7 +40,7 @@ class Kind:
         remove = {} if before in (False, None) else {"remove": [tag_of(self.attribute, before)]}
         window = list(WINDOWS[self.window])
         blocks = {"blocks": list(self.blocks)} if self.blocks else {}
-        concepts = {"add": [tag_of(self.attribute, after)], **remove}
+        concepts = {"add": [tag_of(self.attribute, after)], **remove, "form": self.form}
         return {**concepts, **where, **blocks, "strength": self.strength, "window": window}
 
 
@@ -75,7 +76,7 @@ def other_value(attribute: Attribute, value: Any, number: int) -> Any:
 
 
 def variants_of(kind: Kind, blocks: Sequence[str], factors: Sequence[float]) -> dict[str, tuple[Kind, dict[str, Any]]]:
-    """Ways to write a kind, by name: every window; in its own window every block alone, and other strengths."""
+    """Ways to write a kind, by name: every window; in its own every block alone, other strengths, the other form."""
     found: dict[str, tuple[Kind, dict[str, Any]]] = {
         f"window-{name}": (replace(kind, window=name), {}) for name in WINDOWS
     }
@@ -84,6 +85,8 @@ def variants_of(kind: Kind, blocks: Sequence[str], factors: Sequence[float]) -> 
         f"strength-x{factor:g}".replace(".", "_"): (replace(kind, strength=factor * kind.strength), {})
         for factor in factors
     }
+    if factors and kind.form == "template":
+        found["form-direction"] = (replace(kind, form="direction", strength=1.0), {})
     return found
 
 

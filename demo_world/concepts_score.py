@@ -39,7 +39,7 @@ LABELS = "demo_world.concept_labels:drawn_regions"
 KINDS = (
     Kind(attribute="background", window="middle", strength=1.0),
     Kind(attribute="face_color", window="middle", strength=1.0, blocks=("up_blocks.1.attentions.0",)),
-    Kind(attribute="sunglasses", window="all", strength=1.0, region=(0.22, 0.4, 0.78, 0.58)),
+    Kind(attribute="sunglasses", window="first", strength=1.5, region=(0.1, 0.2, 0.9, 0.8), form="template"),
 )
 FACTORS = (0.5, 2.0)  # of a kind's own strength
 STUDIED = 8  # scenes on which blocks and strengths are compared
@@ -166,7 +166,8 @@ def main(
     trained = learn(learnt, library, vectors, features)
     lap("train")
     named = {"library": {"folder": str(library)}, "labels": LABELS}
-    labels = label(config_from(LabelConfig, {"recordings": {"folders": str(whole)}, "set_size": 8, **named}))
+    sizes = {"set_size": 8, "template_size": 32}
+    labels = label(config_from(LabelConfig, {"recordings": {"folders": str(whole)}, **sizes, **named}))
     lap("label")
     sink = {"folder": str(work / "layout")}
     layout = compare_layouts(

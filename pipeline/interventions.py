@@ -9,11 +9,22 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+    model_validator,
+)
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipeline.diffusion.sparse_autoencoder import SparseAutoencoder
 
 BLOCK = re.compile(r"(?:down_blocks\.\d{1,2}|mid_block|up_blocks\.\d{1,2})\.attentions\.\d{1,2}", re.ASCII)
@@ -47,11 +58,15 @@ class Intervention(BaseModel):
     """Concepts to take away, in the region."""
     features: dict[BlockName, tuple[Annotated[int, Field(ge=0)], ...]] = Field(default_factory=dict)
     """Features to add by their numbers, by block: for autoencoders without a dictionary."""
+    form: Literal["direction", "template"] = "direction"
+    """How concepts are written. direction: one vector, the same wherever it is written. template: place by place, as
+    codes of images that show a concept differ from those of others; the library must have been labelled with
+    template_size."""
     strength: float = Field(default=1.0, ge=-1000, le=1000)
     """Factor of the concepts' directions; 0: nothing. Negative turns them round."""
     relative: bool | None = None
     """Whether directions are made as long as what the block itself wrote at the place, times the strength; otherwise
-    they are the features' own. None: with a region, as in the paper."""
+    they are the features' own. None: with a region, as in the paper; a template has lengths of its own."""
     region: Literal["predicted"] | Box | None = None
     """Left, top, right, bottom as shares of the image, from 0 to 1. predicted: where what is removed is predicted to be
     when the window begins, or what is added where nothing is removed. None: everywhere."""
@@ -83,13 +98,29 @@ class Intervention(BaseModel):
             raise ValueError(f"subtract: {self.subtract} is about what is added. Give add, or leave subtract out")
         if self.features and (self.region == "predicted" and not (self.add or self.remove)):
             raise ValueError("features by number have no names to predict a region by. Give region as a box")
+        if self.form == "template" and self.features:
+            raise ValueError("features by number have no template. Give form: direction, or concepts by name")
+        if self.form == "template" and self.relative:
+            raise ValueError(
+                "a template has lengths of its own, and relative: true asks for others. Leave relative out"
+            )
         if self.window[0] >= self.window[1]:
             raise ValueError(f"window {list(self.window)} has no step in it. Write the smaller share first")
         return self
 
+    @model_serializer(mode="wrap")
+    def _keeps_its_hash(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes from before there were templates are the same recipes."""
+        data: dict[str, Any] = plain(self)
+        if self.form == "direction":
+            data.pop("form", None)
+        return data
+
     @property
     def is_relative(self) -> bool:
         """Whether it is measured by what the block wrote."""
+        if self.form == "template":
+            return False
         return self.region is not None if self.relative is None else self.relative
 
     @property
@@ -127,6 +158,14 @@ class Telling:
     iou: float  # of that with the labelled regions
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Template:
+    """By how much codes differ, place by place, between images that show a concept and those that do not."""
+
+    features: tuple[int, ...]  # K of the autoencoder's
+    maps: Tensor  # (K, h', w') on the map that it was made of
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConceptFeatures:
     """A concept as features of one autoencoder: what tells it, what writes it, and what tells its place."""
@@ -134,6 +173,7 @@ class ConceptFeatures:
     telling: Telling  # whether it is there, and where
     amounts: tuple[float, ...]  # codes that the features have where the concept is, less those that they have elsewhere
     placing: Telling  # where it is in an image that shows it
+    template: Template | None = None  # what writes it place by place; None: the library was labelled without
 
     @property
     def features(self) -> tuple[int, ...]:
@@ -207,6 +247,8 @@ class Autoencoders:
             remove = tuple(entry.concepts[name] for name in wanted.remove if name in entry.concepts)
             if add or remove:
                 found.append(Target(entry, add, remove))
+        if wanted.form == "template" and (without := self._untemplated(wanted, [target.entry for target in found])):
+            raise ValueError(self.lacking_template(without))
         for name in wanted.names:
             if not any(name in target.entry.concepts for target in found):
                 raise ValueError(self.unknown(name, f"at timestep {timestep:g}, in the blocks that are written to"))
@@ -259,6 +301,28 @@ class Autoencoders:
             )
         alone = [Telling(features=(number,), weights=(1.0,), threshold=0.0, iou=0.0) for number in features]
         return tuple(ConceptFeatures(telling=one, amounts=(1.0,), placing=one) for one in alone)
+
+    def untemplated(self, wanted: Intervention) -> str | None:
+        """The first concept that an intervention writes by a template which the library lacks; None: there is none."""
+        return self._untemplated(wanted, self.entries) if wanted.form == "template" else None
+
+    def _untemplated(self, wanted: Intervention, entries: Sequence[BlockAutoencoder]) -> str | None:
+        return next(
+            (
+                name
+                for name in wanted.names
+                for entry in entries
+                if name in entry.concepts and entry.concepts[name].template is None
+            ),
+            None,
+        )
+
+    def lacking_template(self, name: str) -> str:
+        """What is said where a concept is to be written by a template, and there is none."""
+        return (
+            f"the concept '{name}' of '{self.where}' has no template. Run `shardedit sae label` with template_size on "
+            "images some of which do not show it, or give form: direction"
+        )
 
     def lacking(self, block: str) -> str:
         """What is said where there is no autoencoder of a block."""

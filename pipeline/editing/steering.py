@@ -116,11 +116,17 @@ def terms_of(target: Target, places: Places, block: Transformer, grid: tuple[int
     wanted, entry = places.intervention, target.entry
     region, signs = places.region(grid), places.signs(grid)
     takes_codes = wanted.subtract == "active"
-    pairs = [(direction_of(entry, target.add), signs)]
+    pairs: list[tuple[Sequence[ConceptFeatures], Tensor]] = [(target.add, signs)]
     if not takes_codes:
-        pairs.append((direction_of(entry, target.remove), -region))
+        pairs.append((target.remove, -region))
     found = []
-    for direction, where in pairs:
+    if wanted.form == "template":
+        directions, maps = templated(entry, pairs, grid)
+        if bool(maps.any()):
+            found.append(_term(block, directions, wanted.strength * maps, wanted, relative=False))
+        pairs = []
+    for concepts, where in pairs:
+        direction = direction_of(entry, concepts)
         length = float(direction.norm())
         if length > 0.0 and bool(where.any()):
             scale = wanted.strength / length if wanted.is_relative else wanted.strength
@@ -134,6 +140,28 @@ def terms_of(target: Target, places: Places, block: Transformer, grid: tuple[int
                 directions = entry.autoencoder.directions[numbers]
                 found.append(_term(block, directions, -codes * where, wanted, relative=False))
     return found
+
+
+def templated(
+    entry: BlockAutoencoder, pairs: Sequence[tuple[Sequence[ConceptFeatures], Tensor]], grid: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Directions (K, C) and maps (K, h', w'): templates of concepts, each times where it is written, (h', w').
+
+    K is never more than C: of more features the channels themselves are the directions, and the sum is the same.
+    """
+    directions = entry.autoencoder.directions
+    maps = directions.new_zeros((len(directions), *grid))
+    for concepts, where in pairs:
+        for concept in concepts:
+            assert concept.template is not None, "a library without is refused before"
+            if numbers := list(concept.template.features):
+                own = concept.template.maps.to(maps)
+                maps[numbers] += where * interpolate(own[None], size=grid, mode="bilinear", align_corners=False)[0]
+    used = maps.flatten(1).any(dim=1).nonzero()[:, 0]
+    if len(used) <= directions.shape[1]:
+        return directions[used], maps[used]
+    written = torch.einsum("kc,khw->chw", directions[used], maps[used])
+    return torch.eye(len(written)).to(written), written
 
 
 def positive(concept: ConceptFeatures) -> list[int]:

@@ -21,9 +21,18 @@ from pipeline.editing.recording import TIMESTEPS
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.blocks import blocks_of
 from pipeline.errors import ModelError, RecipeError, SourceError
-from pipeline.interventions import Autoencoders, BlockAutoencoder, ConceptFeatures, Intervention, Library, Telling
+from pipeline.interventions import (
+    Autoencoders,
+    BlockAutoencoder,
+    ConceptFeatures,
+    Intervention,
+    Library,
+    Telling,
+    Template,
+)
 from pipeline.models.sparse_autoencoders import Origin, of_file
 from pipeline.reading.storage import FileSystem, open_fs, retrying
+from pipeline.reading.templates import TEMPLATES, TEMPLATES_FILE, template_of
 from pipeline.recipe import Method, Recipe
 
 CONCEPTS_FILE = "concepts.parquet"
@@ -52,18 +61,24 @@ def libraries_of(recipe: Recipe) -> Mapping[str, Library]:
         SourceError: one cannot be read.
         ModelError: one holds no autoencoders, or damaged ones.
     """
-    options = json.dumps(recipe.source.storage_options, sort_keys=True, default=str)
+    options = options_text(recipe.source.storage_options)
     urls = dict.fromkeys(method.editing.library for method in recipe.all_methods.values() if method.editing.library)
     return {url: read_library(url, options) for url in urls}
 
 
+def options_text(options: Mapping[str, Any]) -> str:
+    """Options of a file system as `read_library` takes them: as JSON, which can be a key of its cache."""
+    return json.dumps(options, sort_keys=True, default=str)
+
+
 @lru_cache(maxsize=16)
-def read_library(url: str, options: str = "{}") -> Autoencoders:
+def read_library(url: str, options: str = "{}", *, named: bool = True) -> Autoencoders:
     """The autoencoders of a folder, with the names that its dictionary gives their features.
 
     Args:
         url: of the folder.
         options: of its file system, as JSON.
+        named: whether the dictionary is read. Who writes a new one does not ask for the old one, which may be damaged.
 
     Raises:
         SourceError, ModelError: see `libraries_of`.
@@ -73,17 +88,23 @@ def read_library(url: str, options: str = "{}") -> Autoencoders:
         fs, root = open_fs(url, json.loads(options))
         paths = [path for path in sorted(retrying()(fs.find, root)) if _is_autoencoder(path.removeprefix(root))]
         read = [_read_one(fs, path) for path in paths]
-        table = f"{root}/{CONCEPTS_FILE}"
-        rows = (
-            pq.read_table(io.BytesIO(fs.cat_file(table)), columns=list(CONCEPT_COLUMNS)) if fs.exists(table) else None
-        )
+        rows = _rows(fs, f"{root}/{CONCEPTS_FILE}", list(CONCEPT_COLUMNS)) if named else []
+        templates = _rows(fs, f"{root}/{TEMPLATES_FILE}", TEMPLATES.names) if named else []
     except (OSError, pa.ArrowException, ValueError) as error:
         raise SourceError(
             f"editing.autoencoders '{where}' cannot be read ({describe(error)}). Give a folder of `shardedit sae train`"
         ) from error
     if not read:
         raise ModelError(f"'{where}' holds no .safetensors file. Give a folder of `shardedit sae train`")
-    return Autoencoders(tuple(_named(read, [] if rows is None else rows.to_pylist(), where)), where)
+    return Autoencoders(tuple(_named(read, rows, templates, where)), where)
+
+
+def _rows(fs: FileSystem, path: str, columns: list[str]) -> list[dict[str, Any]]:
+    """Of a table; none where there is no such file."""
+    if not fs.exists(path):
+        return []
+    found: list[dict[str, Any]] = pq.read_table(io.BytesIO(fs.cat_file(path)), columns=columns).to_pylist()
+    return found
 
 
 def _is_autoencoder(path: str) -> bool:
@@ -107,13 +128,18 @@ def _read_one(fs: FileSystem, path: str) -> tuple[BlockAutoencoder, Origin]:
 
 
 def _named(
-    read: list[tuple[BlockAutoencoder, Origin]], rows: list[dict[str, Any]], where: str
+    read: list[tuple[BlockAutoencoder, Origin]],
+    rows: list[dict[str, Any]],
+    templates: list[dict[str, Any]],
+    where: str,
 ) -> Iterator[BlockAutoencoder]:
     keys = [(origin.block, origin.time, origin.branch) for _, origin in read]
     twice = [key for key, count in Counter(keys).items() if count > 1]
     if twice:
         raise ModelError(f"'{where}' has two autoencoders of {twice[0]}. Keep one of them in the folder")
     concepts: dict[Any, dict[str, ConceptFeatures]] = {key: {} for key in keys}
+    by_concept = {(row["block"], row["time"], row["branch"], row["concept"]): row for row in templates}
+    sizes = {key: entry.autoencoder.num_features for key, (entry, _) in zip(keys, read, strict=True)}
     for row in rows:
         key = (row["block"], row["time"], row["branch"])
         if key not in concepts:
@@ -121,8 +147,12 @@ def _named(
                 f"{CONCEPTS_FILE} in '{where}' is of an autoencoder of {key}, which is not there. "
                 "Label the folder again"
             )
+        template = by_concept.get((*key, row["concept"]))
         concepts[key][row["concept"]] = ConceptFeatures(
-            telling=_telling(row, ""), amounts=tuple(row["amounts"]), placing=_telling(row, "place_")
+            telling=_telling(row, ""),
+            amounts=tuple(row["amounts"]),
+            placing=_telling(row, "place_"),
+            template=None if template is None else _template(template, sizes[key], where),
         )
     for (entry, _), key in zip(read, keys, strict=True):
         most = entry.autoencoder.num_features
@@ -133,6 +163,15 @@ def _named(
                     "Label the folder again"
                 )
         yield replace(entry, concepts=concepts[key])
+
+
+def _template(row: Mapping[str, Any], num_features: int, where: str) -> Template:
+    try:
+        return template_of(row, num_features)
+    except ValueError as error:
+        raise ModelError(
+            f"the template of '{row['concept']}' in '{where}' is damaged ({error}). Label the folder again"
+        ) from None
 
 
 def _telling(row: Mapping[str, Any], prefix: str) -> Telling:
@@ -187,6 +226,8 @@ def _problems(recipe: Recipe, method: Method, library: Library, backbone: Backbo
             for name in one.names:
                 if name not in library.names:
                     yield f"edits.{edit}: {library.unknown(name)}"
+            if without := library.untemplated(one):
+                yield f"edits.{edit}: {library.lacking_template(without)}"
     yield from _far_steps(recipe, method, library, backbone)
 
 

@@ -47,7 +47,7 @@ def test_every_way_to_write_a_kind_is_an_intervention() -> None:
     kind = Kind(attribute="background", window="middle", strength=2.0)
     found = variants_of(kind, ("mid_block.attentions.0",), (0.5,))
     assert list(found) == [
-        *(f"window-{name}" for name in ("early", "middle", "late", "all")),
+        *(f"window-{name}" for name in ("early", "middle", "late", "first", "all")),
         "block-mid_block_attentions_0",
         "strength-x0_5",
     ]
@@ -57,6 +57,10 @@ def test_every_way_to_write_a_kind_is_an_intervention() -> None:
     assert made["block-mid_block_attentions_0"].blocks == ("mid_block.attentions.0",)
     for one in made.values():
         assert (one.add, one.remove, one.region) == (("background: mint",), ("background: navy",), "predicted")
+    forms = variants_of(replace(kind, form="template"), (), (0.5,))
+    assert {name: one.form for name, (one, _) in forms.items()} == dict.fromkeys(forms, "template") | {
+        "form-direction": "direction"
+    }
     placed = Intervention(**KINDS[-1].intervention(False, True))
     assert (placed.add, placed.remove) == (("sunglasses",), ())
     assert placed.region is not None

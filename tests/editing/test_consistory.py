@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from pipeline.diffusion.subject import (
 )
 from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.consistory import ConsiStory
+from pipeline.editing.consistory_group import Group
 from pipeline.editing.sharing import (
     Rows,
     injected_features,
@@ -37,7 +39,7 @@ from pipeline.inversion.noise import NoiseStart
 from pipeline.records import EditRequest, Trajectory
 from pipeline.subjects import Subject
 from tests.facts import EditorFacts
-from tests.methods import analytic, network_calls, source, tiny_sd
+from tests.methods import analytic, levels, network_calls, source, tiny_sd
 
 # Image, generated anchor and one scene, in both halves and both passes; after noise there is no image.
 FACTS = EditorFacts(rows=12, rows_after={"noise": 8}, quick={"scenes_per_call": 1})
@@ -104,7 +106,7 @@ def test_each_part_of_the_method_changes_scenes(together: Any) -> None:
     for off in ({"share": "none"}, {"query_strength": None}, {"injection_strength": 0.0}, {"free_u": None}):
         (other,) = edited(scene(SNOW), editor=ConsiStory(**ALL, **off))
         assert not torch.equal(other.latents, together[1].latents), off
-    for kept in ({"dropout_steps": 1}, {"mask_dropout": 1.0}):
+    for kept in ({"dropout_steps": 1}, {"mask_dropout": 1.0}, {"mask_steps": 1}):
         (other,) = edited(scene(SNOW), editor=ConsiStory(**{**ALL, **kept}))
         assert not torch.equal(other.latents, together[1].latents), kept
 
@@ -184,6 +186,35 @@ def test_dropout_takes_places_away_and_adds_none() -> None:
     assert thinned(mask, uniform, 0.5).tolist() == [False, True, False]
     assert torch.equal(thinned(mask, uniform, 0.0), mask)
     assert not thinned(mask, uniform, 1.0).any()
+
+
+def test_dropout_is_drawn_anew_for_every_step_size_of_map_and_anchor_and_thins_anchors_alone() -> None:
+    names: list[str] = []
+
+    def draws(name: str) -> Callable[[], Tensor]:
+        names.append(name)
+        return lambda: torch.randn((1, 8, 8), generator=torch.Generator().manual_seed(len(names)))
+
+    group = Group(ConsiStory(mask_dropout=0.5, dropout_steps=2), trajectory(), (), anchors=2, draws=draws)
+    masks = {factor: torch.ones((3, 8 // factor, 8 // factor), dtype=torch.bool) for factor in (1, 2)}
+    for step in range(3):
+        for factor in masks:
+            shown = group._shown(step, factor, masks)
+            assert shown[2].all(), "nobody reads a scene"
+            kept = shown[:2].flatten(1).float().mean(dim=1)
+            assert ((kept > 0) & (kept < 1)).all() if step < 2 else (kept == 1).all()
+    assert len(set(names)) == len(names) == 2 * 2 * 2, "two anchors, two sizes, the first two steps"
+
+
+def test_windows_are_those_of_the_published_code_at_its_fifty_steps() -> None:
+    editor = ConsiStory()
+    assert editor.injection_range(50) == range(5, 17)
+    mixed = editor.query_strengths(50)
+    assert list(mixed) == [1, 2, 3, 4, 5], "in the first step nobody is read yet"
+    assert mixed[5] == pytest.approx(0.81836735)
+    assert mixed[1] == pytest.approx(0.9 - (0.9 - 0.81836735) / 5)
+    assert editor.feature_step(levels(tiny_sd(), list(range(981, 0, -20)))) == 36
+    assert editor.injection_range(3) == range(2), "both ends included"
 
 
 def features() -> Tensor:

@@ -146,6 +146,9 @@ class LabelConfig(Section):
     returns a vector of 300 numbers."""
     set_size: Annotated[int, Field(ge=1, le=64)] = 4
     """Features that a concept may have, with signs."""
+    template_size: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Features that each place of a concept's template keeps, which interventions of form: template write; 0: there are
+    no templates. 32 are three times as many as a place of an image has."""
     select: float = Field(default=0.5, gt=0, lt=1)
     """Share of the images on which features and thresholds are chosen; the figures are of the others."""
     gallery_images: Count = 8

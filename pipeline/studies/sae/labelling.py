@@ -3,7 +3,8 @@
 Whole maps of labelled images are encoded; every image votes for the tag whose region each of its features covers best.
 And of every tag it is said by which feature, or small signed set of features, it is told best: chosen on some images,
 judged on the others. Written beside the autoencoders: dictionary.parquet has a row for each feature, concepts.parquet
-one for each tag and autoencoder, which the editor reads; gallery.html shows the images that have most of each concept.
+one for each tag and autoencoder, templates.parquet what tags look like place by place, where that is asked for: the
+editor reads both. gallery.html shows the images that have most of each concept.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from pipeline.common import stopping
 from pipeline.common.showing import public_url
 from pipeline.errors import ModelError, SinkError
 from pipeline.interventions import Autoencoders, BlockAutoencoder
-from pipeline.reading.libraries import CONCEPT_COLUMNS, CONCEPTS_FILE, read_library
+from pipeline.reading.libraries import CONCEPT_COLUMNS, CONCEPTS_FILE, options_text, read_library
 from pipeline.reading.storage import open_fs
+from pipeline.reading.templates import TEMPLATES, TEMPLATES_FILE, row_of
 from pipeline.recordings import RecordingKey
 from pipeline.studies.sae.codes import (
     CodedImages,
@@ -43,6 +45,7 @@ from pipeline.studies.sae.config import LabelConfig
 from pipeline.studies.sae.gallery import GalleryEntry, page_of
 from pipeline.studies.sae.plugins import ATTENDED, Labels, WordVectors, attended_regions, named, word_vectors
 from pipeline.studies.sae.recorded import RecordedRuns
+from pipeline.studies.sae.templates import templates_of
 from pipeline.writing.files import put
 from pipeline.writing.parquet import render_parquet
 
@@ -194,7 +197,7 @@ def label(config: LabelConfig) -> Labelled:
     runs = RecordedRuns(config.recordings)
     folder = config.library.folder
     read_library.cache_clear()  # what stands there may have been written since
-    library = read_library(folder)
+    library = read_library(folder, options_text(config.library.storage_options), named=False)
     entries = entries_of(library, runs)
     vectors = word_vectors(config.word_vectors)
     found = collect(runs, entries, config.labels)
@@ -206,16 +209,21 @@ def label(config: LabelConfig) -> Labelled:
         )
     dictionary: list[dict[str, Any]] = []
     concepts: list[dict[str, Any]] = []
+    templates: list[dict[str, Any]] = []
     for key, entry in entries.items():
         stopping.check()
         images = found.of(key, entry.autoencoder.num_features)
         place = {"block": key.block, "time": key.time, "branch": key.branch}
         dictionary += [{**place, **row} for row in dictionary_rows(images, vectors)]
         concepts += [{**place, **row} for row in concept_rows(images.of(chosen), images.of(judged), config.set_size)]
+        if config.template_size:
+            found_here = templates_of(images, config.template_size)
+            templates += [{**place, "concept": name, **row_of(one)} for name, one in found_here]
     gallery = page_of(gallery_of(found, entries, concepts, config.gallery_images))
     fs, root = open_fs(folder, config.library.storage_options)
     put(fs, f"{root}/{DICTIONARY_FILE}", render_parquet(dictionary, DICTIONARY))
     put(fs, f"{root}/{CONCEPTS_FILE}", render_parquet(concepts, CONCEPTS))
+    put(fs, f"{root}/{TEMPLATES_FILE}", render_parquet(templates, TEMPLATES))  # empty ones replace those of before
     put(fs, f"{root}/{GALLERY_FILE}", gallery.encode())
     read_library.cache_clear()
     return Labelled(

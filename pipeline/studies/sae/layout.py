@@ -26,7 +26,7 @@ from torch.nn.functional import normalize
 from pipeline.common.showing import public_url
 from pipeline.errors import ModelError
 from pipeline.interventions import BlockAutoencoder, Telling
-from pipeline.reading.libraries import read_library
+from pipeline.reading.libraries import options_text, read_library
 from pipeline.reading.storage import open_fs
 from pipeline.recordings import RecordingKey
 from pipeline.studies.plots import Line, plot
@@ -83,7 +83,7 @@ def compare_layouts(config: LayoutConfig) -> Layout:
         ModelError: library and recordings do not belong together, or nothing is labelled.
     """
     runs = RecordedRuns(config.recordings)
-    library = read_library(config.library.folder)
+    library = read_library(config.library.folder, options_text(config.library.storage_options))
     entries = entries_of(library, runs)
     if not library.names:
         raise ModelError(f"'{library.where}' has no dictionary. Run `shardedit sae label` first")

@@ -24,7 +24,7 @@ from pipeline.errors import ModelError
 from pipeline.interventions import BlockAutoencoder
 from pipeline.inversion.base import draw_from
 from pipeline.models.loading import load_backbone
-from pipeline.reading.libraries import read_library
+from pipeline.reading.libraries import options_text, read_library
 from pipeline.reading.storage import open_fs
 from pipeline.seeds import seed_for
 from pipeline.studies.sae.config import ScoreConfig
@@ -73,7 +73,8 @@ def score(config: ScoreConfig) -> Score:
             f"model.name '{config.model.name}' ({backbone.record.digest}) is not what the images were made by, "
             f"'{runs.model.name}' ({runs.model.digest}). Name that"
         )
-    entries = entries_of(read_library(config.library.folder), runs)
+    library = read_library(config.library.folder, options_text(config.library.storage_options), named=False)
+    entries = entries_of(library, runs)
     engine = Engine(backbone, call_size=config.call_size)
     blocks = blocks_of(backbone.offers.openings)
     images = list(_first(runs.pictures(), config.images))
