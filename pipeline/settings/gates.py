@@ -22,7 +22,7 @@ PRESETS: dict[Preset, dict[str, dict[str, float]]] = {
         "mask_share": {"min": 0.002, "max": 0.9},
         "change_inside": {"min": 12.0},
         "background_psnr": {"min": 20.0},
-        "align_corner_px": {"max": 1.0},
+        "align_corner_px": {"max": 0.6},
     },
     # InstructPix2Pix (arXiv 2211.09800), its dataset's script: all four bounds, inclusive.
     "instructpix2pix": {**_CLIP, "clip_sim_dir": {"min": 0.2}, "clip_sim_image": {"min": 0.7}},
