@@ -6,8 +6,11 @@ over a few levels and noises that both texts share, of
 
     |eps - eps_hat(x_t, source)|^2 - |eps - eps_hat(x_t, target)|^2,        x_t = signal x_0 + noise eps,
 
-per value of the latents x_0 of the decoded result: above 0 where the target text explains it better. Flow models give
-eps_hat by their level, like all else.
+per value of the latents x_0 of the decoded result inside its mask, or of all where there is none: above 0 where the
+target text explains it better. Flow models give eps_hat by their level, like all else.
+
+Levels and region were chosen on 50 drawn faces of seed 11 (area under the curve that tells 33 correct edits from 17
+others): inside the mask 0.83 with these levels, 0.70 with 0.45, 0.6 and 0.75; of the whole image 0.60.
 
 Cost: `2 * len(SHARES) * NOISES` network rows and one encoding per result. No further weights.
 """
@@ -18,8 +21,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from pipeline.diffusion.levels import Level, Schedule
 from pipeline.engine.calls import Conditioning, Denoise, Denoised, EncodeImage, EncodeText, Fork, Steps
@@ -31,7 +36,7 @@ from pipeline.records import Decoded, DrawNoise, Rejected
 from pipeline.seeds import seed_for
 from pipeline.settings.gain import GAIN, ComparedTexts, compared_texts
 
-SHARES = (0.45, 0.6, 0.75)
+SHARES = (0.6, 0.75, 0.87)
 """Of noise in x_t, 0..1 (`Level.share`)."""
 NOISES = 2
 """Per level."""
@@ -77,10 +82,25 @@ def _gain_of(result: Decoded | Rejected, schedule: Schedule, run_seed: int) -> S
         return None
     latents = yield EncodeImage(result.pixels)
     draw = draw_from(seed_for(run_seed, prepared.sample.noise_id, GAIN), tuple(latents.shape), latents.dtype)
-    return (yield from denoise_gain(latents, texts, schedule, draw))
+    return (yield from denoise_gain(latents, texts, schedule, draw, region_of(result, latents)))
 
 
-def denoise_gain(latents: Tensor, texts: ComparedTexts, schedule: Schedule, draw_noise: DrawNoise) -> Steps[float]:
+def region_of(result: Decoded, latents: Tensor) -> Tensor:
+    """Where a result is looked at, (h, w) in [0, 1] like its latents: in the masks that the method found and the user's
+    own; everywhere where there is none, or nothing is left.
+    """
+    region = torch.ones(result.pixels.shape[:2])
+    if result.masks is not None:
+        region *= torch.from_numpy(np.logical_or.reduce((np.zeros_like(region, dtype=bool), *result.masks))).float()
+    if result.prepared.mask is not None:
+        region *= torch.from_numpy(result.prepared.mask)
+    pooled = adaptive_avg_pool2d(region[None, None], (latents.shape[-2], latents.shape[-1]))[0, 0]
+    return pooled if bool(pooled.any()) else torch.ones_like(pooled)
+
+
+def denoise_gain(
+    latents: Tensor, texts: ComparedTexts, schedule: Schedule, draw_noise: DrawNoise, region: Tensor
+) -> Steps[float]:
     """The figure of clean latents (C, h, w): see the module.
 
     Args:
@@ -88,6 +108,7 @@ def denoise_gain(latents: Tensor, texts: ComparedTexts, schedule: Schedule, draw
         texts: that are compared.
         schedule: the checkpoint's.
         draw_noise: drawn from once for each row of one text: the noises of the first level, then of the next.
+        region: (h, w) in [0, 1], somewhere above 0: how much each place counts.
 
     Raises:
         EditError: the network's predictions are not finite.
@@ -101,7 +122,8 @@ def denoise_gain(latents: Tensor, texts: ComparedTexts, schedule: Schedule, draw
     denoised: Denoised = yield Denoise(
         torch.cat([noised, noised]), [*levels, *levels], [source] * len(levels) + [target] * len(levels)
     )
-    errors = (denoised.predictions.noise - torch.cat([noises, noises])).square().mean(dim=(1, 2, 3))
+    squared = (denoised.predictions.noise - torch.cat([noises, noises])).square().mean(dim=1)  # (2 R, h, w)
+    errors = (squared * region).sum(dim=(1, 2)) / region.sum()
     gain = float((errors[: len(levels)] - errors[len(levels) :]).mean())
     if not math.isfinite(gain):
         raise EditError("the network's predictions for denoise_gain are not finite. Try model.dtype float32")

@@ -270,17 +270,17 @@ def _instruction_columns(edited: Edited, recipe: Recipe) -> OutputRow:
         return {"instruction": utf8_text(instruction_of(edited.request))}
     seed = seed_for(recipe.run.seed, edited.sample.id, f"instruction of {edited.edit}")
     drawn = drawn_instruction(edited.request, recipe.instructions, seed)
+    text = utf8_text(drawn.text)
     columns: OutputRow = {
-        "instruction": utf8_text(drawn.text),
+        "instruction": text,
         "instruction_source": drawn.source,
         "instruction_revision": drawn.revision,
     }
     if not recipe.instructions.rewritten:
         return columns
     assert edited.gated is not None, "the judge that rewrites is the gates'"
-    found = edited.gated.instruction
-    given, reason = REWRITTEN
-    columns |= {given: columns["instruction"], reason: found.reason or None if found else None}
+    found, (given, why) = edited.gated.instruction, REWRITTEN
+    columns |= {given: text, why: None if found is None else found.reason or None}
     if found is None or not found.text:
         return columns
     return columns | {

@@ -71,7 +71,7 @@ def test_shares_are_of_all_scenes_and_of_what_each_figure_would_have_kept() -> N
 
 
 def test_its_attempts_are_possible() -> None:
-    recipe = recipe_of(gates_score.GATES, gates_score.BEST_OF)
+    recipe = recipe_of(gates_score.GATES_OF_ATTEMPTS, gates_score.BEST_OF)
     assert recipe.measures_gain
     assert not recipe_of(gates_score.GATES).measures_gain
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pipeline.engine.backbone import Backbone, Offers
 from pipeline.engine.calls import Denoise, Denoised, Fork
 from pipeline.engine.engine import Engine
 from pipeline.errors import EditError, RecipeError
-from pipeline.gating.gain import NOISES, SHARES, denoise_gain, levels_near, with_gains
+from pipeline.gating.gain import NOISES, SHARES, denoise_gain, levels_near, region_of, with_gains
 from pipeline.inversion.base import draw_from
 from pipeline.looking.counting import RowCounter
 from pipeline.looking.regenerate import regenerate
@@ -33,6 +34,8 @@ from tests.writing.test_encoding import a_result
 ROWS = 2 * len(SHARES) * NOISES
 TEXTS = ComparedTexts("a red ball", "a blue cup")
 SIDE = 8  # of latents
+REGION = torch.zeros((SIDE, SIDE))
+REGION[2:6, 1:4] = 1
 
 
 def models() -> list[tuple[Backbone, float]]:
@@ -50,7 +53,8 @@ def mean_of(backbone: Any, text: str) -> Tensor:
 
 def measured(backbone: Backbone, latents: Tensor, texts: ComparedTexts) -> float:
     draw = draw_from(7, tuple(latents.shape), latents.dtype)
-    (finished,) = Engine(backbone, call_size=5).run([denoise_gain(latents, texts, backbone.schedule, draw)])
+    steps = denoise_gain(latents, texts, backbone.schedule, draw, REGION)
+    (finished,) = Engine(backbone, call_size=5).run([steps])
     assert finished.error is None, finished.error
     assert finished.network_rows == ROWS
     return float(finished.value)
@@ -65,7 +69,7 @@ def test_the_gain_is_the_difference_of_both_texts_squared_errors(backbone: Backb
         """Of E[eps | x_t] for images from a Gaussian around a mean."""
         noised = level.signal * latents + level.noise * noise
         share = level.noise / (level.signal**2 * spread**2 + level.noise**2)
-        return float((share * (noised - level.signal * mean) - noise).square().mean())
+        return float((share * (noised - level.signal * mean) - noise)[:, 2:6, 1:4].square().mean())
 
     for level in levels_near(SHARES, backbone.schedule, latents):
         for _ in range(NOISES):
@@ -177,10 +181,20 @@ def test_a_model_that_cannot_tell_texts_apart_is_refused_with_the_way_out(tmp_pa
         recipe.refuse_what_lacks(Offers(distilled="few steps"), "turbo")
 
 
+def test_a_result_is_looked_at_inside_its_masks_and_the_users_own() -> None:
+    plain, latents = a_result(16), torch.zeros((4, 1, 4))
+    left, even = np.arange(16)[None] < 8, np.arange(16)[None] % 2 == 0
+    assert region_of(plain, latents).tolist() == [[1, 1, 1, 1]]
+    assert region_of(replace(plain, masks=()), latents).tolist() == [[1, 1, 1, 1]]  # nothing was found
+    assert region_of(replace(plain, masks=(left & even, left)), latents).tolist() == [[1, 1, 0, 0]]
+    own = replace(plain.prepared, mask=even.astype(np.float32))
+    assert region_of(replace(plain, prepared=own, masks=(left,)), latents).tolist() == [[0.5, 0.5, 0, 0]]
+
+
 def test_a_result_whose_gain_is_not_finite_fails_alone() -> None:
     backbone = AnalyticBackbone()
     latents = torch.zeros((backbone.latent_channels, SIDE, SIDE))
-    steps = denoise_gain(latents, TEXTS, backbone.schedule, draw_from(0, tuple(latents.shape)))
+    steps = denoise_gain(latents, TEXTS, backbone.schedule, draw_from(0, tuple(latents.shape)), REGION)
     next(steps)
     call = steps.send([backbone.encode_text(text) for text in TEXTS])
     assert isinstance(call, Denoise)

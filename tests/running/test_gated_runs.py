@@ -214,8 +214,11 @@ def test_a_judge_scores_what_passes_and_is_asked_nothing_twice(tmp_path: Path, m
 def test_a_judge_rewrites_the_instructions_of_what_passes_and_is_asked_once(tmp_path: Path) -> None:
     write_shards(tmp_path / "in", shards=1, rows=4, damaged=())
 
+    seen: dict[str, int] = {}
+
     def script(digest: str, part: str, attempt: int) -> Reply:
-        says = '"Put a hat on."' if int(digest, 16) % 3 else "null"
+        if part == "rewrite":  # of every second picture it has nothing to say, however often it is asked
+            says = "null" if seen.setdefault(digest, len(seen)) % 2 else '"Put a hat on."'
         return Reply(content=f'{{"reasoning": "seen", "instruction": {says}}}') if part == "rewrite" else Reply()
 
     with fake_judge(script) as judge:
