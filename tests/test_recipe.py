@@ -233,6 +233,21 @@ def test_the_hash_follows_what_decides_results_and_nothing_else(config):
         assert load_recipe(config, [override]).hash != recipe.hash, override
 
 
+def test_the_hash_is_that_of_earlier_versions_so_that_their_runs_go_on():
+    """Who changes it on purpose says so in the changelog: a run that was begun before is refused from then on."""
+    recipe = recipe_from(
+        {
+            "source": {"shards": "in"},
+            "edits": {"concepts": [{"prompt": "a hat"}]},
+            "model": {"name": "demo"},
+            "inversion": {"method": "ddpm", "num_steps": 20},
+            "editing": {"method": "ledits_pp"},
+            "sink": {"folder": "out"},
+        }
+    )
+    assert recipe.hash == "66afe32254450406"
+
+
 def test_the_hash_does_not_depend_on_spelling_or_order():
     one = recipe_from({**SMALLEST, "edits": SUNGLASSES, "run": {"seed": 0}})
     other = recipe_from(
