@@ -138,7 +138,8 @@ KINDS: dict[str, tuple[Plan, list[list[tuple[Any, ...]]]]] = {
 
 
 @needs_a_compiler
-@pytest.mark.parametrize("kind", ["grouped", pytest.param("all that is left", marks=pytest.mark.slow)])
+@pytest.mark.slow  # compiles each anew
+@pytest.mark.parametrize("kind", KINDS)
 def test_calls_of_a_kind_are_one_graph_and_do_what_plain_ones_do(
     kind: str, compiled: Backbone, plain: Backbone
 ) -> None:
