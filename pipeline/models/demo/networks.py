@@ -208,9 +208,6 @@ def stable_diffusion_pipeline() -> type[DiffusionPipeline]:
 def load_pipeline(folder: Path) -> Any:
     """Read a folder that `save_pipeline` wrote, as a `StableDiffusionPipeline`. `OSError` where it is incomplete."""
     with quiet():
-        # Without `low_cpu_mem_usage` diffusers asks for accelerate, which nothing here needs.
-        pipeline = stable_diffusion_pipeline().from_pretrained(
-            folder, dtype=torch.float32, low_cpu_mem_usage=False, local_files_only=True
-        )
+        pipeline = stable_diffusion_pipeline().from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
