@@ -18,16 +18,35 @@ import numpy as np
 import typer
 from scipy.stats import spearmanr
 
-from demo_world.methods import NUM_STEPS, method_of, valid_pairs, write_between_marks
+from demo_world.methods import (
+    H_EDIT_SCALES,
+    NUM_STEPS,
+    h_edit_strength,
+    method_of,
+    valid_pairs,
+    write_between_marks,
+)
 from pipeline.common.wording import count
 from pipeline.evaluation.config import EvaluateConfig, evaluation_from
 from pipeline.evaluation.job.run import evaluate
 from pipeline.evaluation.tables import Tables, cell
+from pipeline.recipe import Method
 
 BEGIN = "<!-- written by `make methods-evaluation` -->"
 TRUTH = ("success", "unchanged")  # what the oracle reads of a result
 SHOWN = (*TRUTH, "truth_psnr", "psnr_unedit_part_area_normalised", "ssim_unedit_part", "mask_iou")
 FEWEST = 5  # methods with a number from which ranks are compared
+
+
+def evaluated(inversion: str, editor: str, steps: int) -> Method:
+    """A pair as in methods_table.py; but h-Edit, which finds its place by itself there, gets a benchmark's words here.
+    They act on attention, and say where the image may change."""
+    method = method_of(inversion, editor, steps)
+    if editor != "h_edit":
+        return method
+    scale = h_edit_strength(inversion) * max(H_EDIT_SCALES.values())
+    changed = {**method.editing.model_dump(), "control": "prompt_to_prompt", "mask": "none", "guidance_scale": scale}
+    return Method(inversion=method.inversion, editing=type(method.editing).model_validate(changed))
 
 
 def configuration(pairs: Sequence[tuple[str, str]], scenes: int, steps: int, folder: Path) -> EvaluateConfig:
@@ -36,7 +55,7 @@ def configuration(pairs: Sequence[tuple[str, str]], scenes: int, steps: int, fol
         {
             "set": {"kind": "drawn", "count": scenes},
             "model": {"name": "demo"},
-            "methods": {f"{pair[0]}+{pair[1]}": method_of(*pair, steps) for pair in sorted(pairs)},
+            "methods": {f"{pair[0]}+{pair[1]}": evaluated(*pair, steps) for pair in sorted(pairs)},
             "metrics": {"own": ["demo_world.figures:drawn"]},
             "statistics": {"measures": list(SHOWN)},
             "sink": {"folder": str(folder)},

@@ -15,6 +15,7 @@ from pipeline.engine.stacking import Layout, Stacked
 from pipeline.models.kernels import VECTOR_WIDTH
 
 FEW_KEYS = 64  # filling up fewer costs more than it saves
+PAIRS = 4096**2  # of places, whose mask is held at a time: 16 MB as it is, 64 where a CPU's kernel wants numbers
 QUERIES = 1024  # whose explicit maps are held at a time: 8 heads over 4,096 places take 134 MB a row, tangents as much
 
 
@@ -145,21 +146,26 @@ class Acting:
             states[rows[:, 1:]].transpose(1, 2).flatten(2, 3)  # (E, heads, J N, d)
             for states in (key, value)
         )
-        read = fused_attention(query[reader], keys, values, self._readable(number, layer), scale)
+        classes = self._classes(number, layer)
+        if classes is None:
+            read = fused_attention(query[reader], keys, values, None, scale)
+        else:
+            some = max(1, PAIRS // (query.shape[2] * keys.shape[2]))
+            parts = zip(*(tensor.split(some) for tensor in (query[reader], keys, values, classes)), strict=True)
+            read = torch.cat([_masked_attention(*part, scale) for part in parts])
         # What slots that nobody uses have read is not written.
         written = torch.where(used[:, None, None, None] > 0, read, attended[reader])
         return attended.index_copy(0, reader, written)
 
-    def _readable(self, number: int, layer: Layer) -> Tensor | None:
-        """(E, 1, N, J N) bool: which places a place reads. None: all."""
+    def _classes(self, number: int, layer: Layer) -> Tensor | None:
+        """(E, 1 + J, h, w): of each place of the row that reads and of those that are read. None: all is read."""
         told_by = self.layout.plan.reads[number].classes
         if told_by is None or (told_by == "watched" and not self.sums):
             return None
         given = told_by == "given"  # (E, 1 + J, h, w), else (E, 2, h', w')
         classes = self.parts[f"reads.{number}.classes"] if given else self._watched_classes(number)
         size = layer.grid(self.layout.shape.height, self.layout.shape.width)
-        at_layer = interpolate(classes.float(), size=size, mode="nearest").to(torch.int64)
-        return readable(at_layer[:, 0].flatten(1), at_layer[:, 1:].flatten(1))[:, None]
+        return interpolate(classes.float(), size=size, mode="nearest").to(torch.uint8)
 
     def _watched_classes(self, number: int) -> Tensor:
         """(E, 2, h', w'): foreground of the row that reads and of the one that is read, by the layers that have run."""
@@ -217,8 +223,15 @@ def blended(attended: Tensor, row: Tensor, source: Tensor, place: Tensor, share:
     return attended.index_copy(0, row, (own * (1 - share) + other * share).transpose(1, 2))
 
 
+def _masked_attention(query: Tensor, key: Tensor, value: Tensor, classes: Tensor, scale: float) -> Tensor:
+    """Attention of E rows to the places that their classes (E, 1 + J, h, w) let them read."""
+    mask = readable(classes[:, 0].flatten(1), classes[:, 1:].flatten(1))[:, None]
+    return fused_attention(query, key, value, mask, scale)
+
+
 def readable(own: Tensor, theirs: Tensor) -> Tensor:
-    """(E, N, M) bool: which of M places each of N places reads, by their classes (E, N) and (E, M).
+    """(E, N, M) bool: which of M places each of N places reads, by their classes (E, N) and (E, M) in uint8, which
+    every pair has once.
 
     A place whose class nobody has reads all that are not hidden: there is nothing to keep to. Where all are hidden, all
     are read.

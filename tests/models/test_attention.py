@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import attention_memory
 from pipeline.engine.calls import Denoise, EncodeText, NetworkCall, Steps
 from pipeline.engine.engine import Engine
 from pipeline.models import attention
@@ -36,6 +37,20 @@ def test_a_given_mask_is_kept() -> None:
     mask[..., 70:] = float("-inf")
     found = fused_attention(query, key, value, mask, 0.5)
     torch.testing.assert_close(found, fused_attention(query, key[:, :, :70], value[:, :, :70], None, 0.5))
+
+
+def test_a_mask_of_places_is_held_of_few_rows_at_a_time_with_few_bytes_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    side = 32
+    monkeypatch.setattr(attention_memory, "SIDE", side)
+    monkeypatch.setattr(attention_memory, "STEPS", 2)
+    monkeypatch.setattr(attention_memory, "EDITS", {"masactrl": attention_memory.EDITS["masactrl"]})
+    peaks = {}
+    for rows in (1, 16):
+        monkeypatch.setattr(attention, "PAIRS", rows * side**4)
+        peaks[rows] = attention_memory.measure()[0]["peak_of_a_call_mib"]
+    print(peaks)
+    assert peaks[1] < 6 + 3
+    assert peaks[16] < 3
 
 
 def test_rows_that_are_the_same_until_the_text_is_read_are_attended_to_once_with_the_same_bits(
