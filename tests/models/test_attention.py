@@ -40,17 +40,13 @@ def test_a_given_mask_is_kept() -> None:
 
 
 def test_a_mask_of_places_is_held_of_few_rows_at_a_time_with_few_bytes_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two rows that read by classes, over 1,024 places: beside all else 1 MiB a byte and row."""
     side = 32
     monkeypatch.setattr(attention_memory, "SIDE", side)
     monkeypatch.setattr(attention_memory, "STEPS", 2)
     monkeypatch.setattr(attention_memory, "EDITS", {"masactrl": attention_memory.EDITS["masactrl"]})
-    peaks = {}
-    for rows in (1, 16):
-        monkeypatch.setattr(attention, "PAIRS", rows * side**4)
-        peaks[rows] = attention_memory.measure()[0]["peak_of_a_call_mib"]
-    print(peaks)
-    assert peaks[1] < 6 + 3
-    assert peaks[16] < 3
+    monkeypatch.setattr(attention, "PAIRS", side**4)
+    assert attention_memory.measure()[0]["peak_of_a_call_mib"] < 13  # 16 with both at once, 15 with wider numbers
 
 
 def test_rows_that_are_the_same_until_the_text_is_read_are_attended_to_once_with_the_same_bits(

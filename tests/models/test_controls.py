@@ -39,6 +39,7 @@ from pipeline.engine.controls import (
     WatchedClasses,
 )
 from pipeline.engine.stacking import Shape, Stacked, seen_by, stack
+from pipeline.models import attention
 from pipeline.models.attention import readable
 from pipeline.models.loading import load_backbone
 from pipeline.models.stable_diffusion import StableDiffusion
@@ -294,6 +295,16 @@ def test_a_group_has_the_same_bits_in_whatever_company_and_layout(name: str) -> 
             if ours.watched is not None and theirs.watched is not None:
                 assert torch.equal(ours.watched, theirs.watched)
             assert all(torch.equal(one, other) for one, other in zip(ours.recorded, theirs.recorded, strict=True))
+
+
+@pytest.mark.parametrize("name", ["given classes", "hidden places", "watched classes"])
+def test_rows_that_keep_to_classes_are_attended_to_few_at_a_time_with_the_same_bits(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups, plan = both_groups(name)
+    together = run(groups, plan, torch.float32)[0]
+    monkeypatch.setattr(attention, "PAIRS", 1)
+    assert torch.equal(run(groups, plan, torch.float32)[0], together)
 
 
 def test_places_read_their_class_and_what_reads_nothing_reads_all_that_is_not_hidden() -> None:
