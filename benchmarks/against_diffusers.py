@@ -33,11 +33,11 @@ from transformers.utils import logging
 from pipeline.engine.backbone import ModelRecord
 from pipeline.engine.engine import Engine, EngineStats
 from pipeline.errors import ModelError
-from pipeline.flow import edit_prepared
 from pipeline.models.allocator import keep_freed_memory
 from pipeline.models.compiling import check_compiler
 from pipeline.models.loading import load_backbone
 from pipeline.models.stable_diffusion import StableDiffusion
+from pipeline.one_image import Setup, edit_prepared
 from pipeline.reading.prepare import prepare
 from pipeline.reading.requests import asked_of
 from pipeline.recipe import ModelConfig, Recipe, recipe_from
@@ -116,7 +116,8 @@ def prepared(images: list[Image.Image], recipe: Recipe, size: int) -> list[Prepa
 
 def edit_with_engine(engine: Engine, inputs: list[Prepared], recipe: Recipe) -> None:
     """All images through one engine."""
-    for finished in engine.run(edit_prepared(one, recipe.all_methods, 0, engine.backbone) for one in inputs):
+    setup = Setup(methods=recipe.all_methods, run_seed=0)
+    for finished in engine.run(edit_prepared(one, setup, engine.backbone) for one in inputs):
         if finished.error is not None:
             raise finished.error
 

@@ -42,10 +42,10 @@ from demo_world.scoring import fresh_scenes, round_trips
 from pipeline.editor import Editor
 from pipeline.engine.calls import DecodeLatents, Steps
 from pipeline.evaluation.metrics import psnr
-from pipeline.flow import latent_mask
 from pipeline.models.allocator import keep_freed_memory
 from pipeline.models.demo.networks import IMAGE_SIZE
 from pipeline.models.demo.world import BACKGROUND_COLORS, FACE_COLORS, Scene, changed_region, draw, edited
+from pipeline.one_image import latent_mask
 from pipeline.recipe import Method, recipe_from
 from pipeline.records import Concept, EditedLatents, EditRequest, Trajectory, WordPair
 

@@ -26,10 +26,10 @@ from pipeline.engine.backbone import Backbone
 from pipeline.engine.calls import Steps
 from pipeline.engine.engine import Engine
 from pipeline.errors import RecipeError
-from pipeline.flow import edit_prepared
 from pipeline.interventions import Intervention
 from pipeline.looking.counting import RowCounter
 from pipeline.models.loading import checked_device, load_backbone
+from pipeline.one_image import Setup, edit_prepared
 from pipeline.reading.directions import refuse_other_directions, stored_directions
 from pipeline.reading.libraries import libraries_of, refuse_other_autoencoders
 from pipeline.reading.pictures import AnyImage, picture
@@ -301,17 +301,14 @@ class Editor:
         prepared = self._prepared(image, mask, name, recipe)
         refuse_other_directions(recipe, self.backbone)
         refuse_other_autoencoders(recipe, self.backbone)
-        return (
-            yield from edit_prepared(
-                prepared,
-                recipe.all_methods,
-                recipe.run.seed,
-                self.backbone,
-                stored=stored_directions(recipe),
-                libraries=libraries_of(recipe),
-                round_trip=recipe.decodes_inputs,
-            )
+        setup = Setup(
+            methods=recipe.all_methods,
+            run_seed=recipe.run.seed,
+            stored=stored_directions(recipe),
+            libraries=libraries_of(recipe),
+            round_trip=recipe.decodes_inputs,
         )
+        return (yield from edit_prepared(prepared, setup, self.backbone))
 
     def _prepared(self, image: AnyImage, mask: AnyImage | None, name: str | None, recipe: Recipe) -> Prepared:
         sample = Sample(id=name or "", shard="", key=name or "image", index=0, image=b"")

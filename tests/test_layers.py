@@ -22,7 +22,8 @@ LAYERS = [
     {"recipe", "settings"},
     {"reading", "gating", "seeds", "evaluation.metrics", "pairs.alignment", "pairs.affine"},
     {"writing"},
-    {"best_of", "flow", "answering"},
+    {"best_of", "one_image", "answering"},
+    {"flow"},
     {"evaluation"},
     {"looking.results", "looking.report"},  # a run ends with its report
     {"running"},

@@ -15,10 +15,10 @@ from pipeline.editing import EDITORS
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.engine import Engine
 from pipeline.evaluation.metrics import psnr
-from pipeline.flow import edit_prepared
 from pipeline.inversion import INVERSIONS
 from pipeline.models.demo.world import draw
 from pipeline.models.loading import load_backbone
+from pipeline.one_image import Setup, edit_prepared
 from pipeline.recipe import Method, ModelConfig
 from pipeline.records import Concept, Decoded, EditRequest, Placement, Prepared
 from pipeline.samples import Sample
@@ -70,7 +70,9 @@ def results(methods: dict[str, Method], request: EditRequest) -> dict[str, Decod
         allowed=None,
         requests={"edit": request},
     )
-    made = Engine(demo(), call_size=16, pad=False).run_one(edit_prepared(prepared, methods, 0, demo()))
+    made = Engine(demo(), call_size=16, pad=False).run_one(
+        edit_prepared(prepared, Setup(methods=methods, run_seed=0), demo())
+    )
     assert all(isinstance(result, Decoded) for result in made), made
     return {result.method: result for result in made}
 

@@ -189,7 +189,7 @@ def prepare(driver: Driver) -> None:
 
 
 def _failing(outcome_of: Callable[..., Any], keys: tuple[str, ...]) -> Callable[..., Any]:
-    from pipeline.flow import rejected
+    from pipeline.one_image import rejected
 
     def some(result: Any, *others: Any) -> Any:
         prepared = getattr(result, "prepared", None)

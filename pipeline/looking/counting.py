@@ -21,9 +21,10 @@ from pipeline.engine.backbone import Backbone, Bottleneck, ModelRecord, Offers
 from pipeline.engine.calls import Conditioning, NetworkAnswer, NetworkCall, PixelFunction, Product, Span
 from pipeline.engine.controls import DecoderBlock, Openings, Records, Transformer
 from pipeline.engine.engine import Engine
-from pipeline.flow import bounds_before, edit_prepared
+from pipeline.flow import bounds_before
 from pipeline.gating.gain import gain_seed_of
 from pipeline.interventions import BlockAutoencoder, ConceptFeatures, Intervention, Library, Target, Telling
+from pipeline.one_image import Setup, edit_prepared
 from pipeline.recipe import Recipe
 from pipeline.records import EditRequest, Placement, Prepared
 from pipeline.samples import Sample
@@ -69,11 +70,9 @@ class RowCounter:
             requests=requests,
         )
         engine = Engine(backbone, call_size=64, pad=False)
-        steps = edit_prepared(
-            prepared,
-            self.recipe.all_methods,
-            0,
-            backbone,
+        setup = Setup(
+            methods=self.recipe.all_methods,
+            run_seed=0,
             stored=_AnyFile(),
             libraries=_AnyLibrary(),
             blocks=_AnyBlock(),
@@ -81,7 +80,7 @@ class RowCounter:
             before=bounds_before(self.recipe),
             gain_seed=gain_seed_of(self.recipe),
         )
-        (finished,) = engine.run([steps])
+        (finished,) = engine.run([edit_prepared(prepared, setup, backbone)])
         if finished.error is not None:
             raise finished.error
         return finished.network_rows

@@ -151,8 +151,8 @@ class Acting:
             read = fused_attention(query[reader], keys, values, None, scale)
         else:
             some = max(1, PAIRS // (query.shape[2] * keys.shape[2]))
-            parts = zip(*(tensor.split(some) for tensor in (query[reader], keys, values, classes)), strict=True)
-            read = torch.cat([_masked_attention(*part, scale) for part in parts])
+            split = (tensor.split(some) for tensor in (query[reader], keys, values, classes))
+            read = torch.cat([_masked_attention(q, k, v, told, scale) for q, k, v, told in zip(*split, strict=True)])
         # What slots that nobody uses have read is not written.
         written = torch.where(used[:, None, None, None] > 0, read, attended[reader])
         return attended.index_copy(0, reader, written)

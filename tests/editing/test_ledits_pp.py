@@ -12,8 +12,8 @@ from pipeline.editing.ledits_pp import LEditsPP, is_active
 from pipeline.engine.calls import Denoise, Denoised
 from pipeline.engine.engine import Engine
 from pipeline.errors import EditError, PrepareError
-from pipeline.flow import latent_mask
 from pipeline.inversion.ddpm import DDPMInversion
+from pipeline.one_image import latent_mask
 from pipeline.records import Concept, EditRequest
 from tests.facts import EditorFacts
 from tests.golden.checks import observed

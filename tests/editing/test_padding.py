@@ -21,8 +21,8 @@ from pipeline.editing.prompt_to_prompt import local_blend_mask
 from pipeline.editing.proxedit import threshold_of
 from pipeline.engine.calls import NetworkAnswer, NetworkCall
 from pipeline.engine.engine import Engine
-from pipeline.flow import edit_prepared
 from pipeline.models.analytic import AnalyticBackbone
+from pipeline.one_image import Setup, edit_prepared
 from pipeline.reading.placement import place
 from pipeline.reading.prepare import prepare
 from pipeline.reading.requests import asked_of
@@ -131,7 +131,10 @@ def test_no_editor_lets_the_padding_decide_what_happens_in_the_image() -> None:
     backbone = PointByPoint()
     engine = Engine(backbone, call_size=16)
     one, two = (
-        {result.method: result for result in engine.run_one(edit_prepared(given, methods, 0, backbone))}
+        {
+            result.method: result
+            for result in engine.run_one(edit_prepared(given, Setup(methods=methods, run_seed=0), backbone))
+        }
         for given in (prepared, dataclasses.replace(prepared, pixels=other))
     )
     assert not np.array_equal(one["ddim-cfg"].pixels[:16], two["ddim-cfg"].pixels[:16])

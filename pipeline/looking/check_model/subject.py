@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from pipeline.engine.backbone import Backbone
 from pipeline.engine.engine import Engine
 from pipeline.errors import EditError, RecipeError
-from pipeline.flow import edit_prepared
 from pipeline.looking.check_model.drawn import drawn_face
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.base import Family
 from pipeline.models.loading import BUNDLED
+from pipeline.one_image import Setup, edit_prepared
 from pipeline.reading.prepare import prepare
 from pipeline.recipe import Method, Recipe
 from pipeline.records import Asked, Concept, Decoded, EditRequest, Prepared
@@ -88,7 +88,7 @@ class Subject:
             EditError: one of them could not be made; says which and why.
         """
         prepared = replace(self.prepared, requests={EDIT: request})
-        steps = edit_prepared(prepared, dict(methods), self.recipe.run.seed, self.backbone)
+        steps = edit_prepared(prepared, Setup(methods=methods, run_seed=self.recipe.run.seed), self.backbone)
         (finished,) = self.engine.run([steps])
         if finished.error is not None:
             raise finished.error
