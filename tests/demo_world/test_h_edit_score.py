@@ -48,6 +48,13 @@ def test_a_perfect_outcome_has_perfect_figures_and_none_has_no_success() -> None
 
 def test_the_table_has_a_line_for_each_score() -> None:
     one = Score(
-        form="R", task="a", success=0.5, unchanged=1.0, background_psnr=31.25, worst_background=26.0, network_rows=80
+        form="R",
+        task="a",
+        steps=20,
+        success=0.5,
+        unchanged=1.0,
+        background_psnr=31.25,
+        worst_background=26.0,
+        network_rows=80,
     )
-    assert "| R | a | 0.50 | 1.00 | 31.2 dB | 26.0 dB | 80 |" in markdown([one], 4).splitlines()
+    assert "| R | a | 20 | 0.50 | 1.00 | 31.2 dB | 26.0 dB | 80 |" in markdown([one], 4).splitlines()
