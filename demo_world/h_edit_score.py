@@ -239,8 +239,8 @@ def markdown(scores: Sequence[Score], scenes: int) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {one.form} | {one.task} | {one.steps} | {one.success:.2f} | {one.unchanged:.2f} | {one.background_psnr:.1f} dB | "
-        f"{one.worst_background:.1f} dB | {one.network_rows:.0f} |"
+        f"| {one.form} | {one.task} | {one.steps} | {one.success:.2f} | {one.unchanged:.2f} | "
+        f"{one.background_psnr:.1f} dB | {one.worst_background:.1f} dB | {one.network_rows:.0f} |"
         for one in scores
     ]
     return "\n".join(lines) + "\n"
