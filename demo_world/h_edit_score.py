@@ -96,7 +96,7 @@ TASKS: dict[str, Task] = {
         steps=FINE,
     ),
     "face, by a reward": Task(
-        before={"face_color": "yellow"}, reward={"face_color": "green"}, weight=0.115, steps=FINE
+        before={"face_color": "yellow"}, reward={"face_color": "green"}, weight=0.13, steps=FINE
     ),
     "background, by a reward": Task(before={"background": "mint"}, reward={"background": "lavender"}, weight=0.05),
     "sunglasses by a text, face by a reward": Task(
