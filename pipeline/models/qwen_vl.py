@@ -3,7 +3,7 @@ them.
 
 The conversation's first words tell the model its task; what it makes of these is left out, and the rest is what a
 transformer reads. Prompts have a fixed number of places. Those behind a prompt are zeros, which the transformer masks:
-how many there are changes no result, and texts of any length share calls.
+how many there are changes results by rounding alone, and texts of any length share calls.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pipeline.models.networks import words_of_tokens
 
 IMAGE_TOKEN = "<|image_pad|>"  # stands where the text model is given what the vision model makes of a picture
 FILE = "processor/preprocessor_config.json"
+ROUND = 32  # pixels
 NO_WORDS = " "  # of an empty prompt: what the publishers sample against
 
 
@@ -91,7 +92,7 @@ class QwenText(FlowText):
         """Embed a prompt that speaks of a picture (H, W, 3) uint8, alone in its call: its bits depend on both alone.
 
         Raises:
-            EditError: the prompt is longer than its places, or the picture too narrow to be cut.
+            EditError: the prompt is longer than its places, or holds a picture's token.
         """
         assert self.with_picture is not None
         conversation, vision = self.with_picture
@@ -124,7 +125,7 @@ class QwenText(FlowText):
         if own > self.num_places:
             raise EditError(
                 f"the prompt takes {own} places of the text encoder with what stands around it, and has "
-                f"{self.num_places}. Set model.text_tokens to {own} or more, up to 512, or say it shorter"
+                f"{self.num_places}. Set model.text_tokens to {own} or more (512 at most), or say it shorter"
             )
         offsets = [(first - len(before), last - len(before)) for first, last in found.offset_mapping]
         return _Tokens(ids, [at for at, (first, _) in enumerate(offsets) if 0 <= first < len(prompt)], offsets)
@@ -200,6 +201,7 @@ class PictureCut:
     patch_size: int  # pixels along a patch's side
     merge_size: int  # patches along a token's side
     frames: int
+    area: int | None = None  # pixels that a picture is brought to before, in multiples of 32 a side; None: it is not
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], vision: Mapping[str, Any], where: str) -> PictureCut:
@@ -251,6 +253,13 @@ class PictureCut:
         """Pixels along the side of what is one token of the text model."""
         return self.patch_size * self.merge_size
 
+    def seen(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of what is cut of a picture: its own, or of `area`."""
+        if self.area is None:
+            return height, width
+        across = math.sqrt(self.area * width / height)
+        return round(across * height / width / ROUND) * ROUND, round(across / ROUND) * ROUND
+
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width that a picture is brought to: the nearest whole tokens, or, out of bounds, the largest area
         below the upper one or the smallest above the lower one of about its shape."""
@@ -267,8 +276,12 @@ class PictureCut:
     def cut(self, picture: np.ndarray) -> tuple[Float[Tensor, "N P"], tuple[int, int]]:
         """Patches of a picture (H, W, 3) uint8, those of a token side by side, and how many rows and columns of them.
         A patch's numbers are ordered by channel, frame, row and column."""
-        height, width = self.size(*picture.shape[:2])
-        resized = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
+        image = Image.fromarray(picture)
+        seen = self.seen(image.height, image.width)
+        if self.area is not None:
+            image = image.resize(seen[::-1], Image.Resampling.LANCZOS)
+        height, width = self.size(*seen)
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
         values = np.asarray(resized, dtype=np.float32) * np.float32(self.factor)
         values = (values - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         patch, merge = self.patch_size, self.merge_size
@@ -281,7 +294,7 @@ class PictureCut:
 
     def num_tokens(self, height: int, width: int) -> int:
         """Tokens of a picture of so many pixels."""
-        rows, columns = self.size(height, width)
+        rows, columns = self.size(*self.seen(height, width))
         return rows * columns // self.token_side**2
 
 

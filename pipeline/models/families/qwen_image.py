@@ -2,13 +2,14 @@
 
 A transformer of blocks in which image and text attend to each other; Qwen2.5-VL as text encoder, whose padding is
 masked; latents of 16 channels of a video's autoencoder, packed two by two; levels shifted by the image's size, and
-stretched to end at one of the checkpoint's. Guidance keeps the length of each token's velocity. Edit reads a reference
-image, and its text encoder sees it. Page: docs/families/qwen_image.md.
+stretched to end at one of the checkpoint's. Guidance keeps the length of each token's velocity. Edit and Edit Plus read
+a reference image, and their text encoder sees it. Page: docs/families/qwen_image.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -39,7 +40,8 @@ from pipeline.models.networks import load_tokenizer
 from pipeline.models.one_frame import OneFrame
 from pipeline.models.qwen_vl import NO_WORDS, Conversation, PictureCut, QwenText, check_qwen
 
-EDIT = "QwenImageEditPipeline"  # trained to read a reference image, which its text encoder sees
+# Trained to read a reference image, which its text encoder sees; Plus reads several, of which one is given here.
+EDIT, EDIT_PLUS = EDITS = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
 SIDE = 128  # latents: the configuration says none, and this is what diffusers' pipeline samples unasked
 TEXT_TOKENS = 256
 LATENTS = 16  # channels, where the autoencoder's file does not say
@@ -59,6 +61,8 @@ WITH_PICTURE = Conversation(
     64,
     "<|vision_start|><|image_pad|><|vision_end|>",
 )
+NUMBERED = WITH_PICTURE._replace(before=f"Picture 1: {WITH_PICTURE.before}")  # of Plus
+SEEN_OF_PLUS = 384 * 384  # pixels of what its text encoder sees
 UNKNOWN = {
     "guidance_embeds": "its transformer would be told a guidance scale, of which diffusers' own knows nothing",
     "use_additional_t_cond": "its transformer would be told more than the time, as for pictures in layers",
@@ -70,7 +74,7 @@ class QwenImageFamily(Family):
     """See the module."""
 
     name = "qwen_image"
-    pipelines = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", EDIT)
+    pipelines = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", *EDITS)
     components: ClassVar = {
         **PARTS,
         "vae": Component("network", "diffusers", ("AutoencoderKLQwenImage",)),
@@ -78,7 +82,7 @@ class QwenImageFamily(Family):
         "text_encoder": Component("network", "transformers", ("Qwen2_5_VLForConditionalGeneration",)),
         "tokenizer": Component("tokenizer", "transformers", ("Qwen2TokenizerFast", "Qwen2Tokenizer")),
         "processor": Component(
-            "processor", "transformers", ("Qwen2VLProcessor", "Qwen2_5_VLProcessor"), pipelines=(EDIT,)
+            "processor", "transformers", ("Qwen2VLProcessor", "Qwen2_5_VLProcessor"), pipelines=EDITS
         ),
     }
 
@@ -98,7 +102,7 @@ class QwenImageFamily(Family):
                 "checkpoint of Qwen-Image or Qwen-Image-Edit"
             )
         self.schedule_of(configurations)
-        _cut_of(configurations, where)
+        _with_picture(configurations, where)
 
     def schedule_of(self, configurations: Configurations) -> FlowSchedule:
         """The levels, as the scheduler's file states them."""
@@ -106,7 +110,7 @@ class QwenImageFamily(Family):
 
     @override
     def offers(self, configurations: Configurations) -> Offers:
-        edits = configurations.pipeline == EDIT
+        edits = configurations.pipeline in EDITS
         layers = joint_layers(configurations.parts["transformer"].get("num_layers", 60))
         return Offers(openings=joint_openings(layers), references=edits, reads_pictures=edits)
 
@@ -122,8 +126,8 @@ class QwenImageFamily(Family):
         vae = self.autoencoder_dtype(configurations, loading.dtype)
         networks = load_networks(checkpoint, self.components, loading, vae)
         tokenizer = load_tokenizer(checkpoint.folder, "tokenizer", self.components["tokenizer"])
-        encoder, cut = networks["text_encoder"], _cut_of(configurations, where)
-        check_qwen(tokenizer, encoder.config, [PLAIN] if cut is None else [PLAIN, WITH_PICTURE], where)
+        encoder, with_picture = networks["text_encoder"], _with_picture(configurations, where)
+        check_qwen(tokenizer, encoder.config, [PLAIN, *([] if with_picture is None else with_picture[:1])], where)
         width = encoder.config.text_config.hidden_size
         check_widths("embeddings", networks["transformer"].config.joint_attention_dim, width, where)
         return FlowTransformer(
@@ -134,7 +138,7 @@ class QwenImageFamily(Family):
                 encoder,
                 num_places=loading.text_tokens or TEXT_TOKENS,
                 conversation=PLAIN,
-                with_picture=None if cut is None else (WITH_PICTURE, cut),
+                with_picture=with_picture,
             ),
             schedule=self.schedule_of(configurations),
             offers=self.offers(configurations),
@@ -160,10 +164,10 @@ class QwenImageFamily(Family):
     @override
     def widest(self, configurations: Configurations, side: int) -> tuple[int, int]:
         """With a reference of the latents' own size, and its tokens in the text, where one is read."""
-        beside, cut = TEXT_TOKENS, _cut_of(configurations, "it")
-        if cut is not None:
+        beside, with_picture = TEXT_TOKENS, _with_picture(configurations, "it")
+        if with_picture is not None:
             pixels = side * SHRINKS
-            beside += (side // PATCH) ** 2 + cut.num_tokens(pixels, pixels)
+            beside += (side // PATCH) ** 2 + with_picture[1].num_tokens(pixels, pixels)
         return widest_of_transformer(configurations, side, 24, 128, beside)
 
     @override
@@ -203,12 +207,15 @@ class QwenImageFamily(Family):
         return (latents * std + mean)[:, :, None]
 
 
-def _cut_of(configurations: Configurations, where: str) -> PictureCut | None:
-    """How the text encoder's pictures are cut; None: it sees none."""
-    if configurations.pipeline != EDIT:
+def _with_picture(configurations: Configurations, where: str) -> tuple[Conversation, PictureCut] | None:
+    """What stands around a prompt that speaks of a picture, and how that is cut; None: the text encoder sees none."""
+    if configurations.pipeline not in EDITS:
         return None
     vision = configurations.parts["text_encoder"].get("vision_config") or {}
-    return PictureCut.from_config(configurations.parts["processor"], vision, where)
+    cut = PictureCut.from_config(configurations.parts["processor"], vision, where)
+    if configurations.pipeline == EDIT:
+        return WITH_PICTURE, cut
+    return NUMBERED, replace(cut, area=SEEN_OF_PLUS)
 
 
 def joint_layers(num_blocks: int) -> tuple[Layer, ...]:

@@ -243,10 +243,10 @@ def qwen(scheduler: Mapping[str, Any] = QWEN_FLOW, **transformer: Any) -> Files:
     }  # fmt: skip
 
 
-def qwen_edit() -> Files:
+def qwen_edit(pipeline: str = "QwenImageEditPipeline") -> Files:
     """A checkpoint of Qwen-Image-Edit's files."""
     files = qwen()
-    index = {"_class_name": "QwenImageEditPipeline", "processor": ["transformers", "Qwen2VLProcessor"]}
+    index = {"_class_name": pipeline, "processor": ["transformers", "Qwen2VLProcessor"]}
     return {
         **files,
         "model_index.json": {**files["model_index.json"], **index},
@@ -305,6 +305,7 @@ PUBLISHED: dict[str, Files] = {
     ),
     "Qwen/Qwen-Image": qwen(),
     "Qwen/Qwen-Image-Edit": qwen_edit(),
+    "Qwen/Qwen-Image-Edit-2509": qwen_edit("QwenImageEditPlusPipeline"),
     "playgroundai/playground-v2.5-1024px-aesthetic": sdxl(EDM),
     "latent-consistency/lcm-sdxl": {  # a UNet alone
         "config.json": {**SDXL_UNET, "time_cond_proj_dim": 256}, "diffusion_pytorch_model.safetensors": None,

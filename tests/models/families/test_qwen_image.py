@@ -4,6 +4,7 @@ the text encoder sees."""
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import QwenImageEditPipeline, QwenImagePipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImagePipeline,
+)
 from diffusers.models.transformers import transformer_qwenimage
 from PIL import Image
 from torch import Tensor
@@ -29,7 +35,8 @@ from pipeline.inversion.noise import NoiseStart
 from pipeline.looking.check_model.agreement import LEVELS, TOLERANCE
 from pipeline.models.checkpoint import Configurations
 from pipeline.models.families import FAMILIES
-from pipeline.models.families.qwen_image import EDIT, PLAIN, QwenImageFamily
+from pipeline.models.families.flux import packed, unpacked
+from pipeline.models.families.qwen_image import EDIT, EDIT_PLUS, PLAIN, QwenImageFamily
 from pipeline.models.loading import find_checkpoint, load_backbone
 from pipeline.models.outline import outline_of
 from pipeline.models.parity import Sampling, sampled_by_diffusers
@@ -300,59 +307,74 @@ def test_tokens_of_a_picture_have_their_places_in_rows_and_columns(tiny_edit: An
     assert positions([5, 6, 7], image, (2, 3), 4).tolist() == [[[0, 1, 2, 0]]] * 3
 
 
+@pytest.fixture(scope="session", params=[EDIT, EDIT_PLUS])
+def one_edit(request: pytest.FixtureRequest, tiny_edit: Any, edit_folder: Path) -> Any:
+    """The tiny Qwen-Image-Edit, and the same weights as Edit Plus."""
+    if request.param == EDIT:
+        return tiny_edit
+    copied = Path(shutil.copytree(edit_folder, request.getfixturevalue("tmp_path_factory").mktemp("plus") / "model"))
+    change(copied / "model_index.json", _class_name=EDIT_PLUS)
+    return loaded(copied)
+
+
 @pytest.fixture
-def editing(tiny_edit: Any, edit_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def editing(one_edit: Any, edit_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """diffusers' pipeline around the same networks, with what it does not do itself: it samples at the picture's own
     size, and tells the text encoder which tokens are a picture's."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-    from transformers import Qwen2VLProcessor
-
-    backbone, encoder = tiny_edit, tiny_edit.text.encoder
-    forward = encoder.forward
+    encoder, tokenizer = one_edit.text.encoder, one_edit.text.tokenizer
+    plus = one_edit.text.with_picture[1].area is not None
+    forward, cutter = encoder.forward, Qwen2VLImageProcessorPil(**QWEN_PROCESSOR)
+    module = f"diffusers.pipelines.qwenimage.pipeline_qwenimage_edit{'_plus' if plus else ''}"
+    sized = importlib.import_module(module).calculate_dimensions
 
     def told(input_ids: Tensor, **given: Any) -> Any:
         kinds = (input_ids == encoder.config.image_token_id).int()
         return forward(input_ids=input_ids, mm_token_type_ids=kinds, **given)
 
-    monkeypatch.setattr(encoder, "forward", told)
-    monkeypatch.setattr(
-        "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit.calculate_dimensions", lambda _, ratio: (96, 64, None)
-    )
-    processor = Qwen2VLProcessor.__new__(Qwen2VLProcessor)
-    processor.image_processor, processor.tokenizer = Qwen2VLImageProcessorPil(**QWEN_PROCESSOR), backbone.text.tokenizer
-    pipeline = QwenImageEditPipeline(
-        transformer=backbone.velocity.transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(edit_folder / "scheduler"),
-        vae=backbone.autoencoder.vae.video,
-        text_encoder=encoder,
-        tokenizer=backbone.text.tokenizer,
-        processor=None,
-    )
-
     def processed(text: list[str], images: Any, **_: Any) -> Any:
-        cut = processor.image_processor(images=[images], return_tensors="pt")
+        cut = cutter(images=images if plus else [images], return_tensors="pt")
         count = int(cut["image_grid_thw"].prod()) // 4
         words = [one.replace(IMAGE_TOKEN, IMAGE_TOKEN * count) for one in text]
-        found = processor.tokenizer(words, padding=True, return_tensors="pt")
+        found = tokenizer(words, padding=True, return_tensors="pt")
         found.update(cut)
         return found
 
+    def own(area: int, ratio: float) -> tuple[Any, ...]:
+        found: tuple[Any, ...] = sized(area, ratio) if area < 1024 * 1024 else (96, 64, None)[: 2 if plus else 3]
+        return found
+
+    monkeypatch.setattr(encoder, "forward", told)
+    monkeypatch.setattr(f"{module}.calculate_dimensions", own)
+    pipeline = (QwenImageEditPlusPipeline if plus else QwenImageEditPipeline)(
+        transformer=one_edit.velocity.transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(edit_folder / "scheduler"),
+        vae=one_edit.autoencoder.vae.video,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        processor=None,
+    )
     pipeline.processor = processed
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def test_the_text_encoder_sees_the_picture_as_in_diffusers_pipeline(tiny_edit: Any, editing: Any) -> None:
+def test_the_text_encoder_sees_another_picture(tiny_edit: Any) -> None:
+    found, other = (tiny_edit.encode_text_of(INSTRUCTION, picture(number)) for number in (1, 2))
+    assert not torch.allclose(found.embedding, other.embedding, atol=1e-3)
+    behind = 1 + 6 + 1  # the picture's tokens, of which there are two by three, and their bounds
+    assert found.places_of({2}) == [behind + 2]
+
+
+def test_the_text_encoder_sees_the_picture_as_in_diffusers_pipeline(one_edit: Any, editing: Any) -> None:
     pixels = picture(1)
+    height, width = one_edit.text.with_picture[1].seen(64, 96)
+    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
     for ours, theirs in ((INSTRUCTION, INSTRUCTION), ("", " ")):
-        found = tiny_edit.encode_text_of(ours, pixels)
+        found = one_edit.encode_text_of(ours, pixels)
         with torch.no_grad():
-            embedding, mask = editing.encode_prompt(theirs, Image.fromarray(pixels), device="cpu")
+            embedding, mask = editing.encode_prompt(theirs, [image] if (height, width) != (64, 96) else image, "cpu")
         assert mask is None
         torch.testing.assert_close(shown(found.embedding), embedding[0], atol=1e-5, rtol=1e-5)
-        assert not torch.allclose(tiny_edit.encode_text_of(ours, picture(2)).embedding, found.embedding, atol=1e-3)
-    places = tiny_edit.encode_text_of(INSTRUCTION, pixels).places_of({2})
-    assert places == [1 + 6 + 1 + 2]  # behind the picture's tokens, of which there are two by three, and their bounds
 
 
 def instructed(backbone: Any, pixels: np.ndarray, request: EditRequest, steps: int = 3) -> Steps[Any]:
@@ -365,11 +387,9 @@ def instructed(backbone: Any, pixels: np.ndarray, request: EditRequest, steps: i
 REQUEST = EditRequest(instruction=INSTRUCTION)
 
 
-def test_diffusers_pipeline_edits_the_same(tiny_edit: Any, editing: Any) -> None:
-    from pipeline.models.families.flux import packed, unpacked
-
-    pixels, engine = picture(1), Engine(tiny_edit, call_size=2)
-    ours = engine.run_one(instructed(tiny_edit, pixels, REQUEST))[1].latents
+def test_diffusers_pipeline_edits_the_same(one_edit: Any, editing: Any) -> None:
+    pixels, engine = picture(1), Engine(one_edit, call_size=2)
+    ours = engine.run_one(instructed(one_edit, pixels, REQUEST))[1].latents
     assert engine.stats.network_rows == 6
     theirs = editing(
         image=Image.fromarray(pixels),
@@ -377,14 +397,20 @@ def test_diffusers_pipeline_edits_the_same(tiny_edit: Any, editing: Any) -> None
         negative_prompt=" ",
         true_cfg_scale=4.0,
         num_inference_steps=3,
-        latents=packed(noise(tiny_edit, 1)),
+        latents=packed(noise(one_edit, 1)),
         output_type="latent",
     ).images
     theirs = unpacked(theirs, 8, 12)[0]
     assert (ours - theirs).abs().max() / theirs.abs().max() < TOLERANCE["float32"] / 10
+
+
+def test_a_negative_prompt_is_read(tiny_edit: Any) -> None:
     other = REQUEST.model_copy(update={"negative_prompt": "snow"})
-    against = Engine(tiny_edit, call_size=2).run_one(instructed(tiny_edit, pixels, other))[1].latents
-    assert not torch.allclose(against, ours, atol=1e-3)
+    plain, against = (
+        Engine(tiny_edit, call_size=2).run_one(instructed(tiny_edit, picture(1), request, 1))[1].latents
+        for request in (REQUEST, other)
+    )
+    assert not torch.allclose(against, plain, atol=1e-3)
 
 
 def test_pictures_share_calls_and_keep_their_bits(tiny_edit: Any) -> None:
@@ -509,6 +535,7 @@ def test_published_checkpoints_are_known_by_their_files(tmp_path: Path) -> None:
     offers, edits = offered(QWEN, tmp_path / "plain"), offered(QWEN_EDIT, tmp_path / "edit")
     assert (offers.distilled, offers.references, offers.reads_pictures) == ("", False, False)
     assert edits == dataclasses.replace(offers, references=True, reads_pictures=True)
+    assert offered(PUBLISHED["Qwen/Qwen-Image-Edit-2509"], tmp_path / "plus") == edits
     assert len(offers.openings.joint) == 60
     assert {file.split("/")[0] for file in QWEN_EDIT if "/" in file} == set(QwenImageFamily.components)
 

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
 
-from pipeline.models.families.qwen_image import PLAIN, WITH_PICTURE
+from pipeline.models.families.qwen_image import NUMBERED, PLAIN
 from tests.models.families.published import PUBLISHED, put
 
 SPECIAL = (
@@ -29,7 +29,7 @@ def tokenizer() -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=2000, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    texts = [PLAIN.system, WITH_PICTURE.system, PLAIN.behind, WORDS]
+    texts = [PLAIN.system, NUMBERED.system, NUMBERED.before, PLAIN.behind, WORDS]
     for special in SPECIAL:
         texts = [part for text in texts for part in text.split(special)]
     made.train_from_iterator(texts, trainer)
