@@ -20,7 +20,6 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
-from pipeline.diffusion.guidance import classifier_free_guidance
 from pipeline.diffusion.levels import Level, Prediction
 from pipeline.diffusion.sparse_autoencoder import codes_of_map
 from pipeline.editing.base import EditingMethod
@@ -235,7 +234,7 @@ class _Walk:
         if len(rows) == 1:
             return predictions[0]
         uncond, cond = predictions[:1], predictions[1:]
-        return classifier_free_guidance(uncond, cond, self.prompt.guidance_scale)[0]
+        return self.prompt.guide(uncond, cond, [level])[0]
 
     def _watches(self, step: int) -> bool:
         """Whether attention is recorded at a step."""

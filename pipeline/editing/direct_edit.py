@@ -26,7 +26,6 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
-from pipeline.diffusion.guidance import classifier_free_guidance
 from pipeline.diffusion.levels import Level, Prediction
 from pipeline.diffusion.steps import DDIM
 from pipeline.editing.base import EditingMethod
@@ -179,4 +178,4 @@ def _with_values(
     predictions = denoised.predictions
     if not is_guided:
         return predictions[rows - 1]
-    return classifier_free_guidance(predictions[1], predictions[2], prompt.guidance_scale)
+    return prompt.guide(predictions[1:2], predictions[2:3], [level])[0]

@@ -1,11 +1,12 @@
 """Editing by an instruction, with a model that was trained for it: FLUX.1 Kontext (Black Forest Labs, arXiv
-2506.15742).
+2506.15742), Qwen-Image-Edit (Wu et al., arXiv 2508.02324).
 
-The network reads the image as tokens of their own beside the noise, and the instruction as its prompt; what it samples
-is the edited image. There is no inversion and no source prompt.
+The network reads the image as tokens of their own beside the noise, and the instruction as its prompt, with which
+Qwen-Image-Edit's text encoder sees the image; what it samples is the edited image. There is no inversion and no source
+prompt.
 
-Cost: one network row per step, of about twice the tokens. Masks: one, where the result differs from the image.
-Stochastic: one seed per image.
+Cost: one network row per step where the network is told its guidance (Kontext), else two; each of about twice the
+tokens. Masks: one, where the result differs from the image. Stochastic: one seed per image.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
+import numpy as np
 from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
@@ -25,6 +27,7 @@ from pipeline.editing.walk import no_masks, take_step
 from pipeline.engine.backbone import Offers
 from pipeline.engine.calls import EncodeText, Steps
 from pipeline.engine.prompts import GuidedPrompt
+from pipeline.errors import PrepareError
 from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, InversionPrompts, Trajectory
 
@@ -33,12 +36,14 @@ class Instruct(EditingMethod):
     """Sample under an instruction, with the image as reference."""
 
     needs: ClassVar = frozenset({"DDIM steps", "levels alone"})
-    paper: ClassVar = "FLUX.1 Kontext, arXiv 2506.15742"
+    paper: ClassVar = "FLUX.1 Kontext, arXiv 2506.15742; Qwen-Image-Edit, arXiv 2508.02324"
 
     method: Literal["instruct"] = "instruct"
-    """Editing by an instruction, with a model that was trained to read the image beside it (FLUX.1 Kontext)."""
+    """Editing by an instruction, with a model that was trained to read the image beside it (FLUX.1 Kontext,
+    Qwen-Image-Edit)."""
     guidance_scale: float = Field(default=2.5, ge=0, allow_inf_nan=False)
-    """Guidance of the instruction, which the network is told; 2.5 is usual, 3.5 follows it more closely."""
+    """Guidance of the instruction, told to the network (FLUX.1 Kontext: 2.5 is usual, 3.5 follows it more closely) or
+    against the edit's negative prompt (Qwen-Image-Edit: 4 is usual); 1: none."""
 
     @property
     @override
@@ -59,12 +64,6 @@ class Instruct(EditingMethod):
                 "instruct does what an instruction says, and this edit has no instruction. Add instruction, such as "
                 '"put a hat on the dog"',
             )
-        if request.negative_prompt:
-            yield Problem(
-                "a negative_prompt",
-                "instruct tells the network its guidance, in one row, which leaves no place for the edit's "
-                "negative_prompt. Leave negative_prompt out, and say in the instruction what shall not be",
-            )
 
     @override
     def model_problems(self, offers: Offers) -> Iterator[str]:
@@ -72,7 +71,8 @@ class Instruct(EditingMethod):
         if not offers.references:
             yield (
                 "instruct gives the network the image itself to read, and this model takes no reference image. Use a "
-                "checkpoint that does, such as black-forest-labs/FLUX.1-Kontext-dev, or another editing.method"
+                "checkpoint that does, such as black-forest-labs/FLUX.1-Kontext-dev or Qwen/Qwen-Image-Edit, or "
+                "another editing.method"
             )
 
     @override
@@ -81,17 +81,34 @@ class Instruct(EditingMethod):
     ) -> Steps[EditedLatents]:
         """Where a user's mask is black the image stands under the noise of each level, and itself at the end."""
         clean = trajectory.source.latents
-        latents = yield from self.sample(trajectory, request.instruction, clean, user_mask)
+        latents = yield from self.sample(
+            trajectory, request.instruction, clean, user_mask, request.negative_prompt, trajectory.source.pixels
+        )
         change = (latents - clean).square().sum(dim=0).sqrt()
         return EditedLatents(latents=latents, masks=above_otsu(change[None], trajectory.source.of_image))
 
     def sample(
-        self, trajectory: Trajectory, instruction: str, reference: Tensor, user_mask: Tensor | None = None
+        self,
+        trajectory: Trajectory,
+        instruction: str,
+        reference: Tensor,
+        user_mask: Tensor | None = None,
+        negative_prompt: str = "",
+        picture: np.ndarray | None = None,
     ) -> Steps[Tensor]:
-        """Latents (C, h, w) from the trajectory's noise, beside a reference (C, h', w')."""
-        (prompt,) = yield EncodeText((instruction,))
-        told = prompt.telling(self.guidance_scale)
-        guided = GuidedPrompt(told, told, 1.0, {"reference": reference})
+        """Latents (C, h, w) from the trajectory's noise, beside a reference (C, h', w'). `picture`: the reference's
+        pixels; None: of a model whose text encoder reads none."""
+        (prompt,) = yield EncodeText((instruction,), picture)
+        if prompt.is_told_guidance:
+            if negative_prompt:
+                raise PrepareError(
+                    "instruct tells this network its guidance, in one row, which leaves no place for the edit's "
+                    "negative_prompt. Leave negative_prompt out, and say in the instruction what shall not be"
+                )
+            other = prompt
+        else:
+            (other,) = yield EncodeText((negative_prompt,), picture)
+        guided = GuidedPrompt.as_model_guides(prompt, other, self.guidance_scale, {"reference": reference})
         clean, noise = trajectory.source.latents, trajectory.latents[0]
         latents = noise
         for step, (start, end) in enumerate(trajectory.solver.steps):

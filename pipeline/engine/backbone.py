@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,6 +61,7 @@ class Offers:
     # Whether a row is told the guidance scale that it shall answer for: `guidance` () among its conditioning's parts.
     embedded_guidance: bool = False
     references: bool = False  # whether a row may bring an image to read: "reference" (R, C, h', w') beside the latents
+    reads_pictures: bool = False  # whether its text encoder reads the picture that a prompt speaks of
     # Why it cannot be guided away from a prompt or walked backwards: it was distilled to few steps or to one guidance.
     # "": it can be.
     distilled: str = ""
@@ -120,6 +122,16 @@ class Backbone(Protocol):
     def encode_texts(self, prompts: Sequence[str]) -> list[Conditioning]:
         """Embed several prompts in one call, whose size decides their last bits; these lie on its device."""
         return [self.encode_text(prompt) for prompt in prompts]
+
+    def encode_text_of(self, prompt: str, picture: np.ndarray) -> Conditioning:
+        """Embed one prompt that speaks of a picture (H, W, 3) uint8, which the text encoder reads as well.
+
+        Raises:
+            EditError: it reads none, or the prompt is longer than its places.
+        """
+        raise EditError(
+            "this model's text encoder reads no pictures. Use a checkpoint whose does, such as Qwen/Qwen-Image-Edit"
+        )
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 to scaled latents (B, C, h, w), float32 or wider, on its device: the posterior's mode."""

@@ -18,7 +18,7 @@ a control: then they form a group that shares one.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -57,6 +57,7 @@ class Conditioning:
     prompt: str
     parts: Mapping[str, Tensor]  # "embedding" (L, D), and what else a family has, such as "pooled" (P,)
     spans: tuple[Span, ...] = ()  # one per tokenizer whose tokens are keys; none where no prompt was encoded
+    keeps_norm: bool = False  # whether guidance leaves each image token's velocity as long as it is without: see guide
 
     @property
     def embedding(self) -> Tensor:
@@ -90,7 +91,7 @@ class Conditioning:
         if told is None or float(told) == guidance_scale:
             return self
         parts = {**self.parts, "guidance": torch.full_like(told, guidance_scale)}
-        return Conditioning(self.prompt, parts, self.spans)
+        return replace(self, parts=parts)
 
     @property
     def is_told_guidance(self) -> bool:
@@ -99,14 +100,19 @@ class Conditioning:
 
     def replacing(self, **parts: Tensor) -> Conditioning:
         """The same with other tensors, of no prompt."""
-        return Conditioning("", {**self.parts, **parts})
+        return replace(self, prompt="", parts={**self.parts, **parts}, spans=())
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeText:
-    """Encode prompts. Each distinct prompt is encoded once per worker."""
+    """Encode prompts. Each distinct prompt is encoded once per worker.
+
+    `picture` is what the prompts speak of. Where the model's text encoder reads pictures (`Offers.reads_pictures`) it
+    is read with each of them, and a prompt is encoded once per picture; elsewhere it is left out.
+    """
 
     prompts: tuple[str, ...]
+    picture: np.ndarray | None = None  # (H, W, 3) uint8
 
 
 @dataclass(frozen=True, slots=True)

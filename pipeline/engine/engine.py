@@ -231,7 +231,7 @@ class Engine:
                 self._fork(task, call)
                 return
             if isinstance(call, EncodeText):
-                if (answer := self._texts.push(task, call.prompts)) is None:
+                if (answer := self._texts.push(task, call.prompts, call.picture)) is None:
                     return
                 continue
             if isinstance(call, EncodeImage | DecodeLatents | DecodeGradient):

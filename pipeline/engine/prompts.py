@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.guidance import classifier_free_guidance
+from pipeline.diffusion.guidance import classifier_free_guidance, with_norm_of
 from pipeline.diffusion.levels import Level, Prediction
 from pipeline.engine.calls import Conditioning, Denoise, Denoised, EncodeText, Steps
 
@@ -33,12 +34,18 @@ class GuidedPrompt:
         return cls(cond, uncond, 1.0 if cond is uncond else guidance_scale)
 
     @classmethod
-    def as_model_guides(cls, cond: Conditioning, uncond: Conditioning, guidance_scale: float) -> GuidedPrompt:
+    def as_model_guides(
+        cls,
+        cond: Conditioning,
+        uncond: Conditioning,
+        guidance_scale: float,
+        beside: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> GuidedPrompt:
         """Guidance as the model has it: one row that is told the scale, or two of which one has another prompt."""
         if cond.is_told_guidance:
             told = cond.telling(guidance_scale)
-            return cls(told, told, 1.0)
-        return cls(cond, uncond, 1.0 if cond is uncond else guidance_scale)
+            return cls(told, told, 1.0, beside)
+        return cls(cond, uncond, 1.0 if cond is uncond else guidance_scale, beside)
 
     def predict(self, latents: Tensor, level: Level) -> Steps[Prediction]:
         """Prediction (C, h, w) for latents (C, h, w)."""
@@ -59,8 +66,15 @@ class GuidedPrompt:
             [self.uncond] * rows + [self.cond] * rows,
             beside=repeated(self.beside, 2 * rows),
         )
-        uncond, cond = denoised.predictions[:rows], denoised.predictions[rows:]
-        return classifier_free_guidance(uncond, cond, self.guidance_scale)
+        return self.guide(denoised.predictions[:rows], denoised.predictions[rows:], levels)
+
+    def guide(self, uncond: Prediction, cond: Prediction, levels: Sequence[Level]) -> Prediction:
+        """What the scale makes of R predictions for either prompt, (R, C, h, w).
+
+        Some models are guided in direction alone: each image token's velocity keeps its length (Qwen-Image).
+        """
+        guided = classifier_free_guidance(uncond, cond, self.guidance_scale)
+        return with_norm_of(cond, guided, levels) if self.cond.keeps_norm else guided
 
 
 def repeated(beside: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:

@@ -1,18 +1,20 @@
 """Prompts: encoded once each as long as anybody holds them, and on a GPU several in one call of the text encoder.
 
 As with pictures, a prompt's bits depend on the size of its batch and not on what else is in it; so a short batch is
-filled up with copies.
+filled up with copies. A prompt that is read with a picture goes alone, and is encoded once per picture.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 
 from pipeline.engine.backbone import Backbone
@@ -24,18 +26,25 @@ CACHED_BYTES = 2**30  # of theirs, at most: a prompt of FLUX takes 4 MB in bfloa
 PROMPTS_PER_CALL = 8  # on a GPU: one prompt is launched kernel by kernel, and leaves it idle between them
 
 
+class _Text(NamedTuple):
+    """What is encoded once."""
+
+    prompt: str
+    picture: str = ""  # digest of the one that is read with it; "": none is
+
+
 @dataclass(slots=True, eq=False)
 class _Asker:
-    """Who waits for prompts, and those that it has already: held here, they are not encoded again."""
+    """Who waits for texts, and those that it has already: held here, they are not encoded again."""
 
     owner: Any
-    prompts: tuple[str, ...]
-    found: dict[str, Conditioning]
+    texts: tuple[_Text, ...]
+    found: dict[_Text, Conditioning]
 
     @property
     def answer(self) -> list[Conditioning] | None:
         """All of them; None where one is missing."""
-        found = [self.found.get(prompt) for prompt in self.prompts]
+        found = [self.found.get(text) for text in self.texts]
         known = [one for one in found if one is not None]
         return known if len(known) == len(found) else None
 
@@ -53,31 +62,35 @@ class Texts:
         # A CPU gains nothing from a batch, and would compute for nobody where one is filled up.
         self.per_call = PROMPTS_PER_CALL if backbone.device.type == "cuda" else 1
         # A prompt that somebody still holds is never encoded again: methods tell prompts by identity.
-        self._held: WeakValueDictionary[str, Conditioning] = WeakValueDictionary()
-        self._kept: OrderedDict[str, Conditioning] = OrderedDict()
+        self._held: WeakValueDictionary[_Text, Conditioning] = WeakValueDictionary()
+        self._kept: OrderedDict[_Text, Conditioning] = OrderedDict()
         self._kept_bytes = 0
         self._askers: list[_Asker] = []
-        self._missing: dict[str, None] = {}  # in the order in which they were asked for
+        self._missing: dict[_Text, np.ndarray | None] = {}  # with their pictures, in the order of asking
 
     def __len__(self) -> int:
         return len(self._missing)
 
     @property
     def has_full(self) -> bool:
-        """Whether those that wait fill a batch."""
-        return len(self._missing) >= self.per_call
+        """Whether those that wait fill a batch; one with a picture does."""
+        return len(self._missing) >= self.per_call or any(text.picture for text in self._missing)
 
-    def push(self, owner: Any, prompts: tuple[str, ...]) -> list[Conditioning] | None:
-        """The prompts, where all are known already; None: `encode` will answer."""
-        asker = _Asker(owner, prompts, {})
-        for prompt in prompts:
-            if (conditioning := self._held.get(prompt)) is not None:
-                asker.found[prompt] = conditioning
-                self._keep(conditioning)
+    def push(
+        self, owner: Any, prompts: tuple[str, ...], picture: np.ndarray | None = None
+    ) -> list[Conditioning] | None:
+        """The prompts, where all are known already; None: `encode` will answer. `picture`: that they speak of."""
+        read = picture if picture is not None and self._backbone.offers.reads_pictures else None
+        name = "" if read is None else _digest(read)
+        asker = _Asker(owner, tuple(_Text(prompt, name) for prompt in prompts), {})
+        for text in asker.texts:
+            if (conditioning := self._held.get(text)) is not None:
+                asker.found[text] = conditioning
+                self._keep(text, conditioning)
         if (answer := asker.answer) is not None:
             return answer
         self._askers.append(asker)
-        self._missing |= dict.fromkeys(prompt for prompt in prompts if prompt not in asker.found)
+        self._missing |= dict.fromkeys((text for text in asker.texts if text not in asker.found), read)
         return None
 
     def encode(self) -> Iterator[tuple[Any, list[Conditioning] | None, Exception | None]]:
@@ -85,7 +98,9 @@ class Texts:
 
         Out of memory halves batches for good; another error is repeated by the prompt that is to blame, alone.
         """
-        batch = list(islice(self._missing, self.per_call))
+        first = next(iter(self._missing))
+        plain = (text for text in self._missing if not text.picture)
+        batch = [first] if first.picture else list(islice(plain, self.per_call))
         try:
             encoded = self._call(batch)
         except Exception as error:
@@ -96,47 +111,60 @@ class Texts:
                 torch.cuda.empty_cache()
                 self.per_call = max(1, self.per_call // 2)
                 return
-            for prompt in batch:
+            for text in batch:
                 try:
-                    yield from self._answered(self._call([prompt]))
+                    yield from self._answered([text], self._call([text]))
                 except Exception as own:
-                    yield from self._fail(prompt, own)
+                    yield from self._fail(text, own)
             return
-        yield from self._answered(encoded)
+        yield from self._answered(batch, encoded)
 
     def drop(self, is_gone: Callable[[Any], bool]) -> None:
         """Forget what owners that are gone asked for."""
         self._forget([asker for asker in self._askers if is_gone(asker.owner)])
 
-    def _call(self, batch: Sequence[str]) -> list[Conditioning]:
-        filled = [*batch, *[batch[0]] * (self.per_call - len(batch) if self._pad else 0)]
+    def _call(self, batch: Sequence[_Text]) -> list[Conditioning]:
+        prompts = [text.prompt for text in batch]
+        if (picture := self._missing.get(batch[0])) is not None:
+            return [self._backbone.encode_text_of(prompts[0], picture)]
+        filled = [*prompts, *prompts[:1] * (self.per_call - len(batch) if self._pad else 0)]
         return self._backbone.encode_texts(filled)[: len(batch)]
 
-    def _answered(self, encoded: Sequence[Conditioning]) -> Iterator[tuple[Any, list[Conditioning], None]]:
-        for conditioning in encoded:
-            self._keep(conditioning)
-            self._missing.pop(conditioning.prompt, None)
+    def _answered(
+        self, batch: Sequence[_Text], encoded: Sequence[Conditioning]
+    ) -> Iterator[tuple[Any, list[Conditioning], None]]:
+        for text, conditioning in zip(batch, encoded, strict=True):
+            self._keep(text, conditioning)
+            self._missing.pop(text, None)
             for asker in self._askers:
-                if conditioning.prompt in asker.prompts:
-                    asker.found[conditioning.prompt] = conditioning
+                if text in asker.texts:
+                    asker.found[text] = conditioning
         served = [(asker, answer) for asker in self._askers if (answer := asker.answer) is not None]
         self._forget([asker for asker, _ in served])
         yield from ((asker.owner, answer, None) for asker, answer in served)
 
-    def _fail(self, prompt: str, error: Exception) -> Iterator[tuple[Any, None, Exception]]:
-        failed = [asker for asker in self._askers if prompt in asker.prompts]
+    def _fail(self, text: _Text, error: Exception) -> Iterator[tuple[Any, None, Exception]]:
+        failed = [asker for asker in self._askers if text in asker.texts]
         self._forget(failed)
         yield from ((asker.owner, None, error) for asker in failed)
 
     def _forget(self, askers: Sequence[_Asker]) -> None:
         self._askers = [asker for asker in self._askers if asker not in askers]
-        wanted = {prompt for asker in self._askers for prompt in asker.prompts if prompt not in asker.found}
-        self._missing = {prompt: None for prompt in self._missing if prompt in wanted}
+        wanted = {text for asker in self._askers for text in asker.texts if text not in asker.found}
+        self._missing = {text: picture for text, picture in self._missing.items() if text in wanted}
 
-    def _keep(self, conditioning: Conditioning) -> None:
-        if (before := self._kept.pop(conditioning.prompt, None)) is not None:
+    def _keep(self, text: _Text, conditioning: Conditioning) -> None:
+        self._held[text] = conditioning
+        if text.picture:  # one that is done does not come back: who holds it keeps it
+            return
+        if (before := self._kept.pop(text, None)) is not None:
             self._kept_bytes -= before.num_bytes
-        self._held[conditioning.prompt] = self._kept[conditioning.prompt] = conditioning
+        self._kept[text] = conditioning
         self._kept_bytes += conditioning.num_bytes
         while len(self._kept) > 1 and (len(self._kept) > CACHED_PROMPTS or self._kept_bytes > CACHED_BYTES):
             self._kept_bytes -= self._kept.popitem(last=False)[1].num_bytes
+
+
+def _digest(picture: np.ndarray) -> str:
+    """Of its shape and pixels: equal for rows that bring the same picture."""
+    return hashlib.sha256(repr(picture.shape).encode() + np.ascontiguousarray(picture).tobytes()).hexdigest()

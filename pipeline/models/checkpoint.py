@@ -3,6 +3,7 @@
     model_index.json                 what kind of model it is, and what its parts are
     scheduler/scheduler_config.json
     networks: unet, vae, ...         config.json, and safetensors of the variant: one file, or an index and shards
+    processors of pictures           preprocessor_config.json
     tokenizers                       JSON and text files
 
 Which parts there are is for the checkpoint's family to say (`families/`). What else a repository holds (single-file
@@ -47,15 +48,21 @@ WEIGHTS = {
 class Component(NamedTuple):
     """A part of a checkpoint, as `model_index.json` names it."""
 
-    kind: Literal["network", "tokenizer", "scheduler"]
+    kind: Literal["network", "tokenizer", "scheduler", "processor"]
     library: str
     classes: tuple[str, ...]  # that are known; a network is loaded as the first, a tokenizer as the fast one
     optional: bool = False  # whether a checkpoint may do without
+    pipelines: tuple[str, ...] = ()  # of the family's, whose checkpoints alone have it; none: all have
 
     @property
     def configuration(self) -> str:
         """The JSON file that must be in its folder; "" where there is a choice of several."""
-        return {"network": "config.json", "scheduler": "scheduler_config.json", "tokenizer": ""}[self.kind]
+        return {
+            "network": "config.json",
+            "scheduler": "scheduler_config.json",
+            "tokenizer": "",
+            "processor": "preprocessor_config.json",  # of pictures
+        }[self.kind]
 
 
 Components = Mapping[str, Component]

@@ -1,5 +1,5 @@
 """A transformer over image and text tokens that predicts flow's velocity, behind the `Backbone` interface: what Stable
-Diffusion 3 and FLUX have in common.
+Diffusion 3, FLUX and Qwen-Image have in common.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -28,6 +29,11 @@ class FlowText(Protocol):
 
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
         """Embed prompts in one call; text beyond an encoder's length is cut."""
+
+    def encode_of(self, prompt: str, picture: np.ndarray) -> Conditioning:
+        """Embed a prompt that speaks of a picture (H, W, 3) uint8, which is read with it. Only of families that offer
+        it."""
+        raise NotImplementedError("a family that offers to read pictures says how")
 
 
 class Velocity(Protocol):
@@ -87,6 +93,12 @@ class FlowTransformer(Backbone):
     @override
     def encode_texts(self, prompts: Sequence[str]) -> list[Conditioning]:
         return self.text.encode(prompts)
+
+    @override
+    def encode_text_of(self, prompt: str, picture: np.ndarray) -> Conditioning:
+        if not self.offers.reads_pictures:
+            return super().encode_text_of(prompt, picture)
+        return self.text.encode_of(prompt, picture)
 
     @override
     def encode_images(self, pixels: Tensor) -> Tensor:

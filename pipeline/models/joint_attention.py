@@ -92,7 +92,8 @@ class OpenedJoint:
         if self._watch is None or number not in self._watch.layers:
             return
         query, key = _queries_and_keys(layer, self._made, self._watch, given.get("image_rotary_emb"))
-        self._sums.append(attended(query, key, self._watch.weights, text_first=layer.text_first))
+        there = given.get("encoder_hidden_states_mask")  # (R, L) of the text's keys, where a model masks its padding
+        self._sums.append(attended(query, key, self._watch.weights, text_first=layer.text_first, there=there))
         self._made.clear()
 
 
@@ -113,26 +114,41 @@ def _queries_and_keys(
         if layer.text_first:  # rotated by its place in the whole sequence
             query = torch.cat([query.new_zeros((len(query), num_text, *query.shape[2:])), query], dim=1)
     if rotation is not None:
-        from diffusers.models.embeddings import apply_rotary_emb
-
-        query, key = (apply_rotary_emb(states, rotation, sequence_dim=1) for states in (query, key))
+        query, key = (_rotated(states, rotation) for states in (query, key))
     first = num_text if layer.text_first else 0
     return query[:, first : first + watch.image_places].transpose(1, 2), key.transpose(1, 2)
 
 
-def attended(query: Tensor, key: Tensor, weights: Tensor, *, text_first: bool) -> Tensor:
+def _rotated(states: Tensor, rotation: Any) -> Tensor:
+    """States (R, M, heads, d) turned by their places: as FLUX has it, by sines and cosines of the whole sequence; or
+    as Qwen-Image has it, by complex numbers of the image's places and, apart, of the text's, which come first."""
+    if rotation[0].is_complex():
+        image, text = rotation
+        turns = torch.cat([text, image])[:, None]  # (M, 1, d / 2)
+        turned = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(turned * turns).flatten(-2).to(states.dtype)
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    rotated: Tensor = apply_rotary_emb(states, rotation, sequence_dim=1)
+    return rotated
+
+
+def attended(query: Tensor, key: Tensor, weights: Tensor, *, text_first: bool, there: Tensor | None = None) -> Tensor:
     """Attention of places (R, heads, N, d) to M keys, summed by weights (R, S, L) of the text's; mean over heads,
-    (R, S, N).
+    (R, S, N). `there` (R, L) bool: which of the text's keys are seen at all; None: all.
 
     A fused attention whose values are the weights: no map is held. They are as wide as a head, as kernels want it.
     """
     rows, heads, keys, width = key.shape
     sums, num_text = weights.shape[1:]
     if sums > width:
-        parts = [attended(query, key, some, text_first=text_first) for some in weights.split(width, dim=1)]
+        parts = [attended(query, key, some, text_first=text_first, there=there) for some in weights.split(width, dim=1)]
         return torch.cat(parts, dim=1)
     others = keys - num_text
     values = weights.mT.to(key.dtype)  # (R, L, S)
     values = pad(values, (0, width - sums, *((0, others) if text_first else (others, 0))))
-    seen = scaled_dot_product_attention(query, key, values[:, None].expand(rows, heads, keys, width))
+    mask = None
+    if there is not None:
+        mask = pad(there, (0, others) if text_first else (others, 0), value=True)[:, None, None]  # (R, 1, 1, M)
+    seen = scaled_dot_product_attention(query, key, values[:, None].expand(rows, heads, keys, width), attn_mask=mask)
     return seen[..., :sums].to(weights.dtype).mean(dim=1).mT

@@ -111,8 +111,7 @@ def needs_of(
             lists = [group for group in network.children() if isinstance(group, torch.nn.ModuleList)]
             blocks = [_count(one) for group in lists for one in group]
             block, rest = dtype.itemsize * max(blocks, default=0), dtype.itemsize * (_count(network) - sum(blocks))
-    vae = configurations.parts[STAYS]
-    levels = vae.get("block_out_channels", [64])
+    levels = family.autoencoder_levels(configurations)
     scale = 2 ** (len(levels) - 1)
     side = size or scale * family.side(configurations)
     places, channels = family.widest(configurations, side // scale)

@@ -22,6 +22,7 @@ STAYS = "vae"
 CALLS: dict[str, Part] = {
     "encode_text": "text",
     "encode_texts": "text",
+    "encode_text_of": "text",
     "denoise": "network",
     "product": "network",
 }

@@ -27,7 +27,7 @@ from tests.facts import EditorFacts
 from tests.golden.replay import TINY_FLUX
 from tests.methods import invert_and_edit, source
 
-FACTS = EditorFacts(rows=1, served_elsewhere=True)
+FACTS = EditorFacts(rows=2, served_elsewhere=True)  # one, where the network is told its guidance
 SIDE = 6
 REQUEST = EditRequest(instruction="a dog with a hat")
 
@@ -108,10 +108,12 @@ def test_a_picture_is_edited_by_an_instruction_and_another_model_is_refused(fold
         editor.edit(pixels, **asked)
 
 
-def test_what_it_cannot_serve_is_refused() -> None:
+def test_what_it_cannot_serve_is_refused(kontext: Any) -> None:
     with pytest.raises(PrepareError, match=r"has no instruction\. Add instruction"):
         Instruct().check(EditRequest(target_prompt="a dog"), NoiseStart())
+    against = REQUEST.model_copy(update={"negative_prompt": "snow"})
+    steps = invert_and_edit(source(kontext, 1, side=SIDE), against, NoiseStart(num_steps=1), Instruct())
     with pytest.raises(PrepareError, match="leaves no place for the edit's negative_prompt"):
-        Instruct().check(REQUEST.model_copy(update={"negative_prompt": "snow"}), NoiseStart())
+        Engine(kontext, call_size=2).run_one(steps)
     assert not Instruct.fits(DDIMInversion)
     assert not list(Instruct().model_problems(Offers(references=True)))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,12 +23,20 @@ SIZE = 4
 
 
 class Encoder(AnalyticBackbone):
-    """Notes its batches; fails where it is told to."""
+    """Notes its batches, and what is read with a picture; fails where it is told to."""
 
-    def __init__(self, *, most: int = 100) -> None:
+    def __init__(self, *, most: int = 100, reads_pictures: bool = False) -> None:
         super().__init__()
         self.batches: list[list[str]] = []
+        self.read: list[tuple[str, int]] = []
         self.most = most
+        self.offers = dataclasses.replace(self.offers, reads_pictures=reads_pictures)
+
+    def encode_text_of(self, prompt: str, picture: np.ndarray) -> Conditioning:
+        self.read.append((prompt, int(picture[0, 0, 0])))
+        if prompt == "no prompt":
+            raise ValueError(prompt)
+        return super().encode_text(prompt)
 
     def encode_texts(self, prompts: Sequence[str]) -> list[Conditioning]:
         self.batches.append(list(prompts))
@@ -47,8 +58,12 @@ def in_fours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts.Texts, "__init__", made)
 
 
-def asks(*prompts: str) -> Steps[list[Conditioning]]:
-    return (yield EncodeText(prompts))
+def asks(*prompts: str, picture: np.ndarray | None = None) -> Steps[list[Conditioning]]:
+    return (yield EncodeText(prompts, picture))
+
+
+def plain_picture(shade: int) -> np.ndarray:
+    return np.full((2, 3, 3), shade, dtype=np.uint8)
 
 
 def answers(engine: Engine, *asked: tuple[str, ...]) -> list[Any]:
@@ -106,6 +121,40 @@ def test_prompts_of_whoever_has_left_are_not_encoded(in_fours: None) -> None:
     waiting.drop(lambda owner: owner == 1)
     assert [owner for owner, _, _ in waiting.encode()] == [2]
     assert len(waiting) == 0
+
+
+def test_a_prompt_that_is_read_with_a_picture_goes_alone_and_once_for_each(in_fours: None) -> None:
+    encoder = Encoder(reads_pictures=True)
+    asked = [
+        asks("a", "", picture=plain_picture(1)),
+        asks("a", picture=plain_picture(2)),
+        asks("a", "b"),
+        asks("", "a", picture=plain_picture(1)),  # an equal picture, of another row
+        asks("no prompt", picture=plain_picture(1)),
+    ]
+    found = {done.index: done.error or done.value for done in Engine(encoder).run(asked)}
+    assert encoder.read == [("a", 1), ("", 1), ("a", 2), ("no prompt", 1)]
+    assert encoder.batches == [["a", "b", "a", "a"]]
+    assert found[0][0] is found[3][1]
+    assert found[0][1] is found[3][0]
+    assert len({id(one) for one in (found[0][0], found[1][0], found[2][0])}) == 3
+    assert str(found[4]) == "no prompt"
+
+
+def test_a_picture_that_no_encoder_reads_is_left_out(in_fours: None) -> None:
+    encoder = Encoder()
+    asked = [asks("a", picture=plain_picture(shade)) for shade in (1, 2)]
+    found = [done.value[0] for done in Engine(encoder).run(asked)]
+    assert found[0] is found[1]
+    assert (encoder.read, encoder.batches) == ([], [["a"] * SIZE])
+
+
+def test_texts_of_pictures_that_are_done_take_no_memory(in_fours: None) -> None:
+    engine = Engine(encoder := Encoder(reads_pictures=True))
+    for shade in (1, 2, 1):
+        engine.run_one(asks("a", picture=plain_picture(shade)))
+    gc.collect()
+    assert encoder.read == [("a", 1), ("a", 2), ("a", 1)]
 
 
 @pytest.mark.parametrize("checkpoint", [TINY_SD, TINY_SDXL], ids=["sd", "sdxl"])

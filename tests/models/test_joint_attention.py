@@ -49,6 +49,12 @@ def test_sums_of_attention_are_those_of_its_explicit_map(text_first: bool, sums:
     text = probabilities[..., :5] if text_first else probabilities[..., 6:]
     expected = torch.einsum("rhnl,rsl->rsn", text, weights) / 3
     torch.testing.assert_close(attended(query, key, weights, text_first=text_first), expected)
+    there = torch.tensor([[True, True, True, False, False], [True] * 5])
+    scores = query @ key.mT / 2.0
+    scores[0, :, :, slice(3, 5) if text_first else slice(9, 11)] = float("-inf")
+    text = scores.softmax(dim=-1)[..., :5] if text_first else scores.softmax(dim=-1)[..., 6:]
+    expected = torch.einsum("rhnl,rsl->rsn", text, weights) / 3
+    torch.testing.assert_close(attended(query, key, weights, text_first=text_first, there=there), expected)
 
 
 @pytest.mark.parametrize("folder", [TINY_SD3, TINY_FLUX], ids=["sd3", "flux"])

@@ -59,7 +59,8 @@ class Calls:
     """A backbone of which calls alone matter."""
 
     def __init__(self, moves: list[tuple[str, str]]) -> None:
-        for name in ("encode_text", "encode_texts", "denoise", "product", "encode_images", "decode_latents"):
+        names = ("encode_text", "encode_texts", "encode_text_of", "denoise", "product")
+        for name in (*names, "encode_images", "decode_latents"):
             setattr(self, name, lambda name=name: moves.append(("call", name)))
 
 
@@ -85,12 +86,15 @@ def test_text_encoders_and_network_are_never_on_the_device_together_and_the_auto
     backbone.encode_images()
     backbone.denoise()
     backbone.denoise()
+    backbone.encode_text_of()
     backbone.decode_latents()
     backbone.encode_texts()
     there: set[str] = set()
     for name, place in moves:
         if name == "call":
-            wanted = {"denoise": {"transformer"}, "encode_texts": {"text_encoder", "text_encoder_2"}}.get(place, set())
+            texts = {"text_encoder", "text_encoder_2"}
+            needed = {"denoise": {"transformer"}, "encode_texts": texts, "encode_text_of": texts}
+            wanted = needed.get(place, set())
             assert wanted <= there
             continue
         there = there | {name} if place == "cuda" else there - {name}

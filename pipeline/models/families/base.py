@@ -7,7 +7,7 @@ know it refuses, by the configuration files alone, before weights are fetched or
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.engine.backbone import Backbone, ModelRecord, Offers
 from pipeline.errors import ModelError
 from pipeline.models.checkpoint import Checkpoint, Components, Configurations
+from pipeline.models.networks import num_words_read
 from pipeline.models.offload import Turns
 
 
@@ -109,6 +110,18 @@ class Family(ABC):
         upcast = dtype == torch.float16 and configurations.parts["vae"].get("force_upcast", True)
         return torch.float32 if upcast else dtype
 
+    def num_words_read(self, tokenizer: Any, prompt: str, text_tokens: int | None) -> int:
+        """How many words of a prompt the text encoder of one of its tokenizers reads, at least in part.
+
+        `text_tokens`: places of the longest text encoder, as the recipe has it; None: the family's usual number.
+        """
+        return num_words_read(tokenizer, prompt)
+
+    def autoencoder_levels(self, configurations: Configurations) -> Sequence[int]:
+        """Channels of the autoencoder's levels, the finest first; each has half the side of the one before."""
+        levels: Sequence[int] = configurations.parts["vae"].get("block_out_channels", [64])
+        return levels
+
     def widest(self, configurations: Configurations, side: int) -> tuple[int, int]:
         """Places and channels of the widest tensor that the network holds of latents (side, side).
 
@@ -128,9 +141,20 @@ class Family(ABC):
         """What the pipeline of `reference` makes of noise (1, C, h, w) on its device: latents of the same shape."""
         return asked.by(reference, latents)
 
+    def unscaled(self, reference: Any, latents: Tensor) -> Tensor:
+        """What the pipeline of `reference` gives its autoencoder to decode, of latents (1, C, h, w) in that one's
+        dtype."""
+        config = reference.vae.config
+        latents = latents / config.scaling_factor
+        if (mean := config.get("latents_mean")) is not None and (std := config.get("latents_std")) is not None:
+            mean, std = (torch.tensor(one).view(1, -1, 1, 1).to(latents) for one in (mean, std))
+            latents = latents * std + mean
+        return latents + (config.get("shift_factor") or 0.0)
+
 
 def components_of(family: Family, index: Mapping[str, Any], *, t5: bool = True) -> Components:
-    """The parts of one checkpoint that are loaded: those of its family, without optional ones that it does not have.
+    """The parts of one checkpoint that are loaded: those of its family, without those of its other pipelines and
+    optional ones that it does not have.
 
     Args:
         family: the checkpoint's.
@@ -140,14 +164,15 @@ def components_of(family: Family, index: Mapping[str, Any], *, t5: bool = True) 
     Raises:
         ModelError: the optional ones shall be left out, and the family has none.
     """
-    optional = {part for part, component in family.components.items() if component.optional}
+    pipeline = index.get("_class_name")
+    known = {part: one for part, one in family.components.items() if not one.pipelines or pipeline in one.pipelines}
+    optional = {part for part, component in known.items() if component.optional}
     if not t5 and not optional:
         raise ModelError(
-            f"model.t5 is false, and a {index.get('_class_name')} has no text encoder that it could do without. Leave "
-            "model.t5 out"
+            f"model.t5 is false, and a {pipeline} has no text encoder that it could do without. Leave model.t5 out"
         )
     left_out = {part for part in optional if not t5 or index.get(part) in (None, [None, None])}
-    return {part: component for part, component in family.components.items() if part not in left_out}
+    return {part: component for part, component in known.items() if part not in left_out}
 
 
 def check_components(family: Family, index: Mapping[str, Any], where: str) -> None:

@@ -149,6 +149,47 @@ FLUX_INDEX = {
     "transformer": ["diffusers", "FluxTransformer2DModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+QWEN_FLOW = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler", "base_image_seq_len": 256, "base_shift": 0.5,
+    "invert_sigmas": False, "max_image_seq_len": 8192, "max_shift": 0.9, "num_train_timesteps": 1000, "shift": 1.0,
+    "shift_terminal": 0.02, "stochastic_sampling": False, "time_shift_type": "exponential", "use_beta_sigmas": False,
+    "use_dynamic_shifting": True, "use_exponential_sigmas": False, "use_karras_sigmas": False,
+}  # fmt: skip
+QWEN_TRANSFORMER = {
+    "_class_name": "QwenImageTransformer2DModel", "attention_head_dim": 128, "axes_dims_rope": [16, 56, 56],
+    "guidance_embeds": False, "in_channels": 64, "joint_attention_dim": 3584, "num_attention_heads": 24,
+    "num_layers": 60, "out_channels": 16, "patch_size": 2,
+}  # fmt: skip
+QWEN_VAE = {
+    "_class_name": "AutoencoderKLQwenImage", "attn_scales": [], "base_dim": 96, "dim_mult": [1, 2, 4, 4],
+    "dropout": 0.0, "num_res_blocks": 2, "temperal_downsample": [False, True, True], "z_dim": 16,
+}  # fmt: skip
+QWEN_VL = {
+    "hidden_act": "silu", "hidden_size": 3584, "image_token_id": 151655, "intermediate_size": 18944,
+    "max_position_embeddings": 128000, "model_type": "qwen2_5_vl", "num_attention_heads": 28, "num_hidden_layers": 28,
+    "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "tie_word_embeddings": False,
+    "rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}, "vocab_size": 152064,
+    "vision_config": {
+        "depth": 32, "fullatt_block_indexes": [7, 15, 23, 31], "hidden_act": "silu", "hidden_size": 1280,
+        "intermediate_size": 3420, "model_type": "qwen2_5_vl", "num_heads": 16, "out_hidden_size": 3584,
+        "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "tokens_per_second": 2, "window_size": 112,
+    },
+}  # fmt: skip
+QWEN_PROCESSOR = {
+    "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_processor_type": "Qwen2VLImageProcessor",
+    "image_std": [0.26862954, 0.26130258, 0.27577711], "max_pixels": 12845056, "merge_size": 2, "min_pixels": 3136,
+    "patch_size": 14, "resample": 3, "rescale_factor": 0.00392156862745098, "temporal_patch_size": 2,
+}  # fmt: skip
+QWEN_INDEX = {
+    "_class_name": "QwenImagePipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+    "tokenizer": ["transformers", "Qwen2Tokenizer"],
+    "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKLQwenImage"],
+}
+QWEN_TOKENIZER = (*TOKENIZER, "added_tokens.json", "chat_template.jinja")
 T5_TOKENIZER = ("special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -188,6 +229,30 @@ def flux(scheduler: Mapping[str, Any], transformer: Mapping[str, Any] = FLUX_TRA
         "transformer/config.json": transformer, **sharded("transformer", "diffusion_pytorch_model", 3),
         "vae/config.json": FLUX_VAE, "vae/diffusion_pytorch_model.safetensors": None,
     }  # fmt: skip
+
+
+def qwen(scheduler: Mapping[str, Any] = QWEN_FLOW, **transformer: Any) -> Files:
+    """A checkpoint of Qwen-Image's files. `transformer`: keys of its configuration that differ."""
+    return {
+        **scheduled(QWEN_INDEX, scheduler),
+        "text_encoder/config.json": QWEN_VL, **sharded("text_encoder", "model", 4),
+        **{f"tokenizer/{name}": {} for name in QWEN_TOKENIZER},
+        "transformer/config.json": {**QWEN_TRANSFORMER, **transformer},
+        **sharded("transformer", "diffusion_pytorch_model", 9),
+        "vae/config.json": QWEN_VAE, "vae/diffusion_pytorch_model.safetensors": None,
+    }  # fmt: skip
+
+
+def qwen_edit(pipeline: str = "QwenImageEditPipeline") -> Files:
+    """A checkpoint of Qwen-Image-Edit's files."""
+    files = qwen()
+    index = {"_class_name": pipeline, "processor": ["transformers", "Qwen2VLProcessor"]}
+    return {
+        **files,
+        "model_index.json": {**files["model_index.json"], **index},
+        **{f"processor/{name}": {} for name in (*QWEN_TOKENIZER, "tokenizer.json", "video_preprocessor_config.json")},
+        "processor/preprocessor_config.json": QWEN_PROCESSOR,
+    }
 
 
 LCM = {
@@ -238,6 +303,9 @@ PUBLISHED: dict[str, Files] = {
         {**FLOW, "use_dynamic_shifting": True}, {**FLUX_TRANSFORMER, "in_channels": 384, "out_channels": 64},
         _class_name="FluxFillPipeline",
     ),
+    "Qwen/Qwen-Image": qwen(),
+    "Qwen/Qwen-Image-Edit": qwen_edit(),
+    "Qwen/Qwen-Image-Edit-2509": qwen_edit("QwenImageEditPlusPipeline"),
     "playgroundai/playground-v2.5-1024px-aesthetic": sdxl(EDM),
     "latent-consistency/lcm-sdxl": {  # a UNet alone
         "config.json": {**SDXL_UNET, "time_cond_proj_dim": 256}, "diffusion_pytorch_model.safetensors": None,

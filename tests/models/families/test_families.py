@@ -11,6 +11,7 @@ from pipeline.engine.backbone import Offers
 from pipeline.errors import ModelError
 from pipeline.models.checkpoint import open_checkpoint, read_index
 from pipeline.models.families import FAMILIES, family_of
+from pipeline.models.families.base import components_of
 from pipeline.models.hub import fetch
 from tests.checkpoints import refused
 from tests.hub import hub
@@ -132,8 +133,9 @@ def test_of_a_hubs_checkpoint_no_weights_are_fetched_to_be_refused(
 
 def offered(files: Files, folder: Path) -> Offers:
     put(folder, files)
-    family = family_of(read_index(folder, "it"), "it")
-    configurations = open_checkpoint(folder, family.components, None, "it").configurations
+    index = read_index(folder, "it")
+    family = family_of(index, "it")
+    configurations = open_checkpoint(folder, components_of(family, index), None, "it").configurations
     family.check(configurations, "it")
     return family.offers(configurations)
 
