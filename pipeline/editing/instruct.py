@@ -1,16 +1,17 @@
 """Editing by an instruction, with a model that was trained for it: FLUX.1 Kontext (Black Forest Labs, arXiv
-2506.15742).
+2506.15742) and FLUX.2 klein.
 
 The network reads the image as tokens of their own beside the noise, and the instruction as its prompt; what it samples
 is the edited image. There is no inversion and no source prompt.
 
-Cost: one network row per step, of about twice the tokens. Masks: one, where the result differs from the image.
-Stochastic: one seed per image.
+Cost: one network row per step, of about twice the tokens; two where guided against an empty prompt. Masks: one, where
+the result differs from the image. Stochastic: one seed per image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -28,6 +29,9 @@ from pipeline.engine.prompts import GuidedPrompt
 from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, InversionPrompts, Trajectory
 
+# Usual of FLUX.1 Kontext, which is told its guidance; what FLUX.2 klein's publishers sample with, guided against "".
+TOLD_SCALE, GUIDED_SCALE = 2.5, 4.0
+
 
 class Instruct(EditingMethod):
     """Sample under an instruction, with the image as reference."""
@@ -36,9 +40,11 @@ class Instruct(EditingMethod):
     paper: ClassVar = "FLUX.1 Kontext, arXiv 2506.15742"
 
     method: Literal["instruct"] = "instruct"
-    """Editing by an instruction, with a model that was trained to read the image beside it (FLUX.1 Kontext)."""
-    guidance_scale: float = Field(default=2.5, ge=0, allow_inf_nan=False)
-    """Guidance of the instruction, which the network is told; 2.5 is usual, 3.5 follows it more closely."""
+    """Editing by an instruction, with a model that was trained to read the image beside it (FLUX.1 Kontext, FLUX.2
+    klein)."""
+    guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Guidance of the instruction, told to the network or against an empty prompt; 1: none. None: 2.5 where the network
+    is told (FLUX.1 Kontext; 3.5 follows the instruction more closely), else 4 (FLUX.2 klein base)."""
 
     @property
     @override
@@ -62,8 +68,8 @@ class Instruct(EditingMethod):
         if request.negative_prompt:
             yield Problem(
                 "a negative_prompt",
-                "instruct tells the network its guidance, in one row, which leaves no place for the edit's "
-                "negative_prompt. Leave negative_prompt out, and say in the instruction what shall not be",
+                "instruct tells the network its guidance, or guides against an empty prompt, which leaves no place for "
+                "the edit's negative_prompt. Leave negative_prompt out, and say in the instruction what shall not be",
             )
 
     @override
@@ -72,7 +78,8 @@ class Instruct(EditingMethod):
         if not offers.references:
             yield (
                 "instruct gives the network the image itself to read, and this model takes no reference image. Use a "
-                "checkpoint that does, such as black-forest-labs/FLUX.1-Kontext-dev, or another editing.method"
+                "checkpoint that does, such as black-forest-labs/FLUX.1-Kontext-dev or "
+                "black-forest-labs/FLUX.2-klein-base-4B, or another editing.method"
             )
 
     @override
@@ -89,9 +96,7 @@ class Instruct(EditingMethod):
         self, trajectory: Trajectory, instruction: str, reference: Tensor, user_mask: Tensor | None = None
     ) -> Steps[Tensor]:
         """Latents (C, h, w) from the trajectory's noise, beside a reference (C, h', w')."""
-        (prompt,) = yield EncodeText((instruction,))
-        told = prompt.telling(self.guidance_scale)
-        guided = GuidedPrompt(told, told, 1.0, {"reference": reference})
+        guided = replace((yield from self._guided(instruction)), beside={"reference": reference})
         clean, noise = trajectory.source.latents, trajectory.latents[0]
         latents = noise
         for step, (start, end) in enumerate(trajectory.solver.steps):
@@ -104,3 +109,14 @@ class Instruct(EditingMethod):
             if tell := observer():
                 tell(StepRecord(step=step, latents=latents, masks=no_masks(latents)))
         return latents
+
+    def _guided(self, instruction: str) -> Steps[GuidedPrompt]:
+        """The instruction, guided as the model was trained to be."""
+        (prompt,) = yield EncodeText((instruction,))
+        scale = self.guidance_scale
+        if scale is None:
+            scale = TOLD_SCALE if prompt.is_told_guidance else GUIDED_SCALE
+        if prompt.is_told_guidance or scale == 1.0:
+            return GuidedPrompt.as_model_guides(prompt, prompt, scale)
+        (empty,) = yield EncodeText(("",))
+        return GuidedPrompt.as_model_guides(prompt, empty, scale)

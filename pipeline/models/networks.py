@@ -84,7 +84,7 @@ def _check_tensors(name: str, network: Any, info: Mapping[str, Any]) -> None:
                 f"the weights in {name}/ of the checkpoint {what} {_listed(found)}: they are not those of "
                 f"{name}/config.json. Fetch the checkpoint again, or use another"
             )
-    broken = [key for key, tensor in network.named_parameters() if not bool(torch.isfinite(tensor).all())]
+    broken = [key for key, tensor in network.state_dict().items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise ModelError(
             f"the weights in {name}/ of the checkpoint hold values that are not finite: {_listed(broken)}. Fetch the "
@@ -121,6 +121,13 @@ def load_tokenizer(folder: Path, name: str, component: Component | None = None) 
 def starts_at(tokenizer: Any) -> int:
     """Place of a prompt's first own token: behind the start token, where the tokenizer has one (CLIP's, not T5's)."""
     return 0 if tokenizer.bos_token_id is None else 1
+
+
+def num_words_read(tokenizer: Any, prompt: str) -> int:
+    """How many words of a prompt are read, at least in part, where a text encoder reads what its tokenizer lets pass
+    and an end token behind it (CLIP, T5)."""
+    own = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length, return_offsets_mapping=True)
+    return 1 + max(words_of_tokens(prompt, own.offset_mapping[starts_at(tokenizer) : -1]), default=-1)
 
 
 def words_of_tokens(prompt: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from pipeline.models.families.base import Family, components_of
 from pipeline.models.hub import silent
 from pipeline.models.loading import BUNDLED, is_hub_id
 from pipeline.models.memory import SHOWN_FROM, needs_of
-from pipeline.models.networks import load_tokenizer, starts_at, words_of_tokens
+from pipeline.models.networks import load_tokenizer
 
 if TYPE_CHECKING:
     from pipeline.settings.sections import ModelConfig
@@ -33,17 +33,15 @@ class Outline:
     offers: Offers | None = None
     tokenizers: Sequence[Any] = ()
     whole: tuple[Family, Configurations, Components] | None = None  # of a checkpoint that a family knows
+    text_tokens: int | None = None  # places of the longest text encoder, as the recipe has it
 
     def read_part(self, prompt: str) -> str:
         """The words of a prompt that every text encoder reads, at least in part; all where that is not known."""
-        count = len(prompt.split())
-        for tokenizer in self.tokenizers:
-            length = tokenizer.model_max_length
-            own = tokenizer(prompt, truncation=True, max_length=length, return_offsets_mapping=True)
-            count = min(
-                count, 1 + max(words_of_tokens(prompt, own.offset_mapping[starts_at(tokenizer) : -1]), default=-1)
-            )
-        return " ".join(prompt.split()[:count]) if self.tokenizers else prompt
+        if self.whole is None or not self.tokenizers:
+            return prompt
+        family, words = self.whole[0], prompt.split()
+        count = min(family.num_words_read(tokenizer, prompt, self.text_tokens) for tokenizer in self.tokenizers)
+        return " ".join(words[:count])
 
 
 def outline_of(config: ModelConfig) -> Outline:
@@ -64,7 +62,7 @@ def outline_of(config: ModelConfig) -> Outline:
         offers = family.offers(configurations)
         tokenizers = {part: one for part, one in components.items() if one.kind == "tokenizer"}
         loaded = [load_tokenizer(folder, part, one) for part, one in tokenizers.items()]
-        return Outline(offers, loaded, (family, configurations, components))
+        return Outline(offers, loaded, (family, configurations, components), config.text_tokens)
     except (ModelError, OSError, KeyError, TypeError, IndexError):
         return Outline()
 

@@ -68,18 +68,14 @@ def sampled_by_diffusers(
         return Sampled(
             pipeline=type(pipeline).__name__,
             latents=latents[0].float().cpu(),
-            pixels=_decoded(pipeline, latents),
+            pixels=_decoded(family, pipeline, latents),
         )
 
 
-def _decoded(pipeline: Any, latents: Tensor) -> np.ndarray:
+def _decoded(family: Family, pipeline: Any, latents: Tensor) -> np.ndarray:
     """The last lines of the pipelines, for an autoencoder that may be wider than the other networks."""
     vae = pipeline.vae
-    latents = latents.to(vae.dtype) / vae.config.scaling_factor
-    if (mean := vae.config.get("latents_mean")) is not None and (std := vae.config.get("latents_std")) is not None:
-        mean, std = (torch.tensor(one).view(1, -1, 1, 1).to(latents) for one in (mean, std))
-        latents = latents * std + mean
-    latents = latents + (vae.config.get("shift_factor") or 0.0)
+    latents = family.unscaled(pipeline, latents.to(vae.dtype))
     image = pipeline.image_processor.postprocess(vae.decode(latents, return_dict=False)[0].float(), output_type="np")
     pixels: np.ndarray = (image[0] * 255.0).round().astype(np.uint8)
     return pixels

@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.engine.backbone import Backbone, ModelRecord, Offers
 from pipeline.errors import ModelError
 from pipeline.models.checkpoint import Checkpoint, Components, Configurations
+from pipeline.models.networks import num_words_read
 from pipeline.models.offload import Turns
 
 
@@ -109,6 +110,13 @@ class Family(ABC):
         upcast = dtype == torch.float16 and configurations.parts["vae"].get("force_upcast", True)
         return torch.float32 if upcast else dtype
 
+    def num_words_read(self, tokenizer: Any, prompt: str, text_tokens: int | None) -> int:
+        """How many words of a prompt the text encoder of one of its tokenizers reads, at least in part.
+
+        `text_tokens`: places of the longest text encoder, as the recipe has it; None: the family's usual number.
+        """
+        return num_words_read(tokenizer, prompt)
+
     def widest(self, configurations: Configurations, side: int) -> tuple[int, int]:
         """Places and channels of the widest tensor that the network holds of latents (side, side).
 
@@ -127,6 +135,16 @@ class Family(ABC):
     def sampled_by(self, reference: Any, backbone: Backbone, latents: Tensor, asked: Asked) -> Tensor:
         """What the pipeline of `reference` makes of noise (1, C, h, w) on its device: latents of the same shape."""
         return asked.by(reference, latents)
+
+    def unscaled(self, reference: Any, latents: Tensor) -> Tensor:
+        """What the pipeline of `reference` gives its autoencoder to decode, of latents (1, C, h, w) in that one's
+        dtype."""
+        config = reference.vae.config
+        latents = latents / config.scaling_factor
+        if (mean := config.get("latents_mean")) is not None and (std := config.get("latents_std")) is not None:
+            mean, std = (torch.tensor(one).view(1, -1, 1, 1).to(latents) for one in (mean, std))
+            latents = latents * std + mean
+        return latents + (config.get("shift_factor") or 0.0)
 
 
 def components_of(family: Family, index: Mapping[str, Any], *, t5: bool = True) -> Components:

@@ -15,6 +15,9 @@ from pipeline.models.families.base import Loading
 from pipeline.models.networks import load_network, quiet
 from pipeline.models.placing import load_8bit, place, refuse_8bit
 
+# Loaded in bfloat16 where float16 is asked for: T5's feed-forward layers exceed float16, and Qwen3 was published in
+# bfloat16, whose range float16 has not.
+TOO_WIDE_FOR_HALF = ("T5EncoderModel", "Qwen3ForCausalLM")
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
 PARTS = {
@@ -94,8 +97,8 @@ def load_networks(checkpoint: Checkpoint, components: Components, loading: Loadi
         if component.kind != "network" or name not in checkpoint.configurations.parts:
             continue
         dtype = vae if name == "vae" else loading.dtype
-        if half and component.classes[0] == "T5EncoderModel":
-            dtype = torch.bfloat16  # its feed-forward layers exceed float16
+        if half and component.classes[0] in TOO_WIDE_FOR_HALF:
+            dtype = torch.bfloat16
         if loading.text_8bit and component.classes[0] == "T5EncoderModel":
             networks[name] = load_8bit(checkpoint, name, component, loading).eval()
             continue
