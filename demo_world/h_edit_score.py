@@ -95,9 +95,7 @@ TASKS: dict[str, Task] = {
         texts=tuple(edit.after for edit in EDITS.values()),
         steps=FINE,
     ),
-    "face, by a reward": Task(
-        before={"face_color": "yellow"}, reward={"face_color": "green"}, weight=0.13, steps=FINE
-    ),
+    "face, by a reward": Task(before={"face_color": "yellow"}, reward={"face_color": "green"}, weight=0.13, steps=FINE),
     "background, by a reward": Task(before={"background": "mint"}, reward={"background": "lavender"}, weight=0.05),
     "sunglasses by a text, face by a reward": Task(
         before={"sunglasses": False, "face_color": "yellow"},

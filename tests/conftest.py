@@ -52,3 +52,11 @@ def every_photograph() -> dict[str, Path]:
 def checkpoint(tmp_path: Path) -> Path:
     """A copy of the tiny Stable Diffusion, for a test to spoil."""
     return Path(shutil.copytree(Path(__file__).parent / "golden" / "tiny-sd", tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_klein(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random FLUX.2 klein base; not to be spoilt. See `tests/models/families/klein.py`."""
+    from tests.models.families.klein import make_klein
+
+    return make_klein(tmp_path_factory.mktemp("klein") / "model")

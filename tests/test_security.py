@@ -127,6 +127,13 @@ def test_a_class_of_the_checkpoints_own_is_refused(checkpoint: Path, part: str) 
     refused(checkpoint, "without custom code")
 
 
+def test_a_chat_template_reaches_no_module(tiny_klein: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_klein, tmp_path / "model"))
+    template = "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ messages[0].content }}"
+    (folder / "tokenizer" / "chat_template.jinja").write_text(template)
+    refused(folder, "the chat template of tokenizer/ of the checkpoint cannot be used: SecurityError")
+
+
 def test_yaml_that_builds_objects_is_refused(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"source: !!python/object/apply:os.mkdir ['{tmp_path}/owned']\n")

@@ -2,7 +2,8 @@
 
 As diffusers' `FlowMatchEulerDiscreteScheduler` computes it, to the last bit. A larger image keeps more of its content
 under the same noise, so levels are shifted towards noise: by a constant (Esser et al., arXiv 2403.03206, section
-5.3.2), or the more, the larger the image is (FLUX), which is why levels are asked for by size.
+5.3.2), or the more, the larger the image is (FLUX), which is why levels are asked for by size; of FLUX.2 the number of
+steps has a say, too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,10 +47,40 @@ class SizeShift:
     base_tokens: int = 256
     max_tokens: int = 4096
 
-    def mu(self, tokens: int) -> float:
-        """Of an image of so many tokens."""
+    def mu(self, tokens: int, num_steps: int) -> float:
+        """Of an image of so many tokens; the number of steps has no say."""
         slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
         return tokens * slope + (self.base_shift - slope * self.base_tokens)
+
+
+class Line(NamedTuple):
+    """mu by the number of image tokens."""
+
+    slope: float
+    at_none: float
+
+    def mu(self, tokens: int) -> float:
+        """Of an image of so many tokens."""
+        return self.slope * tokens + self.at_none
+
+
+OF_10_STEPS, OF_200_STEPS = Line(8.73809524e-05, 1.89833333), Line(0.00016927, 0.45666666)
+LARGE = 4300  # tokens; above these
+
+
+@dataclass(frozen=True, slots=True)
+class FittedShift:
+    """A shift by the number of image tokens and of steps, as FLUX.2's publishers fitted it (diffusers'
+    `compute_empirical_mu`): mu has one line for 10 steps and one for 200, and runs straight through both by the number
+    of steps. Of large images the number of steps has no say: the line of 200 holds."""
+
+    def mu(self, tokens: int, num_steps: int) -> float:
+        """Of an image of so many tokens, sampled in so many steps."""
+        of_many = OF_200_STEPS.mu(tokens)
+        if tokens > LARGE:
+            return of_many
+        slope = (of_many - OF_10_STEPS.mu(tokens)) / 190.0
+        return slope * num_steps + (of_many - 200.0 * slope)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,13 +89,18 @@ class FlowSchedule(Schedule):
 
     ramp: Ramp
     shift: float = 1.0  # constant; not read where there is a shift by size
-    by_size: SizeShift | None = None
+    by_size: SizeShift | FittedShift | None = None
     shift_type: Literal["exponential", "linear"] = "exponential"  # of the shift by size
     terminal: float | None = None  # where the last level above 0 is stretched to
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], ramp: Ramp) -> FlowSchedule:
+    def from_config(cls, config: Mapping[str, Any], ramp: Ramp, fitted: FittedShift | None = None) -> FlowSchedule:
         """Read a diffusers scheduler configuration.
+
+        Args:
+            config: its file.
+            ramp: where the unshifted ramp ends.
+            fitted: of a family that shifts so where the file asks for a shift by size; None: by the file's numbers.
 
         Raises:
             ModelError: it asks for levels that the methods here cannot follow, or is malformed.
@@ -92,7 +128,7 @@ class FlowSchedule(Schedule):
         return cls(
             ramp=ramp,
             shift=_positive(config, "shift", 1.0),
-            by_size=_by_size(config) if config.get("use_dynamic_shifting") else None,
+            by_size=(fitted or _by_size(config)) if config.get("use_dynamic_shifting") else None,
             shift_type=kind,
             terminal=_positive(config, "shift_terminal", 0.0) if terminal else None,
         )
@@ -114,7 +150,7 @@ class FlowSchedule(Schedule):
         else:
             sigmas = _ramp(float(TRAINED), self._lowest * TRAINED, num_steps) / TRAINED
         if self.by_size is not None:
-            mu = self.by_size.mu((size[0] // PATCH) * (size[1] // PATCH))
+            mu = self.by_size.mu((size[0] // PATCH) * (size[1] // PATCH), num_steps)
             weight = torch.tensor(math.exp(mu) if self.shift_type == "exponential" else mu, dtype=sigmas.dtype)
             sigmas = weight / (weight + (1 / sigmas - 1))
         else:

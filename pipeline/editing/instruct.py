@@ -1,5 +1,5 @@
 """Editing by an instruction, with a model that was trained for it: FLUX.1 Kontext (Black Forest Labs, arXiv
-2506.15742), Qwen-Image-Edit (Wu et al., arXiv 2508.02324).
+2506.15742), FLUX.2 klein, Qwen-Image-Edit (Wu et al., arXiv 2508.02324).
 
 The network reads the image as tokens of their own beside the noise, and the instruction as its prompt, with which
 Qwen-Image-Edit's text encoder sees the image; what it samples is the edited image. There is no inversion and no source
@@ -12,6 +12,7 @@ tokens. Masks: one, where the result differs from the image. Stochastic: one see
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -31,6 +32,9 @@ from pipeline.errors import PrepareError
 from pipeline.inversion.base import Inversion
 from pipeline.records import EditedLatents, EditRequest, InversionPrompts, Trajectory
 
+# Usual of FLUX.1 Kontext, which is told its guidance; what FLUX.2 klein's and Qwen-Image's publishers sample with.
+TOLD_SCALE, GUIDED_SCALE = 2.5, 4.0
+
 
 class Instruct(EditingMethod):
     """Sample under an instruction, with the image as reference."""
@@ -39,11 +43,12 @@ class Instruct(EditingMethod):
     paper: ClassVar = "FLUX.1 Kontext, arXiv 2506.15742; Qwen-Image-Edit, arXiv 2508.02324"
 
     method: Literal["instruct"] = "instruct"
-    """Editing by an instruction, with a model that was trained to read the image beside it (FLUX.1 Kontext,
+    """Editing by an instruction, with a model that was trained to read the image beside it (FLUX.1 Kontext, FLUX.2
+    klein, Qwen-Image-Edit)."""
+    guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Guidance of the instruction, told to the network or against the edit's negative prompt; 1: none. None: 2.5 where
+    the network is told (FLUX.1 Kontext; 3.5 follows the instruction more closely), else 4 (FLUX.2 klein base,
     Qwen-Image-Edit)."""
-    guidance_scale: float = Field(default=2.5, ge=0, allow_inf_nan=False)
-    """Guidance of the instruction, told to the network (FLUX.1 Kontext: 2.5 is usual, 3.5 follows it more closely) or
-    against the edit's negative prompt (Qwen-Image-Edit: 4 is usual); 1: none."""
 
     @property
     @override
@@ -71,8 +76,8 @@ class Instruct(EditingMethod):
         if not offers.references:
             yield (
                 "instruct gives the network the image itself to read, and this model takes no reference image. Use a "
-                "checkpoint that does, such as black-forest-labs/FLUX.1-Kontext-dev or Qwen/Qwen-Image-Edit, or "
-                "another editing.method"
+                "checkpoint that does, such as black-forest-labs/FLUX.1-Kontext-dev, Qwen/Qwen-Image-Edit or "
+                "black-forest-labs/FLUX.2-klein-base-4B, or another editing.method"
             )
 
     @override
@@ -98,17 +103,8 @@ class Instruct(EditingMethod):
     ) -> Steps[Tensor]:
         """Latents (C, h, w) from the trajectory's noise, beside a reference (C, h', w'). `picture`: the reference's
         pixels; None: of a model whose text encoder reads none."""
-        (prompt,) = yield EncodeText((instruction,), picture)
-        if prompt.is_told_guidance:
-            if negative_prompt:
-                raise PrepareError(
-                    "instruct tells this network its guidance, in one row, which leaves no place for the edit's "
-                    "negative_prompt. Leave negative_prompt out, and say in the instruction what shall not be"
-                )
-            other = prompt
-        else:
-            (other,) = yield EncodeText((negative_prompt,), picture)
-        guided = GuidedPrompt.as_model_guides(prompt, other, self.guidance_scale, {"reference": reference})
+        guided = yield from self._guided(instruction, negative_prompt, picture)
+        guided = replace(guided, beside={"reference": reference})
         clean, noise = trajectory.source.latents, trajectory.latents[0]
         latents = noise
         for step, (start, end) in enumerate(trajectory.solver.steps):
@@ -121,3 +117,19 @@ class Instruct(EditingMethod):
             if tell := observer():
                 tell(StepRecord(step=step, latents=latents, masks=no_masks(latents)))
         return latents
+
+    def _guided(self, instruction: str, negative_prompt: str, picture: np.ndarray | None) -> Steps[GuidedPrompt]:
+        """The instruction, guided as the model was trained to be."""
+        (prompt,) = yield EncodeText((instruction,), picture)
+        scale = self.guidance_scale
+        if scale is None:
+            scale = TOLD_SCALE if prompt.is_told_guidance else GUIDED_SCALE
+        if prompt.is_told_guidance and negative_prompt:
+            raise PrepareError(
+                "instruct tells this network its guidance, in one row, which leaves no place for the edit's "
+                "negative_prompt. Leave negative_prompt out, and say in the instruction what shall not be"
+            )
+        if prompt.is_told_guidance or scale == 1.0:
+            return GuidedPrompt.as_model_guides(prompt, prompt, scale)
+        (other,) = yield EncodeText((negative_prompt,), picture)
+        return GuidedPrompt.as_model_guides(prompt, other, scale)

@@ -27,7 +27,13 @@ from pipeline.common.special_files import special_files
 from pipeline.errors import ModelError
 
 VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt")
-TOKENIZER_FILES = (*VOCABULARY, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    *VOCABULARY,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 INDEX = "model_index.json"
 

@@ -4,6 +4,7 @@ Diffusion 3, FLUX and Qwen-Image have in common.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -24,9 +25,10 @@ from pipeline.models.joint_attention import JointLayer, OpenedJoint, Watched
 from pipeline.models.kernels import exact_float32
 
 
-class FlowText(Protocol):
+class FlowText(ABC):
     """How a family tells its network of a prompt."""
 
+    @abstractmethod
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
         """Embed prompts in one call; text beyond an encoder's length is cut."""
 

@@ -14,6 +14,20 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 
+class Projection(NamedTuple):
+    """A module that makes queries, keys or values, and where these lie among the channels of its output (R, N, D)."""
+
+    module: Any
+    part: slice = slice(None)
+
+    def replaced(self, made: Tensor, rows: Tensor) -> Tensor:
+        """What the module put out, with these channels of other rows, (R,)."""
+        taken = made[..., self.part][rows]
+        if self.part == slice(None):
+            return taken
+        return torch.cat([made[..., : self.part.start], taken, made[..., self.part.stop :]], dim=-1)
+
+
 class JointLayer(NamedTuple):
     """One joint attention module of diffusers, and how its sequence is laid out."""
 
@@ -22,17 +36,34 @@ class JointLayer(NamedTuple):
     one_stream: bool  # text and image come in as one sequence already
 
     @property
-    def values(self) -> list[Any]:
-        """The modules that make its values, (R, N, D)."""
-        return [self.attention.to_v] if self.one_stream else [self.attention.to_v, self.attention.add_v_proj]
+    def values(self) -> list[Projection]:
+        """What makes its values."""
+        if fused := self._fused:
+            return [fused["value"]]
+        modules = [self.attention.to_v] if self.one_stream else [self.attention.to_v, self.attention.add_v_proj]
+        return [Projection(module) for module in modules]
 
     @property
-    def projections(self) -> dict[str, Any]:
-        """The modules that make its queries and keys, by the names below."""
+    def projections(self) -> dict[str, Projection]:
+        """What makes its queries and keys, by the names below."""
+        if fused := self._fused:
+            return {name: fused[name] for name in ("query", "key")}
         names = {"query": "to_q", "key": "to_k"}
         if not self.one_stream:
             names |= {"text_key": "add_k_proj"}
-        return {name: getattr(self.attention, module) for name, module in names.items()}
+        return {name: Projection(getattr(self.attention, module)) for name, module in names.items()}
+
+    @property
+    def _fused(self) -> dict[str, Projection]:
+        """By name, where one module makes all, and what the block's feed-forward takes (FLUX.2); else none."""
+        module = getattr(self.attention, "to_qkv_mlp_proj", None)
+        if module is None:
+            return {}
+        width = self.attention.inner_dim
+        return {
+            name: Projection(module, slice(at * width, (at + 1) * width))
+            for at, name in enumerate(("query", "key", "value"))
+        }
 
 
 class Watched(NamedTuple):
@@ -56,10 +87,10 @@ class OpenedJoint:
         self._made: dict[str, Tensor] = {}
         self._sums: list[Tensor] = []
         for number, layer in layers.items():
-            for module in layer.values:
-                module.register_forward_hook(partial(self._take, number))
-            for name, module in layer.projections.items():
-                module.register_forward_hook(partial(self._keep, number, name))
+            for projection in layer.values:
+                projection.module.register_forward_hook(partial(self._take, number, projection))
+            for name, projection in layer.projections.items():
+                projection.module.register_forward_hook(partial(self._keep, number, name, projection))
             layer.attention.register_forward_hook(partial(self._look, number, layer), with_kwargs=True)
 
     @contextmanager
@@ -78,13 +109,13 @@ class OpenedJoint:
         and over the watched layers. The softmax is over all keys."""
         return torch.stack(self._sums).mean(dim=0)
 
-    def _take(self, number: int, _module: Any, _inputs: Any, values: Tensor) -> Tensor:
+    def _take(self, number: int, values: Projection, _module: Any, _inputs: Any, made: Tensor) -> Tensor:
         rows = self._swaps.get(number)
-        return values if rows is None else values[rows]
+        return made if rows is None else values.replaced(made, rows)
 
-    def _keep(self, number: int, name: str, _module: Any, _inputs: Any, made: Tensor) -> None:
+    def _keep(self, number: int, name: str, projection: Projection, _module: Any, _inputs: Any, made: Tensor) -> None:
         if self._watch is not None and number in self._watch.layers:
-            self._made[name] = made
+            self._made[name] = made[..., projection.part]
 
     def _look(
         self, number: int, layer: JointLayer, attention: Any, _inputs: Any, given: Mapping[str, Any], _output: Any

@@ -282,8 +282,8 @@ class PictureCut:
             image = image.resize(seen[::-1], Image.Resampling.LANCZOS)
         height, width = self.size(*seen)
         resized = image.resize((width, height), Image.Resampling.BICUBIC)
-        values = np.asarray(resized, dtype=np.float32) * np.float32(self.factor)
-        values = (values - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        scaled = np.asarray(resized, dtype=np.float32) * np.float32(self.factor)
+        values: np.ndarray = (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         patch, merge = self.patch_size, self.merge_size
         tokens = torch.from_numpy(values).reshape(
             height // self.token_side, merge, patch, width // self.token_side, merge, patch, 3

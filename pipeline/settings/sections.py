@@ -127,9 +127,9 @@ class ModelConfig(Section):
     """What stands for an empty prompt in Stable Diffusion XL, in inversion and edit alike. zeros: zeros; encoded: what
     the text encoders make of it; auto: zeros where the checkpoint says force_zeros_for_empty_prompt."""
     text_tokens: int | None = Field(default=None, ge=8, le=512)
-    """Places of the T5 text encoder of Stable Diffusion 3 and FLUX. Padding is part of what these networks read, so
-    another number gives other images. None: 256, and 512 for FLUX.1-dev. Of Qwen-Image, which reads no padding: places
-    of a prompt, a longer one being refused; none: 256."""
+    """Places of the T5 text encoder of Stable Diffusion 3 and FLUX.1, and of FLUX.2's text encoder. Padding is part of
+    what these networks read, so another number gives other images. None: 256, and 512 for FLUX.1-dev and FLUX.2. Of
+    Qwen-Image, which reads no padding: places of a prompt, a longer one being refused; none: 256."""
     t5: bool = True
     """Load the T5 text encoder of Stable Diffusion 3. False: zeros stand for what it would say, which saves 9.5 GB in
     bfloat16 and loses writing and fine detail of prompts."""

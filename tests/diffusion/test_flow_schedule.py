@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
-from pipeline.diffusion.flow_schedule import FlowSchedule, SizeShift, level_of
+from pipeline.diffusion.flow_schedule import FittedShift, FlowSchedule, SizeShift, level_of
 from pipeline.diffusion.levels import prediction_of
 from pipeline.diffusion.steps import DDIM, ddim_move
 from pipeline.errors import ModelError
@@ -23,7 +24,7 @@ BY_SIZE: dict[str, Any] = {"use_dynamic_shifting": True, "shift": 3.0}
 @pytest.mark.parametrize("config", [{}, {"shift": 3.0}, {"shift": 2.5}, BY_SIZE], ids=str)
 def test_levels_to_the_lowest_are_those_of_diffusers_scheduler(config: dict[str, Any], num_steps: int) -> None:
     ours, theirs = FlowSchedule.from_config(config, "to_lowest"), FlowMatchEulerDiscreteScheduler(**config)
-    theirs.set_timesteps(num_steps, mu=None if ours.by_size is None else ours.by_size.mu(TOKENS))
+    theirs.set_timesteps(num_steps, mu=None if ours.by_size is None else ours.by_size.mu(TOKENS, num_steps))
     assert ours.sigmas(num_steps, SIZE) == theirs.sigmas.tolist()
     assert [step.start.timestep for step in ours.steps(num_steps, SIZE)] == theirs.timesteps.tolist()
 
@@ -38,14 +39,32 @@ def test_levels_of_an_even_ramp_are_those_that_diffusers_pipeline_of_flux_asks_f
     ours, theirs = FlowSchedule.from_config(BY_SIZE | more, "even"), FlowMatchEulerDiscreteScheduler(**BY_SIZE, **more)
     assert ours.by_size is not None
     ramp = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64).tolist()
-    theirs.set_timesteps(sigmas=ramp, mu=ours.by_size.mu(TOKENS))
+    theirs.set_timesteps(sigmas=ramp, mu=ours.by_size.mu(TOKENS, num_steps))
     assert ours.sigmas(num_steps, SIZE) == theirs.sigmas.tolist()
 
 
 def test_mu_runs_through_its_two_points_and_beyond() -> None:
     shift = SizeShift()
-    assert [shift.mu(tokens) for tokens in (256, 4096)] == pytest.approx([0.5, 1.15])
-    assert shift.mu(6144) > 1.15
+    assert [shift.mu(tokens, 28) for tokens in (256, 4096)] == pytest.approx([0.5, 1.15])
+    assert shift.mu(6144, 28) > 1.15
+
+
+@pytest.mark.parametrize("num_steps", STEPS)
+@pytest.mark.parametrize("size", [SIZE, (128, 128), (132, 132)], ids=str)  # 15, 4096 and 4356 tokens
+def test_levels_of_a_fitted_shift_are_those_that_diffusers_pipeline_of_flux_2_asks_for(
+    size: tuple[int, int], num_steps: int
+) -> None:
+    ours, theirs = FlowSchedule.from_config(BY_SIZE, "even", FittedShift()), FlowMatchEulerDiscreteScheduler(**BY_SIZE)
+    ramp = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64).tolist()
+    theirs.set_timesteps(sigmas=ramp, mu=compute_empirical_mu(size[0] * size[1] // 4, num_steps))
+    assert ours.sigmas(num_steps, size) == theirs.sigmas.tolist()
+
+
+def test_a_fitted_shift_stands_for_one_by_size_alone() -> None:
+    constant = FlowSchedule.from_config({"shift": 3.0}, "even", FittedShift())
+    assert constant == FlowSchedule.from_config({"shift": 3.0}, "even")
+    assert FittedShift().mu(4300, 10) != FittedShift().mu(4300, 50)
+    assert FittedShift().mu(4301, 10) == FittedShift().mu(4301, 50)
 
 
 def test_a_step_is_eulers_and_its_inverse_undoes_it() -> None:

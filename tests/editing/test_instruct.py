@@ -45,11 +45,13 @@ def kontext(folder: Path) -> Any:
     return load_backbone(ModelConfig(name=str(folder), text_tokens=8), device="cpu")
 
 
-def run(backbone: Any, latents: Tensor | None = None, call_size: int = 2, **options: Any) -> tuple[Any, Any, int]:
+def run(
+    backbone: Any, latents: Tensor | None = None, call_size: int = 2, scale: float | None = None, **options: Any
+) -> tuple[Any, Any, int]:
     engine = Engine(backbone, call_size=call_size)
     given = source(backbone, 1, side=SIDE)
     given = given if latents is None else dataclasses.replace(given, latents=latents)
-    steps = invert_and_edit(given, REQUEST, NoiseStart(num_steps=3), Instruct(), **options)
+    steps = invert_and_edit(given, REQUEST, NoiseStart(num_steps=3), Instruct(guidance_scale=scale), **options)
     trajectory, found = engine.run_one(steps)
     return trajectory, found, engine.stats.network_rows
 
@@ -60,6 +62,14 @@ def test_the_image_is_read_and_costs_no_row_of_its_own(kontext: Any) -> None:
     assert found.latents.shape == trajectory.source.latents.shape
     for other in (torch.zeros_like(trajectory.source.latents), trajectory.source.latents.flip(-1)):
         assert not torch.allclose(run(kontext, other)[1].latents, found.latents, atol=1e-3)
+
+
+def test_a_network_that_is_told_its_guidance_is_told_it_and_asked_once(kontext: Any) -> None:
+    usual = run(kontext)[1].latents
+    assert torch.equal(run(kontext, scale=2.5)[1].latents, usual)
+    _, other, rows = run(kontext, scale=4.0)
+    assert rows == 3
+    assert not torch.allclose(other.latents, usual, atol=1e-3)
 
 
 def test_images_share_calls_and_keep_their_bits(kontext: Any) -> None:

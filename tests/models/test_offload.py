@@ -214,6 +214,20 @@ def test_parameters_are_those_of_the_published_models_and_offload_takes_off_what
     assert stays < in_8_bit.under("layers") < found.under("layers")
 
 
+def test_parameters_of_flux_2_klein_are_those_of_the_published_model() -> None:
+    files = {
+        "model_index.json": published.KLEIN_INDEX,
+        "transformer": published.KLEIN_TRANSFORMER,
+        "vae": published.KLEIN_VAE,
+        "text_encoder": published.QWEN3_4B,
+    }
+    found = needs("Flux2KleinPipeline", files)
+    assert found.parts["transformer"] == 2 * 3_875_544_576
+    assert found.parts["text_encoder"] == 2 * 4_022_468_096
+    assert found.parts["vae"] == 2 * 84_046_115
+    assert found.row == 16 * (64 * 64 + 512) * 24 * 128 * 2
+
+
 def test_an_estimate_grows_with_the_picture_and_the_precision() -> None:
     files = {
         "model_index.json": published.SD_INDEX,

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.errors import ModelError
 from pipeline.models.families.base import Family, check_components
 from pipeline.models.families.flux import FluxFamily
+from pipeline.models.families.flux2 import Flux2KleinFamily
 from pipeline.models.families.qwen_image import QwenImageFamily
 from pipeline.models.families.sd3 import StableDiffusion3Family
 from pipeline.models.families.stable_diffusion import StableDiffusionFamily
@@ -23,6 +24,7 @@ FAMILIES: dict[str, Family] = {
         StableDiffusionXLFamily(),
         StableDiffusion3Family(),
         FluxFamily(),
+        Flux2KleinFamily(),
         QwenImageFamily(),
     )
     for pipeline in family.pipelines

@@ -15,9 +15,9 @@ from pipeline.models.families.base import Loading
 from pipeline.models.networks import load_network, quiet
 from pipeline.models.placing import load_8bit, place, refuse_8bit
 
-# Loaded in bfloat16 where float16 is asked for: T5's feed-forward layers exceed float16, and Qwen2.5-VL was published
-# in bfloat16, whose range float16 has not.
-TOO_WIDE_FOR_HALF = ("T5EncoderModel", "Qwen2_5_VLForConditionalGeneration")
+# Loaded in bfloat16 where float16 is asked for: T5's feed-forward layers exceed float16, and Qwen2.5-VL and Qwen3 were
+# published in bfloat16, whose range float16 has not.
+TOO_WIDE_FOR_HALF = ("T5EncoderModel", "Qwen2_5_VLForConditionalGeneration", "Qwen3ForCausalLM")
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
 PARTS = {

@@ -190,6 +190,31 @@ QWEN_INDEX = {
     "vae": ["diffusers", "AutoencoderKLQwenImage"],
 }
 QWEN_TOKENIZER = (*TOKENIZER, "added_tokens.json", "chat_template.jinja")
+KLEIN_TRANSFORMER = {
+    "_class_name": "Flux2Transformer2DModel", "attention_head_dim": 128, "axes_dims_rope": [32, 32, 32, 32],
+    "eps": 1e-06, "guidance_embeds": False, "in_channels": 128, "joint_attention_dim": 7680, "mlp_ratio": 3.0,
+    "num_attention_heads": 24, "num_layers": 5, "num_single_layers": 20, "out_channels": None, "patch_size": 1,
+    "rope_theta": 2000, "timestep_guidance_channels": 256,
+}  # fmt: skip
+KLEIN_VAE = {
+    "_class_name": "AutoencoderKLFlux2", "batch_norm_eps": 0.0001, "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "force_upcast": True, "latent_channels": 32,
+    "layers_per_block": 2, "patch_size": [2, 2], "sample_size": 1024, "up_block_types": ["UpDecoderBlock2D"] * 4,
+}  # fmt: skip
+QWEN3_4B = {
+    "head_dim": 128, "hidden_size": 2560, "intermediate_size": 9728, "max_position_embeddings": 40960,
+    "model_type": "qwen3", "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8,
+    "tie_word_embeddings": True, "vocab_size": 151936,
+}  # fmt: skip
+KLEIN_INDEX = {
+    "_class_name": "Flux2KleinPipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+    "tokenizer": ["transformers", "Qwen2TokenizerFast"],
+    "transformer": ["diffusers", "Flux2Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKLFlux2"],
+}
+KLEIN_TOKENIZER = (*TOKENIZER, "added_tokens.json", "chat_template.jinja", "tokenizer.json")
 T5_TOKENIZER = ("special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -255,6 +280,23 @@ def qwen_edit(pipeline: str = "QwenImageEditPipeline") -> Files:
     }
 
 
+def klein(
+    transformer: Mapping[str, Any] = KLEIN_TRANSFORMER,
+    vae: Mapping[str, Any] = KLEIN_VAE,
+    text_encoder: Mapping[str, Any] = QWEN3_4B,
+    **index: Any,
+) -> Files:
+    """A checkpoint of FLUX.2 klein's files."""
+    return {
+        **scheduled({**KLEIN_INDEX, **index}, {**FLOW, "use_dynamic_shifting": True}),
+        "flux-2-klein-base-4b.safetensors": None,
+        "text_encoder/config.json": text_encoder, **sharded("text_encoder", "model", 2),
+        **{f"tokenizer/{name}": {} for name in KLEIN_TOKENIZER},
+        "transformer/config.json": transformer, "transformer/diffusion_pytorch_model.safetensors": None,
+        "vae/config.json": vae, "vae/diffusion_pytorch_model.safetensors": None,
+    }  # fmt: skip
+
+
 LCM = {
     "_class_name": "LCMScheduler", **BETAS, "clip_sample": False, "original_inference_steps": 50,
     "prediction_type": "epsilon", "rescale_betas_zero_snr": False, "set_alpha_to_one": True, "steps_offset": 0,
@@ -306,6 +348,8 @@ PUBLISHED: dict[str, Files] = {
     "Qwen/Qwen-Image": qwen(),
     "Qwen/Qwen-Image-Edit": qwen_edit(),
     "Qwen/Qwen-Image-Edit-2509": qwen_edit("QwenImageEditPlusPipeline"),
+    "black-forest-labs/FLUX.2-klein-base-4B": klein(),
+    "black-forest-labs/FLUX.2-klein-4B": klein(is_distilled=True),
     "playgroundai/playground-v2.5-1024px-aesthetic": sdxl(EDM),
     "latent-consistency/lcm-sdxl": {  # a UNet alone
         "config.json": {**SDXL_UNET, "time_cond_proj_dim": 256}, "diffusion_pytorch_model.safetensors": None,
