@@ -35,7 +35,8 @@ from tests.corpus import (
 from tests.places import Place, only_on_s3
 from tests.runs import rows_on_any_store
 
-pytestmark = [only_on_s3, pytest.mark.timeout(280)]
+# The same inputs stand on files in the fast suite.
+pytestmark = [only_on_s3, pytest.mark.timeout(280), pytest.mark.slow]
 
 
 def write_sample(root: Path) -> dict[str, list[Case]]:
