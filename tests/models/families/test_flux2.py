@@ -211,6 +211,7 @@ def beside_all_others(base: Any) -> dict[Pair, Tensor]:
     return edited(base, ABLE)
 
 
+@pytest.mark.slow  # FLUX.1 has the same pairs in the fast suite
 @pytest.mark.parametrize("pair", ABLE, ids="+".join)
 def test_a_pair_gives_the_same_finite_bits_alone_and_beside_all_others(
     pair: Pair, base: Any, beside_all_others: dict[Pair, Tensor]

@@ -271,11 +271,13 @@ def beside_all_others(tiny: Any) -> dict[Pair, Tensor]:
     return edited(tiny, EACH)
 
 
+@pytest.mark.slow  # FLUX.1 has the same pairs in the fast suite
 @pytest.mark.parametrize("pair", EACH, ids="+".join)
 def test_a_pair_gives_finite_latents(pair: Pair, beside_all_others: dict[Pair, Tensor]) -> None:
     assert torch.isfinite(beside_all_others[pair]).all()
 
 
+@pytest.mark.slow  # FLUX.1 has the same pairs in the fast suite
 @pytest.mark.parametrize("pair", ALONE, ids="+".join)
 def test_a_pair_gives_the_same_bits_alone_and_beside_all_others(
     pair: Pair, tiny: Any, beside_all_others: dict[Pair, Tensor]
