@@ -12,6 +12,7 @@ from pipeline.editing.cfg import ClassifierFreeGuidance
 from pipeline.editing.masactrl import MasaCtrl
 from pipeline.engine.calls import Conditioning
 from pipeline.engine.engine import Engine
+from pipeline.engine.texts import _Text
 from pipeline.errors import PrepareError
 from pipeline.inversion.ddim import DDIMInversion
 from pipeline.inversion.direct import DirectInversion
@@ -96,7 +97,7 @@ def test_one_row_for_both_halves_of_an_empty_source_is_as_good_as_two() -> None:
         engine = Engine(tiny_sd(), call_size=8)
         empty = tiny_sd().encode_text("")
         almost = Conditioning("almost empty", {"embedding": empty.embedding + 1e-6})
-        engine._texts._keep(almost)
+        engine._texts._keep(_Text("almost empty", ""), almost)
         generator = invert_and_edit(
             source(tiny_sd(), 1, prompt), WORDS, NoiseStart(num_steps=N), MasaCtrl(**EVERYWHERE)
         )
