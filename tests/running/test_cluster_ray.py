@@ -268,6 +268,7 @@ def test_two_units_are_in_flight_on_one_worker(on_ray: Run) -> None:
     assert len({event.pid for event in on_ray.events if event.kind == "begin"}) == 1
 
 
+@pytest.mark.slow  # two runs with their workers; without Ray, tests/running/test_retry.py
 @pytest.mark.usefixtures("two_cpus")
 def test_a_spent_error_budget_ends_a_run_on_ray_and_a_retry_there_goes_on_from_it(
     four_shards: Path,
@@ -392,7 +393,7 @@ def test_a_unit_that_is_stopped_ever_again_on_ray_is_whole_in_the_end_and_no_row
     assert not list(tmp_path.glob("_attempts/*"))
 
 
-@pytest.mark.parametrize("how", ["an error", "a death"])
+@pytest.mark.parametrize("how", ["an error", pytest.param("a death", marks=pytest.mark.slow)])
 def test_a_worker_that_cannot_load_its_model_ends_the_run_by_name_and_blames_no_row(
     two_cpus: Path, four_shards: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -415,6 +416,7 @@ def test_a_worker_that_cannot_load_its_model_ends_the_run_by_name_and_blames_no_
     assert (summary.complete, summary.failed_by_class) == (True, {"DecodeError": 2})
 
 
+@pytest.mark.slow  # waits for Ray's own intervals
 def test_rays_metrics_tell_an_operator_what_is_committed_and_how_busy_workers_are_and_no_address(
     two_cpus: Path, metrics_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -324,7 +324,9 @@ def test_a_driver_stopped_before_any_write_of_its_first_run_harms_nothing(
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("again", [False, True], ids=["plain", "again"])
+@pytest.mark.parametrize(
+    "again", [pytest.param(False, id="plain"), pytest.param(True, id="again", marks=pytest.mark.slow)]
+)
 def test_a_driver_stopped_before_any_write_while_it_does_failures_again_harms_nothing(
     source: Place, calm: dict[str, View], size: str, again: bool
 ) -> None:
