@@ -4,15 +4,17 @@
     python -m benchmarks.gpu --models SDXL --parts network,engine      a part of it
     python -m benchmarks.gpu --small                     on a CPU: a dry run, whose figures say nothing
 
-Stable Diffusion 1.5 at 512 pixels and XL at 1024, the transformers of Stable Diffusion 3 and FLUX.1-dev at both, of
-their true shapes with random weights; no hub is asked. Writes build/gpu.json after every part:
+Stable Diffusion 1.5 at 512 pixels and XL at 1024, the transformers of Stable Diffusion 3, FLUX.1-dev, FLUX.2 klein and
+Qwen-Image-Edit at both, of their true shapes with random weights; no hub is asked. Writes build/gpu.json after every
+part:
 
     peak      TFLOP/s of products of large matrices: what every share below is a share of
     network   rows/s of the network alone: by kernels of attention and rows of a call, then, at the best of these, by
               layout, projections, compiled code and CUDA graphs
     engine    rows/s of the engine over those of the network in calls of the same size, both tuned as for a run; gaps
               between kernels; memory
-    flow      rows/s of the transformers alone, by rows of a call and side of the image
+    flow      rows/s of the transformers alone, by rows of a call and side of the image, with a reference image and
+              without
     ledits    whole LEDITS++ edits, from pixels to pixels, against diffusers' pipeline at its best batch
 """
 
@@ -35,7 +37,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.architectures import SD15, SDXL, TINY_SD, TINY_SDXL, Architecture
-from benchmarks.flow_architectures import FLUX, SD3, TINY_FLUX, TINY_SD3, FlowArchitecture
+from benchmarks.flow_architectures import ALL, ALL_TINY, META, FlowArchitecture, asked
+from benchmarks.flow_architectures import tflop_per_row as tflop_per_flow_row
 from benchmarks.jobs import LEDITS, from_latents
 from benchmarks.ledits_on_gpu import compare, tuned_model
 from benchmarks.machine import machine, show
@@ -46,7 +49,7 @@ from pipeline.models.stable_diffusion import WAYS
 from pipeline.models.unet import OpenedUNet
 
 BUILD = Path("build")
-META = torch.device("meta")
+NAMES = ", ".join(one.name for one in (SD15, SDXL, *ALL))
 TOKENS = 77
 ROUNDS = 5  # timed calls, after one that is not
 
@@ -83,7 +86,7 @@ def full(*, compiled: bool = True) -> Scale:
         profiled_steps=4,
         images=16,
         batches=(1, 2, 4, 8, 16),
-        flow=(SD3, FLUX),
+        flow=ALL,
         flow_call_sizes=(1, 2, 4, 8, 16),
         compiled=compiled,
     )
@@ -100,7 +103,7 @@ SMALL = Scale(
     profiled_steps=1,
     images=2,
     batches=(1, 2),
-    flow=(TINY_SD3, TINY_FLUX),
+    flow=ALL_TINY,
     flow_call_sizes=(1, 2),
     compiled=False,
 )
@@ -195,34 +198,31 @@ class Network:
 
 
 @torch.no_grad()
-def tflop_per_flow_row(architecture: FlowArchitecture, size: int) -> float:
-    """Of the products of one row of a call for an image of this side, counted on the meta device."""
-    velocity = architecture.make(META, torch.float32)
-    with FlopCounterMode(display=False) as counter:
-        velocity(*architecture.inputs(1, size, META, torch.float32))
-    return counter.get_total_flops() / 1e12
-
-
-@torch.no_grad()
 def flow(scale: Scale, peak_tflops: float) -> Iterator[dict[str, Any]]:
-    """Rows/s of the transformers alone. Larger calls than fit into memory are left out."""
+    """Rows/s of the transformers alone. Transformers and calls that do not fit into memory are left out."""
     for architecture in scale.flow:
-        velocity = architecture.make(scale.device, scale.dtype)
-        for size in architecture.image_sizes:
-            per_row = tflop_per_flow_row(architecture, size)
+        try:
+            velocity = architecture.make(scale.device, scale.dtype)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            continue
+        for size, reference in architecture.calls:
+            per_row = tflop_per_flow_row(architecture, size, reference=reference)
             for rows in scale.flow_call_sizes:
-                inputs = architecture.inputs(rows, size, scale.device, scale.dtype)
                 forget_peak(scale.device)
                 try:
-                    rate = rows / seconds_of(partial(velocity, *inputs), scale.device)
+                    inputs = architecture.inputs(rows, size, scale.device, scale.dtype, reference=reference)
+                    rate = rows / seconds_of(partial(asked, velocity, inputs), scale.device)
                 except torch.OutOfMemoryError:
                     torch.cuda.empty_cache()
                     break
                 yield {
                     "model": architecture.name,
                     "pixels": size,
+                    "reference": reference,
                     "call_size": rows,
                     "rows_per_s": round(rate, 2),
+                    "tflop_per_row": round(per_row, 3),
                     "tflops": round(rate * per_row, 3),
                     "share_of_peak": round(rate * per_row / peak_tflops, 3),
                     "memory_gib": memory_gib(scale.device),
@@ -342,7 +342,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a dry run on the CPU")
     parser.add_argument("--no-compile", action="store_true", help="our networks are not compiled")
     parser.add_argument("--parts", default="network,engine,flow,ledits", help="beside the peak; with commas")
-    parser.add_argument("--models", default="", help="SD 1.5, SDXL, SD 3, FLUX.1-dev; with commas. All where left out")
+    parser.add_argument("--models", default="", help=f"{NAMES}; with commas. All where left out")
     parser.add_argument("--steps", type=int, help="of an edit; 20 where left out")
     chosen = parser.parse_args()
     if not chosen.small and not torch.cuda.is_available():

@@ -51,6 +51,9 @@ def _driver() -> str:
 
 def show(console: Console, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """One table: a column per key."""
+    if not rows:
+        console.print(f"{title}: nothing was measured")
+        return
     table = Table(title=title, title_justify="left")
     for column, value in rows[0].items():
         table.add_column(column.replace("_", " "), justify="left" if isinstance(value, str) else "right")

@@ -60,3 +60,11 @@ def tiny_klein(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.models.families.klein import make_klein
 
     return make_klein(tmp_path_factory.mktemp("klein") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_edit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Qwen-Image-Edit; not to be spoilt. See `tests/models/families/tiny_qwen.py`."""
+    from tests.models.families.tiny_qwen import save_tiny_qwen
+
+    return save_tiny_qwen(tmp_path_factory.mktemp("qwen_edit") / "model", edits=True)

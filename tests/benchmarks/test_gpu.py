@@ -11,8 +11,11 @@ import torch
 from benchmarks import gpu
 from benchmarks.against_diffusers import photographs, prepared, recipe_for
 from benchmarks.architectures import SD15, SDXL, Architecture
-from benchmarks.flow_architectures import FLUX, SD3, FlowArchitecture
+from benchmarks.flow_architectures import ALL_TINY, FLUX, KLEIN, QWEN_IMAGE_EDIT, SD3, FlowArchitecture, asked
 from benchmarks.ledits_on_gpu import requests, with_own_words
+from pipeline.models.checkpoint import Configurations
+from pipeline.models.families import FAMILIES
+from tests.models.families.published import QWEN_PROCESSOR
 
 META = torch.device("meta")
 
@@ -38,24 +41,67 @@ def test_networks_have_as_many_weights_as_the_published_ones(
     assert [weights(one) - one.config.vocab_size * one.config.hidden_size for one in encoders] == text
 
 
-@pytest.mark.parametrize(("architecture", "weights"), [(SD3, 2.03e9), (FLUX, 11.90e9)], ids=["SD 3", "FLUX.1-dev"])
+def named(value: object) -> str | None:
+    return value.name if isinstance(value, FlowArchitecture) else None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "weights"),
+    [(SD3, 2.03e9), (FLUX, 11.90e9), (KLEIN, 3.876e9), (QWEN_IMAGE_EDIT, 20.43e9)],
+    ids=named,
+)
 def test_transformers_have_as_many_weights_as_the_published_ones(architecture: FlowArchitecture, weights: int) -> None:
-    """As their authors round them: 2 B and 12 B."""
+    """As their authors round them: 2 B, 12 B, 4 B and 20 B."""
     network = architecture.make(META, torch.float32).transformer
     assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(weights, rel=0.005)
 
 
-@pytest.mark.parametrize(("architecture", "size"), [(SD3, 512), (FLUX, 1024)], ids=["SD 3", "FLUX.1-dev"])
+@pytest.mark.parametrize(
+    ("architecture", "size", "reference", "matrices"),
+    [
+        (SD3, 512, False, 12),
+        (FLUX, 1024, False, 12),
+        (FLUX, 1024, True, 12),
+        (KLEIN, 512, True, 13),  # a feed-forward with a gate
+        (QWEN_IMAGE_EDIT, 512, True, 12),
+    ],
+    ids=named,
+)
 def test_a_row_of_a_transformer_takes_what_its_tokens_and_weights_come_to(
-    architecture: FlowArchitecture, size: int
+    architecture: FlowArchitecture, size: int, reference: bool, matrices: int
 ) -> None:
-    """Each block multiplies all tokens by its matrices, and attends over all of them; the rest is small."""
-    config, image, text = architecture.config, (size // 16) ** 2, architecture.text_places
-    width, tokens = config["num_attention_heads"] * config["attention_head_dim"], image + text
-    joint, single = config["num_layers"], config.get("num_single_layers", 0)
-    attended = 4 * tokens**2 * width * (joint + single)
-    multiplied = 2 * tokens * 12 * width**2 * (joint + single)
-    assert gpu.tflop_per_flow_row(architecture, size) == pytest.approx((attended + multiplied) / 1e12, rel=0.1)
+    """Each block multiplies all tokens by its matrices, and attends over all of them; the rest is small. A reference's
+    tokens are as many as those of what is sampled."""
+    config, image = architecture.config, (1 + reference) * (size // 16) ** 2
+    tokens = image + architecture.num_text_places(size, reference=reference)
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    blocks = config["num_layers"] + config.get("num_single_layers", 0)
+    attended = 4 * tokens**2 * width * blocks
+    multiplied = 2 * tokens * matrices * width**2 * blocks
+    found = gpu.tflop_per_flow_row(architecture, size, reference=reference)
+    assert found == pytest.approx((attended + multiplied) / 1e12, rel=0.1)
+
+
+@pytest.mark.parametrize("size", [512, 1024])
+def test_an_instruction_that_speaks_of_a_picture_has_as_many_places_as_its_family_gives_it(size: int) -> None:
+    configurations = Configurations(
+        {"_class_name": "QwenImageEditPipeline"},
+        {"transformer": QWEN_IMAGE_EDIT.config, "text_encoder": {}, "processor": QWEN_PROCESSOR},
+    )
+    places, _ = FAMILIES["QwenImageEditPipeline"].widest(configurations, size // 8)
+    assert places == 2 * (size // 16) ** 2 + QWEN_IMAGE_EDIT.num_text_places(size, reference=True)
+
+
+@pytest.mark.parametrize("architecture", ALL_TINY, ids=named)
+def test_transformers_are_made_in_the_precision_that_they_run_in(architecture: FlowArchitecture) -> None:
+    device = torch.device("cpu")
+    velocity = architecture.make(device, torch.bfloat16)
+    assert torch.get_default_dtype() == torch.float32
+    assert {parameter.dtype for parameter in velocity.transformer.parameters()} == {torch.bfloat16}
+    (size, reference), *_ = architecture.calls
+    with torch.no_grad():
+        answer = asked(velocity, architecture.inputs(1, size, device, torch.bfloat16, reference=reference))
+    assert torch.isfinite(answer).all()
 
 
 def test_a_row_of_stable_diffusion_takes_800_gflop() -> None:
@@ -115,8 +161,19 @@ def test_a_dry_run_fills_every_table(
     assert all(row["rows_per_s"] > 0 for row in found["network"])
     assert [row["model"] for row in found["engine"]] == ["tiny SD", "tiny SDXL"]
     assert all(row["ratio"] > 0 and 0 <= row["idle_share"] < 1 for row in found["engine"])
-    flow = [(row["model"], row["pixels"], row["call_size"]) for row in found["flow"]]
-    assert flow == [(model, size, rows) for model in ("tiny SD 3", "tiny FLUX") for size in (32, 64) for rows in (1, 2)]
+    flow = [(row["model"], row["pixels"], row["reference"], row["call_size"]) for row in found["flow"]]
+    assert flow == [
+        (model, size, reference, rows)
+        for model, references in (
+            ("tiny SD 3", [False]),
+            ("tiny FLUX", [False, True]),
+            ("tiny FLUX.2 klein", [False, True]),
+            ("tiny Qwen-Image-Edit", [True]),
+        )
+        for size in (32, 64)
+        for reference in references
+        for rows in (1, 2)
+    ]
     assert all(row["rows_per_s"] > 0 and row["share_of_peak"] > 0 for row in found["flow"])
     cases = {(row["model"], row["concepts"], row["edits"], row["of"]) for row in found["ledits"]}
     assert len(cases) == len(found["ledits"]) == 2 * 3 * 2 * 2

@@ -64,8 +64,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def edit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_qwen(tmp_path_factory.mktemp("qwen_edit") / "model", edits=True)
+def edit_folder(tiny_qwen_edit: Path) -> Path:
+    return tiny_qwen_edit
 
 
 def loaded(folder: Path, **config: Any) -> Any:
