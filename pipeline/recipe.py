@@ -217,6 +217,8 @@ class Recipe(Section):
         for editing in (data["editing"], *(method["editing"] for method in data["methods"].values())):
             for key in endpoint.HOW_IT_IS_ASKED if editing["method"] == "endpoint" else ():
                 editing.pop(key)
+            if editing.get("anchor_weight") == 1:  # so that runs from before there was another go on
+                editing.pop("anchor_weight")
         if data["gates"] is not None and data["gates"]["judge"] is not None:
             for key in HOW_IT_IS_ASKED:
                 data["gates"]["judge"].pop(key)

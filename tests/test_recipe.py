@@ -246,6 +246,15 @@ def test_the_hash_is_that_of_earlier_versions_so_that_their_runs_go_on():
         }
     )
     assert recipe.hash == "66afe32254450406"
+    sets = {
+        "source": {"shards": "in", "format": "sets"},
+        "model": {"name": "demo"},
+        "inversion": {"method": "noise", "num_steps": 20},
+        "sink": {"folder": "out"},
+    }
+    assert recipe_from(sets | {"editing": {"method": "consistory"}}).hash == "8f1b85b684a6319d"
+    heavier = recipe_from(sets | {"editing": {"method": "consistory", "anchor_weight": 2}})
+    assert heavier.hash != "8f1b85b684a6319d"
 
 
 def test_the_hash_does_not_depend_on_spelling_or_order():

@@ -81,6 +81,9 @@ class ConsiStory(EditingMethod):
     """Steps from the start in which there is dropout; none: all."""
     share: Literal["up", "all", "none"] = "up"
     """Self-attention layers in which images read the anchors: the decoder's, all, or none."""
+    anchor_weight: float = Field(default=1.0, gt=0, le=64)
+    """How many times an anchor's place counts beside an image's own. Above 1 few anchors outweigh what the image would
+    be by itself, as many would, and cost no row. 1 is the paper's."""
     first_shared_step: int = Field(default=1, ge=1)
     """First step in which they do, from 0: before it there are no masks."""
     query_strength: tuple[Strength, Strength] | None = (0.9, 0.81836735)

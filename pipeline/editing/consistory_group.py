@@ -206,7 +206,8 @@ class Group:
         if settings.shares and step >= settings.first_shared_step:
             for factor in FACTORS:
                 layers = settings.shared_layers(factor)
-                parts += shared_attention(self.reads, self._shown(step, factor, masks), layers, self.size, self.rows)
+                shown = self._shown(step, factor, masks)
+                parts += shared_attention(self.reads, shown, layers, self.size, self.rows, settings.anchor_weight)
             readers = self.rows.halves * sum(map(bool, others_of(self.reads)))
             reads = tuple(
                 Reads(
@@ -214,6 +215,7 @@ class Group:
                     slots=readers,
                     sources=most_sources(self.reads),
                     classes="given",
+                    weighted=settings.anchor_weight != 1,
                 )
                 for factor in FACTORS
             )

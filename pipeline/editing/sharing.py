@@ -56,7 +56,12 @@ def most_sources(reads: Bool[Tensor, "B B"]) -> int:
 
 
 def shared_attention(
-    reads: Bool[Tensor, "B B"], subjects: Bool[Tensor, "B sh sw"], layers: Layers, size: tuple[int, int], rows: Rows
+    reads: Bool[Tensor, "B B"],
+    subjects: Bool[Tensor, "B sh sw"],
+    layers: Layers,
+    size: tuple[int, int],
+    rows: Rows,
+    weight: float = 1.0,
 ) -> list[Read]:
     """Subject-driven self-attention (section 4.2): all of an image's own places, and the subject's places of others.
 
@@ -68,6 +73,7 @@ def shared_attention(
         layers: where, all of one size of map.
         size: of the latents.
         rows: of the group.
+        weight: how many times each of the others' places counts; 1 is the paper's.
     """
     shown = torch.where(spread(subjects, size), ANY, HIDDEN)  # (B, h, w)
     everywhere, nowhere = torch.full(size, ANY), torch.full(size, HIDDEN)
@@ -87,6 +93,7 @@ def shared_attention(
                     sources=tuple(rows.of(source, half) for source in sources),
                     layers=layers,
                     classes=GivenClasses(own=everywhere, theirs=theirs),
+                    weights=None if weight == 1 else (1.0, *[weight] * (most - 1)),
                 )
             )
     return parts

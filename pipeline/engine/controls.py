@@ -223,6 +223,7 @@ class Read:
     sources: tuple[int, ...]  # J; itself where it keeps its own
     layers: Layers
     classes: GivenClasses | WatchedClasses | None = None
+    weights: tuple[float, ...] | None = None  # J, above 0: a place counts as so many of its kind; None: once
 
     @property
     def told_by(self) -> Literal["given", "watched"] | None:
@@ -286,11 +287,16 @@ class Reads:
     slots: int
     sources: int = 1  # J
     classes: Literal["given", "watched"] | None = None
+    weighted: bool = False  # whether places may count more or less than once, of given classes
+
+    def __post_init__(self) -> None:
+        if self.weighted and self.classes != "given":
+            raise ValueError("places are weighted where their classes are given")
 
     def suits(self, part: Read) -> bool:
         """Whether a part finds its place here; one without classes reads everything."""
         same = (part.layers, len(part.sources)) == (self.layers, self.sources)
-        return same and part.told_by in (None, self.classes)
+        return same and part.told_by in (None, self.classes) and (self.weighted or part.weights is None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

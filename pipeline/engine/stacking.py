@@ -295,6 +295,8 @@ def _blank_read(room: str, read: Reads, rows: Tensor, shape: Shape) -> dict[str,
         f"{room}.rows": rows[:, None].repeat(1, 1 + read.sources),
         f"{room}.used": torch.zeros(len(rows), dtype=torch.int64),
     }
+    if read.weighted:
+        parts[f"{room}.weights"] = torch.ones(len(rows), read.sources)
     if read.classes == "given":
         parts[f"{room}.classes"] = torch.full((len(rows), 1 + read.sources, shape.height, shape.width), ANY)
     if read.classes == "watched":
@@ -352,6 +354,8 @@ def _write_part(part: Any, room: str, slot: int, start: int, parts: Mapping[str,
         case Read():
             parts[f"{room}.rows"][slot, 1:] = torch.tensor(part.sources) + start
             parts[f"{room}.used"][slot] = 1
+            if part.weights is not None:
+                parts[f"{room}.weights"][slot] = torch.tensor(part.weights)
             if isinstance(part.classes, GivenClasses):
                 parts[f"{room}.classes"][slot] = torch.cat([part.classes.own[None], part.classes.theirs])
             if isinstance(part.classes, WatchedClasses):

@@ -151,8 +151,11 @@ class Acting:
             read = fused_attention(query[reader], keys, values, None, scale)
         else:
             some = max(1, PAIRS // (query.shape[2] * keys.shape[2]))
-            split = (tensor.split(some) for tensor in (query[reader], keys, values, classes))
-            read = torch.cat([_masked_attention(q, k, v, told, scale) for q, k, v, told in zip(*split, strict=True)])
+            parts = [query[reader], keys, values, classes]
+            if self.layout.plan.reads[number].weighted:
+                parts.append(self.parts[f"reads.{number}.weights"])
+            split = (tensor.split(some) for tensor in parts)
+            read = torch.cat([_masked_attention(scale, *some_rows) for some_rows in zip(*split, strict=True)])
         # What slots that nobody uses have read is not written.
         written = torch.where(used[:, None, None, None] > 0, read, attended[reader])
         return attended.index_copy(0, reader, written)
@@ -223,9 +226,15 @@ def blended(attended: Tensor, row: Tensor, source: Tensor, place: Tensor, share:
     return attended.index_copy(0, row, (own * (1 - share) + other * share).transpose(1, 2))
 
 
-def _masked_attention(query: Tensor, key: Tensor, value: Tensor, classes: Tensor, scale: float) -> Tensor:
-    """Attention of E rows to the places that their classes (E, 1 + J, h, w) let them read."""
+def _masked_attention(
+    scale: float, query: Tensor, key: Tensor, value: Tensor, classes: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Attention of E rows to the places that their classes (E, 1 + J, h, w) let them read, each of which counts as many
+    times as its row's weight (E, J) says: its logarithm is added to what queries and keys come to."""
     mask = readable(classes[:, 0].flatten(1), classes[:, 1:].flatten(1))[:, None]
+    if weights is not None:
+        counted = weights.log().to(query.dtype).repeat_interleave(classes[0, 0].numel(), dim=1)[:, None, None]
+        mask = counted.expand(mask.shape).masked_fill(~mask, float("-inf"))
     return fused_attention(query, key, value, mask, scale)
 
 

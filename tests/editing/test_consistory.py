@@ -106,7 +106,7 @@ def test_each_part_of_the_method_changes_scenes(together: Any) -> None:
     for off in ({"share": "none"}, {"query_strength": None}, {"injection_strength": 0.0}, {"free_u": None}):
         (other,) = edited(scene(SNOW), editor=ConsiStory(**ALL, **off))
         assert not torch.equal(other.latents, together[1].latents), off
-    for kept in ({"dropout_steps": 1}, {"mask_dropout": 1.0}, {"mask_steps": 1}):
+    for kept in ({"dropout_steps": 1}, {"mask_dropout": 1.0}, {"mask_steps": 1}, {"anchor_weight": 3.0}):
         (other,) = edited(scene(SNOW), editor=ConsiStory(**{**ALL, **kept}))
         assert not torch.equal(other.latents, together[1].latents), kept
 
@@ -272,6 +272,9 @@ def test_every_row_reads_itself_whole_and_the_subject_of_the_anchors_in_its_own_
         assert int((other == ANY).sum()) == 4  # one place of four, spread
         assert (third == HIDDEN).all() if part.row in (0, 1, 3, 4) else int((third == ANY).sum()) == 4
     assert not shared_attention(who_reads_whom(1, 1), shown[:1], Layers(), (4, 4), Rows(1, 2))
+    assert all(part.weights is None for part in reads)
+    heavy = shared_attention(who_reads_whom(3, 2), shown, Layers(), (4, 4), Rows(3, 2), 3.0)
+    assert {part.weights for part in heavy} == {(1.0, 3.0, 3.0)}, "its own places count once"
     mixed = mixed_queries(Rows(3, 2), Layers(), 0.9)
     assert [(part.row, part.source) for part in mixed] == [(row, row + 6) for row in range(6)]
 

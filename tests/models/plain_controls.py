@@ -123,6 +123,11 @@ class PlainControls:
                 keys = torch.cat([key[start + source] for source in part.sources], dim=1)
                 values = torch.cat([value[start + source] for source in part.sources], dim=1)
                 allowed = self.allowed(start, part, layer)
+                if part.weights is not None:  # as many of their kind, one after the other
+                    assert allowed is not None
+                    times = torch.tensor([int(one) for one in part.weights]).repeat_interleave(key.shape[2])
+                    keys, values = (states.repeat_interleave(times, dim=1) for states in (keys, values))
+                    allowed = allowed.repeat_interleave(times, dim=1)
                 rows[start + part.row] = _attend(query[start + part.row], keys, values, scale, allowed)
         before = torch.stack(rows)
         for start, part in self.of(Blend):

@@ -91,9 +91,11 @@ def mix(row: int = 2, source: int = 0, seed: int = 1) -> Mix:
     return Mix(row=row, source=source, take=take / take.sum(dim=0), keep=rand(LENGTH, seed=seed + 1) / 2)
 
 
-def classes(*, hides: bool) -> GivenClasses:
+def classes(*, hides: bool, sources: int = 2) -> GivenClasses:
     kinds = torch.tensor([BACKGROUND, FOREGROUND, ANY, HIDDEN] if hides else [BACKGROUND, FOREGROUND])
-    own, theirs = (kinds[(rand(count, SIDE, SIDE, seed=seed) * len(kinds)).long()] for count, seed in ((1, 3), (2, 4)))
+    own, theirs = (
+        kinds[(rand(count, SIDE, SIDE, seed=seed) * len(kinds)).long()] for count, seed in ((1, 3), (sources, 4))
+    )
     return GivenClasses(own[0], theirs)
 
 
@@ -135,6 +137,19 @@ PARTS: dict[str, tuple[Any, Plan]] = {
             Read(row=1, sources=(1, 0), layers=DECODER),
         ],
         Plan(reads=(Reads(layers=DECODER, slots=2, sources=2, classes="given"),)),
+    ),
+    "weighted places": (
+        [
+            Read(
+                row=2,
+                sources=(2, 0, 1),
+                layers=DECODER,
+                classes=classes(hides=True, sources=3),
+                weights=(1.0, 3.0, 2.0),
+            ),
+            Read(row=1, sources=(1, 0, 2), layers=DECODER, classes=classes(hides=True, sources=3)),
+        ],
+        Plan(reads=(Reads(layers=DECODER, slots=2, sources=3, classes="given", weighted=True),)),
     ),
     "watched classes": (
         [
