@@ -80,10 +80,14 @@ COLORS = {"face_color": FACE_COLORS, "background": BACKGROUND_COLORS}
 # Short steps along the gradient. The decoder is not linear: one that would lead to the colour if it were passes it by.
 CLIMB: dict[str, Any] = {"step": "gradient"}
 TASKS: dict[str, Task] = {
-    **{
-        name: Task(before=edit.before, texts=(edit.after,), steps=FINE if name == "green face" else NUM_STEPS)
-        for name, edit in EDITS.items()
-    },
+    **{name: Task(before=edit.before, texts=(edit.after,)) for name, edit in EDITS.items()},
+    # A colour stays within its outline: a wider mask changes a line around the face, in cells that hold both.
+    "green face": Task(
+        before=EDITS["green face"].before,
+        texts=(EDITS["green face"].after,),
+        steps=FINE,
+        settings={"mask_margin": 0},
+    ),
     # Sunglasses are of one size: a share of the image is nearer to theirs than the upper class of its changes.
     "sunglasses": Task(
         before=EDITS["sunglasses"].before,

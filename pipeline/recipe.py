@@ -87,6 +87,11 @@ def _or_one_edit(schema: dict[str, Any]) -> None:
     schema |= {"description": named.pop("description"), "anyOf": [dict(request), named]}
 
 
+# Settings of editors that came later, and what was so before: at that they leave no trace in a recipe's hash, so that
+# runs which were begun earlier go on.
+ALWAYS_BEFORE = {"anchor_weight": 1, "mask_margin": 1}
+
+
 def hash_of(settings: Mapping[str, Any]) -> str:
     """SHA-256 of `Recipe.result_settings`, first 16 hexadecimal digits."""
     text = json.dumps(settings, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -217,8 +222,9 @@ class Recipe(Section):
         for editing in (data["editing"], *(method["editing"] for method in data["methods"].values())):
             for key in endpoint.HOW_IT_IS_ASKED if editing["method"] == "endpoint" else ():
                 editing.pop(key)
-            if editing.get("anchor_weight") == 1:  # so that runs from before there was another go on
-                editing.pop("anchor_weight")
+            for key, before in ALWAYS_BEFORE.items():
+                if editing.get(key) == before:
+                    editing.pop(key)
         if data["gates"] is not None and data["gates"]["judge"] is not None:
             for key in HOW_IT_IS_ASKED:
                 data["gates"]["judge"].pop(key)

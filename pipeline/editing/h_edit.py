@@ -87,6 +87,9 @@ class HEdit(EditingMethod):
     otsu: the upper of the two classes that these changes fall into; quantile: the strongest, by mask_threshold."""
     mask_threshold: float = Field(default=0.9, ge=0, lt=1)
     """With mask: quantile, the share of the image's area that is left out."""
+    mask_margin: int = Field(default=1, ge=0, le=8)
+    """With a mask, cells of the latents by which it is widened. 0 keeps more of the background, for what changes within
+    its outline."""
     user_mask: Literal["bounds", "rewards"] = "bounds"
     """What a row's own mask is for. bounds: the source stays outside of it, and rewards read it; rewards: they alone
     read it."""

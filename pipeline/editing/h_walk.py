@@ -366,7 +366,7 @@ class HWalk:
         if self.settings.mask == "none" or self.strengths is None:
             return None
         self.masks = self._running_masks(self.strengths)
-        editable = dilated(self.masks.any(dim=0), 1)
+        editable = dilated(self.masks.any(dim=0), self.settings.mask_margin)
         for climb in self._climbing(step):
             editable = editable | (torch.ones_like(editable) if climb.region is None else climb.region)
         return editable

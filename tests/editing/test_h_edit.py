@@ -246,12 +246,15 @@ def test_two_texts_are_blended_where_the_words_of_either_attend() -> None:
     assert not torch.equal(alone[0].masks, alone[1].masks)
 
 
-@pytest.mark.parametrize("mask", ["otsu", "quantile"])
-def test_outside_of_a_running_mask_and_a_cell_the_source_stays(mask: str) -> None:
-    trajectory, edited = edit({"mask": mask, "mask_threshold": 0.8, **PLAIN}, experts=(TextExpert(prompt=TIGER),))
+@pytest.mark.parametrize(("mask", "margin"), [("otsu", 1), ("quantile", 1), ("otsu", 0), ("quantile", 2)])
+def test_outside_of_a_running_mask_and_its_margin_the_source_stays(mask: str, margin: int) -> None:
+    settings = {"mask": mask, "mask_threshold": 0.8, "mask_margin": margin, **PLAIN}
+    trajectory, edited = edit(settings, experts=(TextExpert(prompt=TIGER),))
     assert edited.masks.shape == (2, 12, 12)
     for record in edited.history:
-        outside = ~dilated(record.masks.any(dim=0), 1)
+        inside = dilated(record.masks.any(dim=0), margin)
+        assert (record.latents[:, inside] != trajectory.latents[record.step + 1][:, inside]).any(dim=0).all()
+        outside = ~inside
         assert outside.any()
         assert torch.equal(record.latents[:, outside], trajectory.latents[record.step + 1][:, outside])
     assert (edited.latents[:, edited.mask] != trajectory.latents[-1][:, edited.mask]).all()
