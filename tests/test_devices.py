@@ -115,10 +115,11 @@ def _repeats() -> set[tuple[str, str]]:
     seen: set[str] = set()
     found = set()
     for pair in sorted(PAIRS, key=lambda pair: FIRST.get(pair[1], pair[0]) != pair[0]):
-        if pair not in OF_XL and seen.issuperset(pair):
+        if pair in OF_XL:
+            continue
+        if seen.issuperset(pair):
             found.add(pair)
-        elif pair not in OF_XL:
-            seen.update(pair)
+        seen.update(pair)
     return found
 
 
