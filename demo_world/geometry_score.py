@@ -2,7 +2,7 @@
 
 Two questions. Do directions near pure noise change one attribute of a face, as the oracle reads it, and later ones
 less? And how does the geometry of the bases compare with what the paper finds (arXiv 2307.12868, section 5)? Writes
-build/geometry.json, the figures beside it, and the picture of docs/methods/riemannian.md.
+build/geometry.json, the figures beside it, and the pictures of docs/methods/riemannian.md.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ from pipeline.studies.geometry import compare
 SEED = 5  # of the scenes; strengths were chosen on others
 STEPS = 20
 VECTORS = 4
-STRENGTHS = (8, 16)  # moves, in both ways
+STRENGTHS = (4, 8)  # moves, in both ways
 TOLERANCE = 1e-2  # of the bases, in radians; distances between them are of the order of 1
 TIMES = (0.9, 0.5)  # of the edits
 LEVELS = (0.9, 0.7, 0.5, 0.3)  # of the bases
 PROMPTED = 4  # scenes whose bases are found under prompts, too
 PROMPTS = {"red_hat": "a face with a red hat", "black_hat": "a face with a black hat"}
+FIGURES = ("distance_by_timestep", "distance_by_gap", "distance_by_prompt", "spectrum_by_timestep")
 CELL, MARGIN = 64, 4  # pixels of the picture
 
 
@@ -173,6 +174,16 @@ def picture(scenes: Sequence[Scene], images: Sequence[Mapping[str, Pixels]]) -> 
     return sheet.quantize(256, dither=Image.Dither.NONE)
 
 
+def figures(out: Path) -> Image.Image:
+    """The plots of `shardedit geometry` in one picture, two by two."""
+    plots = [Image.open(out / f"{name}.png").convert("RGB") for name in FIGURES]
+    width, height = (max(sizes) for sizes in zip(*(plot.size for plot in plots), strict=True))
+    sheet = Image.new("RGB", (2 * width, 2 * height), "white")
+    for number, plot in enumerate(plots):
+        sheet.paste(plot, (number % 2 * width, number // 2 * height))
+    return sheet.quantize(256, dither=Image.Dither.NONE)
+
+
 def write(found: Mapping[str, Any], out: Path) -> None:
     """What has been found so far."""
     (out / "geometry.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -183,7 +194,9 @@ def main(
     model: Annotated[str, typer.Option(help="'demo', or a folder with a model of the same world.")] = "demo",
     seed: Annotated[int, typer.Option(min=0, help="Of the scenes.")] = SEED,
     out: Annotated[Path, typer.Option(help="Folder of geometry.json and the figures.")] = Path("build"),
-    docs: Annotated[Path, typer.Option(help="Whose images/methods/riemannian.png is written.")] = Path("docs"),
+    docs: Annotated[
+        Path, typer.Option(help="Whose images/methods/riemannian.png and geometry.png are written.")
+    ] = Path("docs"),
 ) -> None:
     """Move drawn scenes along their bases, compare these, and print what was found."""
     started = time.monotonic()
@@ -207,6 +220,7 @@ def main(
                 picture(drawn[:4], images[:4]).save(docs / "images" / "methods" / "riemannian.png")
     found["geometry"] = compared(drawn, out)
     write(found, out)
+    figures(out).save(docs / "images" / "methods" / "geometry.png")
     for row in found["geometry"]["samples"]:
         print(f"t {row['timestep']:g}: distance {row['distance']:.3f} between samples, kept {row['kept']:.3f}")
     print(f"{(time.monotonic() - started) / 60:.1f} minutes; wrote {out}/geometry.json")

@@ -3,7 +3,8 @@
     python -m demo_world.h_edit_score --scenes 48        (or: make h-edit-score)
 
 Each scene is drawn, edited and read back as in methods.py. A reward is told its place by the row's mask, here the drawn
-one; texts find theirs themselves. Writes build/h_edit.json, the table of docs/methods/h_edit.md and its picture.
+one less what texts draw over; texts find theirs themselves. Writes build/h_edit.json, the table of
+docs/methods/h_edit.md and its picture.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Task:
     weight: float = 0.1  # of the reward
     steps: int = NUM_STEPS
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the editor, other than H_EDIT
+    names_color: bool = True  # whether prompts name the face's colour
 
     @property
     def after(self) -> dict[str, Any]:
@@ -105,8 +107,11 @@ TASKS: dict[str, Task] = {
         before={"sunglasses": False, "face_color": "yellow"},
         texts=({"sunglasses": True},),
         reward={"face_color": "green"},
-        weight=0.15,  # against the text, which names the old colour
-        settings={"user_mask": "rewards"},  # the reward's place is its own, and bounds no text
+        weight=0.13,
+        steps=FINE,
+        # The reward's place is its own, and bounds no text.
+        settings={"user_mask": "rewards", "mask": "quantile", "mask_threshold": 0.94},
+        names_color=False,  # a text that names the old one pulls against the reward, and noise is what comes of it
     ),
 }
 SINGLE = tuple(EDITS)
@@ -146,8 +151,8 @@ def request_of(form: str, task: Task, before: Scene) -> EditRequest:
         for name, color in task.reward.items()
     ]
     return EditRequest(
-        source_prompt=description(before),
-        experts=text_experts(before, task.texts, FORMS[form]["method"]),
+        source_prompt=description(before, names_color=task.names_color),
+        experts=text_experts(before, task.texts, FORMS[form]["method"], names_color=task.names_color),
         rewards=tuple(rewards),  # type: ignore[arg-type]  # pydantic makes them what they are
     )
 
@@ -192,10 +197,14 @@ def edit_scenes(
 
 
 def place_of(task: Task, scene: SceneEdit) -> np.ndarray | None:
-    """(H, W) in [0, 1]: where the reward's attribute is drawn; None without a reward."""
+    """(H, W) in [0, 1]: where the reward's attribute is to be seen once texts have done their part; None without a
+    reward. Where a text draws something else the two would pull against each other."""
     if not task.reward:
         return None
-    return changed_region(scene.before, edited(scene.before, **task.reward), IMAGE_SIZE).astype(np.float32)
+    of_texts = scene.before
+    for change in task.texts:
+        of_texts = edited(of_texts, **change)
+    return changed_region(of_texts, edited(of_texts, **task.reward), IMAGE_SIZE).astype(np.float32)
 
 
 def judged(form: str, name: str, task: Task, scenes: Sequence[SceneEdit], made: Sequence[EditedScene]) -> Score:

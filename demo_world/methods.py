@@ -177,11 +177,13 @@ def without_source_prompt(inversion: str, editor: str) -> bool:
     return editor in WITHOUT_SOURCE_PROMPT and inversion != "null_text"
 
 
-def text_experts(before: Scene, changes: Iterable[Mapping[str, Any]], inversion: str) -> tuple[TextExpert, ...]:
+def text_experts(
+    before: Scene, changes: Iterable[Mapping[str, Any]], inversion: str, *, names_color: bool = True
+) -> tuple[TextExpert, ...]:
     """One text per change: all that is to be seen when it alone is made."""
     return tuple(
         TextExpert(
-            prompt=description(edited(before, **change)),
+            prompt=description(edited(before, **change), names_color=names_color),
             guidance_scale=h_edit_strength(inversion) * max(H_EDIT_SCALES[name] for name in change),
         )
         for change in changes
@@ -197,11 +199,13 @@ def thinks_in_concepts(editor: str) -> bool:
     return any(method.editing.problems(request, method.inversion))
 
 
-def description(scene: Scene) -> str:
-    """All that is to be seen, always in the same words and order, so that two descriptions differ as the scenes do."""
+def description(scene: Scene, *, names_color: bool = True) -> str:
+    """All that is to be seen, always in the same words and order, so that two descriptions differ as the scenes do;
+    on request all but the face's colour."""
     extras = object_phrases(scene, bare_hat=False)
     listed = extras[0] if len(extras) == 1 else f"{', '.join(extras[:-1])} and {extras[-1]}"
-    face = with_article(f"{scene.face_shape} {scene.face_color} face")
+    looks = f"{scene.face_shape} {scene.face_color}" if names_color else scene.face_shape
+    face = with_article(f"{looks} face")
     return f"{face} with {listed} on a {scene.background} background"
 
 

@@ -20,7 +20,7 @@ def test_only_a_result_with_exactly_one_changed_attribute_counts() -> None:
 def test_every_vector_is_tried_both_ways_at_every_strength_and_beside_the_unmoved_image() -> None:
     names = set(edit_recipe(0.9).edits)
     assert len(names) == geometry_score.VECTORS * (1 + 2 * len(geometry_score.STRENGTHS))
-    assert {"d-v0+0", "d-v3+8", "d-v3-16"} <= names
+    assert {"d-v0+0", "d-v3+4", "d-v3-8"} <= names
 
 
 @pytest.mark.slow
@@ -35,3 +35,8 @@ def test_the_score_is_measured_and_written(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "build" / "distance_by_timestep.png").is_file()
     with Image.open(tmp_path / "docs" / "images" / "methods" / "riemannian.png") as picture:
         assert picture.width > 4 * geometry_score.CELL
+    with (
+        Image.open(tmp_path / "build" / "distance_by_gap.png") as plot,
+        Image.open(tmp_path / "docs" / "images" / "methods" / "geometry.png") as picture,
+    ):
+        assert picture.size == (2 * plot.width, 2 * plot.height)

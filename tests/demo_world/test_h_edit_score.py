@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from demo_world.h_edit_score import FORMS, TASKS, Score, judged, markdown, method_of, request_of
+from demo_world.h_edit_score import FORMS, TASKS, Score, judged, markdown, method_of, place_of, request_of
 from demo_world.methods import EditedScene, KnownEdit, SceneEdit, description
 from pipeline.models.demo.networks import IMAGE_SIZE
-from pipeline.models.demo.world import VOCABULARY, Scene, draw, edited
+from pipeline.models.demo.world import VOCABULARY, Scene, changed_region, draw, edited
 from pipeline.records import Concept, EditedLatents, WordPair
 
 
@@ -30,9 +31,24 @@ def test_a_task_is_a_possible_edit_in_words_that_the_model_knows(name: str, form
     method.editing.check(request, method.inversion, masked=bool(task.reward))
     assert (len(request.experts), len(request.rewards)) == (len(task.texts), bool(task.reward))
     for expert, change in zip(request.experts, task.texts, strict=True):
-        assert expert.prompt == description(edited(scene_of(name).before, **change))
+        assert expert.prompt == description(edited(scene_of(name).before, **change), names_color=task.names_color)
         assert set(expert.prompt.replace(",", " ,").split()) <= set(VOCABULARY)
         assert expert.prompt != request.source_prompt
+
+
+def test_a_reward_leaves_alone_what_a_text_draws_over_and_no_text_names_its_colour() -> None:
+    name = "sunglasses by a text, face by a reward"
+    task, scene = TASKS[name], scene_of(name)
+    place = place_of(task, scene)
+    assert place is not None
+    glasses = changed_region(scene.before, edited(scene.before, sunglasses=True), IMAGE_SIZE)
+    face = changed_region(scene.before, edited(scene.before, **task.reward), IMAGE_SIZE)
+    place = place.astype(bool)
+    assert np.array_equal(place & ~glasses, face & ~glasses), "elsewhere the whole face"
+    # At their rim pixels have something of both.
+    assert (place & glasses).sum() < 0.2 * (face & glasses).sum()
+    request = request_of("R", task, scene.before)
+    assert not any("yellow" in text for text in (request.source_prompt, *(one.prompt for one in request.experts)))
 
 
 def test_a_perfect_outcome_has_perfect_figures_and_none_has_no_success() -> None:
