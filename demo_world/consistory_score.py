@@ -32,8 +32,7 @@ from pipeline.running.driver import run
 SEED = 7  # of the run; settings were chosen on others
 SETS = 12
 OPEN: tuple[Attribute, ...] = ("face_color", "face_shape")  # what no prompt names
-# On different backgrounds: what all anchors have in common is the face alone.
-ANCHORS = [f"a face with a smile on a {color} background" for color in ("white", "gray", "navy")]
+ANCHORS = ["a face with a smile on a white background"]  # several do not agree with each other on so small a model
 SCENES: dict[str, Mapping[Attribute, Any]] = {  # what each names
     "a face with sunglasses and a smile on a navy background": {
         "sunglasses": True,
@@ -52,7 +51,8 @@ SMALL: dict[str, Any] = {
     "mask_threshold": "logarithm",
     "mask_dropout": 0.0,
     "share": "all",
-    "anchor_weight": 3.0,  # few anchors agree with each other; that they outweigh a scene's own places takes weight
+    "anchor_weight": 5.0,  # that one anchor outweighs a scene's own places
+    "outline_factor": 4,  # 8 x 8 places: an oval face is told from a round one by where it ends
     "injection_strength": 0.0,
     "free_u": None,
     "query_strength": None,

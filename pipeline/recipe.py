@@ -89,7 +89,7 @@ def _or_one_edit(schema: dict[str, Any]) -> None:
 
 # Settings of editors that came later, and what was so before: at that they leave no trace in a recipe's hash, so that
 # runs which were begun earlier go on.
-LATER_SETTINGS = {"anchor_weight": 1, "mask_margin": 1}
+LATER_SETTINGS = {"anchor_weight": 1, "mask_margin": 1, "outline_factor": None}
 
 
 def hash_of(settings: Mapping[str, Any]) -> str:
@@ -223,7 +223,7 @@ class Recipe(Section):
             for key in endpoint.HOW_IT_IS_ASKED if editing["method"] == "endpoint" else ():
                 editing.pop(key)
             for key, before in LATER_SETTINGS.items():
-                if editing.get(key) == before:
+                if key in editing and editing[key] == before:
                     editing.pop(key)
         if data["gates"] is not None and data["gates"]["judge"] is not None:
             for key in HOW_IT_IS_ASKED:

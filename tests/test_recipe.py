@@ -256,8 +256,8 @@ def test_the_hash_is_that_of_earlier_versions_so_that_their_runs_go_on():
     by_h_edit = sets | {"source": {"shards": "in"}, "edits": {"target_prompt": "a hat"}}
     by_h_edit["inversion"] = {"method": "ddpm", "num_steps": 20, "skip_steps": 0}
     assert recipe_from(by_h_edit | {"editing": {"method": "h_edit"}}).hash == "90c4f580b57cdf0a"
-    heavier = recipe_from(sets | {"editing": {"method": "consistory", "anchor_weight": 2}})
-    assert heavier.hash != "8f1b85b684a6319d"
+    for other in ({"anchor_weight": 2}, {"outline_factor": 4}):
+        assert recipe_from(sets | {"editing": {"method": "consistory", **other}}).hash != "8f1b85b684a6319d"
 
 
 def test_the_hash_does_not_depend_on_spelling_or_order():

@@ -84,6 +84,9 @@ class ConsiStory(EditingMethod):
     anchor_weight: float = Field(default=1.0, gt=0, le=64)
     """How many times an anchor's place counts beside an image's own. Above 1 few anchors outweigh what the image would
     be by itself, as many would, and cost no row. 1 is the paper's."""
+    outline_factor: Factor | None = None
+    """In shared layers whose maps are so much coarser than the latents or more, one place around an anchor's subject is
+    read, too. A subject's places alone show where it is, never where it ends. None is the paper's: nowhere."""
     first_shared_step: int = Field(default=1, ge=1)
     """First step in which they do, from 0: before it there are no masks."""
     query_strength: tuple[Strength, Strength] | None = (0.9, 0.81836735)
@@ -142,6 +145,10 @@ class ConsiStory(EditingMethod):
     def shared_layers(self, factor: int) -> Layers:
         """Where images read each other, among the layers of one size of map."""
         return Layers(place="up" if self.share == "up" else None, min_factor=factor, max_factor=factor)
+
+    def outlines(self, factor: int) -> bool:
+        """Whether what lies around a subject is read, in layers of one size of map."""
+        return self.outline_factor is not None and factor >= self.outline_factor
 
     def query_strengths(self, num_steps: int) -> Mapping[int, float]:
         """Share of plain sampling's queries, by step. Where nobody reads anybody the two are the same."""

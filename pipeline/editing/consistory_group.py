@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.diffusion.guidance import classifier_free_guidance
 from pipeline.diffusion.levels import Prediction
+from pipeline.diffusion.masks import dilated
 from pipeline.diffusion.subject import (
     Matches,
     best_matches,
@@ -239,12 +240,14 @@ class Group:
         return Control(tuple(parts), plan)
 
     def _shown(self, step: int, factor: int, masks: Mapping[int, Tensor]) -> Tensor:
-        """What others may read: the anchors' subjects, thinned anew at every step; all of the scenes', which nobody
-        reads.
+        """What others may read: the anchors' subjects, with an outline in coarse maps, thinned anew at every step; all
+        of the scenes', which nobody reads.
 
         Noise below a share of a normal distribution is as good as a uniform number, and one kind of noise is enough.
         """
         shown = masks[factor].clone()
+        if self.settings.outlines(factor):
+            shown[: self.anchors] = torch.stack([dilated(mask, 1) for mask in shown[: self.anchors]])
         dropout = self.settings.dropout_at(step)
         height, width = shown.shape[1:]
         for anchor in range(self.anchors if dropout > 0 else 0):

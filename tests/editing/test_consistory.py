@@ -106,7 +106,13 @@ def test_each_part_of_the_method_changes_scenes(together: Any) -> None:
     for off in ({"share": "none"}, {"query_strength": None}, {"injection_strength": 0.0}, {"free_u": None}):
         (other,) = edited(scene(SNOW), editor=ConsiStory(**ALL, **off))
         assert not torch.equal(other.latents, together[1].latents), off
-    for kept in ({"dropout_steps": 1}, {"mask_dropout": 1.0}, {"mask_steps": 1}, {"anchor_weight": 3.0}):
+    for kept in (
+        {"dropout_steps": 1},
+        {"mask_dropout": 1.0},
+        {"mask_steps": 1},
+        {"anchor_weight": 3.0},
+        {"outline_factor": 1},
+    ):
         (other,) = edited(scene(SNOW), editor=ConsiStory(**{**ALL, **kept}))
         assert not torch.equal(other.latents, together[1].latents), kept
 
@@ -204,6 +210,22 @@ def test_dropout_is_drawn_anew_for_every_step_size_of_map_and_anchor_and_thins_a
             kept = shown[:2].flatten(1).float().mean(dim=1)
             assert ((kept > 0) & (kept < 1)).all() if step < 2 else (kept == 1).all()
     assert len(set(names)) == len(names) == 2 * 2 * 2, "two anchors, two sizes, the first two steps"
+
+
+def test_an_outline_is_one_place_around_the_anchors_in_coarse_maps_alone() -> None:
+    group = Group(ConsiStory(mask_dropout=0.0, outline_factor=2), trajectory(), (), anchors=1, draws=no_noise)
+    masks = {factor: torch.zeros((2, 8 // factor, 8 // factor), dtype=torch.bool) for factor in (1, 2, 4)}
+    for mask in masks.values():
+        mask[:, 0, 0] = True
+    for factor, places in ((1, [[0, 0]]), (2, [[0, 0], [0, 1], [1, 0], [1, 1]]), (4, [[0, 0], [0, 1], [1, 0], [1, 1]])):
+        shown = group._shown(0, factor, masks)
+        assert shown[0].nonzero().tolist() == places
+        assert shown[1].nonzero().tolist() == [[0, 0]], "nobody reads a scene"
+        assert masks[factor].sum() == 2, "where the subject is stays as it was"
+
+
+def no_noise(name: str) -> Callable[[], Tensor]:
+    raise AssertionError(f"nothing is drawn without dropout, and {name} was")
 
 
 def test_windows_are_those_of_the_published_code_at_its_fifty_steps() -> None:
