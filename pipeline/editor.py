@@ -307,6 +307,7 @@ class Editor:
             stored=stored_directions(recipe),
             libraries=libraries_of(recipe),
             round_trip=recipe.decodes_inputs,
+            keeps_background=recipe.sink.background == "input",
         )
         return (yield from edit_prepared(prepared, setup, self.backbone))
 

@@ -164,6 +164,7 @@ def _edit_ready(
         methods=recipe.methods_of(ready.attempt),
         run_seed=run_seed_of(recipe.run.seed, recipe.best_of, ready.attempt),
         round_trip=recipe.decodes_inputs,
+        keeps_background=recipe.sink.background == "input",
         stored=stored_directions(recipe),
         libraries=libraries_of(recipe),
         bases=recipe.writes_bases,

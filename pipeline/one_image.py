@@ -60,6 +60,8 @@ class Setup:
     run_seed: int
     round_trip: bool = True
     """The input's latents are decoded as they are, too, for `sink.round_trip`."""
+    keeps_background: bool = False
+    """Outside of their masks results are the input's own pixels, for `sink.background`."""
     stored: Stored = field(default_factory=dict)
     """Directions that methods read."""
     libraries: Mapping[str, Library] = field(default_factory=dict)
@@ -210,8 +212,7 @@ def _invert_and_edit(
     for edit, name in pairs:
         by_method.setdefault(name, []).append(edit)
     methods_of_it = tuple(
-        _edit_by_one(prepared, setup.methods[name], name, trajectory, edits, seed, mask, layer)
-        for name, edits in by_method.items()
+        _edit_by_one(prepared, setup, name, trajectory, edits, seed, mask, layer) for name, edits in by_method.items()
     )
     outcomes: list[Decoded | Rejected] = []
     found = None if replayed is None else replayed.psnr
@@ -228,7 +229,7 @@ def _invert_and_edit(
 
 def _edit_by_one(
     prepared: Prepared,
-    method: Method,
+    setup: Setup,
     name: str,
     trajectory: Trajectory,
     edits: Sequence[str],
@@ -237,6 +238,7 @@ def _edit_by_one(
     layer: str | None,
 ) -> Steps[list[Decoded | Exception]]:
     """All edits by one method, which may have work in common."""
+    method = setup.methods[name]
     requests = [prepared.requests[edit] for edit in edits]
     if layer is not None:
         found = yield from method.editing.bases(trajectory, requests)
@@ -245,7 +247,7 @@ def _edit_by_one(
             for edit, one in zip(edits, found, strict=True)
         ]
     edited = yield from method.editing.edit_all(trajectory, requests, mask)
-    ends = tuple(_shown(prepared, one, method, edit, name, seed) for edit, one in zip(edits, edited, strict=True))
+    ends = tuple(_shown(prepared, one, setup, edit, name, seed) for edit, one in zip(edits, edited, strict=True))
     results: list[Decoded | Exception] = yield Fork(ends)
     return results
 
@@ -267,7 +269,7 @@ def _shown_basis(prepared: Prepared, basis: LocalBasis, edit: str, name: str, se
 def _shown(
     prepared: Prepared,
     edited: EditedLatents | EditedPixels | Exception,
-    method: Method,
+    setup: Setup,
     edit: str,
     name: str,
     seed: int,
@@ -283,11 +285,13 @@ def _shown(
             pixels=edited.pixels,
             round_trip=None,
             masks=tuple(at_image_size(one, edited.pixels) for one in edited.masks),
+            edge=_edge(setup, edited.pixels, edited.masks),
             seed=seed,
             answer=edited.answer,
         )
     if not bool(torch.isfinite(edited.latents).all()):
         raise EditError("the edit gave values that are not finite. Try lower guidance scales or model.dtype float32")
+    method = setup.methods[name]
     pixels = yield DecodeLatents(edited.latents)
     pixels = method.editing.composited(pixels, prepared.pixels, prepared.mask)
     # A decoder's NaN becomes 0 in uint8: finite latents alone do not tell.
@@ -300,10 +304,16 @@ def _shown(
         pixels=pixels,
         round_trip=None,  # comes beside
         masks=None if edited.masks is None else tuple(at_image_size(one.bool(), pixels) for one in edited.masks),
+        edge=_edge(setup, pixels, edited.latents),
         seed=seed,
         recorded=edited.recorded,
         is_compared=method.editing.shows_input and not prepared.sample.blank,
     )
+
+
+def _edge(setup: Setup, pixels: np.ndarray, latents: Tensor) -> int | None:
+    """Of a result that is to be laid on its input: pixels of a latent's side."""
+    return pixels.shape[0] // latents.shape[-2] if setup.keeps_background else None
 
 
 def rejected(sample: Sample, edit: str, method: str, stage: Stage, error: Exception) -> Rejected:

@@ -228,6 +228,8 @@ class Recipe(Section):
         if data["gates"] is not None and data["gates"]["judge"] is not None:
             for key in HOW_IT_IS_ASKED:
                 data["gates"]["judge"].pop(key)
+        if data["sink"]["background"] == "result":
+            data["sink"].pop("background")
         for section in ("instructions", "gates", "best_of"):
             if data[section] is None:  # so that runs from before there was one go on
                 data.pop(section)
@@ -325,6 +327,8 @@ class BasisRecipe(Recipe):
                 found.append((at, text))
         if self.sink.format != "parquet":
             found.append(("sink.format", "bases are written as Parquet. Leave format out"))
+        if self.sink.background != "result":
+            found.append(("sink.background", "is of edited images, and this run writes bases. Leave background out"))
         if self.gates is not None:
             found.append(("gates", "judge edited images, and this run writes bases. Leave gates out"))
         return found

@@ -311,6 +311,7 @@ class Decoded:
     seed: int
     basis: LocalBasis | None = None  # of a run that writes bases; the pixels then show where it lies
     recorded: tuple[Recorded | Attended, ...] = ()  # as that of `EditedLatents`
+    edge: int | None = None  # pixels of a latent's side, where it is to be laid on its input by its masks; None: not
     is_compared: bool = True  # whether the result shows the input, changed, so that figures compare the two
     inversion_psnr: float | None = None  # dB, of the trajectory that is replayed without an edit; None: not measured
     stopped: bool = False  # that was too low: the pixels are those of the replay, and nothing was edited

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 from pipeline import Concept, Editor
-from pipeline.errors import BlackImageError, DecodeError, InvertError, ModelError, PrepareError, RecipeError
+from pipeline.errors import BlackImageError, DecodeError, EditError, InvertError, ModelError, PrepareError, RecipeError
 from pipeline.inversion.ddpm import DDPMInversion
+from pipeline.models.demo.world import Scene, draw
 from pipeline.recipe import recipe_from
 from pipeline.result import Result
 from tests.methods import network_calls
@@ -243,6 +244,40 @@ def test_results_stand_in_the_recipes_order_whichever_finishes_first(editor: Edi
     )
     asked = [(edit, method) for edit in ("second", "first") for method in ("slow", "quick", "a")]
     assert [(result.edit, result.method) for result in editor.edit_many(PICTURE, recipe)] == asked
+
+
+def with_background(background: str, **sections: Any) -> Any:
+    return recipe_from(
+        {
+            "source": {"shards": "-"},
+            "edits": {"concepts": [{"prompt": "hat", "threshold": 0.8}, {"prompt": "beard", "threshold": 0.9}]},
+            "inversion": {"method": "ddpm", "num_steps": 3},
+            "sink": {"folder": "-", "background": background},
+            **sections,
+        }
+    )
+
+
+def test_the_background_of_the_input_is_kept_pixel_by_pixel() -> None:
+    image = draw(Scene(), 96)  # half as large again as what the model sees
+    sections = {"model": {"name": "demo", "size": 64}}
+    with Editor.load("demo") as editor:
+        (plain,), (kept,) = (editor.edit_many(image, with_background(one, **sections)) for one in ("result", "input"))
+    assert plain.mask is not None
+    inside, made, shown = (np.asarray(one) for one in (plain.mask, plain.image, kept.image))
+    far = ~np.asarray(plain.mask.filter(ImageFilter.MaxFilter(2 * 2 * 6 + 1)))  # two cells of 6 pixels
+    assert inside.any()
+    assert far.any()
+    assert np.array_equal(shown[inside], made[inside])
+    assert np.array_equal(shown[far], image[far])
+    assert not np.array_equal(made[far], image[far]), "the model's own is another"
+    assert np.array_equal(np.asarray(kept.mask), inside)
+
+
+def test_a_background_is_kept_by_the_rows_own_mask_where_a_method_finds_none(editor: Editor) -> None:
+    to_masks = {"edits": {"target_prompt": "a hat"}, "editing": {"method": "cfg"}}
+    with pytest.raises(EditError, match=r"by its mask, and this one has none.*source\.mask"):
+        editor.edit_many(PICTURE, with_background("input", **to_masks))
 
 
 class MethodOfTheirOwnError(ValueError):

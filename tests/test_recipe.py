@@ -258,6 +258,8 @@ def test_the_hash_is_that_of_earlier_versions_so_that_their_runs_go_on():
     assert recipe_from(by_h_edit | {"editing": {"method": "h_edit"}}).hash == "90c4f580b57cdf0a"
     for other in ({"anchor_weight": 2}, {"outline_factor": 4}):
         assert recipe_from(sets | {"editing": {"method": "consistory", **other}}).hash != "8f1b85b684a6319d"
+    on_input = by_h_edit | {"editing": {"method": "h_edit"}, "sink": {"folder": "out", "background": "input"}}
+    assert recipe_from(on_input).hash != "90c4f580b57cdf0a"
 
 
 def test_the_hash_does_not_depend_on_spelling_or_order():

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
-from torch.nn.functional import conv2d, interpolate, max_pool2d, pad
+from torch.nn.functional import avg_pool2d, conv2d, interpolate, max_pool2d, pad
 
 OfImage = Callable[[Tensor], Tensor]
 """Cuts maps (..., h, w), of whatever size, to the part that shows the image: `Source.of_image`."""
@@ -132,6 +133,29 @@ def above_otsu(scores: Float[Tensor, "E h w"], of_image: OfImage = everything) -
     """Keep, of each of E score maps, the upper one of the two classes that its values in the image fall into."""
     thresholds = [otsu_threshold(of_image(one).flatten()) for one in scores]
     return scores > torch.tensor(thresholds, dtype=torch.float64)[:, None, None].to(scores)
+
+
+def with_soft_edge(mask: Bool[Tensor, "H W"], radius: int) -> Float[Tensor, "H W"]:
+    """1 in a mask, falling to 0 over twice the radius around it, for compositing.
+
+    The mask, widened by the radius, under a mean over squares that reach as far.
+    """
+    soft = mask[None, None].float()
+    for across in ((0, radius), (radius, 0)):  # one way, then the other: squares, at the cost of lines
+        soft = max_pool2d(soft, (1 + 2 * across[0], 1 + 2 * across[1]), stride=1, padding=across)
+    for across in ((0, radius), (radius, 0)):
+        lines = (1 + 2 * across[0], 1 + 2 * across[1])
+        soft = avg_pool2d(soft, lines, stride=1, padding=across, count_include_pad=False)
+    return soft[0, 0]
+
+
+def blended(
+    over: UInt8[np.ndarray, "H W 3"], under: UInt8[np.ndarray, "H W 3"], share: Float[Tensor, "H W"]
+) -> UInt8[np.ndarray, "H W 3"]:
+    """A picture laid over another, of which it takes a share in [0, 1] at each pixel."""
+    weights = share.numpy()[..., None]
+    mixed = weights * over + (1.0 - weights) * under
+    return np.asarray(mixed.round().clip(0, 255), dtype=np.uint8)
 
 
 def softly_eroded(

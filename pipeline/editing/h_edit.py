@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from typing_extensions import override
 
-from pipeline.diffusion.masks import softly_eroded
+from pipeline.diffusion.masks import blended, softly_eroded
 from pipeline.editing.base import EditingMethod
 from pipeline.editing.h_control import TargetAttention
 from pipeline.editing.h_problems import of_experts, of_rewards, of_words
@@ -231,9 +231,7 @@ class HEdit(EditingMethod):
     def composited(self, pixels: np.ndarray, image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         if not self.composite or mask is None:
             return pixels
-        share = softly_eroded(torch.from_numpy(np.ascontiguousarray(mask)).float())[..., None].numpy()
-        blended = share * pixels + (1.0 - share) * image
-        return np.asarray(blended.round().clip(0, 255), dtype=np.uint8)
+        return blended(pixels, image, softly_eroded(torch.from_numpy(np.ascontiguousarray(mask)).float()))
 
 
 def _in_pixels(source: Source, user_mask: Tensor | None) -> Tensor | None:

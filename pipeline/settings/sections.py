@@ -200,6 +200,10 @@ class SinkConfig(Section):
     """Format of the edited image; masks are always lossless."""
     quality: int = Field(default=95, ge=1, le=100)
     """Quality of jpg and webp; 100: best."""
+    background: Literal["result", "input"] = "result"
+    """What stands outside of an edit's masks. result: what the model made of it; input: the input's own pixels, at its
+    own size, with an edge two cells of the latents wide in which one becomes the other. Results without a mask go to
+    quarantine."""
     round_trip: bool = True
     """Measure against the input's own way through the autoencoder and back: `reconstruction_psnr`, `edit_change` and
     `rest_change`. It takes one decoding more per image; false: these figures are null."""

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from functools import reduce
 
 import numpy as np
+import torch
 
-from pipeline.errors import RowError, ShardeditError
+from pipeline.diffusion.masks import blended, with_soft_edge
+from pipeline.errors import EditError, RowError, ShardeditError
 from pipeline.evaluation.metrics import figures
 from pipeline.reading.placement import restore, restore_mask
 from pipeline.reading.requests import refusal_by
@@ -34,6 +36,8 @@ def restored(decoded: Decoded) -> Edited:
     prepared, placement = decoded.prepared, decoded.prepared.placement
     masks, union = regions(decoded)
     image = restore(decoded.pixels, placement, prepared.original)
+    if decoded.edge is not None:
+        image = _on_input(image, decoded, union, decoded.edge)
     return Edited(
         sample=prepared.sample,
         edit=decoded.edit,
@@ -62,6 +66,30 @@ def restored(decoded: Decoded) -> Edited:
             mask=union,
         ),
     )
+
+
+def _on_input(image: np.ndarray, decoded: Decoded, mask: np.ndarray | None, edge: int) -> np.ndarray:
+    """A result laid on its input by its masks: beyond an edge of two latents around them it is the input.
+
+    Raises:
+        EditError: there is no input, or no mask.
+    """
+    prepared = decoded.prepared
+    if prepared.sample.blank:
+        raise EditError(
+            "sink.background: input lays a result on its input, and the row brings no image. Set sink.background: "
+            "result"
+        )
+    if mask is None and decoded.masks is None:
+        raise EditError(
+            "sink.background: input lays a result on its input by its mask, and this one has none. Give the row one "
+            "(source.mask), use a method that finds one, or set sink.background: result"
+        )
+    if mask is None:  # a method that found nothing to change
+        return prepared.original.copy()
+    placement = prepared.placement
+    radius = max(1, round(edge * placement.crop[2] / placement.scaled[0]))
+    return blended(image, prepared.original, with_soft_edge(torch.from_numpy(mask), radius))
 
 
 def regions(decoded: Decoded) -> tuple[tuple[np.ndarray | None, ...], np.ndarray | None]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from pipeline.diffusion.masks import above_otsu, otsu_threshold, softly_eroded
+from pipeline.diffusion.masks import above_otsu, blended, otsu_threshold, softly_eroded, with_soft_edge
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -32,6 +33,19 @@ def test_the_classes_are_the_images_and_hold_in_its_padding_too() -> None:
     scores[0, :, 6:] = 9.0  # padding, which would have been the upper class
     inside = above_otsu(scores, lambda maps: maps[..., :6])
     assert inside[0, 0].tolist() == [False, False, True, True, False, False, True, True]
+
+
+def test_a_soft_edge_is_one_in_the_mask_and_nothing_beyond_two_radii() -> None:
+    mask = torch.zeros((40, 40), dtype=torch.bool)
+    mask[:, 20:24] = True
+    soft = with_soft_edge(mask, 4)
+    assert (soft[:, 20:24] == 1).all(), "all of the mask is the edit's, at the border of the picture, too"
+    assert (soft[:, :12] == 0).all()
+    assert (soft[:, 32:] == 0).all()
+    assert (soft[20, 11:21].diff() > 0).all()
+    assert not with_soft_edge(torch.zeros_like(mask), 4).any()
+    over, under = (np.full((40, 40, 3), value, dtype=np.uint8) for value in (200, 100))
+    assert np.array_equal(blended(over, under, soft)[20, :, 0], (100 + 100 * soft[20]).round().numpy())
 
 
 def test_a_softly_eroded_mask_lies_inside_is_one_in_the_middle_and_falls_off() -> None:

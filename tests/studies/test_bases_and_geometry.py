@@ -119,6 +119,8 @@ def test_a_run_of_bases_refuses_what_has_none(tmp_path: Path) -> None:
         bases_recipe(tmp_path, "out", methods={"m": {"editing": {"method": "ledits_pp"}}})
     with pytest.raises(RecipeError, match="bases are written as Parquet"):
         bases_recipe(tmp_path, "out", sink={"folder": "-", "format": "webdataset"})
+    with pytest.raises(RecipeError, match=r"sink\.background.*is of edited images"):
+        bases_recipe(tmp_path, "out", sink={"folder": "-", "background": "input"})
 
 
 def test_planning_counts_the_products_of_a_basis(tmp_path: Path) -> None:
