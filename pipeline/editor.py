@@ -262,8 +262,8 @@ class Editor:
     ) -> list[Result]:
         """Every edit of a recipe by every method of it, from one inversion where the inversion's settings agree.
 
-        The recipe's model name, sink and workers are not read, nor its source but for `max_pixels`. For the other
-        arguments see `edit`.
+        The recipe's model name and workers are not read, nor its sink but for `background`, nor its source but for
+        `max_pixels`. For the other arguments see `edit`.
 
         Returns:
             In the order of the recipe: its first edit by all its methods, then its second.

@@ -274,10 +274,23 @@ def test_the_background_of_the_input_is_kept_pixel_by_pixel() -> None:
     assert np.array_equal(np.asarray(kept.mask), inside)
 
 
-def test_a_background_is_kept_by_the_rows_own_mask_where_a_method_finds_none(editor: Editor) -> None:
+def test_a_result_without_a_mask_fails_where_the_background_is_to_be_kept(editor: Editor) -> None:
     to_masks = {"edits": {"target_prompt": "a hat"}, "editing": {"method": "cfg"}}
     with pytest.raises(EditError, match=r"by its mask, and this one has none.*source\.mask"):
         editor.edit_many(PICTURE, with_background("input", **to_masks))
+
+
+def test_a_background_is_kept_by_the_rows_own_mask_where_a_method_finds_none(editor: Editor) -> None:
+    mask = np.zeros((40, 56), np.uint8)
+    mask[10:20, 10:30] = 255
+    to_masks = {
+        "edits": {"source_prompt": "a face", "target_prompt": "a hat"},
+        "editing": {"method": "masactrl", "start_step": 1},
+    }
+    (kept,) = editor.edit_many(PICTURE, with_background("input", **to_masks), mask=mask)
+    changed = (np.asarray(kept.image) != PICTURE).any(axis=-1)
+    assert changed[10:20, 10:30].any()
+    assert not changed[:, 50:].any(), "where two latents around the mask end nothing is changed"
 
 
 class MethodOfTheirOwnError(ValueError):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
@@ -150,12 +149,11 @@ def with_soft_edge(mask: Bool[Tensor, "H W"], radius: int) -> Float[Tensor, "H W
 
 
 def blended(
-    over: UInt8[np.ndarray, "H W 3"], under: UInt8[np.ndarray, "H W 3"], share: Float[Tensor, "H W"]
-) -> UInt8[np.ndarray, "H W 3"]:
+    over: UInt8[Tensor, "H W 3"], under: UInt8[Tensor, "H W 3"], share: Float[Tensor, "H W"]
+) -> UInt8[Tensor, "H W 3"]:
     """A picture laid over another, of which it takes a share in [0, 1] at each pixel."""
-    weights = share.numpy()[..., None]
-    mixed = weights * over + (1.0 - weights) * under
-    return np.asarray(mixed.round().clip(0, 255), dtype=np.uint8)
+    weights = share[..., None]
+    return (weights * over + (1.0 - weights) * under).round().clamp(0, 255).to(torch.uint8)
 
 
 def softly_eroded(

@@ -231,7 +231,8 @@ class HEdit(EditingMethod):
     def composited(self, pixels: np.ndarray, image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         if not self.composite or mask is None:
             return pixels
-        return blended(pixels, image, softly_eroded(torch.from_numpy(np.ascontiguousarray(mask)).float()))
+        over, under, region = (torch.from_numpy(np.ascontiguousarray(one)) for one in (pixels, image, mask))
+        return blended(over, under, softly_eroded(region.float())).numpy()
 
 
 def _in_pixels(source: Source, user_mask: Tensor | None) -> Tensor | None:

@@ -89,7 +89,8 @@ def _on_input(image: np.ndarray, decoded: Decoded, mask: np.ndarray | None, edge
         return prepared.original.copy()
     placement = prepared.placement
     radius = max(1, round(edge * placement.crop[2] / placement.scaled[0]))
-    return blended(image, prepared.original, with_soft_edge(torch.from_numpy(mask), radius))
+    over, under, region = (torch.from_numpy(one.copy()) for one in (image, prepared.original, mask))
+    return blended(over, under, with_soft_edge(region, radius)).numpy()
 
 
 def regions(decoded: Decoded) -> tuple[tuple[np.ndarray | None, ...], np.ndarray | None]:

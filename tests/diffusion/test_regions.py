@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
@@ -44,8 +43,8 @@ def test_a_soft_edge_is_one_in_the_mask_and_nothing_beyond_two_radii() -> None:
     assert (soft[:, 32:] == 0).all()
     assert (soft[20, 11:21].diff() > 0).all()
     assert not with_soft_edge(torch.zeros_like(mask), 4).any()
-    over, under = (np.full((40, 40, 3), value, dtype=np.uint8) for value in (200, 100))
-    assert np.array_equal(blended(over, under, soft)[20, :, 0], (100 + 100 * soft[20]).round().numpy())
+    over, under = (torch.full((40, 40, 3), value, dtype=torch.uint8) for value in (200, 100))
+    assert torch.equal(blended(over, under, soft)[20, :, 0], (100 + 100 * soft[20]).round().to(torch.uint8))
 
 
 def test_a_softly_eroded_mask_lies_inside_is_one_in_the_middle_and_falls_off() -> None:
